@@ -1,0 +1,1 @@
+"""isofast: non-contrastive self-supervised learning at the speed of the hardware."""

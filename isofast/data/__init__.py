@@ -1,0 +1,1 @@
+"""Data sets, augmentation recipes and the loaders that feed the training loop."""

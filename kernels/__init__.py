@@ -1,0 +1,1 @@
+"""Kernels of non-contrastive self-supervised learning."""
