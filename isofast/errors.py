@@ -1,4 +1,8 @@
-"""The two ways a command ends badly: the user's mistake, and a run that cannot go on."""
+"""The two ways a command ends badly, and the exit codes they become."""
+
+import sys
+import traceback
+from collections.abc import Callable
 
 
 class UserError(ValueError):
@@ -10,3 +14,26 @@ class UserError(ValueError):
 
 class RunError(RuntimeError):
     """A run cannot go on (non-finite loss, collapse, lost data); commands end with exit code 1."""
+
+
+def exit_code_of(command: Callable[[], None], *, debug: bool, speak: bool = True) -> int:
+    """Runs ``command``; returns 0, or prints its error and returns that error's exit code.
+
+    Args:
+        command: what to run.
+        debug: show tracebacks of the user's mistakes as well.
+        speak: print at all; false on all processes of a group but the first.
+    """
+    try:
+        command()
+    except (UserError, RunError) as error:
+        if debug:
+            traceback.print_exc()
+        elif speak:
+            sys.stderr.write(f"\nerror: {error}\n")
+        return 2 if isinstance(error, UserError) else 1
+    except KeyboardInterrupt:
+        if speak:
+            sys.stderr.write("\ninterrupted; the same command goes on from the last checkpoint\n")
+        return 130
+    return 0

@@ -1,0 +1,42 @@
+# Every target sets up .venv by itself when it is missing or older than what defines it.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.ready
+SHELL := /bin/bash
+
+.PHONY: quickstart test lint format schema bench clean
+
+quickstart: $(STAMP)
+	@$(BIN)/isofast prepare digits --root data/digits
+	@PATH="$(abspath $(BIN)):$$PATH" deepspeed --num_accelerators 1 launch/train.py --config launch/quickstart.json
+
+test: lint
+	$(BIN)/python -m pytest
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(STAMP)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+schema: $(STAMP)
+	$(BIN)/python -c "from isofast.config import schema_json; print(schema_json(), end='')" > launch/config.schema.json
+
+bench: $(STAMP)
+	$(BIN)/python bench/kernels.py
+
+clean:
+	rm -rf $(VENV) build *.egg-info
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; v = sys.version_info; v >= (3, 11) or sys.exit(f"isofast needs Python 3.11 or newer, and {sys.executable} is {v[0]}.{v[1]}. Try: make PYTHON=python3.12")'
+	@echo "setting up $(VENV): 6 GB, a few minutes"
+	@[ -x $(BIN)/python ] || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --constraint constraints.txt pip
+	@$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev,bench]"
+	@mkdir -p $(VENV)/typing && ln -sfn ../../kernels $(VENV)/typing/isofast_kernels
+	@touch $@

@@ -1,0 +1,34 @@
+"""The `isofast` command."""
+
+import argparse
+import sys
+from pathlib import Path
+
+from isofast.data.prepare import NAMES, prepare
+from isofast.errors import exit_code_of
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs the command line; returns the exit code."""
+    args = _parser().parse_args(arguments)
+
+    def command() -> None:
+        counts = prepare(args.name, args.root, args.archive)
+        print(counts)
+
+    return exit_code_of(command, debug=args.debug)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="isofast", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    prep = commands.add_parser("prepare", help="turn a data set into folders of classes")
+    prep.add_argument("name", choices=NAMES, help="which data set")
+    prep.add_argument("--root", type=Path, required=True, help="folder to fill, or to check")
+    prep.add_argument("--archive", type=Path, help="the official archive; nothing is downloaded")
+    prep.add_argument("--debug", action="store_true", help="show tracebacks of user errors too")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,363 @@
+"""The configuration of a run: JSON in, validated and frozen, JSON schema out.
+
+A file names only what differs from the presets (isofast/presets.py); what the user says wins.
+"""
+
+import difflib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from isofast.errors import UserError
+from isofast.presets import merge, preset
+
+SCHEMA_KEY = "$schema"
+# Marks a field that may change between two starts of one run, because no result depends on it.
+FREE: dict[str, Any] = {"may_change_on_resume": True}
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
+
+
+class DataConfig(_Section):
+    """Which images, and how they reach the network."""
+
+    dataset: Literal["digits", "cifar10", "cifar100", "stl10", "tinyimagenet", "imagefolder"] = (
+        "imagefolder"
+    )
+    """Names the augmentation recipe and the stem that fit; imagefolder is any folder of images."""
+    root: Path = Field(strict=False, json_schema_extra=FREE)
+    """Folder that holds train/CLASS/IMAGE and val/CLASS/IMAGE (JPEG or PNG)."""
+    backend: Literal["auto", "dali"] = Field("auto", json_schema_extra=FREE)
+    """What decodes and augments: dali; auto takes the fastest that fits (today: dali)."""
+    crop: int | None = Field(None, ge=8)
+    """Side of the square the network sees, in pixels; null takes the recipe's."""
+    threads: int | None = Field(None, ge=1, json_schema_extra=FREE)
+    """Decoding threads a rank; null shares the machine's cores among its ranks."""
+    prefetch: int = Field(2, ge=1, le=16, json_schema_extra=FREE)
+    """Batches prepared ahead."""
+
+
+class EncoderConfig(_Section):
+    """The backbone, a torchvision ResNet."""
+
+    name: Literal["resnet18", "resnet34", "resnet50"] = "resnet18"
+    """Architecture, by torchvision's name."""
+    stem: Literal["cifar", "tiny", "imagenet"] = "imagenet"
+    """First layers: cifar 3x3 and no pooling, tiny 3x3 and max-pool, imagenet 7x7 stride 2 and
+    max-pool. The data set's preset gives the paper's."""
+    stem_padding: int = Field(1, ge=0, le=2)
+    """Padding of the 3x3 stems in pixels; 2 is the released code's (34 x 34 maps)."""
+    width: int = Field(64, ge=4)
+    """Channels of the first stage; 64 is torchvision's, less suits small machines (basic blocks
+    only: resnet18 and resnet34)."""
+
+
+class ProjectorConfig(_Section):
+    """Linear - BatchNorm - ReLU - Linear on the backbone's pooled features."""
+
+    hidden: int = Field(4096, ge=1)
+    """Hidden units."""
+    output: int = Field(256, ge=2)
+    """Embedding dimension D; C and W are D x D."""
+
+
+class MethodConfig(_Section):
+    """The objective and its predictor W = f(C)."""
+
+    name: Literal["isoloss", "directpred", "directcopy"] = "isoloss"
+    """isoloss has the isotropic gradient; directpred (alpha 0.5) and directcopy (alpha 1) have the
+    plain one."""
+    metric: Literal["cosine", "euclidean"] = "cosine"
+    """Distance between prediction and target."""
+    alpha: float = Field(0.5, gt=0)
+    """Power of the correlation matrix."""
+    eps: float = Field(0.0, ge=0)
+    """Shift of the (normalised) eigenvalues before the power; preset: 0.25 at alpha 1, else 0."""
+    normalize: Literal["spectral", "none"] = "spectral"
+    """Division of C by its largest eigenvalue; preset: none for the Euclidean metric."""
+    decay: float = Field(0.998, ge=0, lt=1)
+    """Weight kept by the moving average C each step; preset: 0.998 with EMA, 0.5 without."""
+    ema: bool = True
+    """Targets from a slowly moving copy of the network; false reuses the online embeddings."""
+    ema_base: float = Field(0.99, ge=0, le=1)
+    """The target's decay at the first step; it rises to 1 along a half cosine."""
+
+
+class OptimizerConfig(_Section):
+    """Optimizer of the network and of the online probe."""
+
+    name: Literal["lars", "sgd", "adamw"] = "lars"
+    """Preset: lars with EMA, sgd without."""
+    lr: float = Field(1.0, gt=0)
+    """Peak learning rate at a global batch of 256; scaled linearly with the batch. Preset: 1.0 for
+    lars, 0.1 for sgd."""
+    momentum: float = Field(0.9, ge=0, lt=1)
+    """Momentum of lars and sgd, first beta of adamw."""
+    weight_decay: float = Field(1e-4, ge=0)
+    """Weight decay; lars and adamw spare the one-dimensional parameters."""
+    eta: float = Field(0.02, gt=0)
+    """Trust coefficient of lars."""
+    probe_lr: float = Field(0.1, gt=0)
+    """Peak learning rate of the online probe at a global batch of 256, on the same schedule."""
+
+
+class ScheduleConfig(_Section):
+    """Learning rate over the run: linear warm-up, then a half cosine to 0."""
+
+    warmup_epochs: float | None = Field(None, ge=0)
+    """Epochs of warm-up; null: 10, or a tenth of a run shorter than 100 epochs."""
+    warmup_start: float = Field(3e-5, ge=0)
+    """Learning rate at the first step."""
+
+
+class TrainConfig(_Section):
+    """Length, batch and arithmetic of the run."""
+
+    epochs: int = Field(1000, ge=1)
+    """Passes over the training images; the schedule's length."""
+    max_steps: int | None = Field(None, ge=1, json_schema_extra=FREE)
+    """Stops after this many steps. The schedule keeps its length, so raising it goes on."""
+    batch_size: int = Field(256, ge=2)
+    """Images a step over all ranks; each rank takes an equal share."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """Autocast type of the networks; auto: bf16 on a GPU, fp32 on a CPU. Parameters, BatchNorm, C
+    and the loss stay fp32."""
+    batch_norm: Literal["auto", "local", "synchronised"] = "auto"
+    """Statistics across ranks; auto: synchronised on GPUs, local on CPUs (where torch has none)."""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """torch.compile of the networks; auto: on a GPU only."""
+    on_collapse: Literal["warn", "stop"] = "warn"
+    """What to do when the embeddings have collapsed."""
+
+
+class EvaluationConfig(_Section):
+    """Clean top-1 of the online probe and k-NN, on the validation images."""
+
+    every_epochs: int = Field(10, ge=0, json_schema_extra=FREE)
+    """Epochs between evaluations, beside those at step 0 and at the end; 0: never at all."""
+    knn_images: int = Field(10_000, ge=1, json_schema_extra=FREE)
+    """Training images in the k-NN bank (fewer if there are fewer)."""
+    knn_k: int = Field(200, ge=1, le=200, json_schema_extra=FREE)
+    """Neighbours that vote (fewer if the bank is smaller)."""
+    knn_temperature: float = Field(0.07, gt=0, json_schema_extra=FREE)
+    """Votes weigh exp(cosine similarity / temperature)."""
+    knn_pixels: bool = Field(False, json_schema_extra=FREE)
+    """Also report the k-NN of the raw pixels, at the end; meant for small images."""
+    batch_size: int = Field(256, ge=1, json_schema_extra=FREE)
+    """Images a forward pass and rank."""
+
+
+class CheckpointConfig(_Section):
+    """When the state is saved; a checkpoint is also written at the end."""
+
+    every_steps: int = Field(1000, ge=1, json_schema_extra=FREE)
+    """Steps between checkpoints."""
+    keep: int = Field(2, ge=1, json_schema_extra=FREE)
+    """How many of the newest are kept."""
+
+
+class LoggingConfig(_Section):
+    """What is written while the run goes on."""
+
+    every_steps: int = Field(50, ge=1, json_schema_extra=FREE)
+    """Steps between records in metrics.jsonl; each is the step's only host synchronisation."""
+    tensorboard: bool = Field(True, json_schema_extra=FREE)
+    """Also write TensorBoard event files."""
+
+
+class Config(_Section):
+    """Everything that decides a run."""
+
+    seed: int = Field(0, ge=0, lt=2**63)
+    """Seeds the weights, the order of the images and the augmentation."""
+    data: DataConfig
+    encoder: EncoderConfig = EncoderConfig()
+    projector: ProjectorConfig = ProjectorConfig()
+    method: MethodConfig = MethodConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+    train: TrainConfig = TrainConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    logging: LoggingConfig = LoggingConfig()
+    deepspeed: dict[str, Any] = {}
+    """Passed through to DeepSpeed; what isofast derives may not be repeated here."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_presets(cls, raw: Any) -> Any:
+        if not isinstance(raw, Mapping):
+            return raw
+        user = {key: value for key, value in raw.items() if key != SCHEMA_KEY}
+        return merge(preset(user), user)
+
+    @field_validator("encoder")
+    @classmethod
+    def _width_needs_basic_blocks(cls, encoder: EncoderConfig) -> EncoderConfig:
+        if encoder.name == "resnet50" and encoder.width != 64:
+            raise ValueError("width is for resnet18 and resnet34; leave it at 64 for resnet50")
+        return encoder
+
+    @property
+    def isotropic(self) -> bool:
+        """Whether the gradient in z leaves out the factor W."""
+        return self.method.name == "isoloss"
+
+    @property
+    def warmup_epochs(self) -> float:
+        """Epochs of warm-up, resolved."""
+        if self.schedule.warmup_epochs is not None:
+            return self.schedule.warmup_epochs
+        return min(10.0, self.train.epochs / 10)
+
+    def batch_size_per_rank(self, world_size: int) -> int:
+        """Images of each rank in a step.
+
+        Raises:
+            UserError: the global batch does not divide by ``world_size``, or leaves a rank with
+                one image, of which BatchNorm has no variance.
+        """
+        share, rest = divmod(self.train.batch_size, world_size)
+        if rest or share < 2:
+            near = max(2, round(self.train.batch_size / world_size)) * world_size
+            raise UserError(
+                f"train.batch_size is the global batch and must be a multiple of the number of "
+                f"processes, with at least 2 images each: got {self.train.batch_size} for "
+                f"{world_size} processes. Try --set train.batch_size={near}"
+            )
+        return share
+
+
+def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
+    """Reads ``path``, applies ``--set`` overrides (``key.path=value``), fills presets, validates.
+
+    Raises:
+        UserError: the file is missing or not JSON, or a key or value is not allowed; the message
+            names every wrong key with its nearest allowed name.
+    """
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        known = ", ".join(sorted(str(p) for p in path.parent.glob("*.json"))) or "none"
+        raise UserError(f"no config file {path}. JSON files beside it: {known}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read config file {path}: {error}") from None
+    except json.JSONDecodeError as error:
+        raise UserError(
+            f"{path} is not valid JSON: {error.msg} at line {error.lineno}, column {error.colno}"
+        ) from None
+    if not isinstance(raw, dict):
+        raise UserError(f"{path} must hold a JSON object of sections, got {type(raw).__name__}")
+    for override in overrides:
+        _apply_override(raw, override)
+    return validate(raw)
+
+
+def validate(raw: Mapping[str, Any]) -> Config:
+    """The config of a tree of sections, presets filled in.
+
+    Raises:
+        UserError: a key or value is not allowed.
+    """
+    try:
+        return Config.model_validate(raw)
+    except ValidationError as error:
+        lines = [_explain(dict(item), raw) for item in error.errors()]
+        raise UserError("the configuration is not valid:\n  " + "\n  ".join(lines)) from None
+
+
+def to_json(config: Config) -> str:
+    """The resolved config as JSON, readable by ``load_config``."""
+    return config.model_dump_json(indent=2) + "\n"
+
+
+def schema_json() -> str:
+    """The JSON schema of a config file, as shipped in launch/config.schema.json."""
+    schema = Config.model_json_schema()
+    schema["properties"][SCHEMA_KEY] = {"type": "string", "description": "Schema for editors."}
+    return json.dumps(schema, indent=2) + "\n"
+
+
+def changed_keys(old: Config, new: Config) -> list[str]:
+    """What differs between two configs and changes the result, as ``key: old -> new``."""
+    before, after = dict(_leaves(old)), dict(_leaves(new))
+    return [
+        f"{key}: {before.get(key)!r} -> {after.get(key)!r}"
+        for key in sorted({*before, *after})
+        if before.get(key) != after.get(key)
+    ]
+
+
+def _leaves(model: BaseModel, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, field in type(model).model_fields.items():
+        value = getattr(model, name)
+        if isinstance(value, BaseModel):
+            yield from _leaves(value, f"{prefix}{name}.")
+        elif field.json_schema_extra != FREE:
+            yield f"{prefix}{name}", value
+
+
+def _apply_override(raw: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not all(key.split(".")):
+        raise UserError(f"--set takes key.path=value, got {override!r}. Example: train.epochs=100")
+    *sections, name = key.split(".")
+    node = raw
+    for section in sections:
+        node = node.setdefault(section, {})
+        if not isinstance(node, dict):
+            raise UserError(f"--set {override}: {section} is a value, not a section")
+    try:
+        node[name] = json.loads(text)
+    except json.JSONDecodeError:
+        node[name] = text
+
+
+def _explain(item: dict[str, Any], raw: Mapping[str, Any]) -> str:
+    key = ".".join(str(part) for part in item["loc"])
+    if item["type"] == "extra_forbidden":
+        return f"{key}: unknown key. {_nearest(key)}"
+    if item["type"] == "missing":
+        key = "data.root" if key == "data" else key
+        return f"{key}: missing. Give it in the file or with --set {key}=VALUE"
+    message = item["msg"].removeprefix("Value error, ")
+    got = item["input"]
+    shown = "" if isinstance(got, BaseModel) else f"got {got!r}; "
+    if key.count(".") == 0 and isinstance(got, str | int | float) and key != "seed":
+        return f"{key}: {shown}this is a section; set one of its keys, such as {_an_example(key)}"
+    return f"{key}: {shown}{message[:1].lower()}{message[1:]}"
+
+
+def _an_example(section: str) -> str:
+    return next((key for key in _all_keys() if key.startswith(f"{section}.")), section)
+
+
+def _nearest(key: str) -> str:
+    known = list(_all_keys())
+    section, _, leaf = key.rpartition(".")
+    # a right leaf in a wrong section is as common as a slip of the finger
+    elsewhere = [name for name in known if name.rpartition(".")[2] == leaf]
+    siblings = [name for name in known if name.rpartition(".")[0] == section]
+    close = (
+        elsewhere
+        or difflib.get_close_matches(key, siblings, 1, 0.5)
+        or difflib.get_close_matches(key, known, 1, 0.5)
+    )
+    if close:
+        return f"Did you mean {close[0]}?"
+    allowed = siblings or sorted({name.partition(".")[0] for name in known})
+    return "Allowed: " + ", ".join(allowed)
+
+
+def _all_keys(model: type[BaseModel] = Config, prefix: str = "") -> Iterator[str]:
+    for name, field in model.model_fields.items():
+        yield f"{prefix}{name}"
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            yield from _all_keys(field.annotation, f"{prefix}{name}.")

@@ -1,0 +1,271 @@
+"""Decoding and augmentation by DALI, on the CPU or the GPU: the only file that imports it.
+
+DALI draws nothing here. The parameters of every image come from `isofast.data.draw` through an
+external source, with the paths; files are read, decoded once and made into both views in C++.
+"""
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from nvidia.dali import Pipeline, fn, types
+from nvidia.dali.plugin.pytorch import feed_ndarray
+from torch.utils.dlpack import from_dlpack
+
+from isofast.data.datasets import ImageFolder, image_problem
+from isofast.data.draw import Ints, ViewDraw, colour_matrices
+from isofast.data.recipe import Recipe, ViewRecipe
+from isofast.errors import RunError
+
+Arrays = dict[str, npt.NDArray[Any]]
+# DALI's graph nodes carry no types
+Node = Any
+Nodes = dict[str, Node]
+
+CLEAN_ARGUMENTS = ("roi_start", "roi_end")
+
+
+class Stream:
+    """A DALI pipeline that is fed batch by batch from Python.
+
+    Args:
+        dataset: where the images and labels are.
+        source: gives the next batch's image numbers and arguments; StopIteration ends the stream
+            until `restart`. It is called ahead of `pull`.
+        graph: builds the outputs (HWC float32) from a decoded image and the named arguments.
+        arguments: names of what the source gives beside the numbers.
+        batch_size: the largest batch.
+        device: where the images are made.
+        threads: CPU threads.
+        prefetch: batches made ahead.
+    """
+
+    def __init__(
+        self,
+        dataset: ImageFolder,
+        source: Callable[[], tuple[Ints, Arrays]],
+        graph: Callable[[Node, Nodes], list[Node]],
+        arguments: Sequence[str],
+        *,
+        batch_size: int,
+        device: torch.device,
+        threads: int,
+        prefetch: int = 2,
+    ) -> None:
+        self._dataset = dataset
+        self._source = source
+        self._arguments = tuple(arguments)
+        self._device = device
+        self._paths_NL = _path_bytes(dataset)
+        self._fed: deque[Ints] = deque()
+        self._started = False
+        cuda = device.type == "cuda"
+        index = torch.cuda.current_device() if cuda and device.index is None else device.index
+        self._pipeline: Pipeline | None = Pipeline(
+            batch_size=batch_size,
+            num_threads=threads,
+            device_id=index if cuda else None,
+            prefetch_queue_depth=prefetch,
+            # outputs stay valid while referred to, and a mean found on the GPU can be an argument
+            exec_dynamic=True,
+        )
+        with self._pipeline:
+            paths, *values = fn.external_source(
+                source=self._feed, num_outputs=1 + len(self._arguments), batch=True
+            )
+            # the orientation tag is ignored, as torchvision does: sizes are those of the file
+            image = fn.decoders.image(
+                fn.io.file.read(paths),
+                device="mixed" if cuda else "cpu",
+                output_type=types.RGB,
+                adjust_orientation=False,
+            )
+            outputs = graph(image, dict(zip(self._arguments, values, strict=True)))
+            self._pipeline.set_outputs(*outputs)
+        self._pipeline.build()
+
+    def pull(self) -> tuple[list[torch.Tensor], torch.Tensor]:
+        """Give the next batch: images (B, 3, H, W) channels_last, and labels (B,) int64.
+
+        Raises:
+            StopIteration: the source has ended.
+            RunError: an image could not be read or decoded, or the stream is closed.
+        """
+        if self._pipeline is None:
+            raise RunError("this data loader has been closed, or has failed; make a new one")
+        cuda = self._device.type == "cuda"
+        stream = torch.cuda.current_stream(self._device) if cuda else None
+        self._started = True
+        try:
+            outputs = self._pipeline.run(stream)
+        except RuntimeError as error:
+            # a DALI pipeline that has failed once is of no further use
+            message = self._failure(error)
+            self.close()
+            raise RunError(message) from error
+        images = [self._to_torch(output.as_tensor()).permute(0, 3, 1, 2) for output in outputs]
+        labels = torch.from_numpy(self._dataset.labels[self._fed.popleft()])
+        return images, labels.to(self._device)
+
+    def restart(self) -> None:
+        """Throw away what was made ahead; the source must raise StopIteration until this ends."""
+        if self._pipeline is None or not self._started:
+            return
+        while True:
+            try:
+                self.pull()
+            except StopIteration:
+                break
+        self._pipeline.reset()
+
+    def close(self) -> None:
+        """Free the pipeline's threads and memory."""
+        self._pipeline = None
+        self._fed.clear()
+
+    def _feed(self) -> list[npt.NDArray[Any]]:
+        indices, values = self._source()
+        self._fed.append(indices)
+        arrays = [self._paths_NL[indices], *(values[name] for name in self._arguments)]
+        return [np.ascontiguousarray(array) for array in arrays]
+
+    def _to_torch(self, output: Any) -> torch.Tensor:
+        if self._device.type == "cpu":
+            return from_dlpack(output)
+        # DALI reuses freed GPU memory in the order of its own streams, not of torch's: copy
+        copy = torch.empty(output.shape(), dtype=torch.float32, device=self._device)
+        feed_ndarray(output, copy, torch.cuda.current_stream(self._device))
+        return copy
+
+    def _failure(self, error: RuntimeError) -> str:
+        ahead = {int(index) for batch in self._fed for index in batch}
+        paths = [self._dataset.root / self._dataset.paths[index] for index in sorted(ahead)]
+        problems = {path: image_problem(path)[0] for path in paths}
+        bad = [f"{path} ({problem})" for path, problem in problems.items() if problem]
+        if bad:
+            return (
+                f"{len(bad)} image(s) can no longer be read: {'; '.join(bad[:5])}. "
+                "Bring the files back and give the same command again to continue"
+            )
+        return (
+            f"making a batch failed, though Pillow reads all of its {len(paths)} images "
+            f"({', '.join(str(path) for path in paths[:5])}, ...). DALI says: {error}"
+        )
+
+
+def view_arguments(recipe: Recipe) -> list[str]:
+    """Name what the graph of both views needs; only operations that the recipe has take part."""
+    return [f"{name}{v}" for v, row in _views(recipe) for name in _operands(row)]
+
+
+def view_values(recipe: Recipe, drawn: Sequence[ViewDraw]) -> Arrays:
+    """Give the arguments of both views as arrays, under the names of `view_arguments`."""
+    values: Arrays = {}
+    for (v, row), view in zip(_views(recipe), drawn, strict=True):
+        everything = _operand_values(view)
+        values |= {f"{name}{v}": everything[name]() for name in _operands(row)}
+    return values
+
+
+def two_views(recipe: Recipe, image: Node, arguments: Nodes) -> list[Node]:
+    """Build both views of a decoded image: HWC float32, normalised."""
+    return [
+        _view(recipe, row, image, {name: arguments[f"{name}{v}"] for name in _operands(row)})
+        for v, row in _views(recipe)
+    ]
+
+
+def clean_view(recipe: Recipe, image: Node, arguments: Nodes) -> list[Node]:
+    """Build the clean view of a decoded image: the middle of it, HWC float32, normalised."""
+    return [_normalise(recipe, _resize(recipe, image, **arguments))]
+
+
+def _views(recipe: Recipe) -> tuple[tuple[int, ViewRecipe], ...]:
+    return (1, recipe.view1), (2, recipe.view2)
+
+
+def _operands(row: ViewRecipe) -> list[str]:
+    present = {
+        "start": True,
+        "shape": True,
+        "affine": row.has_affine,
+        "colour": row.has_colour,
+        "colour_of_mean": row.has_colour,
+        "blur_sigma": row.blur_p > 0,
+        "blur_window": row.blur_p > 0,
+        "solarize": row.solarize_p > 0,
+        "flip": True,
+    }
+    return [name for name, wanted in present.items() if wanted]
+
+
+def _operand_values(view: ViewDraw) -> dict[str, Callable[[], npt.NDArray[Any]]]:
+    blurred = view.blur_sigma_N > 0
+    return {
+        "start": lambda: view.window_N4[:, :2],
+        "shape": lambda: view.window_N4[:, 2:],
+        "affine": lambda: view.affine_N23,
+        "colour": lambda: colour_matrices(view)[0],
+        "colour_of_mean": lambda: colour_matrices(view)[1],
+        # a window of one pixel leaves the image as it is, whatever the sigma
+        "blur_sigma": lambda: np.where(blurred, view.blur_sigma_N, 1).astype(np.float32),
+        "blur_window": lambda: np.where(blurred, 2 * np.ceil(3 * view.blur_sigma_N) + 1, 1).astype(
+            np.int32
+        ),
+        "solarize": lambda: view.solarize_N.astype(np.uint8),
+        "flip": lambda: view.flip_N.astype(np.int32),
+    }
+
+
+def _view(recipe: Recipe, row: ViewRecipe, image: Node, args: Nodes) -> Node:
+    # cut first: a resize of a region would look at pixels outside it
+    image = fn.slice(image, start=args["start"], shape=args["shape"], axes=[0, 1])
+    image = _resize(recipe, image)
+    if row.has_affine:
+        image = fn.warp_affine(image, matrix=args["affine"], fill_value=0)
+    if row.has_colour:
+        mean = fn.reductions.mean(image, axes=[0, 1], keep_dims=True)
+        shift = fn.reshape(fn.coord_transform(mean, M=args["colour_of_mean"]), shape=[3])
+        if image.device == "gpu":
+            shift = shift.cpu()
+        image = fn.coord_transform(image, M=args["colour"], T=shift, dtype=types.UINT8)
+    if row.blur_p > 0:
+        image = fn.gaussian_blur(image, sigma=args["blur_sigma"], window_size=args["blur_window"])
+    if row.solarize_p > 0:
+        chosen = args["solarize"].gpu() if image.device == "gpu" else args["solarize"]
+        # x ^ 255 is 255 - x
+        image = image ^ (
+            (image >= row.solarize_threshold) * chosen * types.Constant(255, types.UINT8)
+        )
+    return _normalise(recipe, image, mirror=args["flip"])
+
+
+def _resize(recipe: Recipe, image: Node, **region: Node) -> Node:
+    return fn.resize(
+        image,
+        size=[recipe.crop, recipe.crop],
+        interp_type=types.INTERP_CUBIC,
+        antialias=True,
+        **region,
+    )
+
+
+def _normalise(recipe: Recipe, image: Node, **mirror: Node) -> Node:
+    return fn.crop_mirror_normalize(
+        image,
+        mean=[255 * value for value in recipe.mean],
+        std=[255 * value for value in recipe.std],
+        dtype=types.FLOAT,
+        output_layout="HWC",
+        **mirror,
+    )
+
+
+def _path_bytes(dataset: ImageFolder) -> npt.NDArray[np.uint8]:
+    """All absolute paths as rows of bytes, padded with zeros, which end a path in C."""
+    encoded = [bytes(dataset.root.absolute() / path) for path in dataset.paths]
+    length = max(map(len, encoded)) + 1
+    return np.array(encoded, dtype=f"S{length}").view(np.uint8).reshape(len(encoded), length)

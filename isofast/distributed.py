@@ -1,0 +1,87 @@
+"""The few collectives that isofast does itself: means, gathers and agreement among ranks."""
+
+import os
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among its peers."""
+
+    rank: int
+    size: int
+    local_rank: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is the process that prints and writes."""
+        return self.rank == 0
+
+
+def rank_from_environment() -> int:
+    """The rank that a launcher gave this process, 0 without one."""
+    return int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")))
+
+
+def world_size_from_environment() -> int:
+    """How many processes a launcher started, 1 without one."""
+    return int(os.environ.get("WORLD_SIZE", os.environ.get("SLURM_NTASKS", "1")))
+
+
+def mean_over_ranks_(tensor: Tensor) -> Tensor:
+    """Replaces ``tensor`` on every rank by its mean over the ranks."""
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        dist.all_reduce(tensor)
+        tensor.div_(dist.get_world_size())
+    return tensor
+
+
+def mean_of_buffers_over_ranks_(module: torch.nn.Module) -> None:
+    """Gives every rank the mean of the floating-point buffers, in one collective.
+
+    DeepSpeed reduces gradients only, so that BatchNorm's running statistics drift apart where
+    each rank has its own.
+    """
+    buffers = [buffer for buffer in module.buffers() if buffer.is_floating_point()]
+    flat = mean_over_ranks_(torch.cat([buffer.flatten() for buffer in buffers]))
+    sizes = [buffer.numel() for buffer in buffers]
+    for buffer, mean in zip(buffers, flat.split(sizes), strict=True):
+        buffer.copy_(mean.view_as(buffer))
+
+
+def gather_rows(rows: Tensor) -> Tensor:
+    """Concatenates the (N_rank, ...) tensors of all ranks, in the order of ranks, on each."""
+    if not (dist.is_initialized() and dist.get_world_size() > 1):
+        return rows
+    counts = [torch.zeros(1, dtype=torch.int64, device=rows.device) for _ in _ranks()]
+    dist.all_gather(counts, torch.tensor([len(rows)], device=rows.device))
+    longest = int(max(counts))
+    padded = rows.new_zeros((longest, *rows.shape[1:]))
+    padded[: len(rows)] = rows
+    parts = [torch.empty_like(padded) for _ in _ranks()]
+    dist.all_gather(parts, padded)
+    return torch.cat([part[: int(n)] for part, n in zip(parts, counts, strict=True)])
+
+
+def gather_objects(item: object) -> list[object]:
+    """``item`` of every rank, in the order of ranks."""
+    if not (dist.is_initialized() and dist.get_world_size() > 1):
+        return [item]
+    items: list[object] = [None for _ in _ranks()]
+    dist.all_gather_object(items, item)
+    return items
+
+
+def barrier() -> None:
+    """Waits for all ranks."""
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        dist.barrier()
+
+
+def _ranks() -> range:
+    return range(dist.get_world_size())

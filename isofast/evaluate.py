@@ -1,0 +1,157 @@
+"""Clean evaluation: top-1 of the online probe, k-NN of the features, k-NN of raw pixels.
+
+Shapes: N images of the bank, M queries, F features, K classes.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from isofast.config import Config
+from isofast.data import ImageFolder, Recipe, make_eval_loader
+from isofast.distributed import World, gather_rows
+from isofast.networks import Online
+from isofast.probe import UNLABELLED
+
+Features = Callable[[Tensor], Tensor]
+Loader = Iterable[tuple[Tensor, Tensor]]
+_QUERIES_AT_ONCE = 1024
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Fractions in [0, 1]."""
+
+    val_top1: float
+    knn_top1: float
+
+
+class Evaluator:
+    """Evaluates on the validation images, the work shared out over the ranks.
+
+    The k-NN bank is ``evaluation.knn_images`` labelled training images, drawn once from the seed.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        train: ImageFolder,
+        val: ImageFolder,
+        recipe: Recipe,
+        world: World,
+        threads: int,
+    ) -> None:
+        self._config = config
+        self._classes = len(train.classes)
+        labelled = np.flatnonzero(train.labels != UNLABELLED)
+        order = np.random.default_rng(config.seed).permutation(labelled)
+        bank = np.sort(order[: config.evaluation.knn_images])
+
+        def loader(images: ImageFolder, indices: np.ndarray) -> Loader:
+            return make_eval_loader(
+                config.data.backend,
+                images,
+                recipe,
+                indices=indices[world.rank :: world.size],
+                batch_size=config.evaluation.batch_size,
+                device=world.device,
+                threads=threads,
+            )
+
+        self._bank = loader(train, bank)
+        self._val = loader(val, np.arange(len(val)))
+
+    @torch.no_grad()
+    def __call__(self, online: Online) -> Evaluation:
+        """Evaluates in eval mode and leaves the module in the mode that it had."""
+        with eval_mode(online):
+            bank_NF, bank_y_N = _collect(self._bank, online.branch.features)
+            val_MF, val_y_M = _collect(self._val, online.branch.features)
+            right = online.probe(val_MF).argmax(1) == val_y_M
+        return Evaluation(
+            val_top1=float(right.float().mean()),
+            knn_top1=self._knn(bank_NF, bank_y_N, val_MF, val_y_M),
+        )
+
+    @torch.no_grad()
+    def pixels(self) -> float:
+        """The k-NN of the clean pixels themselves, the same images and settings."""
+
+        def flat(x_BCHW: Tensor) -> Tensor:
+            return x_BCHW.flatten(1)
+
+        return self._knn(*_collect(self._bank, flat), *_collect(self._val, flat))
+
+    def _knn(self, bank_NF: Tensor, bank_y_N: Tensor, val_MF: Tensor, val_y_M: Tensor) -> float:
+        settings = self._config.evaluation
+        return knn_top1(
+            bank_NF,
+            bank_y_N,
+            val_MF,
+            val_y_M,
+            classes=self._classes,
+            k=settings.knn_k,
+            temperature=settings.knn_temperature,
+        )
+
+
+def knn_top1(
+    bank_NF: Tensor,
+    bank_y_N: Tensor,
+    query_MF: Tensor,
+    query_y_M: Tensor,
+    *,
+    classes: int,
+    k: int = 200,
+    temperature: float = 0.07,
+) -> float:
+    """Share of queries whose class wins a vote of the ``k`` nearest by cosine similarity.
+
+    A neighbour's vote weighs exp(similarity / temperature), as in instance discrimination
+    (Wu et al., CVPR 2018).
+
+    Args:
+        bank_NF: features to search, float.
+        bank_y_N: their labels, int64 in [0, classes).
+        query_MF: features to classify.
+        query_y_M: their labels.
+        classes: how many there are.
+        k: neighbours that vote; all of the bank where it is smaller.
+        temperature: of the weights.
+    """
+    bank_NF = functional.normalize(bank_NF, dim=1)
+    right = torch.zeros((), dtype=torch.int64, device=query_MF.device)
+    for start in range(0, len(query_MF), _QUERIES_AT_ONCE):
+        query_QF = query_MF[start : start + _QUERIES_AT_ONCE]
+        query_y_Q = query_y_M[start : start + _QUERIES_AT_ONCE]
+        similarity_QN = functional.normalize(query_QF, dim=1) @ bank_NF.T
+        nearest_Qk, index_Qk = similarity_QN.topk(min(k, len(bank_NF)), dim=1)
+        votes_QK = torch.zeros(len(query_QF), classes, device=query_QF.device)
+        votes_QK.scatter_add_(1, bank_y_N[index_Qk], (nearest_Qk / temperature).exp())
+        right += (votes_QK.argmax(1) == query_y_Q).sum()
+    return float(right) / len(query_MF)
+
+
+@contextmanager
+def eval_mode(module: nn.Module) -> Iterator[None]:
+    """``module`` in eval mode; afterwards as it was."""
+    training = module.training
+    module.eval()
+    try:
+        yield
+    finally:
+        module.train(training)
+
+
+def _collect(loader: Loader, features: Features) -> tuple[Tensor, Tensor]:
+    """Features and labels of all of a loader's images, gathered from all ranks."""
+    parts = [(features(x_BCHW), y_B) for x_BCHW, y_B in loader]
+    return (
+        gather_rows(torch.cat([h_BF for h_BF, _ in parts])),
+        gather_rows(torch.cat([y_B for _, y_B in parts])),
+    )

@@ -1,0 +1,118 @@
+"""What a run records while it goes on: metrics.jsonl, TensorBoard, spectrum.npz."""
+
+import json
+import os
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
+
+from isofast.files import write_atomically
+
+Record = dict[str, float | int | None]
+
+
+class MetricsWriter:
+    """Appends records; continues a run from ``step`` by dropping what was written after it.
+
+    Args:
+        run_dir: the run's folder.
+        step: the step from which the run goes on; 0 for a new run (nothing is kept then).
+        tensorboard: also write event files.
+    """
+
+    def __init__(self, run_dir: Path, step: int, tensorboard: bool) -> None:
+        self._path = run_dir / "metrics.jsonl"
+        self._spectrum_path = run_dir / "spectrum.npz"
+        kept = [record for record in read_metrics(self._path) if step and record["step"] <= step]
+        text = "".join(json.dumps(record) + "\n" for record in kept)
+        write_atomically(self._path, lambda path: path.write_text(text, encoding="utf-8"))
+        self._file = self._path.open("a", encoding="utf-8")
+        self._steps, self._eigenvalues = _read_spectrum(self._spectrum_path, step)
+        self._board = (
+            SummaryWriter(str(run_dir / "tensorboard"), purge_step=step + 1 if step else None)
+            if tensorboard
+            else None
+        )
+
+    def write(self, record: Record) -> None:
+        """Appends one record; NaN and infinity become null, which is what JSON has."""
+        clean = {k: v if v is None or np.isfinite(v) else None for k, v in record.items()}
+        self._file.write(json.dumps(clean) + "\n")
+        self._file.flush()
+        if self._board is not None:
+            for name, value in record.items():
+                if name != "step" and value is not None:
+                    self._board.add_scalar(name, value, record["step"])
+
+    def spectrum(self, step: int, eigenvalues_D: Tensor) -> None:
+        """Keeps C's eigenvalues (descending) for ``flush``."""
+        self._steps.append(step)
+        self._eigenvalues.append(eigenvalues_D.numpy())
+
+    def flush(self) -> None:
+        """Writes spectrum.npz and whatever is buffered to the disk."""
+        if self._steps:
+            arrays: dict[str, Any] = {
+                "step": np.array(self._steps, dtype=np.int64),
+                "eigenvalues": np.stack(self._eigenvalues).astype(np.float32),
+            }
+            write_atomically(self._spectrum_path, lambda path: _save_npz(path, arrays))
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        if self._board is not None:
+            self._board.flush()
+
+    def close(self) -> None:
+        """Flushes and closes."""
+        self.flush()
+        self._file.close()
+        if self._board is not None:
+            self._board.close()
+
+    def __enter__(self) -> "MetricsWriter":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The records of a metrics.jsonl; a last line that a crash cut short is left out."""
+    if not path.exists():
+        return []
+    records = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return records
+
+
+def effective_rank(eigenvalues_D: Tensor) -> float:
+    """Participation ratio (sum lambda)^2 / sum lambda^2: D if all are equal, 1 if one is left."""
+    total = eigenvalues_D.double().sum()
+    squares = eigenvalues_D.double().square().sum()
+    return float(total.square() / squares) if float(squares) != 0 else 0.0
+
+
+def _save_npz(path: Path, arrays: dict[str, Any]) -> None:
+    with path.open("wb") as file:
+        np.savez_compressed(file, **arrays)
+
+
+def _read_spectrum(path: Path, step: int) -> tuple[list[int], list[Any]]:
+    if step == 0 or not path.exists():
+        return [], []
+    with np.load(path) as stored:
+        keep = stored["step"] <= step
+        return list(stored["step"][keep]), list(stored["eigenvalues"][keep])

@@ -1,0 +1,28 @@
+"""The online linear probe: a classifier on detached features, trained beside the encoder."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+UNLABELLED = -1
+
+
+class ProbeOutput(NamedTuple):
+    """The probe's loss and accuracy on a batch."""
+
+    loss: Tensor
+    """Cross-entropy over both views, scalar fp32; 0 where no image has a label."""
+    top1: Tensor
+    """Share of right answers over both views, scalar, without gradient."""
+
+
+def probe_loss(logits1_BK: Tensor, logits2_BK: Tensor, y_B: Tensor) -> ProbeOutput:
+    """Cross-entropy of both views' logits (B, K) against labels (B,) int64; -1 is left out."""
+    logits_NK = torch.cat([logits1_BK, logits2_BK])
+    y_N = torch.cat([y_B, y_B])
+    labelled = (y_N != UNLABELLED).sum().clamp(min=1)
+    total = functional.cross_entropy(logits_NK, y_N, ignore_index=UNLABELLED, reduction="sum")
+    right = (logits_NK.detach().argmax(1) == y_N).sum()
+    return ProbeOutput(total / labelled, right / labelled)

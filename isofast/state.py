@@ -1,0 +1,120 @@
+"""Everything a run consists of, built from its config, saved and restored as one."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from isofast.config import Config
+from isofast.correlation import Correlation
+from isofast.distributed import World, gather_objects
+from isofast.engine import make_engine, restore_engine
+from isofast.errors import UserError
+from isofast.method import Method
+from isofast.networks import Branch, Online, feature_dim, make_target
+from isofast.optim import make_optimizer
+
+State = dict[str, Any]
+
+
+@dataclass
+class TrainState:
+    """The live objects of a run; ``online`` is the raw module inside ``engine``."""
+
+    world: World
+    online: Online
+    target: Branch | None
+    correlation: Correlation
+    optimizer: Optimizer
+    engine: Any
+    method: Method
+
+    def capture(self) -> State:
+        """All that training has changed, as tensors and plain values. Called on every rank."""
+        return {
+            "online": self.online.state_dict(),
+            "target": None if self.target is None else self.target.state_dict(),
+            "corr_DD": self.correlation.corr_DD,
+            "optimizer": self.optimizer.state_dict(),
+            "rng": gather_objects(_rng_state(self.world.device)),
+            "world_size": self.world.size,
+        }
+
+    def restore(self, state: State, steps: int) -> None:
+        """Puts back what ``capture`` gave, ``steps`` steps into the run.
+
+        Raises:
+            UserError: the state was made by another number of processes.
+        """
+        if state["world_size"] != self.world.size:
+            raise UserError(
+                f"the run was made by {state['world_size']} processes and cannot go on with "
+                f"{self.world.size}; start as many, or start over with --fresh"
+            )
+        self.online.load_state_dict(state["online"])
+        if self.target is not None:
+            self.target.load_state_dict(state["target"])
+        self.correlation.corr_DD.copy_(state["corr_DD"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        _set_rng_state(state["rng"][self.world.rank], self.world.device)
+        restore_engine(self.engine, steps)
+
+    def is_finite(self) -> bool:
+        """Whether no parameter has become NaN or infinite. Synchronises with the GPU."""
+        norms = torch._foreach_norm([p.detach() for p in self.online.parameters()])
+        return bool(torch.isfinite(torch.stack(norms)).all())
+
+
+def build(config: Config, world: World, classes: int, batch_norm: str) -> TrainState:
+    """Networks, target, C, optimizer and engine of a new run, from ``config.seed``.
+
+    Args:
+        config: the run's.
+        world: this process among its peers.
+        classes: outputs of the probe.
+        batch_norm: "local" or "synchronised".
+    """
+    torch.manual_seed(config.seed)
+    cuda = world.device.type == "cuda"
+    torch.backends.cudnn.benchmark = cuda
+    branch = Branch(config.encoder, config.projector, _precision(config, cuda))
+    probe = nn.Linear(feature_dim(config.encoder), classes)
+    if batch_norm == "synchronised":
+        branch = nn.SyncBatchNorm.convert_sync_batchnorm(branch)  # type: ignore[no-untyped-call]
+    online = Online(branch, probe).to(world.device)
+    target = make_target(online.branch) if config.method.ema else None
+    if config.train.compile == "on" or (config.train.compile == "auto" and cuda):
+        # in place, so that parameters keep their names
+        online.branch.compile()
+        if target is not None:
+            target.compile()
+    optimizer = make_optimizer(online, config)
+    engine = make_engine(online, optimizer, config, world)
+    # only now: DeepSpeed's first broadcast refuses parameters that are not contiguous
+    for module in (online, target):
+        if module is not None:
+            module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    correlation = Correlation(config.projector.output, config.method, world.device, world.size)
+    method = Method(config, engine, target, correlation)
+    return TrainState(world, online, target, correlation, optimizer, engine, method)
+
+
+def _precision(config: Config, cuda: bool) -> torch.dtype:
+    asked = config.train.precision
+    return torch.bfloat16 if asked == "bf16" or (asked == "auto" and cuda) else torch.float32
+
+
+def _rng_state(device: torch.device) -> State:
+    """torch's generators; nothing in a run draws from numpy's or Python's global ones."""
+    return {
+        "cpu": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
+    }
+
+
+def _set_rng_state(state: State, device: torch.device) -> None:
+    torch.set_rng_state(state["cpu"])
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(state["cuda"], device)

@@ -1,0 +1,126 @@
+"""The second moment of embeddings and its moving average in Triton, one launch, no atomics.
+
+`reference.correlation_ema_reference_` says what is computed. Shape letters: D features, B rows
+of a view, I and J rows and columns of a tile of the (D, D) result, K a step along B.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+@triton.jit
+def _add_view(
+    acc_IJ,
+    z_ptr,
+    i_I,
+    j_J,
+    B,
+    D: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """acc += z[:, i]^T z[:, j], in fp32 along the rows in a fixed order."""
+    for start in range(0, B, BLOCK_K):
+        # 64 bits: B * D may pass 2^31
+        k_K = start + tl.arange(0, BLOCK_K).to(tl.int64)
+        left_KI = tl.load(
+            z_ptr + k_K[:, None] * D + i_I[None, :],
+            mask=(k_K[:, None] < B) & (i_I[None, :] < D),
+            other=0.0,
+        )
+        right_KJ = tl.load(
+            z_ptr + k_K[:, None] * D + j_J[None, :],
+            mask=(k_K[:, None] < B) & (j_J[None, :] < D),
+            other=0.0,
+        )
+        # fp16 and bf16 products are exact in fp32; the precision concerns fp32 views
+        acc_IJ = tl.dot(tl.trans(left_KI), right_KJ, acc_IJ, input_precision="tf32x3")
+    return acc_IJ
+
+
+@triton.jit
+def _correlation_kernel(
+    corr_ptr,
+    z1_ptr,
+    z2_ptr,
+    decay,
+    scale,
+    B1,
+    B2,
+    D: tl.constexpr,
+    EMA: tl.constexpr,
+    VIEWS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """corr <- decay corr + scale (z1^T z1 + z2^T z2). Grid: the tiles of the lower triangle.
+
+    A program alone reads and writes what lies below the diagonal in its tile and alone writes
+    the mirror image, so nothing races and both triangles hold the same bits.
+    """
+    # pid = row (row + 1) / 2 + column; the root is exact to one, so it is corrected by one
+    pid = tl.program_id(0)
+    row = ((tl.sqrt(8.0 * pid + 1.0) - 1.0) * 0.5).to(tl.int32)
+    row = tl.where(row * (row + 1) // 2 > pid, row - 1, row)
+    row = tl.where((row + 1) * (row + 2) // 2 <= pid, row + 1, row)
+    column = pid - row * (row + 1) // 2
+    i_I = row * BLOCK_D + tl.arange(0, BLOCK_D)
+    j_J = column * BLOCK_D + tl.arange(0, BLOCK_D)
+
+    acc_IJ = tl.zeros([BLOCK_D, BLOCK_D], dtype=tl.float32)
+    acc_IJ = _add_view(acc_IJ, z1_ptr, i_I, j_J, B1, D, BLOCK_K)
+    if VIEWS == 2:
+        acc_IJ = _add_view(acc_IJ, z2_ptr, i_I, j_J, B2, D, BLOCK_K)
+    acc_IJ = acc_IJ * scale
+
+    # The diagonal tile is mirrored too: 3xTF32 adds its terms in an order that depends on which
+    # factor is left.
+    i_II, j_JJ = i_I[:, None], j_J[None, :]
+    lower_IJ = (i_II < D) & (j_JJ <= i_II)
+    if EMA:
+        old_IJ = tl.load(corr_ptr + i_II * D + j_JJ, mask=lower_IJ, other=0.0)
+        acc_IJ = decay * old_IJ + acc_IJ
+    tl.store(corr_ptr + i_II * D + j_JJ, acc_IJ, mask=lower_IJ)
+    tl.store(corr_ptr + j_JJ * D + i_II, acc_IJ, mask=lower_IJ & (j_JJ < i_II))
+
+
+def tile_options(features: int) -> dict[str, int]:
+    """Tile sizes and warps for D = `features`; small tiles, to fill the device at D = 256."""
+    return {
+        "BLOCK_D": 32 if features <= 512 else 64,
+        "BLOCK_K": 32,
+        "num_warps": 4,
+        "num_stages": 3,
+    }
+
+
+def correlation_launch(corr_DD: Tensor, views: list[Tensor], decay: float | None) -> None:
+    """corr <- decay corr + (1 - decay) mean z z^T in place; with decay None, the mean alone.
+
+    Args:
+        corr_DD: the result and, with a decay, the state, (D, D), float32, contiguous.
+        views: tensors (B, D), one dtype of float32, float16 and bfloat16. Up to two are read
+            where they lie; more are copied into one first.
+        decay: the weight that corr keeps, or None, which leaves what corr held unread.
+    """
+    features = corr_DD.shape[0]
+    if len(views) > 2:
+        views = [torch.cat(views)]
+    views = [view.contiguous() for view in views]
+    rows = sum(view.shape[0] for view in views)
+    options = tile_options(features)
+    tiles = triton.cdiv(features, options["BLOCK_D"])
+    _correlation_kernel[(tiles * (tiles + 1) // 2,)](
+        corr_DD,
+        views[0],
+        views[-1],
+        0.0 if decay is None else float(decay),
+        (1.0 if decay is None else 1.0 - decay) / rows,
+        views[0].shape[0],
+        views[-1].shape[0],
+        D=features,
+        EMA=decay is not None,
+        VIEWS=len(views),
+        **options,
+    )

@@ -1,0 +1,367 @@
+"""The public operations: argument checks, dispatch, shapes for tracing, autograd.
+
+CUDA tensors run Triton, CPU tensors the reference. With TRITON_INTERPRET=1 in the environment
+before the import, CPU tensors of the kernels' dtypes run Triton's interpreter. Shape letters: B
+rows of a batch, D features, V directions.
+"""
+
+import importlib.util
+import math
+import os
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from . import reference
+
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+INTERPRET = HAS_TRITON and os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+if HAS_TRITON:
+    from .asymmetric_loss import asymmetric_loss_launch
+    from .correlation import correlation_launch
+    from .matrix_power import matrix_power_launch
+
+_KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def _runs_triton(*tensors: Tensor) -> bool:
+    if not tensors[0].is_cuda:
+        return INTERPRET and all(tensor.dtype in _KERNEL_DTYPES for tensor in tensors)
+    if not HAS_TRITON:
+        raise RuntimeError("CUDA tensors need Triton, which is not installed: pip install triton")
+    return True
+
+
+# Operations torch knows about
+
+
+@torch.library.custom_op("isofast_kernels::asymmetric_loss", mutates_args=())
+def _asymmetric_loss(
+    zs: list[Tensor], targets: list[Tensor], w: Tensor, metric: str, isotropic: bool
+) -> tuple[Tensor, Tensor]:
+    """loss, (), and its gradient dz_VBD before the upstream gradient, in fp32 or float64."""
+    if _runs_triton(*zs, *targets, w):
+        return asymmetric_loss_launch(zs, targets, w, metric, isotropic)
+    rows = zs[0].shape[0]
+    each = [
+        reference.losses_and_gradients_reference(z, target, w, metric=metric, isotropic=isotropic)
+        for z, target in zip(zs, targets, strict=True)
+    ]
+    loss = torch.stack([loss_B for loss_B, _ in each]).sum() / rows
+    return loss, torch.stack([dz_BD for _, dz_BD in each]) / rows
+
+
+@_asymmetric_loss.register_fake
+def _(
+    zs: list[Tensor], targets: list[Tensor], w: Tensor, metric: str, isotropic: bool
+) -> tuple[Tensor, Tensor]:
+    dtype = reference.accumulation_dtype(*zs, *targets, w)
+    dz_VBD = zs[0].new_empty((len(zs), *zs[0].shape), dtype=dtype)
+    return zs[0].new_empty((), dtype=dtype), dz_VBD
+
+
+def _save_gradient(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    zs = inputs[0]
+    ctx.z_dtypes = [z.dtype for z in zs]
+    ctx.target_count = len(inputs[1])
+    ctx.save_for_backward(output[1])
+    ctx.set_materialize_grads(False)
+
+
+def _scale_gradient(ctx, grad_loss, grad_dz):  # type: ignore[no-untyped-def]
+    if grad_dz is not None:
+        raise RuntimeError("asymmetric_loss can be differentiated once only")
+    if grad_loss is None:
+        return [None] * len(ctx.z_dtypes), [None] * ctx.target_count, None, None, None
+    (dz_VBD,) = ctx.saved_tensors
+    # fp32 until here: the upstream gradient may be a loss scale, to be applied before rounding
+    dzs = [
+        (dz_BD * grad_loss).to(dtype)
+        for dz_BD, dtype in zip(dz_VBD.unbind(), ctx.z_dtypes, strict=True)
+    ]
+    return dzs, [None] * ctx.target_count, None, None, None
+
+
+_asymmetric_loss.register_autograd(_scale_gradient, setup_context=_save_gradient)
+
+
+@torch.library.custom_op("isofast_kernels::correlation_ema_", mutates_args=("corr",))
+def _correlation_ema_(corr: Tensor, views: list[Tensor], decay: float) -> None:
+    if _runs_triton(corr, *views):
+        correlation_launch(corr, views, decay)
+    else:
+        reference.correlation_ema_reference_(corr, views, decay)
+
+
+@torch.library.custom_op("isofast_kernels::second_moment", mutates_args=())
+def _second_moment(views: list[Tensor]) -> Tensor:
+    if not _runs_triton(*views):
+        return reference.second_moment_reference(views)
+    features = views[0].shape[1]
+    moment_DD = torch.empty((features, features), dtype=torch.float32, device=views[0].device)
+    correlation_launch(moment_DD, views, None)
+    return moment_DD
+
+
+@_second_moment.register_fake
+def _(views: list[Tensor]) -> Tensor:
+    features = views[0].shape[1]
+    dtype = reference.accumulation_dtype(*views)
+    return views[0].new_empty((features, features), dtype=dtype)
+
+
+@torch.library.custom_op("isofast_kernels::matrix_power", mutates_args=())
+def _matrix_power(corr: Tensor, alpha: float, eps: float, normalize: str) -> Tensor:
+    if _runs_triton(corr):
+        return matrix_power_launch(corr, alpha, eps, normalize)
+    return reference.matrix_power_reference(corr, alpha, eps=eps, normalize=normalize)
+
+
+@_matrix_power.register_fake
+def _(corr: Tensor, alpha: float, eps: float, normalize: str) -> Tensor:
+    return corr.new_empty(corr.shape)
+
+
+# Argument checks
+
+
+def _check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(map(repr, allowed))}.")
+
+
+def _check_same_device(names: str, tensors: Sequence[Tensor]) -> None:
+    devices = {tensor.device for tensor in tensors}
+    if len(devices) > 1:
+        listed = ", ".join(sorted(map(str, devices)))
+        raise ValueError(
+            f"{names} are on different devices ({listed}); move them to one with .to(device)."
+        )
+
+
+def _check_square(name: str, x_DD: Tensor) -> None:
+    if x_DD.ndim != 2 or x_DD.shape[0] != x_DD.shape[1] or x_DD.shape[0] == 0:
+        raise ValueError(
+            f"{name} has shape {tuple(x_DD.shape)}; it must be (D, D) with D at least 1."
+        )
+    if x_DD.dtype not in (torch.float32, torch.float64):
+        raise ValueError(
+            f"{name} is {x_DD.dtype}; it must be torch.float32 (torch.float64 on the CPU). "
+            "Keep it out of autocast and convert with .float()."
+        )
+    if x_DD.is_cuda and x_DD.dtype == torch.float64:
+        raise ValueError(
+            f"{name} is torch.float64 on {x_DD.device}; the CUDA kernels take torch.float32. "
+            "Convert with .float(), or call isofast_kernels.reference."
+        )
+
+
+def _check_rows(name: str, x_BD: Tensor) -> None:
+    if x_BD.ndim != 2 or 0 in x_BD.shape:
+        raise ValueError(
+            f"{name} has shape {tuple(x_BD.shape)}; it must be (B, D) with B and D at least 1."
+        )
+    allowed = _KERNEL_DTYPES if x_BD.is_cuda else (*_KERNEL_DTYPES, torch.float64)
+    if x_BD.dtype not in allowed:
+        raise ValueError(
+            f"{name} is {x_BD.dtype} on {x_BD.device}; it must be one of "
+            f"{', '.join(map(str, allowed))}. Convert with .float()."
+        )
+
+
+def _check_loss_arguments(
+    zs: dict[str, Tensor], targets: dict[str, Tensor], w_DD: Tensor, metric: str
+) -> None:
+    _check_choice("metric", metric, reference.METRICS)
+    _check_square("w_DD", w_DD)
+    first = next(iter(zs.values()))
+    for name, x_BD in (zs | targets).items():
+        _check_rows(name, x_BD)
+        if x_BD.shape != first.shape:
+            raise ValueError(
+                f"{name} has shape {tuple(x_BD.shape)} and {next(iter(zs))} has "
+                f"{tuple(first.shape)}; embeddings and targets must have one shape (B, D)."
+            )
+    for group in (zs, targets):
+        dtypes = {x_BD.dtype for x_BD in group.values()}
+        if len(dtypes) > 1:
+            raise ValueError(
+                f"{', '.join(group)} have dtypes {', '.join(sorted(map(str, dtypes)))}; both "
+                "directions must have one. Convert with .to(dtype)."
+            )
+    if w_DD.shape[0] != first.shape[1]:
+        raise ValueError(
+            f"w_DD has shape {tuple(w_DD.shape)} and the embeddings have D = {first.shape[1]}; "
+            "w_DD must be (D, D) of the same D."
+        )
+    everything = {**zs, **targets, "w_DD": w_DD}
+    _check_same_device(", ".join(everything), list(everything.values()))
+
+
+def _as_views(z_BD: Tensor | Sequence[Tensor]) -> list[Tensor]:
+    views = [z_BD] if isinstance(z_BD, Tensor) else list(z_BD)
+    if not views:
+        raise ValueError("z_BD is an empty sequence; give at least one tensor (B, D).")
+    for index, view in enumerate(views):
+        name = "z_BD" if isinstance(z_BD, Tensor) else f"z_BD[{index}]"
+        _check_rows(name, view)
+        if view.shape[1] != views[0].shape[1] or view.dtype != views[0].dtype:
+            raise ValueError(
+                f"{name} is (B, {view.shape[1]}) of {view.dtype} and the first view is "
+                f"(B, {views[0].shape[1]}) of {views[0].dtype}; all views must have one D and "
+                "one dtype."
+            )
+    _check_same_device("the views", views)
+    return [view.detach() for view in views]
+
+
+# Public
+
+
+def asymmetric_loss(
+    z_BD: Tensor,
+    target_BD: Tensor,
+    w_DD: Tensor,
+    *,
+    metric: str = "cosine",
+    isotropic: bool = True,
+) -> Tensor:
+    """Mean over B of the asymmetric loss between p = W z and a stopped target t.
+
+    cosine: -p.t / (|p| |t|) (P L^cos); iso cosine: P Eq. 17; euclidean: |p - t|^2 / 2; iso
+    euclidean: P Eq. 15, of the same value. The iso cosine's value means nothing, its gradient
+    does. Norms are clamped at 1e-8, so a collapsed batch gives finite numbers. The formulas and
+    gradients are spelled out in `isofast_kernels.reference`.
+
+    Args:
+        z_BD: embeddings, (B, D), float32, float16 or bfloat16, not normalised. The only argument
+            that gets a gradient, computed in float32 and rounded to z's dtype at the end. On
+            the CPU float64 too. On CUDA D is at most 1024.
+        target_BD: the stopped side, (B, D), as z.
+        w_DD: the predictor, (D, D), symmetric (`matrix_power` gives such), float32.
+        metric: "cosine" or "euclidean".
+        isotropic: the IsoLoss of that metric rather than the plain loss.
+
+    Returns:
+        The loss, (), float32 (float64 for float64 arguments). Differentiable once.
+
+    Raises:
+        ValueError: a shape, dtype, device or name that is not allowed.
+    """
+    _check_loss_arguments({"z_BD": z_BD}, {"target_BD": target_BD}, w_DD, metric)
+    return _asymmetric_loss([z_BD], [target_BD.detach()], w_DD.detach(), metric, isotropic)[0]
+
+
+def asymmetric_loss_pair(
+    z1_BD: Tensor,
+    z2_BD: Tensor,
+    t1_BD: Tensor,
+    t2_BD: Tensor,
+    w_DD: Tensor,
+    *,
+    metric: str = "cosine",
+    isotropic: bool = True,
+) -> Tensor:
+    """loss(z1 -> t2) + loss(z2 -> t1), each a mean over B, in one launch.
+
+    Args:
+        z1_BD, z2_BD: embeddings of the two views, (B, D), one dtype; both get gradients.
+        t1_BD, t2_BD: targets of the same views, (B, D), one dtype; stopped.
+        w_DD, metric, isotropic: as in `asymmetric_loss`.
+
+    Returns:
+        The sum of both directions, (), float32 (float64 for float64 arguments).
+
+    Raises:
+        ValueError: a shape, dtype, device or name that is not allowed.
+    """
+    zs = {"z1_BD": z1_BD, "z2_BD": z2_BD}
+    _check_loss_arguments(zs, {"t1_BD": t1_BD, "t2_BD": t2_BD}, w_DD, metric)
+    targets = [t2_BD.detach(), t1_BD.detach()]
+    return _asymmetric_loss([z1_BD, z2_BD], targets, w_DD.detach(), metric, isotropic)[0]
+
+
+def correlation_ema_(corr_DD: Tensor, z_BD: Tensor | Sequence[Tensor], decay: float) -> Tensor:
+    """C <- decay C + (1 - decay) mean z z^T in place, the mean over all rows of all views.
+
+    P Eq. 1. C comes out bitwise symmetric; of what it held the lower triangle counts.
+
+    Args:
+        corr_DD: the state C, (D, D), float32 (float64 on the CPU), contiguous.
+        z_BD: embeddings (B, D), or a sequence of them with one D and dtype and any B each,
+            float32, float16 or bfloat16 (on the CPU float64 too). No gradient flows back.
+        decay: the weight that C keeps, in [0, 1].
+
+    Returns:
+        corr_DD itself.
+
+    Raises:
+        ValueError: a shape, dtype, device or decay that is not allowed.
+    """
+    views = _as_views(z_BD)
+    _check_square("corr_DD", corr_DD)
+    if not corr_DD.is_contiguous():
+        raise ValueError(
+            f"corr_DD has strides {corr_DD.stride()}; it is updated in place and must be "
+            "contiguous. Keep the state in a tensor of its own (.contiguous() makes a copy)."
+        )
+    if corr_DD.shape[0] != views[0].shape[1]:
+        raise ValueError(
+            f"corr_DD has shape {tuple(corr_DD.shape)} and the views have D = "
+            f"{views[0].shape[1]}; corr_DD must be (D, D) of the same D."
+        )
+    if not 0 <= decay <= 1:
+        raise ValueError(f"decay is {decay}; it must be between 0 and 1.")
+    _check_same_device("corr_DD and the views", [corr_DD, views[0]])
+    _correlation_ema_(corr_DD, views, float(decay))
+    return corr_DD
+
+
+def second_moment(z_BD: Tensor | Sequence[Tensor]) -> Tensor:
+    """Mean of z z^T over all rows of all views, for ranks that reduce it before the average.
+
+    Args:
+        z_BD: embeddings (B, D), or a sequence of them, as in `correlation_ema_`.
+
+    Returns:
+        moment_DD, (D, D), bitwise symmetric, float32 (float64 for float64 views).
+
+    Raises:
+        ValueError: a shape, dtype or device that is not allowed.
+    """
+    return _second_moment(_as_views(z_BD))
+
+
+def matrix_power(
+    corr_DD: Tensor, alpha: float, *, eps: float = 0.0, normalize: str = "spectral"
+) -> Tensor:
+    """The predictor W = U diag((s + eps)^alpha) U^T of C = U diag(s) U^T (P Eq. 1).
+
+    s is clamped at 0 and, with normalize="spectral", divided by its largest value; eps is added
+    after that and before the power. alpha = 1 is DirectCopy's C / lambda_max + eps I. C = 0
+    gives eps^alpha I; a NaN or infinity in C makes all of W NaN and raises nothing.
+
+    Args:
+        corr_DD: C, (D, D), symmetric, float32 (float64 on the CPU).
+        alpha: the power, finite and > 0.
+        eps: the shift, finite and >= 0.
+        normalize: "spectral", or "none" for Eq. 1 as it stands.
+
+    Returns:
+        w_DD, (D, D), bitwise symmetric, in C's dtype, outside autograd.
+
+    Raises:
+        ValueError: a shape, dtype, alpha, eps or name that is not allowed.
+    """
+    _check_square("corr_DD", corr_DD)
+    _check_choice("normalize", normalize, reference.NORMALIZATIONS)
+    if not (math.isfinite(alpha) and alpha > 0):
+        raise ValueError(
+            f"alpha is {alpha}; it must be finite and greater than 0. To train without a "
+            "predictor, pass the identity as w_DD."
+        )
+    if not (math.isfinite(eps) and eps >= 0):
+        raise ValueError(f"eps is {eps}; it must be finite and at least 0.")
+    return _matrix_power(corr_DD.detach(), float(alpha), float(eps), normalize)

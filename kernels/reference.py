@@ -1,0 +1,192 @@
+"""The specification in plain torch: any floating dtype up to float64, any device, any shape.
+
+P is Halvagal, Laborieux, Zenke, "Implicit variance regularization in non-contrastive SSL"
+(NeurIPS 2023), cited with its equation numbers. Shape letters: B rows of a batch, D features.
+A row z is a row vector here, so the predictor's output W z of a symmetric W is written z @ W.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+METRICS = ("cosine", "euclidean")
+NORMALIZATIONS = ("spectral", "none")
+NORM_FLOOR = 1e-8
+"""Norms are clamped here, as in torch.nn.functional.cosine_similarity."""
+
+
+def accumulation_dtype(*tensors: Tensor) -> torch.dtype:
+    """float64 if any tensor is float64, float32 otherwise."""
+    wide = any(tensor.dtype == torch.float64 for tensor in tensors)
+    return torch.float64 if wide else torch.float32
+
+
+@contextmanager
+def full_precision() -> Iterator[None]:
+    """Autocast off: it would round these products to bf16, C and W included."""
+    with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+        yield
+
+
+@full_precision()
+def losses_reference(
+    z_BD: Tensor, target_BD: Tensor, w_DD: Tensor, *, metric: str, isotropic: bool
+) -> Tensor:
+    """The per-sample losses as the paper defines them, for autograd to differentiate in z.
+
+    With p = W z, t = stop-gradient(target), a = |p|, b = |t|, d = p.t, [.] a stop-gradient:
+
+    - cosine (P L^cos):      -d / (a b)
+    - iso cosine (P 17):     -(z.t) / ([a] b) + [d] |W^(1/2) z|^2 / (2 [a]^3 b),
+      where |W^(1/2) z|^2 = z.W z, so that no root of W is taken
+    - euclidean:             |p - t|^2 / 2
+    - iso euclidean (P 15):  |z - [z - p + t]|^2 / 2, whose value is |p - t|^2 / 2
+
+    Args:
+        z_BD: embeddings, (B, D).
+        target_BD: the stopped side, (B, D); detached here.
+        w_DD: the predictor, (D, D), symmetric; detached here.
+        metric: "cosine" or "euclidean".
+        isotropic: the IsoLoss of that metric.
+
+    Returns:
+        loss_B, (B,), float32, or float64 for float64 arguments.
+    """
+    dtype = accumulation_dtype(z_BD, target_BD, w_DD)
+    z_BD, t_BD, w_DD = z_BD.to(dtype), target_BD.detach().to(dtype), w_DD.detach().to(dtype)
+    p_BD = z_BD @ w_DD
+    if metric == "euclidean":
+        residual_BD = z_BD - (z_BD - p_BD + t_BD).detach() if isotropic else p_BD - t_BD
+        return residual_BD.square().sum(-1) / 2
+    a_B = torch.linalg.vector_norm(p_BD, dim=-1).clamp_min(NORM_FLOOR)
+    b_B = torch.linalg.vector_norm(t_BD, dim=-1).clamp_min(NORM_FLOOR)
+    d_B = (p_BD * t_BD).sum(-1)
+    if not isotropic:
+        return -d_B / (a_B * b_B)
+    # a and b one at a time: a^3 b underflows in float32 long before the quotient does
+    cosine_B = (d_B / a_B / b_B).detach()
+    a_B = a_B.detach()
+    zt_B, zp_B = (z_BD * t_BD).sum(-1), (z_BD * p_BD).sum(-1)
+    return -zt_B / a_B / b_B + cosine_B * zp_B / (2 * a_B * a_B)
+
+
+@full_precision()
+def losses_and_gradients_reference(
+    z_BD: Tensor, target_BD: Tensor, w_DD: Tensor, *, metric: str, isotropic: bool
+) -> tuple[Tensor, Tensor]:
+    """The per-sample losses and their gradients in z, in closed form.
+
+    With g = (1/(ab)) (-t + (d/a^2) p), and the letters of `losses_reference`:
+
+    - cosine:         dz = W g
+    - iso cosine:     dz = g
+    - euclidean:      dz = W (p - t)
+    - iso euclidean:  dz = p - t
+
+    Below the norm floor g keeps this form, with the clamped a and b, and stays continuous;
+    autograd of the clamped cosine drops the term in p there. At p = 0 the two agree.
+
+    Args:
+        z_BD, target_BD, w_DD, metric, isotropic: as in `losses_reference`.
+
+    Returns:
+        loss_B, (B,), and dz_BD, (B, D), of each row by itself (not divided by B), float32, or
+        float64 for float64 arguments.
+    """
+    dtype = accumulation_dtype(z_BD, target_BD, w_DD)
+    z_BD, t_BD, w_DD = z_BD.to(dtype), target_BD.to(dtype), w_DD.to(dtype)
+    p_BD = z_BD @ w_DD
+    if metric == "euclidean":
+        g_BD = p_BD - t_BD
+        loss_B = g_BD.square().sum(-1) / 2
+    else:
+        a_B1 = torch.linalg.vector_norm(p_BD, dim=-1, keepdim=True).clamp_min(NORM_FLOOR)
+        b_B1 = torch.linalg.vector_norm(t_BD, dim=-1, keepdim=True).clamp_min(NORM_FLOOR)
+        p_BD, t_BD = p_BD / a_B1, t_BD / b_B1
+        cosine_B1 = (p_BD * t_BD).sum(-1, keepdim=True)
+        g_BD = (cosine_B1 * p_BD - t_BD) / a_B1
+        if isotropic:
+            loss_B = (z_BD * (cosine_B1 * p_BD / 2 - t_BD)).sum(-1) / a_B1.squeeze(-1)
+        else:
+            loss_B = -cosine_B1.squeeze(-1)
+    return loss_B, g_BD if isotropic else g_BD @ w_DD
+
+
+@full_precision()
+def second_moment_reference(views: Sequence[Tensor]) -> Tensor:
+    """Mean of z z^T over all rows of all views (P Eq. 1, without the moving average).
+
+    Args:
+        views: tensors (B, D) with one D and any B.
+
+    Returns:
+        moment_DD, (D, D), bitwise symmetric, float32, or float64 for float64 views.
+    """
+    dtype = accumulation_dtype(*views)
+    rows = sum(view.shape[0] for view in views)
+    moment_DD = sum(view.to(dtype).T @ view.to(dtype) for view in views) / rows
+    return mirror_lower(moment_DD)
+
+
+def correlation_ema_reference_(corr_DD: Tensor, views: Sequence[Tensor], decay: float) -> Tensor:
+    """C <- decay C + (1 - decay) mean z z^T over all rows of all views, in place (P Eq. 1).
+
+    Args:
+        corr_DD: the state C, (D, D), float32 or float64. Its lower triangle counts.
+        views: tensors (B, D) with one D and any B.
+        decay: the weight that C keeps, in [0, 1].
+
+    Returns:
+        corr_DD, bitwise symmetric.
+    """
+    moment_DD = second_moment_reference(views).to(corr_DD.dtype)
+    return corr_DD.copy_(mirror_lower(decay * corr_DD + (1 - decay) * moment_DD))
+
+
+def mirror_lower(x_DD: Tensor) -> Tensor:
+    """The symmetric matrix that has x_DD's lower triangle, bit for bit."""
+    return torch.tril(x_DD) + torch.tril(x_DD, -1).T
+
+
+@full_precision()
+def matrix_power_reference(
+    corr_DD: Tensor, alpha: float, *, eps: float = 0.0, normalize: str = "spectral"
+) -> Tensor:
+    """W = U diag((s + eps)^alpha) U^T with C = U diag(s) U^T (P Eq. 1), by eigendecomposition.
+
+    s is clamped at 0 and, with normalize="spectral", divided by its largest value; eps is added
+    after that and before the power. C = 0 gives eps^alpha I. At alpha = 1 nothing is decomposed
+    but for the largest eigenvalue: W = C / lambda_max + eps I. A NaN or infinity in C makes every
+    element of W NaN, and raises nothing.
+
+    Args:
+        corr_DD: C, (D, D), symmetric, float32 or float64.
+        alpha: the power, > 0.
+        eps: the shift, >= 0.
+        normalize: "spectral", or "none" for Eq. 1 as it stands.
+
+    Returns:
+        w_DD, (D, D), bitwise symmetric, in C's dtype.
+    """
+    # 0 * x is NaN exactly where x is not finite; LAPACK raises on such input
+    poison = (corr_DD * 0).sum()
+    corr_DD = torch.nan_to_num(corr_DD, nan=0.0, posinf=0.0, neginf=0.0)
+    if alpha == 1:
+        w_DD = corr_DD
+        if normalize == "spectral":
+            w_DD = w_DD * reciprocal_or_zero(torch.linalg.eigvalsh(corr_DD)[-1])
+        shift_DD = eps * torch.eye(len(corr_DD), dtype=corr_DD.dtype, device=corr_DD.device)
+        return w_DD + shift_DD + poison
+    s_D, u_DD = torch.linalg.eigh(corr_DD)
+    s_D = s_D.clamp_min(0)
+    if normalize == "spectral":
+        s_D = s_D * reciprocal_or_zero(s_D[-1])
+    w_DD = (u_DD * (s_D + eps) ** alpha) @ u_DD.T
+    return (w_DD + w_DD.T) / 2 + poison
+
+
+def reciprocal_or_zero(x: Tensor) -> Tensor:
+    """1 / x where x > 0, and 0 elsewhere, so that a zero matrix stays zero when normalised."""
+    return torch.where(x > 0, 1 / x, torch.zeros_like(x))

@@ -1,0 +1,83 @@
+"""Shared fixtures: real digits on the disk, small configurations, the launch program in-process."""
+
+import importlib.util
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from isofast.config import Config, validate
+from isofast.data.prepare import prepare
+from isofast.presets import merge
+
+ROOT = Path(__file__).resolve().parent.parent
+
+SMALL: dict[str, Any] = {
+    "data": {"dataset": "digits", "backend": "dali", "threads": 1},
+    "encoder": {"width": 4},
+    "projector": {"hidden": 32, "output": 16},
+    "optimizer": {"name": "adamw", "lr": 4e-3},
+    "train": {"epochs": 2, "batch_size": 64, "max_steps": 6},
+    "evaluation": {"every_epochs": 0},
+    "checkpoint": {"every_steps": 2},
+    "logging": {"every_steps": 1, "tensorboard": False},
+}
+
+
+@pytest.fixture(scope="session")
+def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The prepared digits data set."""
+    root = tmp_path_factory.mktemp("data") / "digits"
+    prepare("digits", root)
+    return root
+
+
+@pytest.fixture
+def small(digits: Path) -> Callable[..., dict[str, Any]]:
+    """A tree of settings for a run of seconds; keyword arguments are sections laid over it."""
+
+    def make(**sections: Any) -> dict[str, Any]:
+        return merge(merge(SMALL, {"data": {"root": str(digits)}}), sections)
+
+    return make
+
+
+@pytest.fixture
+def small_config(small: Callable[..., dict[str, Any]]) -> Callable[..., Config]:
+    """The same, validated."""
+    return lambda **sections: validate(small(**sections))
+
+
+@pytest.fixture
+def config_file(
+    tmp_path: Path, small: Callable[..., dict[str, Any]]
+) -> Callable[..., Path]:
+    """The same, as a file."""
+
+    def write(**sections: Any) -> Path:
+        path = tmp_path / "small.json"
+        path.write_text(json.dumps(small(**sections)))
+        return path
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def launch() -> ModuleType:
+    """launch/train.py as a module."""
+    return load_script(ROOT / "launch" / "train.py")
+
+
+def load_script(path: Path) -> ModuleType:
+    """A program of the repository that is not part of a package."""
+    name = f"script_{path.stem}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module

@@ -1,0 +1,70 @@
+"""Fixtures of the kernel tests. Shape letters: B rows, D features, V views."""
+
+import pytest
+import torch
+
+GUARD = 256
+"""Elements of NaN on either side of a guarded tensor; keeps the alignment kernels rely on."""
+
+
+def guarded_empty(shape, dtype, device):
+    """A NaN-filled tensor between two guards of NaN, and the whole buffer."""
+    count = torch.Size(shape).numel()
+    buffer = torch.full((count + 2 * GUARD,), float("nan"), dtype=dtype, device=device)
+    return buffer[GUARD : GUARD + count].view(shape), buffer
+
+
+@pytest.fixture
+def guard_inputs():
+    """Copies a tensor into NaN surroundings, so that a read out of bounds shows in the result."""
+
+    def guard(tensor):
+        copy, _ = guarded_empty(tensor.shape, tensor.dtype, tensor.device)
+        return copy.copy_(tensor)
+
+    return guard
+
+
+@pytest.fixture
+def poisoned_empty(monkeypatch):
+    """torch.empty gives NaN, and a write outside of what it gave fails the test."""
+    buffers = []
+    empty = torch.empty
+
+    def poisoned(*size, dtype=None, device=None, **options):
+        dtype = dtype or torch.get_default_dtype()
+        if options or not dtype.is_floating_point:
+            return empty(*size, dtype=dtype, device=device, **options)
+        shape = size[0] if len(size) == 1 and not isinstance(size[0], int) else size
+        tensor, buffer = guarded_empty(shape, dtype, device)
+        buffers.append(buffer)
+        return tensor
+
+    monkeypatch.setattr(torch, "empty", poisoned)
+    yield
+    assert buffers, "the operation under test allocated nothing through torch.empty"
+    for buffer in buffers:
+        assert buffer[:GUARD].isnan().all(), "written before the start of an output"
+        assert buffer[-GUARD:].isnan().all(), "written past the end of an output"
+
+
+@pytest.fixture
+def make_problem():
+    """Builds z1, z2, t1, t2 (B, D) with some alignment between views, and W (D, D) of rank > 1."""
+
+    def make(rows, features, *, dtype=torch.float64, device="cpu", seed=0):
+        generator = torch.Generator().manual_seed(seed)
+
+        def randn(*shape):
+            return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+        shared = randn(rows, features)
+        z1, z2, t1, t2 = (shared + 0.5 * randn(rows, features) for _ in range(4))
+        basis = torch.linalg.qr(randn(features, features))[0]
+        spectrum = torch.linspace(0.02, 1, features, dtype=torch.float64)
+        w = (basis * spectrum) @ basis.T
+        w_dtype = torch.float64 if dtype == torch.float64 else torch.float32
+        w = ((w + w.T) / 2).to(w_dtype)
+        return *(x.to(device, dtype) for x in (z1, z2, t1, t2)), w.to(device)
+
+    return make

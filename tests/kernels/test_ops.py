@@ -1,0 +1,278 @@
+"""The public operations on the CPU: autograd, tracing, argument errors, what the import needs."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import isofast_kernels
+from isofast_kernels import (
+    asymmetric_loss,
+    asymmetric_loss_pair,
+    correlation_ema_,
+    matrix_power,
+    reference,
+    second_moment,
+)
+
+LOSSES = [
+    pytest.param("cosine", False, id="cosine"),
+    pytest.param("cosine", True, id="iso_cosine"),
+    pytest.param("euclidean", False, id="euclidean"),
+    pytest.param("euclidean", True, id="iso_euclidean"),
+]
+OPS = torch.ops.isofast_kernels
+
+
+@pytest.mark.parametrize("metric", ["cosine", "euclidean"])
+def test_gradcheck(make_problem, metric):
+    """The plain losses have gradients that finite differences see; IsoLosses stop parts."""
+    z1, z2, t1, t2, w = make_problem(4, 7)
+
+    def pair(z1, z2):
+        return asymmetric_loss_pair(z1, z2, t1, t2, w, metric=metric, isotropic=False)
+
+    assert torch.autograd.gradcheck(pair, (z1.requires_grad_(), z2.requires_grad_()))
+
+
+@pytest.mark.parametrize(("metric", "isotropic"), LOSSES)
+def test_loss_and_gradient_are_the_definition_s(make_problem, metric, isotropic):
+    z, _, _, t, w = make_problem(37, 129)
+    z.requires_grad_()
+    loss = asymmetric_loss(z, t, w, metric=metric, isotropic=isotropic)
+    expected = reference.losses_reference(z, t, w, metric=metric, isotropic=isotropic).mean()
+    torch.testing.assert_close(loss, expected, rtol=1e-12, atol=1e-14)
+    got_dz, expected_dz = (torch.autograd.grad(x, z)[0] for x in (loss, expected))
+    torch.testing.assert_close(got_dz, expected_dz, rtol=1e-12, atol=1e-15)
+
+
+@pytest.mark.parametrize(("metric", "isotropic"), LOSSES)
+def test_the_pair_crosses_views_and_adds_directions(make_problem, metric, isotropic):
+    z1, z2, t1, t2, w = make_problem(9, 16)
+    z1.requires_grad_()
+    z2.requires_grad_()
+    kind = {"metric": metric, "isotropic": isotropic}
+    pair = asymmetric_loss_pair(z1, z2, t1, t2, w, **kind)
+    crossed = asymmetric_loss(z1, t2, w, **kind) + asymmetric_loss(z2, t1, w, **kind)
+    torch.testing.assert_close(pair, crossed)
+    for got, expected in zip(
+        torch.autograd.grad(pair, (z1, z2)), torch.autograd.grad(crossed, (z1, z2)), strict=True
+    ):
+        torch.testing.assert_close(got, expected)
+
+
+def test_only_z_gets_a_gradient(make_problem):
+    z, _, _, t, w = (x.requires_grad_() for x in make_problem(5, 6))
+    asymmetric_loss(z, t, w).backward()
+    assert z.grad is not None and t.grad is None and w.grad is None
+
+
+def test_a_view_without_gradient_is_left_out(make_problem):
+    z1, z2, t1, t2, w = make_problem(5, 6)
+    z1.requires_grad_()
+    asymmetric_loss_pair(z1, z2, t1, t2, w).backward()
+    assert z1.grad is not None and z2.grad is None
+
+
+def test_a_second_derivative_is_refused(make_problem):
+    z, _, _, t, w = make_problem(5, 6)
+    z.requires_grad_()
+    (dz,) = torch.autograd.grad(asymmetric_loss(z, t, w), z, create_graph=True)
+    with pytest.raises(RuntimeError, match="once"):
+        torch.autograd.grad(dz.sum(), z)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
+def test_half_precision_embeddings(make_problem, dtype):
+    """fp32 inside: the gradient is the fp32 one rounded once, after the upstream scale."""
+    z, _, _, t, w = make_problem(37, 129, dtype=dtype)
+    z.requires_grad_()
+    loss = asymmetric_loss(z, t, w)
+    assert loss.dtype == torch.float32
+    # 1 / B times a small slope: unscaled, half of these would be subnormal in fp16
+    (dz,) = torch.autograd.grad(loss * 2.0**16, z)
+    _, dz_BD = reference.losses_and_gradients_reference(
+        z.detach(), t, w, metric="cosine", isotropic=True
+    )
+    assert dz.dtype == dtype
+    assert torch.equal(dz, (dz_BD / 37 * 2.0**16).to(dtype))
+
+
+def test_under_autocast_the_loss_stays_in_fp32(make_problem):
+    z, _, _, t, w = make_problem(16, 32, dtype=torch.float32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inside = asymmetric_loss(z, t, w)
+        corr = second_moment(z)
+        power = matrix_power(corr, 0.5)
+    assert torch.equal(inside, asymmetric_loss(z, t, w))
+    assert torch.equal(corr, second_moment(z))
+    assert torch.equal(power, matrix_power(corr, 0.5))
+
+
+def test_direct_copy_is_alpha_1(make_problem):
+    z, _, _, t, _ = make_problem(40, 12)
+    corr = second_moment(z)
+    top = torch.linalg.eigvalsh(corr)[-1]
+    direct_copy = corr / top + 0.25 * torch.eye(12, dtype=torch.float64)
+    w = matrix_power(corr, 1.0, eps=0.25)
+    torch.testing.assert_close(w, direct_copy, rtol=1e-13, atol=1e-14)
+    torch.testing.assert_close(asymmetric_loss(z, t, w), asymmetric_loss(z, t, direct_copy))
+
+
+def test_one_tensor_and_a_sequence_of_its_parts_give_one_moment():
+    z = torch.randn(30, 8, dtype=torch.float64)
+    whole = second_moment(z)
+    torch.testing.assert_close(second_moment([z[:7], z[7:20], z[20:]]), whole)
+    torch.testing.assert_close(second_moment((z[:10], z[10:])), whole)
+    corr = torch.eye(8, dtype=torch.float64)
+    assert correlation_ema_(corr, (z[:10], z[10:]), 0.9) is corr
+    torch.testing.assert_close(corr, 0.9 * torch.eye(8, dtype=torch.float64) + 0.1 * whole)
+
+
+def test_statistics_take_no_part_in_autograd():
+    z = torch.randn(5, 6, requires_grad=True)
+    corr = torch.zeros(6, 6)
+    correlation_ema_(corr, z, 0.5)
+    assert not corr.requires_grad
+    assert not second_moment(z).requires_grad
+    assert not matrix_power(corr.requires_grad_(), 0.5).requires_grad
+
+
+def test_the_same_inputs_give_the_same_bits_ten_times(make_problem):
+    z1, z2, t1, t2, _ = make_problem(64, 48, dtype=torch.float32)
+    z1.requires_grad_()
+
+    def run():
+        corr = correlation_ema_(torch.zeros(48, 48), [z1, z2], 0.5)
+        w = matrix_power(corr, 0.5)
+        loss = asymmetric_loss_pair(z1, z2, t1, t2, w)
+        return corr, w, loss.detach(), torch.autograd.grad(loss, z1)[0]
+
+    first = run()
+    for _ in range(9):
+        assert all(torch.equal(a, b) for a, b in zip(first, run(), strict=True))
+
+
+@pytest.mark.parametrize(("metric", "isotropic"), LOSSES)
+def test_opcheck_loss(make_problem, metric, isotropic):
+    z1, z2, t1, t2, w = make_problem(6, 9, dtype=torch.float32)
+    z1.requires_grad_()
+    z2.requires_grad_()
+    # The op's second result, the gradient itself, is not differentiable, which opcheck's AOT
+    # test assumes of every result; test_compiles_without_a_graph_break covers that path.
+    utilities = ("test_schema", "test_autograd_registration", "test_faketensor")
+    torch.library.opcheck(
+        OPS.asymmetric_loss.default,
+        ([z1, z2], [t2, t1], w, metric, isotropic),
+        test_utils=utilities,
+    )
+
+
+def test_opcheck_statistics(make_problem):
+    z1, z2, *_, w = make_problem(6, 9, dtype=torch.float32)
+    torch.library.opcheck(OPS.correlation_ema_.default, (w.clone(), [z1, z2], 0.9))
+    torch.library.opcheck(OPS.second_moment.default, ([z1, z2],))
+    torch.library.opcheck(OPS.matrix_power.default, (w, 0.5, 0.1, "spectral"))
+
+
+def step(corr, z1, z2, t1, t2):
+    """A training step's share of this package."""
+    correlation_ema_(corr, [z1, z2], 0.9)
+    w = matrix_power(corr, 0.5, eps=0.1)
+    return asymmetric_loss_pair(2 * z1, 2 * z2, t1, t2, w)
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_compiles_without_a_graph_break(make_problem, backend):
+    z1, z2, t1, t2, _ = make_problem(16, 12, dtype=torch.float32)
+    leaves = [z1.requires_grad_(), z2.requires_grad_()]
+    corr, compiled_corr = torch.zeros(12, 12), torch.zeros(12, 12)
+    loss = step(corr, z1, z2, t1, t2)
+    gradients = torch.autograd.grad(loss, leaves)
+    compiled = torch.compile(step, fullgraph=True, backend=backend)
+    compiled_loss = compiled(compiled_corr, z1, z2, t1, t2)
+    compiled_gradients = torch.autograd.grad(compiled_loss, leaves)
+    torch.testing.assert_close(compiled_corr, corr)
+    torch.testing.assert_close(compiled_loss, loss)
+    torch.testing.assert_close(compiled_gradients, gradients)
+
+
+Z, W = torch.randn(4, 6), torch.eye(6)
+
+
+@pytest.mark.parametrize(
+    ("call", "fragments"),
+    [
+        (lambda: asymmetric_loss(Z[0], Z, W), ["z_BD", "(6,)", "(B, D)"]),
+        (lambda: asymmetric_loss(Z[:0], Z[:0], W), ["z_BD", "(0, 6)", "at least 1"]),
+        (lambda: asymmetric_loss(Z, Z[:3], W), ["target_BD", "(3, 6)", "(4, 6)"]),
+        (lambda: asymmetric_loss(Z, Z, W[:5, :5]), ["w_DD", "(5, 5)", "D = 6"]),
+        (lambda: asymmetric_loss(Z, Z, W[:5]), ["w_DD", "(5, 6)", "(D, D)"]),
+        (lambda: asymmetric_loss(Z, Z, W.half()), ["w_DD", "float16", ".float()"]),
+        (lambda: asymmetric_loss(Z.int(), Z, W), ["z_BD", "int32", "bfloat16", ".float()"]),
+        (lambda: asymmetric_loss(Z, Z, W, metric="l2"), ["'l2'", "'cosine'", "'euclidean'"]),
+        (lambda: asymmetric_loss(Z, Z.to("meta"), W), ["cpu, meta", ".to(device)"]),
+        (
+            lambda: asymmetric_loss_pair(Z, Z.half(), Z, Z, W),
+            ["z1_BD, z2_BD", "torch.float16, torch.float32"],
+        ),
+        (lambda: asymmetric_loss_pair(Z, Z, Z, Z[:2], W), ["t2_BD", "(2, 6)"]),
+        (lambda: correlation_ema_(W.clone(), Z, 1.5), ["decay", "1.5", "between 0 and 1"]),
+        (lambda: correlation_ema_(W.clone(), Z, float("nan")), ["decay", "nan"]),
+        (lambda: correlation_ema_(W[:5, :5].clone(), Z, 0.5), ["(5, 5)", "D = 6"]),
+        (lambda: correlation_ema_(torch.eye(12)[::2, ::2], Z, 0.5), ["contiguous", "(24, 2)"]),
+        (lambda: correlation_ema_(W.half(), Z, 0.5), ["corr_DD", "float16"]),
+        (lambda: correlation_ema_(W.clone(), [], 0.5), ["z_BD", "empty"]),
+        (lambda: correlation_ema_(W.clone(), [Z, Z[:, :5]], 0.5), ["z_BD[1]", "(B, 5)"]),
+        (lambda: second_moment([Z, Z.half()]), ["z_BD[1]", "float16"]),
+        (lambda: second_moment([Z, Z[0]]), ["z_BD[1]", "(6,)"]),
+        (lambda: matrix_power(W[:5], 0.5), ["corr_DD", "(5, 6)"]),
+        (lambda: matrix_power(W, 0.0), ["alpha", "0.0", "identity"]),
+        (lambda: matrix_power(W, float("inf")), ["alpha", "inf"]),
+        (lambda: matrix_power(W, 0.5, eps=-0.1), ["eps", "-0.1", "at least 0"]),
+        (lambda: matrix_power(W, 0.5, normalize="max"), ["'max'", "'spectral'", "'none'"]),
+    ],
+)
+def test_argument_errors_say_what_was_got_and_what_to_do(call, fragments):
+    with pytest.raises(ValueError) as caught:
+        call()
+    for fragment in fragments:
+        assert fragment in str(caught.value)
+
+
+def test_everything_public_is_documented():
+    for name in isofast_kernels.__all__:
+        documentation = getattr(isofast_kernels, name).__doc__
+        assert "Args:" in documentation and "Returns:" in documentation
+        assert "Raises:" in documentation
+
+
+def run_python(code):
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
+
+
+def test_the_import_brings_torch_and_triton_alone():
+    run_python("""
+import sys, torch, triton
+before = {name.partition(".")[0] for name in sys.modules}
+import isofast_kernels
+new = {name.partition(".")[0] for name in sys.modules} - before - set(sys.stdlib_module_names)
+assert new == {"isofast_kernels"}, new
+""")
+
+
+def test_the_cpu_path_needs_no_triton():
+    run_python("""
+import importlib.util, sys
+sys.modules["triton"] = None
+find_spec = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *a: None if name == "triton" else find_spec(name, *a)
+import torch, isofast_kernels as kernels
+z = torch.randn(8, 4, requires_grad=True)
+corr = kernels.correlation_ema_(torch.zeros(4, 4), z, 0.0)
+loss = kernels.asymmetric_loss(z, z, kernels.matrix_power(corr, 0.5))
+loss.backward()
+assert loss.isfinite() and z.grad.isfinite().all()
+""")

@@ -1,0 +1,181 @@
+"""The configuration: presets, overrides, errors that carry the remedy, the schema."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from isofast.config import Config, changed_keys, load_config, schema_json, to_json, validate
+from isofast.errors import UserError
+
+LAUNCH = Path(__file__).resolve().parent.parent / "launch"
+DATA = {"data": {"root": "somewhere"}}
+
+
+@pytest.mark.parametrize(
+    ("method", "expected"),
+    [
+        ({}, {"alpha": 0.5, "eps": 0.0, "normalize": "spectral", "decay": 0.998}),
+        ({"ema": False}, {"alpha": 0.5, "eps": 0.0, "decay": 0.5}),
+        ({"alpha": 1.0}, {"eps": 0.25}),
+        ({"name": "directcopy"}, {"alpha": 1.0, "eps": 0.25}),
+        ({"metric": "euclidean"}, {"normalize": "none"}),
+        ({"ema": False, "decay": 0.9, "eps": 0.1}, {"decay": 0.9, "eps": 0.1}),
+    ],
+)
+def test_presets_fill_in_and_the_user_wins(
+    method: dict[str, Any], expected: dict[str, Any]
+) -> None:
+    config = validate({**DATA, "method": method})
+    assert {key: getattr(config.method, key) for key in expected} == expected
+
+
+def test_preset_optimizer_follows_ema() -> None:
+    with_ema, without = validate(DATA), validate({**DATA, "method": {"ema": False}})
+    assert (with_ema.optimizer.name, with_ema.optimizer.lr) == ("lars", 1.0)
+    assert (without.optimizer.name, without.optimizer.lr) == ("sgd", 0.1)
+    assert without.optimizer.weight_decay == with_ema.optimizer.weight_decay == 1e-4
+
+
+@pytest.mark.parametrize(
+    ("raw", "words"),
+    [
+        ({**DATA, "method": {"alhpa": 1}}, ["method.alhpa: unknown key", "method.alpha"]),
+        ({**DATA, "train": {"lr": 1.0}}, ["train.lr: unknown key", "optimizer.lr"]),
+        ({**DATA, "mehtod": {}}, ["mehtod: unknown key", "method"]),
+        ({**DATA, "train": {"epochs": "ten"}}, ["train.epochs", "'ten'", "integer"]),
+        ({**DATA, "train": {"epochs": 1.5}}, ["train.epochs", "1.5", "integer"]),
+        ({**DATA, "train": 5}, ["train", "section", "train.epochs"]),
+        ({**DATA, "checkpoint": {"every_steps": 0}}, ["checkpoint.every_steps", "got 0", "1"]),
+        ({**DATA, "method": {"metric": "l2"}}, ["method.metric", "'l2'", "'euclidean'"]),
+        ({**DATA, "optimizer": {"lr": float("nan")}}, ["optimizer.lr", "nan"]),
+        ({}, ["data.root: missing", "--set data.root"]),
+        (
+            {**DATA, "encoder": {"name": "resnet50", "width": 16}},
+            ["encoder", "width", "resnet18"],
+        ),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, list) else "",
+)
+def test_errors_name_the_key_and_the_remedy(raw: dict[str, Any], words: list[str]) -> None:
+    with pytest.raises(UserError) as caught:
+        validate(raw)
+    for word in words:
+        assert word in str(caught.value)
+
+
+def test_all_errors_are_told_at_once() -> None:
+    with pytest.raises(UserError) as caught:
+        validate({**DATA, "train": {"epochs": 0, "batch_size": 1}, "seed": -1})
+    for key in ("train.epochs", "train.batch_size", "seed"):
+        assert key in str(caught.value)
+
+
+def test_overrides_reach_nested_keys_as_json_or_text(tmp_path: Path) -> None:
+    path = tmp_path / "c.json"
+    path.write_text(json.dumps(DATA))
+    config = load_config(
+        path, ["method.ema=false", "optimizer.lr=0.5", "data.root=/a b", "method.name=directpred"]
+    )
+    assert config.method.ema is False
+    assert (config.optimizer.name, config.optimizer.lr) == ("sgd", 0.5)
+    assert config.data.root == Path("/a b")
+    assert not config.isotropic
+
+
+@pytest.mark.parametrize("override", ["train.epochs", "=3", "train..epochs=3", "seed.x=3"])
+def test_malformed_override_is_refused(tmp_path: Path, override: str) -> None:
+    path = tmp_path / "c.json"
+    path.write_text(json.dumps({**DATA, "seed": 1}))
+    with pytest.raises(UserError, match="--set"):
+        load_config(path, [override])
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [("{", "line 1"), ("[1]", "JSON object"), ("\xff", "not valid JSON")],
+)
+def test_a_file_that_is_not_a_config_is_refused(tmp_path: Path, text: str, words: str) -> None:
+    path = tmp_path / "c.json"
+    path.write_text(text)
+    with pytest.raises(UserError, match=words):
+        load_config(path)
+
+
+def test_a_missing_file_names_its_neighbours(tmp_path: Path) -> None:
+    (tmp_path / "other.json").write_text("{}")
+    with pytest.raises(UserError, match=r"other\.json"):
+        load_config(tmp_path / "c.json")
+
+
+def test_the_resolved_config_reads_back_as_itself() -> None:
+    config = validate({**DATA, "method": {"ema": False, "metric": "euclidean"}})
+    again = validate(json.loads(to_json(config)))
+    assert again == config
+
+
+def test_changed_keys_tells_what_changes_the_result_only() -> None:
+    old = validate(DATA)
+    new = validate(
+        {
+            "seed": 1,
+            "data": {"root": "elsewhere", "threads": 3},
+            "train": {"max_steps": 9},
+            "logging": {"every_steps": 7},
+            "method": {"alpha": 1.0},
+        }
+    )
+    changed = changed_keys(old, new)
+    assert [line.partition(":")[0] for line in changed] == ["method.alpha", "method.eps", "seed"]
+    assert "0.5 -> 1.0" in changed[0]
+
+
+@pytest.mark.parametrize(("world", "share"), [(1, 256), (2, 128), (8, 32)])
+def test_the_global_batch_is_shared_out(world: int, share: int) -> None:
+    assert validate(DATA).batch_size_per_rank(world) == share
+
+
+@pytest.mark.parametrize(("world", "suggestion"), [(3, "255"), (7, "259"), (256, "512")])
+def test_a_batch_that_does_not_divide_is_refused(world: int, suggestion: str) -> None:
+    with pytest.raises(UserError, match=f"train.batch_size={suggestion}"):
+        validate(DATA).batch_size_per_rank(world)
+
+
+@pytest.mark.parametrize(
+    ("epochs", "given", "expected"), [(1000, None, 10), (30, None, 3), (30, 5.0, 5)]
+)
+def test_warmup_shrinks_with_a_short_run(
+    epochs: int, given: float | None, expected: float
+) -> None:
+    raw = {**DATA, "train": {"epochs": epochs}, "schedule": {"warmup_epochs": given}}
+    assert validate(raw).warmup_epochs == expected
+
+
+def test_the_schema_is_fresh() -> None:
+    """`make schema` writes it."""
+    assert (LAUNCH / "config.schema.json").read_text() == schema_json()
+
+
+def test_every_key_is_documented() -> None:
+    schema = Config.model_json_schema()
+    for name, section in schema["$defs"].items():
+        for key, field in section["properties"].items():
+            assert field.get("description"), f"{name}.{key}"
+
+
+@pytest.mark.parametrize("path", sorted(LAUNCH.glob("*.json")), ids=lambda path: path.name)
+def test_shipped_configs_are_valid(path: Path) -> None:
+    if path.name != "config.schema.json":
+        assert load_config(path).data.root
+
+
+def test_tinyimagenet_is_the_papers_run() -> None:
+    config = load_config(LAUNCH / "tinyimagenet.json")
+    assert (config.method.name, config.method.metric, config.method.alpha) == (
+        "isoloss",
+        "cosine",
+        0.5,
+    )
+    assert config.method.ema and config.train.epochs == 1000 and config.encoder.stem == "tiny"
+    assert (config.train.batch_size, config.optimizer.name) == (256, "lars")

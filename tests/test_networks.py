@@ -1,0 +1,109 @@
+"""Stems, widths and names of the networks."""
+
+import pytest
+import torch
+from torch import nn
+from torchvision.models import resnet18, resnet50
+
+from isofast.config import EncoderConfig, ProjectorConfig
+from isofast.networks import (
+    Branch,
+    Online,
+    feature_dim,
+    make_encoder,
+    make_projector,
+    make_target,
+)
+from isofast.optim import parameter_count
+
+
+@pytest.mark.parametrize(
+    ("stem", "padding", "size", "expected"),
+    [
+        ("cifar", 1, 32, 32),
+        ("cifar", 2, 32, 34),
+        ("tiny", 1, 64, 32),
+        ("imagenet", 1, 96, 24),
+    ],
+)
+def test_stem_resolution(stem: str, padding: int, size: int, expected: int) -> None:
+    encoder = make_encoder(EncoderConfig(stem=stem, stem_padding=padding))
+    x_BCHW = torch.zeros(2, 3, size, size)
+    maps = encoder.maxpool(encoder.relu(encoder.bn1(encoder.conv1(x_BCHW))))
+    assert maps.shape == (2, 64, expected, expected)
+
+
+@pytest.mark.parametrize("width", [4, 16, 64])
+def test_features_have_the_promised_size(width: int) -> None:
+    config = EncoderConfig(stem="cifar", width=width)
+    h_BF = make_encoder(config)(torch.randn(2, 3, 16, 16))
+    assert h_BF.shape == (2, feature_dim(config)) == (2, 8 * width)
+
+
+def test_names_are_torchvisions() -> None:
+    ours = set(make_encoder(EncoderConfig(width=8)).state_dict())
+    assert ours == {name for name in resnet18().state_dict() if not name.startswith("fc.")}
+
+
+def test_imagenet_stem_is_torchvisions_resnet() -> None:
+    for name, theirs in (("resnet18", resnet18()), ("resnet50", resnet50())):
+        expected = parameter_count(theirs) - parameter_count(theirs.fc)
+        assert parameter_count(make_encoder(EncoderConfig(name=name))) == expected
+
+
+def test_narrow_convolutions_keep_torchvisions_initialisation() -> None:
+    torch.manual_seed(0)
+    conv = make_encoder(EncoderConfig(width=32)).layer4[1].conv2
+    expected = (2 / (conv.out_channels * 9)) ** 0.5
+    assert conv.weight.std().item() == pytest.approx(expected, rel=0.02)
+
+
+def test_projector_has_biases_and_no_last_batchnorm() -> None:
+    first, norm, act, last = make_projector(512, ProjectorConfig())
+    assert (first.in_features, first.out_features, last.out_features) == (512, 4096, 256)
+    assert first.bias is not None and last.bias is not None
+    assert isinstance(norm, nn.BatchNorm1d) and isinstance(act, nn.ReLU)
+
+
+def _branch(precision: torch.dtype = torch.float32) -> Branch:
+    torch.manual_seed(0)
+    return Branch(
+        EncoderConfig(stem="cifar", width=4), ProjectorConfig(hidden=32, output=8), precision
+    )
+
+
+def test_each_view_has_its_own_batch_statistics() -> None:
+    branch = _branch()
+    online = Online(branch, nn.Linear(32, 3))
+    x1, x2 = torch.randn(8, 3, 16, 16), 5 + 3 * torch.randn(8, 3, 16, 16)
+    view1, view2 = online(x1, x2)
+    alone = _branch()
+    torch.testing.assert_close(view1.z_BD, alone(x1)[1])
+    torch.testing.assert_close(view2.z_BD, alone(x2)[1])
+    # running statistics moved twice, in order
+    torch.testing.assert_close(branch.encoder.bn1.running_mean, alone.encoder.bn1.running_mean)
+    assert branch.encoder.bn1.num_batches_tracked == 2
+
+
+def test_the_probe_sends_no_gradient_to_the_encoder() -> None:
+    online = Online(_branch(), nn.Linear(32, 3))
+    view1, _ = online(torch.randn(4, 3, 16, 16), torch.randn(4, 3, 16, 16))
+    view1.logits_BK.square().sum().backward()
+    assert online.probe.weight.grad is not None
+    assert all(p.grad is None for p in online.branch.parameters())
+
+
+def test_target_is_a_frozen_copy() -> None:
+    online = _branch()
+    target = make_target(online)
+    for mine, theirs in zip(target.parameters(), online.parameters(), strict=True):
+        assert torch.equal(mine, theirs) and mine is not theirs and not mine.requires_grad
+
+
+def test_bf16_autocast_keeps_parameters_and_batchnorm_in_fp32() -> None:
+    branch = _branch(torch.bfloat16)
+    h_BF, z_BD = branch(torch.randn(4, 3, 16, 16))
+    assert z_BD.dtype == torch.bfloat16
+    assert {t.dtype for t in branch.parameters()} == {torch.float32}
+    assert branch.encoder.bn1.running_mean.dtype == torch.float32
+    assert branch.features(torch.randn(4, 3, 16, 16)).dtype == torch.float32

@@ -1,0 +1,137 @@
+"""LARS against its formula, parameter groups, schedules."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+from torch.optim import SGD
+
+from isofast.config import Config, EncoderConfig, ProjectorConfig, validate
+from isofast.method import ema_decay_at, move_target_
+from isofast.networks import Branch, Online, make_target
+from isofast.optim import LARS, lr_at, make_optimizer, set_lr
+
+
+def _lars_by_hand(
+    p: torch.Tensor, g: torch.Tensor, v: torch.Tensor, lr: float, wd: float, eta: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """One step of one tensor, as the released code has it."""
+    p_norm, g_norm = p.norm(), g.norm()
+    if p_norm != 0 and g_norm != 0:
+        trust = eta * p_norm / (g_norm + p_norm * wd + 1e-8)
+        g = (g + wd * p) * min(trust / lr, torch.tensor(1.0))
+    v = 0.9 * v + g
+    return p - lr * v, v
+
+
+@pytest.mark.parametrize("lr", [1.0, 0.003], ids=["trust-limited", "clipped"])
+def test_lars_follows_its_formula(lr: float) -> None:
+    torch.manual_seed(0)
+    start = [torch.randn(5, 3), torch.zeros(4, 2), torch.randn(2, 3, 3, 3) * 10]
+    grads = [[torch.randn_like(p) for p in start] for _ in range(4)]
+    grads[1][0].zero_()
+    params = [nn.Parameter(p.clone()) for p in start]
+    optimizer = LARS(params, lr=lr, weight_decay=1e-2, eta=0.02)
+    expected = [(p.double(), torch.zeros_like(p).double()) for p in start]
+    for step in grads:
+        for p, g in zip(params, step, strict=True):
+            p.grad = g.clone()
+        optimizer.step()
+        expected = [
+            _lars_by_hand(p, g.double(), v, lr, 1e-2, 0.02)
+            for (p, v), g in zip(expected, step, strict=True)
+        ]
+    for p, (q, _) in zip(params, expected, strict=True):
+        torch.testing.assert_close(p.detach(), q.float(), rtol=1e-5, atol=1e-6)
+
+
+def test_lars_leaves_gradients_and_missing_gradients_alone() -> None:
+    with_grad, without = nn.Parameter(torch.ones(3, 3)), nn.Parameter(torch.ones(3, 3))
+    with_grad.grad = torch.full((3, 3), 2.0)
+    LARS([with_grad, without], lr=0.1).step()
+    assert torch.equal(with_grad.grad, torch.full((3, 3), 2.0))
+    assert torch.equal(without, torch.ones(3, 3))
+
+
+def test_lars_without_adaptation_is_momentum_sgd() -> None:
+    torch.manual_seed(0)
+    ours, theirs = (nn.Parameter(torch.arange(4.0)) for _ in range(2))
+    lars = LARS([{"params": [ours], "adapt": False}], lr=0.1, weight_decay=0.01)
+    sgd = SGD([theirs], lr=0.1, momentum=0.9, weight_decay=0.01)
+    for _ in range(3):
+        ours.grad = theirs.grad = torch.randn(4)
+        lars.step()
+        sgd.step()
+    torch.testing.assert_close(ours, theirs)
+
+
+def _config(name: str, batch_size: int = 512) -> Config:
+    return validate(
+        {
+            "data": {"root": "x"},
+            "optimizer": {"name": name, "lr": 1.0, "probe_lr": 0.1, "weight_decay": 1e-4},
+            "train": {"epochs": 100, "batch_size": batch_size},
+        }
+    )
+
+
+def _online() -> Online:
+    encoder = EncoderConfig(stem="cifar", width=4)
+    branch = Branch(encoder, ProjectorConfig(hidden=8, output=8), torch.float32)
+    return Online(branch, nn.Linear(32, 3))
+
+
+@pytest.mark.parametrize("name", ["lars", "sgd", "adamw"])
+def test_groups_cover_every_parameter_once(name: str) -> None:
+    online = _online()
+    optimizer = make_optimizer(online, _config(name))
+    listed = [p for group in optimizer.param_groups for p in group["params"]]
+    assert len(listed) == len(set(listed)) == len(list(online.parameters()))
+    probe = optimizer.param_groups[-1]
+    assert set(probe["params"]) == set(online.probe.parameters())
+    assert probe["weight_decay"] == 0.0
+    assert probe["peak_lr"] == pytest.approx(0.2)
+    assert optimizer.param_groups[0]["peak_lr"] == pytest.approx(2.0)
+    vectors = {p for p in online.branch.parameters() if p.ndim <= 1}
+    spared = {p for g in optimizer.param_groups if g["weight_decay"] == 0 for p in g["params"]}
+    assert vectors <= spared if name != "sgd" else not vectors & spared
+
+
+def test_learning_rate_at_its_corners() -> None:
+    def at(step: int) -> float:
+        return lr_at(step, 2.0, total_steps=100, warmup_steps=10, warmup_start=0.5)
+
+    assert at(0) == 0.5
+    assert at(5) == pytest.approx(1.25)
+    assert at(10) == 2.0
+    assert at(55) == pytest.approx(1.0)
+    assert at(99) == pytest.approx(2.0 * (math.cos(math.pi * 89 / 90) + 1) / 2)
+    assert at(100) == at(101) == 0.0
+
+
+def test_every_group_follows_the_schedule() -> None:
+    optimizer = make_optimizer(_online(), _config("lars", 256))
+    assert set_lr(optimizer, 0, 10, _config("lars", 256)) == pytest.approx(3e-5)
+    set_lr(optimizer, 100, 10, _config("lars", 256))
+    assert [group["lr"] for group in optimizer.param_groups] == [1.0, 1.0, 0.1]
+
+
+def test_target_decay_at_its_corners() -> None:
+    assert ema_decay_at(0, 500, 0.99) == 0.99
+    assert ema_decay_at(250, 500, 0.99) == pytest.approx(0.995)
+    assert ema_decay_at(500, 500, 0.99) == 1.0
+
+
+def test_target_moves_parameters_and_not_buffers() -> None:
+    online = _online().branch
+    target = make_target(online)
+    before = [p.clone() for p in target.parameters()]
+    with torch.no_grad():
+        for p in online.parameters():
+            p.add_(1.0)
+        online.encoder.bn1.running_mean.add_(1.0)
+    move_target_(target, online, 0.75)
+    for old, new in zip(before, target.parameters(), strict=True):
+        torch.testing.assert_close(new, old + 0.25)
+    assert torch.equal(target.encoder.bn1.running_mean, torch.zeros(4))
