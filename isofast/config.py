@@ -43,6 +43,11 @@ class DataConfig(_Section):
     prefetch: int = Field(2, ge=1, le=16, json_schema_extra=FREE)
     """Batches prepared ahead."""
 
+    @property
+    def loader(self) -> str:
+        """The backend in use, resolved."""
+        return "dali" if self.backend == "auto" else self.backend
+
 
 class EncoderConfig(_Section):
     """The backbone, a torchvision ResNet."""

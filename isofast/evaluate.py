@@ -54,7 +54,7 @@ class Evaluator:
 
         def loader(images: ImageFolder, indices: np.ndarray) -> Loader:
             return make_eval_loader(
-                config.data.backend,
+                config.data.loader,
                 images,
                 recipe,
                 indices=indices[world.rank :: world.size],

@@ -121,7 +121,7 @@ class _Run:
 
         threads = config.data.threads or _threads_per_rank(world)
         self.loader = make_train_loader(
-            config.data.backend,
+            config.data.loader,
             train,
             recipe,
             batch_size=config.batch_size_per_rank(world.size),
@@ -383,7 +383,7 @@ class _Run:
         self.progress.say(f"warning: {message}")
 
     def _epoch(self) -> float:
-        return self.step / self.steps_per_epoch
+        return round(self.step / self.steps_per_epoch, 4)
 
     def _wall_s(self) -> float:
         return self.totals.wall_s + time.perf_counter() - self.began

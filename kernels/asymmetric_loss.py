@@ -20,21 +20,21 @@ _NORM_FLOOR = tl.constexpr(NORM_FLOOR)
 def _rows_times_w(
     x_ptr,
     w_ptr,
-    row_B,
-    B,
+    rows,
     D: tl.constexpr,
     BLOCK_B: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """A block of rows of x @ w, accumulated in fp32 along D in a fixed order."""
+    """The first `rows` rows at x_ptr times w, accumulated in fp32 along D in a fixed order."""
+    row_B = tl.arange(0, BLOCK_B)
     col_D = tl.arange(0, BLOCK_D)
     acc_BD = tl.zeros([BLOCK_B, BLOCK_D], dtype=tl.float32)
     for start in range(0, D, BLOCK_K):
         k_K = start + tl.arange(0, BLOCK_K)
         x_BK = tl.load(
             x_ptr + row_B[:, None] * D + k_K[None, :],
-            mask=(row_B[:, None] < B) & (k_K[None, :] < D),
+            mask=(row_B[:, None] < rows) & (k_K[None, :] < D),
             other=0.0,
         )
         w_KD = tl.load(
@@ -54,7 +54,7 @@ def _loss_and_gradient_rows(
     loss_ptr,
     dz_ptr,
     scale,
-    B,
+    rows,
     D: tl.constexpr,
     EUCLIDEAN: tl.constexpr,
     ISOTROPIC: tl.constexpr,
@@ -62,14 +62,13 @@ def _loss_and_gradient_rows(
     BLOCK_D: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """One block of rows of one direction; loss and dz are multiplied by `scale`."""
-    # 64 bits: B * D may pass 2^31
-    row_B = tl.program_id(0).to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)
+    """The block of rows that the pointers point at; loss and dz are multiplied by `scale`."""
+    row_B = tl.arange(0, BLOCK_B)
     col_D = tl.arange(0, BLOCK_D)
     offset_BD = row_B[:, None] * D + col_D[None, :]
-    mask_BD = (row_B[:, None] < B) & (col_D[None, :] < D)
+    mask_BD = (row_B[:, None] < rows) & (col_D[None, :] < D)
 
-    p_BD = _rows_times_w(z_ptr, w_ptr, row_B, B, D, BLOCK_B, BLOCK_D, BLOCK_K)
+    p_BD = _rows_times_w(z_ptr, w_ptr, rows, D, BLOCK_B, BLOCK_D, BLOCK_K)
     t_BD = tl.load(target_ptr + offset_BD, mask=mask_BD, other=0.0).to(tl.float32)
     if EUCLIDEAN:
         g_BD = p_BD - t_BD
@@ -87,13 +86,13 @@ def _loss_and_gradient_rows(
             loss_B = tl.sum(value_BD, axis=1) * inv_a_B
         else:
             loss_B = -cosine_B
-    tl.store(loss_ptr + row_B, loss_B * scale, mask=row_B < B)
+    tl.store(loss_ptr + row_B, loss_B * scale, mask=row_B < rows)
     tl.store(dz_ptr + offset_BD, g_BD * scale, mask=mask_BD)
     if not ISOTROPIC:
         # A product along D needs g in slices, and registers cannot be sliced: g waits in the
         # rows of dz, which no other program touches. Both barriers order this block's threads.
         tl.debug_barrier()
-        dz_BD = _rows_times_w(dz_ptr, w_ptr, row_B, B, D, BLOCK_B, BLOCK_D, BLOCK_K)
+        dz_BD = _rows_times_w(dz_ptr, w_ptr, rows, D, BLOCK_B, BLOCK_D, BLOCK_K)
         tl.debug_barrier()
         tl.store(dz_ptr + offset_BD, dz_BD, mask=mask_BD)
 
@@ -117,15 +116,19 @@ def _asymmetric_loss_kernel(
     BLOCK_K: tl.constexpr,
 ):
     """Grid (row blocks, V). Each direction has its own pointers, whose alignment is kept."""
+    first = tl.program_id(0) * BLOCK_B
+    rows = B - first
+    # 64 bits here, once: B * D may pass 2^31, offsets within a block do not
+    start = first.to(tl.int64) * D
     if tl.program_id(1) == 0:
         _loss_and_gradient_rows(
-            z1_ptr,
-            target1_ptr,
+            z1_ptr + start,
+            target1_ptr + start,
             w_ptr,
-            loss_ptr,
-            dz_ptr,
+            loss_ptr + first,
+            dz_ptr + start,
             scale,
-            B,
+            rows,
             D,
             EUCLIDEAN,
             ISOTROPIC,
@@ -135,13 +138,13 @@ def _asymmetric_loss_kernel(
         )
     else:
         _loss_and_gradient_rows(
-            z2_ptr,
-            target2_ptr,
+            z2_ptr + start,
+            target2_ptr + start,
             w_ptr,
-            loss_ptr + tl.program_id(1) * B,
-            dz_ptr + tl.program_id(1).to(tl.int64) * B * D,
+            loss_ptr + B + first,
+            dz_ptr + tl.program_id(1).to(tl.int64) * B * D + start,
             scale,
-            B,
+            rows,
             D,
             EUCLIDEAN,
             ISOTROPIC,

@@ -21,19 +21,20 @@ def _add_view(
     BLOCK_K: tl.constexpr,
 ):
     """acc += z[:, i]^T z[:, j], in fp32 along the rows in a fixed order."""
+    k_K = tl.arange(0, BLOCK_K)
     for start in range(0, B, BLOCK_K):
-        # 64 bits: B * D may pass 2^31
-        k_K = start + tl.arange(0, BLOCK_K).to(tl.int64)
         left_KI = tl.load(
             z_ptr + k_K[:, None] * D + i_I[None, :],
-            mask=(k_K[:, None] < B) & (i_I[None, :] < D),
+            mask=(k_K[:, None] < B - start) & (i_I[None, :] < D),
             other=0.0,
         )
         right_KJ = tl.load(
             z_ptr + k_K[:, None] * D + j_J[None, :],
-            mask=(k_K[:, None] < B) & (j_J[None, :] < D),
+            mask=(k_K[:, None] < B - start) & (j_J[None, :] < D),
             other=0.0,
         )
+        # the pointer moves instead of the offsets: B * D may pass 2^31
+        z_ptr += BLOCK_K * D
         # fp16 and bf16 products are exact in fp32; the precision concerns fp32 views
         acc_IJ = tl.dot(tl.trans(left_KI), right_KJ, acc_IJ, input_precision="tf32x3")
     return acc_IJ

@@ -53,9 +53,7 @@ def small_config(small: Callable[..., dict[str, Any]]) -> Callable[..., Config]:
 
 
 @pytest.fixture
-def config_file(
-    tmp_path: Path, small: Callable[..., dict[str, Any]]
-) -> Callable[..., Path]:
+def config_file(tmp_path: Path, small: Callable[..., dict[str, Any]]) -> Callable[..., Path]:
     """The same, as a file."""
 
     def write(**sections: Any) -> Path:

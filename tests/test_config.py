@@ -145,9 +145,7 @@ def test_a_batch_that_does_not_divide_is_refused(world: int, suggestion: str) ->
 @pytest.mark.parametrize(
     ("epochs", "given", "expected"), [(1000, None, 10), (30, None, 3), (30, 5.0, 5)]
 )
-def test_warmup_shrinks_with_a_short_run(
-    epochs: int, given: float | None, expected: float
-) -> None:
+def test_warmup_shrinks_with_a_short_run(epochs: int, given: float | None, expected: float) -> None:
     raw = {**DATA, "train": {"epochs": epochs}, "schedule": {"warmup_epochs": given}}
     assert validate(raw).warmup_epochs == expected
 

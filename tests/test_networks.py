@@ -102,7 +102,7 @@ def test_target_is_a_frozen_copy() -> None:
 
 def test_bf16_autocast_keeps_parameters_and_batchnorm_in_fp32() -> None:
     branch = _branch(torch.bfloat16)
-    h_BF, z_BD = branch(torch.randn(4, 3, 16, 16))
+    _, z_BD = branch(torch.randn(4, 3, 16, 16))
     assert z_BD.dtype == torch.bfloat16
     assert {t.dtype for t in branch.parameters()} == {torch.float32}
     assert branch.encoder.bn1.running_mean.dtype == torch.float32

@@ -50,6 +50,10 @@ def _extract(opened: zipfile.ZipFile, archive: Path, folder: Path) -> None:
         )
     top = tops[0]
     classes = _text(opened, members, f"{top}wnids.txt", archive).split()
+    for name in classes:
+        # class names become folders
+        if not name.isalnum():
+            raise UserError(f"{archive} is unsafe: wnids.txt has the class name {name!r}")
     targets = dict(_targets(opened, members, top, classes, archive))
     for split in ("train", "val"):
         missing = set(classes) - {
@@ -79,16 +83,18 @@ def _targets(
         parts = PurePosixPath(name.removeprefix(top)).parts
         if len(parts) == 4 and (parts[0], parts[2]) == ("train", "images") and parts[1] in known:
             yield name, PurePosixPath("train", parts[1], parts[3])
+    annotated = set()
     annotations = _text(opened, members, f"{top}val/val_annotations.txt", archive)
     for line in annotations.splitlines():
         filename, _, rest = line.partition("\t")
         wnid = rest.partition("\t")[0]
         name = f"{top}val/images/{filename}"
-        if wnid not in known or name not in members:
+        if wnid not in known or name not in members or name in annotated:
             raise UserError(
                 f"{archive}: val_annotations.txt says {line!r}, but the class or the image is not "
-                "in the archive. Download it again"
+                "in the archive, or the image has a class already. Download it again"
             )
+        annotated.add(name)
         yield name, PurePosixPath("val", wnid, filename)
 
 

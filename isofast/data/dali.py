@@ -76,9 +76,11 @@ class Stream:
             paths, *values = fn.external_source(
                 source=self._feed, num_outputs=1 + len(self._arguments), batch=True
             )
+            # mapped memory would kill the process where a file is cut short under it
+            encoded = fn.io.file.read(paths, dont_use_mmap=True)
             # the orientation tag is ignored, as torchvision does: sizes are those of the file
             image = fn.decoders.image(
-                fn.io.file.read(paths),
+                encoded,
                 device="mixed" if cuda else "cpu",
                 output_type=types.RGB,
                 adjust_orientation=False,

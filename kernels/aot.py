@@ -1,0 +1,252 @@
+"""Compiles every kernel for given GPUs on a machine without one, and checks what it costs.
+
+    python -m isofast_kernels.aot [--targets sm_80,sm_90,sm_100] [--only TEXT]
+
+prints a row a kernel and target: registers a thread, spilling instructions (LDL and STL in the
+machine code), stack and shared memory. Exits 1 when a kernel spills or asks for more shared
+memory than a block of its target has. Kernels are compiled as a launch would: with the tiles of
+`tile_options`, pointers aligned to 16 bytes, D fixed.
+"""
+
+import argparse
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from multiprocessing import get_context
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from . import ops  # noqa: F401  (imports the kernel modules in their order)
+from .asymmetric_loss import _asymmetric_loss_kernel
+from .asymmetric_loss import tile_options as loss_tiles
+from .correlation import _correlation_kernel
+from .correlation import tile_options as correlation_tiles
+from .matrix_power import (
+    SQUARINGS,
+    _finish_kernel,
+    _polynomial_kernel,
+    _product_kernel,
+    _shift_kernel,
+    _square_kernel,
+)
+from .matrix_power import tile_options as power_tiles
+
+SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+"""Bytes of shared memory that one block may have, by compute capability."""
+
+FEATURES = (32, 64, 128, 256, 512, 1024)
+"""One D for every tile that a launch may choose."""
+
+DTYPES = ("fp32", "fp16", "bf16")
+
+
+@dataclass(frozen=True)
+class Build:
+    """One specialisation of a kernel: what a launch would compile."""
+
+    name: str
+    types: dict[str, str]
+    constants: dict[str, Any]
+    num_warps: int
+    num_stages: int
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What ptxas made of a build."""
+
+    name: str
+    target: int
+    registers: int
+    spills: int
+    stack: int
+    shared: int
+
+    @property
+    def within_budget(self) -> bool:
+        return self.spills == 0 and self.shared <= SHARED_LIMIT[self.target]
+
+
+_KERNELS = {
+    "asymmetric_loss": _asymmetric_loss_kernel,
+    "correlation": _correlation_kernel,
+    "square": _square_kernel,
+    "shift": _shift_kernel,
+    "polynomial": _polynomial_kernel,
+    "product": _product_kernel,
+    "finish": _finish_kernel,
+}
+
+
+def _build(name: str, types: dict[str, str], constants: dict[str, Any]) -> Build:
+    num_warps = constants.pop("num_warps")
+    num_stages = constants.pop("num_stages", 1)
+    return Build(name, types, constants, num_warps, num_stages)
+
+
+def builds() -> Iterator[Build]:
+    """Every kernel with every dtype, tile and flag."""
+    for features in FEATURES:
+        for dtype in DTYPES:
+            yield from _loss_builds(features, dtype)
+            yield from _correlation_builds(features, dtype)
+        yield from _power_builds(features)
+
+
+def _loss_builds(features: int, dtype: str) -> Iterator[Build]:
+    for metric in ("cosine", "euclidean"):
+        for isotropic in (True, False):
+            rows = dict.fromkeys(("z1_ptr", "z2_ptr", "target1_ptr", "target2_ptr"), f"*{dtype}")
+            rest = dict.fromkeys(("w_ptr", "loss_ptr", "dz_ptr"), "*fp32")
+            flags = {"EUCLIDEAN": metric == "euclidean", "ISOTROPIC": isotropic}
+            yield _build(
+                f"asymmetric_loss {'iso ' if isotropic else ''}{metric} {dtype} D={features}",
+                {**rows, **rest, "scale": "fp32", "B": "i32"},
+                {"D": features, **flags, **loss_tiles(features)},
+            )
+
+
+def _correlation_builds(features: int, dtype: str) -> Iterator[Build]:
+    types = {"corr_ptr": "*fp32", "z1_ptr": f"*{dtype}", "z2_ptr": f"*{dtype}"}
+    scalars = {"decay": "fp32", "scale": "fp32", "B1": "i32", "B2": "i32"}
+    for ema in (True, False):
+        yield _build(
+            f"correlation {'ema ' if ema else ''}{dtype} D={features}",
+            {**types, **scalars},
+            {"D": features, "EMA": ema, "VIEWS": 2, **correlation_tiles(features)},
+        )
+
+
+def _power_builds(features: int) -> Iterator[Build]:
+    tiles = power_tiles(features)
+    side = triton.cdiv(features, tiles["BLOCK"])
+    shape = {"D": features, **tiles}
+
+    def pointers(*names: str) -> dict[str, str]:
+        return dict.fromkeys((f"{name}_ptr" for name in names), "*fp32")
+
+    for quotient in (False, True):
+        yield _build(
+            f"square{' quotient' if quotient else ''} D={features}",
+            pointers("m", "corr", "out", "trace"),
+            {**shape, "QUOTIENT": quotient, "BLOCK_D": triton.next_power_of_2(features)},
+        )
+    for spectral in (True, False):
+        for bounded in (True, False):
+            flags = {"SPECTRAL": spectral, "BOUNDED": bounded}
+            yield _build(
+                f"shift{' spectral' if spectral else ''}{' bounded' if bounded else ''} "
+                f"D={features}",
+                {**pointers("corr", "trace", "sums", "out", "r"), "eps": "fp32"},
+                {
+                    "D": features,
+                    **flags,
+                    "TILES": side * side,
+                    "SQUARES": SQUARINGS + 1,
+                    "BLOCK_T": triton.next_power_of_2(side * side),
+                    "BLOCK_S": triton.next_power_of_2(SQUARINGS + 1),
+                    "BLOCK": tiles["BLOCK"],
+                    "num_warps": tiles["num_warps"],
+                },
+            )
+    yield _build(
+        f"polynomial D={features}",
+        {**pointers("p", "out"), "a": "fp32", "b": "fp32", "c": "fp32"},
+        dict(shape),
+    )
+    yield _build(
+        f"product D={features}", pointers("x1", "y1", "x2", "y2", "out"), dict(shape)
+    )
+    yield _build(
+        f"finish D={features}", {**pointers("x", "y", "r", "out"), "power": "fp32"}, dict(shape)
+    )
+
+
+def measure(build: Build, capability: int) -> Usage:
+    """Compiles `build` for a compute capability (80, 90, 100) and reads its machine code."""
+    kernel = _KERNELS[build.name.split()[0]]
+    constants = dict.fromkeys(build.constants, "constexpr")
+    # ASTSource matches by position
+    signature = {name: (build.types | constants)[name] for name in kernel.arg_names}
+    aligned = {
+        (index,): [["tt.divisibility", 16]]
+        for index, name in enumerate(kernel.arg_names)
+        if signature[name].startswith("*")
+    }
+    source = ASTSource(
+        fn=kernel,
+        signature=signature,
+        constexprs={(kernel.arg_names.index(k),): v for k, v in build.constants.items()},
+        attrs=aligned,
+    )
+    compiled = triton.compile(
+        source,
+        target=GPUTarget("cuda", capability, 32),
+        options={"num_warps": build.num_warps, "num_stages": build.num_stages},
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        path = os.path.join(folder, "kernel.cubin")
+        with open(path, "wb") as file:
+            file.write(compiled.asm["cubin"])
+        usage = _tool(triton.knobs.nvidia.cuobjdump.path, "-res-usage", path)
+        code = _tool(triton.knobs.nvidia.nvdisasm.path, "-c", path)
+    # one function a cubin; "SHARED" there is only what is static, metadata has the whole
+    registers, stack = (int(re.findall(rf"{key}:(\d+)", usage)[-1]) for key in ("REG", "STACK"))
+    spills = len(re.findall(r"\b(?:LDL|STL)\b", code))
+    return Usage(build.name, capability, registers, spills, stack, compiled.metadata.shared)
+
+
+def _tool(*command: str) -> str:
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+def _measure(pair: tuple[Build, int]) -> Usage:
+    return measure(*pair)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Prints the table; 1 if anything is over budget, 2 if the arguments are wrong."""
+    parser = argparse.ArgumentParser(
+        prog="python -m isofast_kernels.aot", description=__doc__.splitlines()[0]
+    )
+    parser.add_argument("--targets", default="sm_80,sm_90,sm_100", help="comma-separated")
+    parser.add_argument("--only", default="", help="compile only kernels whose name has this text")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes")
+    options = parser.parse_args(arguments)
+    known = {f"sm_{capability}": capability for capability in SHARED_LIMIT}
+    targets = options.targets.split(",")
+    unknown = sorted(set(targets) - set(known))
+    if unknown:
+        parser.error(f"unknown target {', '.join(unknown)}; choose among {', '.join(known)}")
+    pairs = [
+        (build, known[target])
+        for target in targets
+        for build in builds()
+        if options.only in build.name
+    ]
+    if not pairs:
+        parser.error(f"no kernel's name has {options.only!r} in it")
+    print(f"{'kernel':44} {'target':6} {'registers':>9} {'spills':>6} {'stack':>5} {'shared':>7}")
+    over = 0
+    # spawn: a fork of a process that has run torch's threads may hang
+    with ProcessPoolExecutor(options.jobs, mp_context=get_context("spawn")) as pool:
+        for usage in pool.map(_measure, pairs, chunksize=4):
+            over += not usage.within_budget
+            print(
+                f"{usage.name:44} sm_{usage.target:<3} {usage.registers:9} {usage.spills:6} "
+                f"{usage.stack:5} {usage.shared:7}{'' if usage.within_budget else '  OVER'}"
+            )
+    print(f"{len(pairs)} kernels compiled, {over} over budget")
+    return 1 if over else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,189 @@
+"""The random numbers: known answers, promises about order, and distributions."""
+
+from dataclasses import fields, replace
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+from torchvision.transforms import RandomResizedCrop
+
+from isofast.data.draw import clean_windows, colour_matrices, draw, epoch_order, philox
+from isofast.data.recipe import RECIPES, ViewRecipe, recipe_for
+from isofast.errors import UserError
+
+# significance of every statistical test here; the draws are fixed, so none of them is flaky
+P = 1e-3
+
+
+# The authors' published test vectors for philox4x32-10: counter, key, result.
+@pytest.mark.parametrize(
+    ("counter", "key", "expected"),
+    [
+        ("00000000 " * 4, "00000000 00000000", "6627e8d5 e169c58d bc57ac4c 9b00dbd8"),
+        ("ffffffff " * 4, "ffffffff ffffffff", "408f276d 41c83b0e a20bc7c6 6d5451fd"),
+        (
+            "243f6a88 85a308d3 13198a2e 03707344",
+            "a4093822 299f31d0",
+            "d16cfe09 94fdcceb 5001e420 24126ea1",
+        ),
+    ],
+    ids=["zeros", "ones", "pi"],
+)
+def test_philox_gives_the_published_answers(counter: str, key: str, expected: str) -> None:
+    words = np.array([int(word, 16) for word in counter.split()], dtype=np.uint64)
+    low, high = (int(word, 16) for word in key.split())
+    result = philox(words, low | high << 32)
+    assert [f"{int(word):08x}" for word in result] == expected.split()
+
+
+def test_orders_are_permutations_that_differ_by_epoch_and_seed() -> None:
+    orders = [epoch_order(1000, seed=s, epoch=e) for s, e in ((0, 0), (0, 1), (1, 0))]
+    for order in orders:
+        assert np.array_equal(np.sort(order), np.arange(1000))
+    for a, b in ((0, 1), (0, 2), (1, 2)):
+        # two random permutations agree in one place on average
+        assert (orders[a] == orders[b]).sum() < 10
+    assert np.array_equal(orders[0], epoch_order(1000, seed=0, epoch=0))
+
+
+def test_an_image_draws_the_same_in_any_batch() -> None:
+    recipe = recipe_for("stl10")
+    sizes = np.random.default_rng(0).integers(20, 300, (64, 2))
+    together = draw(recipe, 2, sizes, np.arange(64), seed=3, epoch=7)
+    some = np.array([40, 3, 17])
+    alone = draw(recipe, 2, sizes[some], some, seed=3, epoch=7)
+    for name in (field.name for field in fields(together)):
+        assert np.array_equal(getattr(together, name)[some], getattr(alone, name)), name
+
+
+@pytest.mark.parametrize("changed", ["view", "seed", "epoch"])
+def test_views_seeds_and_epochs_draw_independently(changed: str) -> None:
+    n = 4000
+    recipe, sizes = recipe_for("stl10"), np.full((n, 2), 96)
+    key = {"view": 1, "seed": 0, "epoch": 0}
+
+    def brightness(key: dict[str, int]) -> np.ndarray:
+        view = draw(
+            replace(recipe, view1=ViewRecipe(jitter_p=1.0), view2=ViewRecipe(jitter_p=1.0)),
+            key["view"],
+            sizes,
+            np.arange(n),
+            seed=key["seed"],
+            epoch=key["epoch"],
+        )
+        return view.brightness_N
+
+    a, b = brightness(key), brightness(key | {changed: key[changed] + 1})
+    assert stats.pearsonr(a, b).pvalue > P
+
+
+def test_parameters_have_the_distributions_of_the_table() -> None:
+    n = 20_000
+    row = ViewRecipe(blur_p=0.3, solarize_p=0.2, degrees=10, translate=0.1)
+    recipe = replace(RECIPES["stl10"], view1=row)
+    view = draw(recipe, 1, np.full((n, 2), 96), np.arange(n), seed=1, epoch=0)
+    jittered = view.hue_N != 0
+    for name, happened, p in (
+        ("jitter", jittered, row.jitter_p),
+        ("gray", view.gray_N, row.gray_p),
+        ("blur", view.blur_sigma_N > 0, row.blur_p),
+        ("solarize", view.solarize_N, row.solarize_p),
+        ("flip", view.flip_N, row.flip_p),
+    ):
+        assert stats.binomtest(int(happened.sum()), n, p).pvalue > P, name
+    for name, values, low, high in (
+        ("brightness", view.brightness_N[jittered], 0.6, 1.4),
+        ("contrast", view.contrast_N[jittered], 0.6, 1.4),
+        ("saturation", view.saturation_N[jittered], 0.8, 1.2),
+        ("hue", view.hue_N[jittered], -0.1, 0.1),
+        ("sigma", view.blur_sigma_N[view.blur_sigma_N > 0], 0.1, 2.0),
+        ("angle", np.degrees(np.arcsin(view.affine_N23[:, 0, 1])), -10, 10),
+    ):
+        assert stats.kstest(values, stats.uniform(low, high - low).cdf).pvalue > P, name
+    assert np.all(view.brightness_N[~jittered] == 1)
+    # flags and strengths are drawn independently of each other
+    flags = np.stack([jittered, view.gray_N, view.blur_sigma_N > 0, view.solarize_N, view.flip_N])
+    correlations = np.corrcoef(flags)[np.triu_indices(5, 1)]
+    assert np.abs(correlations).max() < 4 / np.sqrt(n)
+
+
+@pytest.mark.parametrize("size", [(64, 64), (48, 200)], ids=str)
+def test_crop_windows_follow_torchvision(size: tuple[int, int]) -> None:
+    n = 3000
+    recipe = recipe_for("tinyimagenet")
+    view = draw(recipe, 1, np.tile(size, (n, 1)), np.arange(n), seed=0, epoch=0)
+    torch.manual_seed(0)
+    blank = torch.empty(3, *size)
+    theirs = np.array(
+        [RandomResizedCrop.get_params(blank, [0.08, 1.0], [3 / 4, 4 / 3]) for _ in range(n)]
+    )
+    ours = view.window_N4
+    assert (ours[:, :2] >= 0).all() and (ours[:, :2] + ours[:, 2:] <= size).all()
+    for k, name in enumerate(("top", "left", "height", "width")):
+        assert stats.ks_2samp(ours[:, k], theirs[:, k]).pvalue > P, name
+    ratios = [w[:, 3] / w[:, 2] for w in (ours, theirs)]
+    assert stats.ks_2samp(*ratios).pvalue > P
+
+
+@pytest.mark.parametrize("size", [(10, 4000), (4000, 10), (1, 1), (1, 50)], ids=str)
+def test_thin_images_get_the_central_window(size: tuple[int, int]) -> None:
+    recipe = recipe_for("imagefolder")
+    recipe = replace(recipe, view1=replace(recipe.view1, crop_scale=(0.5, 1.0)))
+    view = draw(recipe, 1, np.array([size]), np.array([0]), seed=0, epoch=0)
+    transform = RandomResizedCrop(224, scale=(0.5, 1.0))
+    theirs = transform.get_params(torch.empty(3, *size), [0.5, 1.0], [3 / 4, 4 / 3])
+    # torchvision's height is 0 pixels nowhere here; 1 x 1 fits at once
+    assert tuple(view.window_N4[0]) == tuple(theirs)
+
+
+@pytest.mark.parametrize("size", [(64, 64), (300, 200), (231, 500), (10, 4000), (3, 5)], ids=str)
+@pytest.mark.parametrize("name", ["tinyimagenet", "imagefolder"])
+def test_clean_windows_are_resize_and_center_crop(name: str, size: tuple[int, int]) -> None:
+    """Against torchvision's own arithmetic, on an image whose pixels say where they are."""
+    recipe = recipe_for(name)
+    start, end = clean_windows(recipe, np.array([size]))
+    short, long = min(size), max(size)
+    resized_long = int(recipe.resize_short * long / short)
+    for axis in range(2):
+        resized = resized_long if size[axis] == long and long > short else recipe.resize_short
+        offset = round((resized - recipe.crop) / 2.0)
+        assert start[0, axis] == pytest.approx(offset * size[axis] / resized, rel=1e-6)
+        assert end[0, axis] == pytest.approx(
+            (offset + recipe.crop) * size[axis] / resized, rel=1e-6
+        )
+
+
+def test_colour_matrices_keep_white_and_gray() -> None:
+    recipe = recipe_for("tinyimagenet")
+    view = draw(recipe, 1, np.full((500, 2), 64), np.arange(500), seed=0, epoch=0)
+    colour, of_mean = colour_matrices(view)
+    # a gray pixel in an image of the same gray only changes by the brightness
+    gray = np.ones(3, np.float32)
+    expected = view.brightness_N[:, None] * gray
+    assert np.allclose((colour + of_mean) @ gray, expected, atol=1e-5)
+    rows = colour[view.gray_N]
+    assert np.allclose(rows, rows[:, :1], atol=1e-6), "gray images have three equal channels"
+
+
+def test_presets_are_the_papers() -> None:
+    for name, crop in (("cifar10", 32), ("cifar100", 32), ("stl10", 96), ("tinyimagenet", 64)):
+        recipe = recipe_for(name)
+        assert recipe.crop == recipe.resize_short == crop
+        assert (recipe.view1.solarize_p, recipe.view2.solarize_p) == (0.0, 0.2)
+    assert [recipe_for("stl10").view1.blur_p, recipe_for("stl10").view2.blur_p] == [1.0, 0.1]
+    assert recipe_for("imagefolder", crop=112).resize_short == 128
+    with pytest.raises(UserError, match="'mnist'; allowed are digits, cifar10"):
+        recipe_for("mnist")
+    with pytest.raises(UserError, match="crop is 0"):
+        recipe_for("digits", crop=0)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"flip_p": 1.5}, {"crop_scale": (0.0, 1.0)}, {"crop_scale": (0.5, 2.0)}, {"hue": 0.7}],
+    ids=str,
+)
+def test_impossible_recipes_are_refused(wrong: dict[str, float]) -> None:
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        ViewRecipe(**wrong)

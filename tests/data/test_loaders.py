@@ -1,0 +1,304 @@
+"""The loaders' promises: who sees which image when, resume, layout, memory, failures."""
+
+import resource
+import shutil
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms import functional as F
+
+import isofast.data
+from isofast.data import (
+    Batch,
+    EvalLoader,
+    ImageFolder,
+    Recipe,
+    TrainLoader,
+    make_eval_loader,
+    make_train_loader,
+    open_dataset,
+    recipe_for,
+    verify_images,
+)
+from isofast.data.prepare import prepare_digits
+from isofast.errors import RunError, UserError
+
+CPU = torch.device("cpu")
+MakeLoader = Callable[..., TrainLoader]
+
+
+def numbered(dataset: ImageFolder) -> ImageFolder:
+    """The same images, each labelled with its own number, to see which ones come by."""
+    return replace(dataset, labels=np.arange(len(dataset)))
+
+
+def take(loader: TrainLoader, count: int) -> list[Batch]:
+    return list(islice(loader, count))
+
+
+def assert_same(ours: list[Batch], theirs: list[Batch]) -> None:
+    assert len(ours) == len(theirs)
+    for a, b in zip(ours, theirs, strict=True):
+        for x, y in zip(a, b, strict=True):
+            assert torch.equal(x, y)
+
+
+def test_every_image_at_most_once_an_epoch_over_three_ranks(
+    train_set: ImageFolder, recipe: Recipe
+) -> None:
+    loaders = [
+        TrainLoader(
+            numbered(train_set),
+            recipe,
+            batch_size=4,
+            rank=rank,
+            world_size=3,
+            seed=0,
+            device=CPU,
+            threads=1,
+        )
+        for rank in range(3)
+    ]
+    steps = loaders[0].steps_per_epoch
+    assert (len(train_set), steps) == (51, 4)
+    assert (loaders[0].images_per_epoch, loaders[0].dropped_per_epoch) == (48, 3)
+    epochs = [
+        [int(y) for _ in range(steps) for loader in loaders for y in next(loader).y_B]
+        for _ in range(3)
+    ]
+    for seen in epochs:
+        assert len(seen) == 48
+        assert max(Counter(seen).values()) == 1
+    assert epochs[0] != epochs[1] != epochs[2] != epochs[0]
+    # what one epoch leaves out is not what the next one does
+    assert len(set(epochs[0]) | set(epochs[1]) | set(epochs[2])) == 51
+    for loader in loaders:
+        loader.close()
+
+
+def test_streams_are_equal_by_seed_and_differ_by_seed(make_loader: MakeLoader) -> None:
+    first, again, other = (
+        take(make_loader(seed=s, threads=t), 3) for s, t in ((5, 1), (5, 2), (6, 2))
+    )
+    assert_same(first, again)
+    assert not torch.equal(first[0].x1_BCHW, other[0].x1_BCHW)
+
+
+@pytest.mark.parametrize("k", [1, 11, 12, 17])
+def test_resume_is_bit_exact(make_loader: MakeLoader, k: int) -> None:
+    """12 steps an epoch: resumed within an epoch, before, at and after its end."""
+    whole = make_loader()
+    assert whole.steps_per_epoch == 12
+    take(whole, k)
+    state = whole.state_dict()
+    assert state["step"] == k, "batches made ahead do not count"
+    resumed = make_loader(start_step=state["step"])
+    assert_same(take(whole, 6), take(resumed, 6))
+    assert whole.state_dict() == resumed.state_dict()
+
+
+def test_a_global_batch_does_not_depend_on_the_number_of_ranks(make_loader: MakeLoader) -> None:
+    one = make_loader(batch_size=8)
+    two = [make_loader(batch_size=4, rank=rank, world_size=2) for rank in range(2)]
+    # 6 steps an epoch, so the epoch's end is crossed
+    for _ in range(8):
+        parts = [next(loader) for loader in two]
+        for whole, pieces in zip(next(one), zip(*parts, strict=True), strict=True):
+            assert torch.equal(whole, torch.cat(pieces))
+
+
+def test_batches_have_the_promised_layout(make_loader: MakeLoader, recipe: Recipe) -> None:
+    batch = next(make_loader())
+    for x in (batch.x1_BCHW, batch.x2_BCHW):
+        assert x.shape == (4, 3, recipe.crop, recipe.crop)
+        assert x.dtype == torch.float32
+        assert x.is_contiguous(memory_format=torch.channels_last)
+    assert batch.y_B.dtype == torch.int64
+    assert not torch.equal(batch.x1_BCHW, batch.x2_BCHW)
+
+
+def test_kept_batches_stay_as_they_were(make_loader: MakeLoader) -> None:
+    """The tensors are torch's: neither later batches nor closing the loader write into them."""
+    loader = make_loader()
+    kept, copies = [], []
+    for _ in range(12):
+        batch = next(loader)
+        kept.append(batch)
+        copies.append(Batch(*(x.clone() for x in batch)))
+    loader.close()
+    take(make_loader(seed=9), 6)
+    assert_same(kept, copies)
+
+
+def test_clean_images_are_exactly_the_files(tmp_path: Path) -> None:
+    """PNGs of the recipe's size: the loader's values are (p / 255 - mean) / std, nothing else."""
+    recipe = recipe_for("cifar10")
+    pixels = np.random.default_rng(0).integers(0, 256, (7, 32, 32, 3), dtype=np.uint8)
+    for k, image in enumerate(pixels):
+        folder = tmp_path / "val" / f"class{k % 2}"
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(folder / f"{k}.png")
+    dataset = open_dataset(tmp_path, "val")
+    indices = [6, 0, 3, 3, 1]
+    loader = EvalLoader(dataset, recipe, indices, batch_size=2, device=CPU, threads=1)
+    batches = list(loader)
+    assert [len(y) for _, y in batches] == [2, 2, 1]
+    assert len(loader) == 3
+    order = [int(Path(path).stem) for path in dataset.paths]
+    raw = pixels[[order[index] for index in indices]].astype(np.float64) / 255
+    expected = (raw - np.array(recipe.mean)) / np.array(recipe.std)
+    x_BCHW = torch.cat([x for x, _ in batches])
+    assert x_BCHW.dtype == torch.float32
+    assert batches[0][0].is_contiguous(memory_format=torch.channels_last)
+    assert np.abs(x_BCHW.permute(0, 2, 3, 1).numpy() - expected).max() < 1e-5
+    assert torch.cat([y for _, y in batches]).tolist() == [dataset.labels[i] for i in indices]
+
+
+@pytest.mark.parametrize("size", [(300, 200), (90, 131), (40, 40), (20, 900)], ids=str)
+def test_clean_images_of_any_size_are_resized_and_cropped(
+    tmp_path: Path, size: tuple[int, int]
+) -> None:
+    coarse = np.random.default_rng(1).integers(0, 256, (6, 6, 3), dtype=np.uint8)
+    image = Image.fromarray(coarse).resize((size[1], size[0]), Image.Resampling.BICUBIC)
+    (tmp_path / "val" / "a").mkdir(parents=True)
+    image.save(tmp_path / "val" / "a" / "x.png")
+    recipe = recipe_for("imagefolder", crop=56)
+    loader = EvalLoader(
+        open_dataset(tmp_path, "val"), recipe, [0], batch_size=1, device=CPU, threads=1
+    )
+    ((x, _),) = loader
+    resized = F.resize(image, recipe.resize_short, InterpolationMode.BICUBIC)
+    theirs = np.asarray(F.center_crop(resized, 56), np.float32)
+    std, mean = torch.tensor(recipe.std).view(3, 1, 1), torch.tensor(recipe.mean).view(3, 1, 1)
+    ours = ((x[0] * std + mean) * 255).permute(1, 2, 0).numpy()
+    assert np.abs(ours - theirs).mean() < 0.5
+
+
+def test_evaluation_starts_again_after_a_break(val_set: ImageFolder, recipe: Recipe) -> None:
+    loader = EvalLoader(val_set, recipe, range(15), batch_size=2, device=CPU, threads=2)
+    whole = list(loader)
+    assert sum(len(y) for _, y in whole) == 15
+    for stop in (1, 3, 7):
+        for _ in islice(loader, stop):
+            pass
+        again = list(loader)
+        assert len(again) == len(whole) == 8
+        for (x, y), (x_again, y_again) in zip(whole, again, strict=True):
+            assert torch.equal(x, x_again) and torch.equal(y, y_again)
+
+
+def test_evaluation_of_fewer_batches_than_are_made_ahead(
+    val_set: ImageFolder, recipe: Recipe
+) -> None:
+    loader = EvalLoader(val_set, recipe, [4], batch_size=8, device=CPU, threads=1)
+    assert [y.tolist() for _, y in loader] == [y.tolist() for _, y in loader] == [[0]]
+
+
+def test_digits_views_are_affine_and_unmirrored(tmp_path: Path) -> None:
+    """Identity parameters, drawn from a recipe of no strength, give the resized digit itself."""
+    prepare_digits(tmp_path)
+    recipe = recipe_for("digits")
+    assert recipe.view1.flip_p == 0 and recipe.view1.has_affine
+    still = replace(
+        recipe.view1, degrees=0.001, translate=0.0, scale=(1.0, 1.0), shear=0.0, jitter_p=0.0
+    )
+    dataset = numbered(verify_images(open_dataset(tmp_path, "train"), progress=False))
+    loader = make_train_loader(
+        "dali",
+        dataset,
+        replace(recipe, view1=still),
+        batch_size=32,
+        seed=0,
+        device=CPU,
+        threads=1,
+    )
+    batch = next(loader)
+    clean = make_eval_loader(
+        "dali", dataset, recipe, batch.y_B.numpy(), batch_size=32, device=CPU, threads=1
+    )
+    ((x, _),) = clean
+    # half a level of rounding, over the smallest std
+    assert (batch.x1_BCHW - x).abs().max() < 1.5 / 255 / min(recipe.std)
+    assert (batch.x2_BCHW - x).abs().mean() > 0.05
+    loader.close()
+
+
+def test_a_file_lost_during_the_run_is_named(
+    tmp_path: Path, pictures: Path, recipe: Recipe
+) -> None:
+    shutil.copytree(pictures, tmp_path / "data")
+    dataset = verify_images(open_dataset(tmp_path / "data", "train"), progress=False)
+    loader = TrainLoader(dataset, recipe, batch_size=51, seed=0, device=CPU, threads=1)
+    next(loader)
+    (tmp_path / "data" / dataset.paths[7]).unlink()
+    with pytest.raises(RunError, match=f"1 image.s. can no longer be read.*{dataset.paths[7]}"):
+        take(loader, 6)
+    with pytest.raises(RunError, match="make a new one"):
+        next(loader)
+
+
+def test_a_file_damaged_during_the_run_is_named(
+    tmp_path: Path, pictures: Path, recipe: Recipe
+) -> None:
+    shutil.copytree(pictures, tmp_path / "data")
+    dataset = verify_images(open_dataset(tmp_path / "data", "train"), progress=False)
+    loader = TrainLoader(dataset, recipe, batch_size=51, seed=0, device=CPU, threads=1)
+    next(loader)
+    (tmp_path / "data" / dataset.paths[9]).write_text("no picture")
+    with pytest.raises(RunError, match=f"{dataset.paths[9]}"):
+        take(loader, 6)
+
+
+def test_memory_stays_flat(make_loader: MakeLoader) -> None:
+    loader = make_loader(batch_size=16)
+    take(loader, 60)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    take(loader, 400)
+    grown_mb = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+    # 400 batches are 39 MB of pixels a leak would keep
+    assert grown_mb < 12
+
+
+def test_too_few_images_and_unknown_backends_are_refused(
+    train_set: ImageFolder, val_set: ImageFolder, recipe: Recipe
+) -> None:
+    with pytest.raises(UserError, match=r"51 images, fewer than one global batch of 60"):
+        TrainLoader(train_set, recipe, batch_size=30, world_size=2, seed=0, device=CPU, threads=1)
+    with pytest.raises(ValueError, match="rank 2 of 2"):
+        TrainLoader(
+            train_set, recipe, batch_size=3, rank=2, world_size=2, seed=0, device=CPU, threads=1
+        )
+    with pytest.raises(UserError, match="'pil'; allowed is dali"):
+        make_train_loader("pil", train_set, recipe)
+    for indices in ([], [15], [-1]):
+        with pytest.raises(ValueError, match="each from 0 to 14"):
+            EvalLoader(val_set, recipe, indices, batch_size=2, device=CPU, threads=1)
+
+
+def test_dali_is_imported_only_for_a_loader() -> None:
+    """And its absence is a user's error with the remedy."""
+    program = (
+        "import sys, isofast.data, isofast.data.prepare\n"
+        "assert not any(name.startswith('nvidia') for name in sys.modules), 'DALI is imported'\n"
+        "sys.modules['nvidia'] = None\n"
+        "try:\n"
+        "    isofast.data.make_train_loader('dali', None, None)\n"
+        "except isofast.errors.UserError as error:\n"
+        "    assert 'pip install nvidia-dali-cuda130' in str(error), error\n"
+        "else:\n"
+        "    raise AssertionError('no error')\n"
+    )
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    with pytest.raises(AttributeError, match="NoLoader"):
+        _ = isofast.data.NoLoader

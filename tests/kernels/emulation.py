@@ -1,0 +1,67 @@
+"""The steps of the matrix power in plain torch, with a product of one's choice."""
+
+import torch
+from torch import Tensor
+
+
+def rounded_to_tf32(x: Tensor) -> Tensor:
+    """fp32 with 10 explicit bits of mantissa, ties to even."""
+    bits = x.contiguous().view(torch.int32)
+    return ((bits + 0xFFF + ((bits >> 13) & 1)) & ~0x1FFF).view(torch.float32)
+
+
+def product_3xtf32(x: Tensor, y: Tensor) -> Tensor:
+    """x @ y as tensor cores do it with input_precision="tf32x3"."""
+    x_high, y_high = rounded_to_tf32(x), rounded_to_tf32(y)
+    x_low, y_low = rounded_to_tf32(x - x_high), rounded_to_tf32(y - y_high)
+    return x_low @ y_high + x_high @ y_low + x_high @ y_high
+
+
+def product_tf32(x: Tensor, y: Tensor) -> Tensor:
+    """x @ y with one TF32 product: what a careless fp32 tl.dot does."""
+    return rounded_to_tf32(x) @ rounded_to_tf32(y)
+
+
+class TorchSteps:
+    """`isofast_kernels.matrix_power.Steps` over `matmul`; counts the products."""
+
+    def __init__(self, corr_DD, matmul):
+        self.corr_DD, self.matmul, self.products, self.traces = corr_DD, matmul, 0, []
+        self.identity = torch.eye(len(corr_DD), dtype=corr_DD.dtype)
+
+    def product(self, x_DD, y_DD):
+        self.products += 1
+        return self.matmul(x_DD, y_DD)
+
+    def square(self, m_DD, index):
+        assert index == len(self.traces)
+        trace = m_DD.trace()
+        self.traces.append(trace)
+        scale = torch.where(trace == 0, 0, 1 / trace)
+        return self.product(m_DD, m_DD) * scale * scale
+
+    def quotient_sums(self, m_DD, index):
+        n_DD = self.square(m_DD, index)
+        return torch.stack([(n_DD * self.corr_DD).sum(), n_DD.trace()])[:, None]
+
+    def shift(self, sums_2T, eps, spectral, bounded):
+        inner, trace = sums_2T.sum(1)
+        top = inner * torch.where(trace == 0, 0, 1 / trace)
+        scale = torch.where(top == 0, 0, 1 / top) if spectral else torch.ones(())
+        self.r = torch.ones(())
+        if not bounded:
+            return self.corr_DD * scale + eps * self.identity
+        bound = torch.stack([t ** (2.0**-s) for s, t in enumerate(self.traces)]).prod()
+        self.r = bound * scale + eps
+        inverse = torch.where(self.r == 0, 0, 1 / self.r)
+        return self.corr_DD * (scale * inverse) + eps * inverse * self.identity
+
+    def polynomial(self, p_DD, a, b, c):
+        return a * self.identity + b * p_DD + c * self.product(p_DD, p_DD)
+
+    def advance(self, y_DD, q_DD, z_DD):
+        return self.product(y_DD, q_DD), self.product(q_DD, z_DD)
+
+    def finish(self, x_DD, y_DD, power):
+        w_DD = self.product(x_DD, y_DD) * torch.where(self.r == 0, 1, self.r**power)
+        return w_DD.tril() + w_DD.tril(-1).T

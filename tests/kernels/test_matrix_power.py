@@ -1,0 +1,225 @@
+"""The algorithm of the matrix power against float64, with fp32 and emulated 3xTF32 products."""
+
+import functools
+
+import pytest
+import torch
+
+from isofast_kernels import minimax, reference
+from isofast_kernels.matrix_power import (
+    SHIFTED_FLOOR,
+    SHIFTED_STEPS,
+    UNSHIFTED_FLOOR,
+    UNSHIFTED_STEPS,
+    power_by_products,
+    runs_by_products,
+)
+
+from .emulation import TorchSteps, product_3xtf32, product_tf32
+
+BUDGET = 5e-4
+"""Spectral norm of W's error where |W| = 1; below bf16's rounding of z by a factor of eight."""
+
+FEATURES = 256
+PRODUCTS = [
+    pytest.param(torch.matmul, id="fp32"),
+    pytest.param(product_3xtf32, id="3xtf32"),
+]
+
+
+def spectrum(kind):
+    i = torch.arange(FEATURES, dtype=torch.float64)
+    return {
+        "flat": torch.ones_like(i),
+        "power_law": 1 / (1 + i),
+        "to_1e-6": 10 ** (-6 * i / (FEATURES - 1)),
+        "rank_16": torch.where(i < 16, 1 - i / 32, 0.0),
+        "tail_1e-8": torch.where(i < 32, 1 - i / 40, 1e-8),
+        "one_direction": torch.where(i < 1, 1.0, 1e-7),
+        "repeated": 2.0 ** -(i // 32),
+        "band_at_the_floor": torch.where(i < 4, 1.0, 3e-6),
+    }[kind]
+
+
+@functools.cache
+def correlation(kind):
+    """A random C of that spectrum, up to a factor, rounded to fp32."""
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(FEATURES, FEATURES, generator=generator, dtype=torch.float64)
+    basis = torch.linalg.qr(noise)[0]
+    return reference.mirror_lower((basis * (7.3 * spectrum(kind))) @ basis.T).float()
+
+
+def spectral_error(w, corr, alpha, eps, normalize="spectral"):
+    """Against float64, relative to |W|."""
+    exact = reference.matrix_power_reference(corr.double(), alpha, eps=eps, normalize=normalize)
+    scale = torch.linalg.matrix_norm(exact, 2)
+    return (torch.linalg.matrix_norm(w.double() - exact, 2) / scale).item()
+
+
+SPECTRA = [
+    "flat",
+    "power_law",
+    "to_1e-6",
+    "rank_16",
+    "tail_1e-8",
+    "one_direction",
+    "repeated",
+    "band_at_the_floor",
+]
+
+
+@pytest.mark.parametrize("matmul", PRODUCTS)
+@pytest.mark.parametrize("kind", SPECTRA)
+def test_square_root(kind, matmul):
+    corr = correlation(kind)
+    steps = TorchSteps(corr, matmul)
+    w = power_by_products(corr, 0.5, 0.0, "spectral", steps)
+    assert torch.equal(w, w.T)
+    assert steps.products == 9 + 21
+    assert spectral_error(w, corr, 0.5, 0.0) <= BUDGET
+
+
+@pytest.mark.parametrize("matmul", PRODUCTS)
+@pytest.mark.parametrize("alpha", [0.25, 0.5, 1.0, 2.0])
+@pytest.mark.parametrize("eps", [0.1, 0.25, 1.0])
+@pytest.mark.parametrize("kind", ["power_law", "rank_16", "one_direction"])
+def test_shifted_powers_are_exact_to_fp32(kind, eps, alpha, matmul):
+    corr = correlation(kind)
+    steps = TorchSteps(corr, matmul)
+    w = power_by_products(corr, alpha, eps, "spectral", steps)
+    assert steps.products == 9 + {0.25: 18, 0.5: 9, 1.0: 0, 2.0: 1}[alpha]
+    assert spectral_error(w, corr, alpha, eps) <= 1e-5
+
+
+@pytest.mark.parametrize("matmul", PRODUCTS)
+@pytest.mark.parametrize("eps", [0.0, 1e-3, 0.3])
+@pytest.mark.parametrize("alpha", [0.5, 2.0])
+def test_without_normalisation(alpha, eps, matmul):
+    corr = correlation("to_1e-6")
+    w = power_by_products(corr, alpha, eps, "none", TorchSteps(corr, matmul))
+    assert spectral_error(w, corr, alpha, eps, "none") <= BUDGET
+
+
+@pytest.mark.parametrize("matmul", PRODUCTS)
+@pytest.mark.parametrize(("decay", "rows"), [(0.998, 256), (0.998, 32), (0.5, 256), (0.5, 32)])
+def test_along_a_stream(decay, rows, matmul):
+    """C as training makes it, from zero, of embeddings whose spectrum falls over 1e-8 and turns."""
+    generator = torch.Generator().manual_seed(1)
+    slope = 10 ** (-4 * torch.arange(FEATURES) / FEATURES)
+    mixing = torch.randn(FEATURES, FEATURES, generator=generator) / FEATURES**0.5
+    corr = torch.zeros(FEATURES, FEATURES)
+    worst = 0.0
+    for step in range(60):
+        mixing += 0.01 * torch.randn(FEATURES, FEATURES, generator=generator) / FEATURES**0.5
+        z = torch.randn(rows, FEATURES, generator=generator) * slope @ mixing
+        reference.correlation_ema_reference_(corr, [z], decay)
+        if step in (0, 1, 10, 59):
+            w = power_by_products(corr, 0.5, 0.0, "spectral", TorchSteps(corr, matmul))
+            worst = max(worst, spectral_error(w, corr, 0.5, 0.0))
+    assert worst <= BUDGET
+
+
+def test_one_tf32_product_is_not_enough():
+    """The reason for input_precision="tf32x3": the emulation tells the two apart."""
+    corr = correlation("to_1e-6")
+    w = power_by_products(corr, 0.5, 0.0, "spectral", TorchSteps(corr, product_tf32))
+    assert not spectral_error(w, corr, 0.5, 0.0) <= 20 * BUDGET
+
+
+def test_the_emulation_splits_as_documented():
+    x = torch.tensor([1.0, 1 + 2**-10, 1 + 2**-11, 1 + 3 * 2**-11, -1 - 2**-12])
+    expected = torch.tensor([1.0, 1 + 2**-10, 1.0, 1 + 2**-9, -1.0])
+    from_emulation = product_tf32(torch.diag(x), torch.eye(5)).diagonal()
+    assert torch.equal(from_emulation, expected)
+    y = torch.randn(64, 64, generator=torch.Generator().manual_seed(0))
+    exact = y.double() @ y.double()
+    error_1, error_3, error_fp32 = (
+        (f(y, y) - exact).abs().max().item() for f in (product_tf32, product_3xtf32, torch.matmul)
+    )
+    assert error_3 < 4 * error_fp32 < error_1 / 50
+
+
+@pytest.mark.parametrize("factor", [1e-17, 1e-6, 1e6, 1e17])
+def test_the_scale_of_c_does_not_matter(factor):
+    corr = correlation("power_law")
+    w, scaled = (
+        power_by_products(c, 0.5, 0.0, "spectral", TorchSteps(c, torch.matmul))
+        for c in (corr, corr * factor)
+    )
+    torch.testing.assert_close(scaled, w, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("alpha", "eps"), [(0.5, 0.0), (0.5, 0.2), (0.25, 0.2), (1.0, 0.2)])
+@pytest.mark.parametrize("normalize", ["spectral", "none"])
+def test_zero(alpha, eps, normalize):
+    corr = torch.zeros(16, 16)
+    w = power_by_products(corr, alpha, eps, normalize, TorchSteps(corr, torch.matmul))
+    torch.testing.assert_close(w, eps**alpha * torch.eye(16), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("alpha", [0.5, 1.0, 2.0])
+def test_nan_comes_out(alpha):
+    corr = correlation("power_law").clone()
+    corr[3, 7] = corr[7, 3] = float("nan")
+    w = power_by_products(corr, alpha, 0.0, "spectral", TorchSteps(corr, torch.matmul))
+    assert w.isnan().all()
+
+
+def test_a_direction_s_noise_below_zero_does_no_harm():
+    """fp32 leaves eigenvalues of C at -1e-7 of the largest; the iteration must not magnify them."""
+    generator = torch.Generator().manual_seed(2)
+    basis = torch.linalg.qr(torch.randn(64, 64, generator=generator, dtype=torch.float64))[0]
+    values = torch.linspace(1, 0.5, 64, dtype=torch.float64)
+    values[40:] = -3e-7
+    corr = reference.mirror_lower((basis * values) @ basis.T).float()
+    w = power_by_products(corr, 0.5, 0.0, "spectral", TorchSteps(corr, torch.matmul))
+    assert spectral_error(w, corr, 0.5, 0.0) <= BUDGET
+
+
+def test_the_largest_eigenvalue_of_a_tight_cluster_is_off_by_less_than_documented():
+    """255 eigenvalues at 0.992 are the worst case of 512 powers: W is 0.33 % too large."""
+    values = torch.full((FEATURES,), 0.992, dtype=torch.float64)
+    values[0] = 1
+    corr = torch.diag(values).float()
+    w = power_by_products(corr, 0.5, 0.0, "spectral", TorchSteps(corr, torch.matmul))
+    assert 3.0e-3 < spectral_error(w, corr, 0.5, 0.0) < 3.4e-3
+
+
+@pytest.mark.parametrize(
+    ("table", "floor"),
+    [
+        pytest.param(UNSHIFTED_STEPS, UNSHIFTED_FLOOR, id="unshifted"),
+        pytest.param(SHIFTED_STEPS, SHIFTED_FLOOR, id="shifted"),
+    ],
+)
+def test_the_coefficients_are_the_minimax_ones(table, floor):
+    computed, deviation = minimax.minimax_steps(floor, len(table))
+    torch.testing.assert_close(torch.tensor(table), torch.tensor(computed), rtol=0, atol=2e-7)
+    # what they are for: every x in [sqrt(floor), 1] ends within the deviation of 1
+    x = torch.linspace(floor**0.5, 1, 100_001, dtype=torch.float64)
+    for a, b, c in table:
+        x = x * (a + b * x**2 + c * x**4)
+    assert (x - 1).abs().max() <= deviation + 1e-7
+    assert deviation < 1e-7
+
+
+def test_no_other_quintic_deviates_less():
+    (a, b, c), deviation = minimax.minimax_quintic(0.05)
+    x = torch.linspace(0.05, 1, 20_001, dtype=torch.float64)
+
+    def largest(a, b, c):
+        return (x * (a + b * x**2 + c * x**4) - 1).abs().max().item()
+
+    assert abs(largest(a, b, c) - deviation) < 1e-6
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(200):
+        da, db, dc = (0.01 * torch.randn(3, generator=generator)).tolist()
+        assert largest(a + da, b + db, c + dc) > deviation - 1e-9
+
+
+def test_which_powers_need_an_eigendecomposition():
+    assert all(runs_by_products(alpha, 0.0, "spectral") for alpha in (0.5, 1.0, 2.0))
+    assert runs_by_products(0.25, 0.25, "spectral")
+    assert not runs_by_products(0.25, 0.0, "spectral")
+    assert not runs_by_products(0.3, 0.25, "spectral")

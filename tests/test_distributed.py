@@ -1,0 +1,88 @@
+"""Two processes and one on the same global batch agree, through gloo and the real engine."""
+
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+SCRIPT = Path(__file__).resolve().parent / "two_ranks.py"
+
+
+def _run(config: Path, output: Path, size: int) -> dict[str, torch.Tensor]:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    processes = []
+    for rank in range(size):
+        env = os.environ | {
+            "RANK": str(rank),
+            "WORLD_SIZE": str(size),
+            "LOCAL_RANK": str(rank),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+            "OMP_NUM_THREADS": "1",
+            "CUDA_VISIBLE_DEVICES": "",
+        }
+        command = [sys.executable, str(SCRIPT), str(config), str(output)]
+        processes.append(subprocess.Popen(command, env=env))
+    codes = [process.wait(timeout=300) for process in processes]
+    assert codes == [0] * size
+    result: dict[str, torch.Tensor] = torch.load(output)
+    return result
+
+
+@pytest.fixture(scope="module")
+def results(
+    tmp_path_factory: pytest.TempPathFactory, digits: Path
+) -> Callable[[int], dict[str, torch.Tensor]]:
+    """What one and two processes computed, by the number of processes."""
+    import json
+
+    folder = tmp_path_factory.mktemp("ranks")
+    config = folder / "config.json"
+    settings = {
+        "data": {"dataset": "digits", "root": str(digits)},
+        "encoder": {"width": 4},
+        "projector": {"hidden": 32, "output": 16},
+        "method": {"decay": 0.5},
+        "train": {"batch_size": 16, "epochs": 2},
+    }
+    config.write_text(json.dumps(settings))
+    computed = {size: _run(config, folder / f"{size}.pt", size) for size in (1, 2)}
+    return lambda size: computed[size]
+
+
+@pytest.mark.parametrize("step", [0, 1])
+def test_loss_correlation_and_gradients_agree(
+    results: Callable[[int], dict[str, torch.Tensor]], step: int
+) -> None:
+    one, two = results(1), results(2)
+    names = [name for name in one if name.startswith((f"loss{step}", f"corr{step}", f"grad{step}"))]
+    assert len(names) > 60
+    for name in names:
+        # 1e-4 of each entry, or of the tensor's largest where sums cancel to almost nothing
+        atol = 1e-4 * one[name].abs().max().item()
+        torch.testing.assert_close(two[name], one[name], rtol=1e-4, atol=atol, msg=name)
+        assert one[name].abs().max() > 0, name
+
+
+def test_the_correlation_stays_bitwise_symmetric(
+    results: Callable[[int], dict[str, torch.Tensor]],
+) -> None:
+    for size in (1, 2):
+        corr_DD = results(size)["corr1"]
+        assert torch.equal(corr_DD, corr_DD.T)
+
+
+def test_buffers_rows_and_objects_are_exchanged(
+    results: Callable[[int], dict[str, torch.Tensor]],
+) -> None:
+    two = results(2)
+    assert torch.equal(two["buffer"], torch.full((4,), 0.5))
+    assert two["rows"].tolist() == [[0.0, 0.0], [1.0, 1.0], [1.0, 1.0]]
+    assert two["objects"].tolist() == [0, 1]

@@ -1,0 +1,73 @@
+"""The directions of imports: launch -> isofast -> isofast_kernels, one file each for DeepSpeed and
+DALI, Triton in the kernels only."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGES = ("isofast", "kernels", "launch", "bench", "tests")
+FILES = [path for package in PACKAGES for path in sorted((ROOT / package).rglob("*.py"))]
+
+
+def _imports(path: Path) -> set[str]:
+    """Every module that a file imports, wherever in it."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
+            found.add(node.module)
+            found.update(f"{node.module}.{alias.name}" for alias in node.names)
+    return found
+
+
+def _importers(module: str, within: tuple[str, ...] = ("isofast", "kernels", "launch")) -> set[str]:
+    return {
+        str(path.relative_to(ROOT))
+        for path in FILES
+        if path.relative_to(ROOT).parts[0] in within
+        and any(name == module or name.startswith(f"{module}.") for name in _imports(path))
+    }
+
+
+@pytest.mark.parametrize(
+    ("module", "allowed"),
+    [
+        ("deepspeed", {"isofast/engine.py"}),
+        ("nvidia", {"isofast/data/dali.py"}),
+        ("isofast.train", {"launch/train.py"}),
+        ("launch", set()),
+        ("bench", set()),
+        ("tests", set()),
+    ],
+)
+def test_who_imports(module: str, allowed: set[str]) -> None:
+    assert _importers(module) <= allowed
+
+
+@pytest.mark.parametrize("module", ["deepspeed", "nvidia", "isofast.train"])
+def test_the_import_is_found_where_it_is(module: str) -> None:
+    """The test above would pass on files that it cannot read."""
+    assert _importers(module)
+
+
+def test_triton_stays_in_the_kernels() -> None:
+    assert _importers("triton", within=("isofast", "launch")) == set()
+
+
+def test_the_kernels_know_nothing_above_them() -> None:
+    assert _importers("isofast", within=("kernels",)) == set()
+    assert _importers("pydantic", within=("kernels",)) == set()
+
+
+def test_the_kernels_need_only_torch_and_triton() -> None:
+    code = (
+        "import sys, isofast_kernels; "
+        "bad = {'deepspeed', 'nvidia.dali', 'pydantic', 'torchvision', 'isofast', 'sklearn'};"
+        "sys.exit(f'imported {bad & set(sys.modules)}' if bad & set(sys.modules) else 0)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd="/")

@@ -1,0 +1,58 @@
+"""metrics.jsonl and spectrum.npz across a crash and a resume."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from isofast.metrics import MetricsWriter, effective_rank, read_metrics
+
+
+def _write(run_dir: Path, start: int, steps: range) -> None:
+    with MetricsWriter(run_dir, start, tensorboard=False) as writer:
+        for step in steps:
+            writer.write({"step": step, "loss": 0.5 * step})
+            writer.spectrum(step, torch.arange(3.0).flip(0) * step)
+
+
+def test_a_resumed_run_drops_what_was_written_after_its_checkpoint(tmp_path: Path) -> None:
+    _write(tmp_path, 0, range(1, 6))
+    _write(tmp_path, 3, range(4, 8))
+    assert [record["step"] for record in read_metrics(tmp_path / "metrics.jsonl")] == [*range(1, 8)]
+    with np.load(tmp_path / "spectrum.npz") as spectrum:
+        assert spectrum["step"].tolist() == [*range(1, 8)]
+        assert spectrum["eigenvalues"].shape == (7, 3)
+        assert spectrum["eigenvalues"][1].tolist() == [4.0, 2.0, 0.0]
+
+
+def test_a_line_cut_short_is_dropped(tmp_path: Path) -> None:
+    _write(tmp_path, 0, range(1, 4))
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 4, "lo')
+    _write(tmp_path, 3, range(4, 5))
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [1, 2, 3, 4]
+
+
+def test_a_new_run_keeps_nothing(tmp_path: Path) -> None:
+    _write(tmp_path, 0, range(1, 4))
+    _write(tmp_path, 0, range(1, 2))
+    assert len(read_metrics(tmp_path / "metrics.jsonl")) == 1
+
+
+def test_nan_becomes_null(tmp_path: Path) -> None:
+    with MetricsWriter(tmp_path, 0, tensorboard=False) as writer:
+        writer.write({"step": 1, "loss": float("nan"), "lr": float("inf")})
+    assert read_metrics(tmp_path / "metrics.jsonl") == [{"step": 1, "loss": None, "lr": None}]
+
+
+@pytest.mark.parametrize(
+    ("eigenvalues", "expected"),
+    [([1.0] * 8, 8.0), ([3.0, 0, 0], 1.0), ([0.0, 0.0], 0.0), ([2.0, 1.0], 9 / 5)],
+)
+def test_effective_rank_is_the_participation_ratio(
+    eigenvalues: list[float], expected: float
+) -> None:
+    assert effective_rank(torch.tensor(eigenvalues)) == pytest.approx(expected)

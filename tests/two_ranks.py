@@ -1,0 +1,66 @@
+"""One process of a group: a real step of method and engine on its share of a fixed batch.
+
+Called by test_distributed.py with RANK, WORLD_SIZE and the rest in the environment:
+`python two_ranks.py CONFIG OUTPUT`. Rank 0 writes what it has after the backward.
+"""
+
+import sys
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from isofast.config import load_config
+from isofast.data import Batch
+from isofast.distributed import (
+    gather_objects,
+    gather_rows,
+    mean_of_buffers_over_ranks_,
+    mean_over_ranks_,
+)
+from isofast.engine import close_world, init_world
+from isofast.state import build
+
+GLOBAL_BATCH = 16
+
+
+def main(config_path: str, output: str) -> None:
+    """Two steps with frozen BatchNorm, then what the ranks exchange beside gradients."""
+    world = init_world()
+    config = load_config(Path(config_path))
+    state = build(config, world, classes=10, batch_norm="local")
+    state.online.train()
+    for branch in (state.online.branch, state.target):
+        assert branch is not None
+        for module in branch.modules():
+            if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
+                module.eval()
+    generator = torch.Generator().manual_seed(5)
+    share = slice(
+        world.rank * GLOBAL_BATCH // world.size, (world.rank + 1) * GLOBAL_BATCH // world.size
+    )
+    results = {}
+    for step in range(2):
+        x1, x2 = torch.randn(2, GLOBAL_BATCH, 3, 16, 16, generator=generator)
+        y = torch.randint(10, (GLOBAL_BATCH,), generator=generator)
+        output_of_step = state.method(Batch(x1[share], x2[share], y[share]))
+        loss = output_of_step.loss + output_of_step.probe.loss
+        state.engine.backward(loss)
+        results[f"loss{step}"] = mean_over_ranks_(loss.detach().clone())
+        for name, parameter in state.online.named_parameters():
+            results[f"grad{step}.{name}"] = parameter.grad.clone()
+        state.engine.step()
+        results[f"corr{step}"] = state.correlation.corr_DD.clone()
+
+    state.online.branch.encoder.bn1.running_mean.fill_(world.rank)
+    mean_of_buffers_over_ranks_(state.online)
+    results["buffer"] = state.online.branch.encoder.bn1.running_mean.clone()
+    results["rows"] = gather_rows(torch.full((world.rank + 1, 2), float(world.rank)))
+    results["objects"] = torch.tensor([int(str(item)) for item in gather_objects(world.rank)])
+    if world.is_main:
+        torch.save(results, output)
+    close_world()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
