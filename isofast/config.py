@@ -146,8 +146,10 @@ class EvaluationConfig(_Section):
     """Clean top-1 of the online probe and k-NN, on the validation images."""
 
     every_epochs: int = Field(10, ge=0, json_schema_extra=FREE)
-    """Epochs between evaluations, beside those at step 0 and at the end; 0: never at all."""
-    knn_images: int = Field(10_000, ge=1, json_schema_extra=FREE)
+    """Epochs between evaluations, beside the one at the end; 0: never at all."""
+    at_start: bool = Field(False, json_schema_extra=FREE)
+    """Also evaluate before the first step."""
+    knn_images: int = Field(5000, ge=1, json_schema_extra=FREE)
     """Training images in the k-NN bank (fewer if there are fewer)."""
     knn_k: int = Field(200, ge=1, le=200, json_schema_extra=FREE)
     """Neighbours that vote (fewer if the bank is smaller)."""

@@ -46,4 +46,5 @@ class Correlation:
         corr_DD = self.corr_DD.cpu().double()
         if not torch.isfinite(corr_DD).all():
             return torch.full((len(corr_DD),), torch.nan)
-        return torch.linalg.eigvalsh(corr_DD).flip(0).clamp(min=0).float()
+        eigenvalues_D: Tensor = torch.linalg.eigvalsh(corr_DD)
+        return eigenvalues_D.flip(0).clamp(min=0).float()

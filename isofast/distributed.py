@@ -50,7 +50,7 @@ def mean_of_buffers_over_ranks_(module: torch.nn.Module) -> None:
     buffers = [buffer for buffer in module.buffers() if buffer.is_floating_point()]
     flat = mean_over_ranks_(torch.cat([buffer.flatten() for buffer in buffers]))
     sizes = [buffer.numel() for buffer in buffers]
-    for buffer, mean in zip(buffers, flat.split(sizes), strict=True):
+    for buffer, mean in zip(buffers, torch.split_with_sizes(flat, sizes), strict=True):
         buffer.copy_(mean.view_as(buffer))
 
 

@@ -3,14 +3,16 @@
 Shapes: N images of the bank, M queries, F features, K classes.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from tqdm import tqdm
 
 from isofast.config import Config
 from isofast.data import ImageFolder, Recipe, make_eval_loader
@@ -18,8 +20,10 @@ from isofast.distributed import World, gather_rows
 from isofast.networks import Online
 from isofast.probe import UNLABELLED
 
+if TYPE_CHECKING:
+    from isofast.data import EvalLoader
+
 Features = Callable[[Tensor], Tensor]
-Loader = Iterable[tuple[Tensor, Tensor]]
 _QUERIES_AT_ONCE = 1024
 
 
@@ -48,11 +52,12 @@ class Evaluator:
     ) -> None:
         self._config = config
         self._classes = len(train.classes)
+        self._speak = world.is_main
         labelled = np.flatnonzero(train.labels != UNLABELLED)
         order = np.random.default_rng(config.seed).permutation(labelled)
         bank = np.sort(order[: config.evaluation.knn_images])
 
-        def loader(images: ImageFolder, indices: np.ndarray) -> Loader:
+        def loader(images: ImageFolder, indices: np.ndarray) -> "EvalLoader":
             return make_eval_loader(
                 config.data.loader,
                 images,
@@ -65,13 +70,14 @@ class Evaluator:
 
         self._bank = loader(train, bank)
         self._val = loader(val, np.arange(len(val)))
+        self.images = len(bank) + len(val)
 
     @torch.no_grad()
     def __call__(self, online: Online) -> Evaluation:
         """Evaluates in eval mode and leaves the module in the mode that it had."""
         with eval_mode(online):
-            bank_NF, bank_y_N = _collect(self._bank, online.branch.features)
-            val_MF, val_y_M = _collect(self._val, online.branch.features)
+            bank_NF, bank_y_N = self._collect(self._bank, online.branch.features)
+            val_MF, val_y_M = self._collect(self._val, online.branch.features)
             right = online.probe(val_MF).argmax(1) == val_y_M
         return Evaluation(
             val_top1=float(right.float().mean()),
@@ -85,7 +91,18 @@ class Evaluator:
         def flat(x_BCHW: Tensor) -> Tensor:
             return x_BCHW.flatten(1)
 
-        return self._knn(*_collect(self._bank, flat), *_collect(self._val, flat))
+        return self._knn(*self._collect(self._bank, flat), *self._collect(self._val, flat))
+
+    def _collect(self, loader: "EvalLoader", features: Features) -> tuple[Tensor, Tensor]:
+        """Features and labels of all of a loader's images, gathered from all ranks."""
+        # disable=None hides the bar where there is no terminal
+        silent = None if self._speak else True
+        batches = tqdm(loader, "evaluating", leave=False, disable=silent, unit="batch")
+        parts = [(features(x_BCHW), y_B) for x_BCHW, y_B in batches]
+        return (
+            gather_rows(torch.cat([h_BF for h_BF, _ in parts])),
+            gather_rows(torch.cat([y_B for _, y_B in parts])),
+        )
 
     def _knn(self, bank_NF: Tensor, bank_y_N: Tensor, val_MF: Tensor, val_y_M: Tensor) -> float:
         settings = self._config.evaluation
@@ -146,12 +163,3 @@ def eval_mode(module: nn.Module) -> Iterator[None]:
         yield
     finally:
         module.train(training)
-
-
-def _collect(loader: Loader, features: Features) -> tuple[Tensor, Tensor]:
-    """Features and labels of all of a loader's images, gathered from all ranks."""
-    parts = [(features(x_BCHW), y_B) for x_BCHW, y_B in loader]
-    return (
-        gather_rows(torch.cat([h_BF for h_BF, _ in parts])),
-        gather_rows(torch.cat([y_B for _, y_B in parts])),
-    )

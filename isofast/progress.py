@@ -50,6 +50,11 @@ class Progress:
         if self._speak:
             tqdm.write(text, file=sys.stderr)
 
+    def note(self, text: str) -> None:
+        """A line in a log file only: on a terminal a bar of its own says it."""
+        if self._lines:
+            self.say(text)
+
     def close(self) -> None:
         """Leaves the bar as it is."""
         self._bar.close()

@@ -95,7 +95,7 @@ def build(config: Config, world: World, classes: int, batch_norm: str) -> TrainS
     # only now: DeepSpeed's first broadcast refuses parameters that are not contiguous
     for module in (online, target):
         if module is not None:
-            module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+            module.to(memory_format=torch.channels_last)
     correlation = Correlation(config.projector.output, config.method, world.device, world.size)
     method = Method(config, engine, target, correlation)
     return TrainState(world, online, target, correlation, optimizer, engine, method)

@@ -154,7 +154,7 @@ class _Run:
         config, state, world = self.config, self.state, self.world
         local_statistics = world.size > 1 and self.environment["batch_norm"] == "local"
         state.online.train()
-        if self.step == 0:
+        if self.step == 0 and config.evaluation.at_start:
             self.evaluate()
         while self.step < self.last_step:
             batch = self._next_batch()
@@ -232,6 +232,7 @@ class _Run:
         if self.evaluator is None:
             return
         self._lap()
+        self.progress.note(f"evaluating on {self.evaluator.images:,} images")
         result = self.evaluator(self.state.online)
         self.totals.val_top1, self.totals.knn_top1 = result.val_top1, result.knn_top1
         if self.step == 0:

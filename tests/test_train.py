@@ -85,7 +85,7 @@ def config(config_file: Write) -> Path:
     """30 steps over one border of epochs, a checkpoint every 7, evaluated after each epoch."""
     return config_file(
         train={"max_steps": 30},
-        evaluation={"every_epochs": 1, "knn_images": 200},
+        evaluation={"every_epochs": 1, "at_start": True, "knn_images": 200},
         checkpoint={"every_steps": 7},
         logging={"every_steps": 2, "tensorboard": True},
     )

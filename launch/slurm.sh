@@ -1,0 +1,16 @@
+#!/usr/bin/env bash
+# One process a GPU, started by srun: sbatch launch/slurm.sh --config launch/tinyimagenet.json
+# After a preemption or a time limit the same job goes on from the newest whole checkpoint.
+#SBATCH --job-name=isofast
+#SBATCH --nodes=1
+#SBATCH --gpus-per-node=4
+#SBATCH --ntasks-per-node=4
+#SBATCH --cpus-per-task=8
+#SBATCH --time=12:00:00
+#SBATCH --requeue
+set -euo pipefail
+cd "${SLURM_SUBMIT_DIR:-.}"
+MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000))
+export MASTER_ADDR MASTER_PORT
+srun .venv/bin/python launch/train.py "$@"
