@@ -85,7 +85,7 @@ def build(config: Config, world: World, classes: int, batch_norm: str) -> TrainS
         branch = nn.SyncBatchNorm.convert_sync_batchnorm(branch)  # type: ignore[no-untyped-call]
     online = Online(branch, probe).to(world.device)
     target = make_target(online.branch) if config.method.ema else None
-    if config.train.compile == "on" or (config.train.compile == "auto" and cuda):
+    if compiles(config, cuda):
         # in place, so that parameters keep their names
         online.branch.compile()
         if target is not None:
@@ -99,6 +99,11 @@ def build(config: Config, world: World, classes: int, batch_norm: str) -> TrainS
     correlation = Correlation(config.projector.output, config.method, world.device, world.size)
     method = Method(config, engine, target, correlation)
     return TrainState(world, online, target, correlation, optimizer, engine, method)
+
+
+def compiles(config: Config, cuda: bool) -> bool:
+    """Whether the networks go through torch.compile."""
+    return config.train.compile == "on" or (config.train.compile == "auto" and cuda)
 
 
 def _precision(config: Config, cuda: bool) -> torch.dtype:

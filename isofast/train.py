@@ -37,7 +37,7 @@ from isofast.metrics import MetricsWriter, effective_rank
 from isofast.optim import set_lr
 from isofast.progress import Progress
 from isofast.rundir import describe_environment, open_run_dir, write_json
-from isofast.state import TrainState, build
+from isofast.state import TrainState, build, compiles
 from isofast.summary import Summary, results_table
 
 # Healthy embeddings spread by 1/sqrt(D) in each dimension; under this share they have collapsed.
@@ -349,6 +349,8 @@ class _Run:
             + f" ({self.loader.dropped_per_epoch} images left out of each)",
             f"steps {self.step} to {self.last_step}, written to {self.run_dir}",
         ]
+        if compiles(config, world.device.type == "cuda") and self.step < self.last_step:
+            lines.append("compiling the networks; the first step takes a minute or two")
         return "\n".join(lines)
 
     def _next_batch(self) -> Batch:

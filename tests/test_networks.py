@@ -100,6 +100,17 @@ def test_target_is_a_frozen_copy() -> None:
         assert torch.equal(mine, theirs) and mine is not theirs and not mine.requires_grad
 
 
+def test_the_branch_is_one_graph_for_the_compiler() -> None:
+    x_BCHW = torch.randn(4, 3, 16, 16)
+    expected = _branch()(x_BCHW)
+    branch = _branch()
+    names = set(branch.state_dict())
+    branch.compile(fullgraph=True, backend="aot_eager")
+    for got, wanted in zip(branch(x_BCHW), expected, strict=True):
+        torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5)
+    assert set(branch.state_dict()) == names
+
+
 def test_bf16_autocast_keeps_parameters_and_batchnorm_in_fp32() -> None:
     branch = _branch(torch.bfloat16)
     _, z_BD = branch(torch.randn(4, 3, 16, 16))
