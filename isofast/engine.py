@@ -4,7 +4,6 @@ import contextlib
 import io
 import logging
 import os
-import socket
 import warnings
 from typing import Any
 
@@ -63,7 +62,7 @@ def init_world() -> World:
     The backend is NCCL where there is a GPU, gloo on a CPU.
 
     Raises:
-        UserError: the launcher started more processes than there are GPUs.
+        UserError: the launcher started more processes than there are GPUs, or its port is taken.
     """
     _fill_launcher_environment()
     cuda = torch.cuda.is_available()
@@ -80,9 +79,17 @@ def init_world() -> World:
         # DeepSpeed would compile a shared-memory all-reduce at the first start: 40 s and a
         # compiler, for collectives that gloo does as well at this size.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed(
-        dist_backend="nccl" if cuda else "gloo", auto_mpi_discovery=False, verbose=False
-    )
+    try:
+        deepspeed.init_distributed(
+            dist_backend="nccl" if cuda else "gloo", auto_mpi_discovery=False, verbose=False
+        )
+    except torch.distributed.DistNetworkError as error:
+        if "EADDRINUSE" not in str(error):
+            raise
+        raise UserError(
+            f"port {os.environ['MASTER_PORT']} is taken, by another run on this machine most "
+            f"likely; give the launcher another one, such as deepspeed --master_port 29501"
+        ) from None
     return World(
         rank=int(os.environ["RANK"]),
         size=int(os.environ["WORLD_SIZE"]),
@@ -157,14 +164,9 @@ def _fill_launcher_environment() -> None:
             )
     if "RANK" not in env:
         env.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1")
-        env["MASTER_PORT"] = str(_free_port())
+        # any free port: nobody else has to find it
+        env["MASTER_PORT"] = "0"
     env.setdefault("LOCAL_RANK", "0")
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def _import_deepspeed() -> Any:

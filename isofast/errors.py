@@ -1,5 +1,6 @@
 """The two ways a command ends badly, and the exit codes they become."""
 
+import errno
 import sys
 import traceback
 from collections.abc import Callable
@@ -32,6 +33,12 @@ def exit_code_of(command: Callable[[], None], *, debug: bool, speak: bool = True
         elif speak:
             sys.stderr.write(f"\nerror: {error}\n")
         return 2 if isinstance(error, UserError) else 1
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        if speak:
+            sys.stderr.write(f"\nerror: {error}. Make room, then give the same command again\n")
+        return 1
     except KeyboardInterrupt:
         if speak:
             sys.stderr.write("\ninterrupted; the same command goes on from the last checkpoint\n")

@@ -11,10 +11,11 @@ from typing import IO, Any
 
 import torch
 
-from isofast.config import Config, changed_keys, validate
+from isofast.config import Config, changed_keys
 from isofast.distributed import World
 from isofast.errors import UserError
 from isofast.files import write_atomically
+from isofast.settings import validate
 
 _PACKAGES = (
     "torch",

@@ -4,13 +4,13 @@ import math
 import os
 import time
 from contextlib import ExitStack, closing
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
 from isofast.checkpoint import newest_checkpoint, save_checkpoint
-from isofast.config import Config, to_json
+from isofast.config import Config
 from isofast.data import (
     Batch,
     ImageFolder,
@@ -31,14 +31,13 @@ from isofast.distributed import (
 from isofast.engine import check_pass_through, close_world, init_world, resolve_batch_norm
 from isofast.errors import RunError, UserError
 from isofast.evaluate import Evaluator
-from isofast.files import write_atomically
 from isofast.method import StepOutput, ema_decay_at, move_target_
-from isofast.metrics import MetricsWriter, effective_rank
+from isofast.metrics import Record
 from isofast.optim import set_lr
-from isofast.progress import Progress
-from isofast.rundir import describe_environment, open_run_dir, write_json
+from isofast.recorder import Recorder, Totals
+from isofast.rundir import describe_environment, open_run_dir
 from isofast.state import TrainState, build, compiles
-from isofast.summary import Summary, results_table
+from isofast.summary import Summary
 
 # Healthy embeddings spread by 1/sqrt(D) in each dimension; under this share they have collapsed.
 _COLLAPSED_SPREAD = 0.01
@@ -72,30 +71,9 @@ def fit(config: Config, run_dir: Path) -> Summary:
         try:
             run.train()
         except RunError as error:
-            run.write_summary(failure=str(error))
+            run.finish(failure=str(error))
             raise
         return run.finish()
-
-
-@dataclass
-class _Totals:
-    """What a run adds up over all its processes, saved with each checkpoint."""
-
-    wall_s: float = 0.0
-    train_s: float = 0.0
-    val_top1: float | None = None
-    knn_top1: float | None = None
-    knn_top1_initial: float | None = None
-    knn_top1_pixels: float | None = None
-
-
-@dataclass
-class _Clock:
-    """Time of the steps since the last record, and how much of it was spent waiting for data."""
-
-    began: float = field(default_factory=time.perf_counter)
-    waited: float = 0.0
-    steps: int = 0
 
 
 class _Run:
@@ -111,13 +89,9 @@ class _Run:
         val: ImageFolder | None,
     ) -> None:
         self.config, self.run_dir, self.world = config, run_dir, world
-        batch_norm = resolve_batch_norm(config, world)
-        self.environment = describe_environment(world, batch_norm)
-        self.state: TrainState = build(config, world, len(train.classes), batch_norm)
-        self.totals = _Totals()
-        self.fingerprint = train.fingerprint
-        self.step = self._resume()
-        self.began = time.perf_counter()
+        self.batch_norm = resolve_batch_norm(config, world)
+        self.state: TrainState = build(config, world, len(train.classes), self.batch_norm)
+        self.step, totals, notes = self._resume(train)
 
         threads = config.data.threads or _threads_per_rank(world)
         self.loader = make_train_loader(
@@ -139,23 +113,30 @@ class _Run:
         self.evaluator = (
             None if val is None else Evaluator(config, train, val, recipe, world, threads)
         )
-        self.progress = Progress(self.last_step, min(self.step, self.last_step), world.is_main)
-        self.writer: MetricsWriter | None = None
-        if world.is_main:
-            self._prepare_run_dir()
-            self.writer = MetricsWriter(run_dir, self.step, config.logging.tensorboard)
-        self.progress.say(self._opening(train))
-        self.clock = _Clock()
+        environment = describe_environment(world, self.batch_norm)
+        self.recorder = Recorder(
+            run_dir,
+            config,
+            world,
+            environment,
+            totals,
+            step=self.step,
+            last_step=self.last_step,
+            steps_per_epoch=self.steps_per_epoch,
+        )
+        notes += self._plan(train, environment["device"])
+        self.recorder.progress.say("\n".join(notes))
         self.all_finite = torch.ones((), dtype=torch.bool, device=world.device)
-        self.warned = False
+        self.collapse_was_told = False
 
     def train(self) -> None:
         """The loop."""
-        config, state, world = self.config, self.state, self.world
-        local_statistics = world.size > 1 and self.environment["batch_norm"] == "local"
+        config, state, recorder = self.config, self.state, self.recorder
+        local_statistics = self.world.size > 1 and self.batch_norm == "local"
         state.online.train()
         if self.step == 0 and config.evaluation.at_start:
             self.evaluate()
+        recorder.resume_clock()
         while self.step < self.last_step:
             batch = self._next_batch()
             lr = set_lr(state.optimizer, self.step, self.steps_per_epoch, config)
@@ -169,13 +150,13 @@ class _Run:
                 mean_of_buffers_over_ranks_(state.online)
             self.all_finite &= torch.isfinite(output.loss.detach())
             self.step += 1
-            self.clock.steps += 1
+            recorder.stepped()
 
             at_end = self.step == self.last_step
             if at_end or self.step % config.logging.every_steps == 0:
                 self.log(output, lr)
             else:
-                self.progress.advance(self.step)
+                recorder.progress.advance(self.step)
             if at_end or self._evaluation_is_due():
                 self.evaluate()
             if at_end or self.step % config.checkpoint.every_steps == 0:
@@ -183,7 +164,7 @@ class _Run:
 
     def log(self, output: StepOutput, lr: float) -> None:
         """Records this step; the only place where the loop waits for the GPU."""
-        values = torch.stack(
+        scalars = torch.stack(
             [
                 output.loss.detach(),
                 output.probe.loss.detach(),
@@ -193,32 +174,16 @@ class _Run:
                 self.all_finite.float(),
             ]
         )
-        loss, probe_loss, probe_top1, spread, alignment, finite = mean_over_ranks_(values).tolist()
-        elapsed, waited, images = self._lap()
-        eigenvalues_D = self.state.correlation.eigenvalues()
-        record = {
-            "step": self.step,
-            "epoch": self._epoch(),
+        loss, probe_loss, top1, spread, alignment, finite = mean_over_ranks_(scalars).tolist()
+        values: Record = {
             "loss": loss,
             "lr": lr,
             "probe_loss": probe_loss,
-            "probe_top1": probe_top1,
-            "images_per_s": images / elapsed,
-            "data_wait": waited / elapsed,
-            "effective_rank": effective_rank(eigenvalues_D),
+            "probe_top1": top1,
             "embedding_std": spread,
             "alignment": alignment,
         }
-        if self.writer is not None:
-            self.writer.write(record)
-            self.writer.spectrum(self.step, eigenvalues_D)
-        shown = {
-            "images/s": f"{images / elapsed:,.0f}",
-            "loss": f"{loss:.3f}",
-            "top-1": f"{probe_top1:.3f}",
-            "data wait": f"{waited / elapsed:.0%}",
-        }
-        self.progress.advance(self.step, shown)
+        self.recorder.training(self.step, values, self.state.correlation.eigenvalues())
         if finite < 1:
             raise RunError(
                 f"the loss became NaN or infinite before step {self.step}. The last checkpoint "
@@ -231,34 +196,24 @@ class _Run:
         """Clean top-1 and k-NN, where there is a validation set; not counted as training time."""
         if self.evaluator is None:
             return
-        self._lap()
-        self.progress.note(f"evaluating on {self.evaluator.images:,} images")
-        result = self.evaluator(self.state.online)
-        self.totals.val_top1, self.totals.knn_top1 = result.val_top1, result.knn_top1
-        if self.step == 0:
-            self.totals.knn_top1_initial = result.knn_top1
-        if self.writer is not None:
-            self.writer.write({"step": self.step, "epoch": self._epoch(), **asdict(result)})
-        self.progress.say(
-            f"epoch {self._epoch():g}: validation top-1 {result.val_top1:.3f}, "
-            f"k-NN {result.knn_top1:.3f}"
-        )
-        self.clock = _Clock()
+        self.recorder.stop_clock()
+        self.recorder.progress.note(f"evaluating on {self.evaluator.images:,} images")
+        self.recorder.evaluation(self.step, self.evaluator(self.state.online))
+        self.recorder.resume_clock()
 
     def checkpoint(self) -> None:
         """Saves everything that training has changed, if it is sound."""
-        self._lap()
+        self.recorder.stop_clock()
         if not self.state.is_finite():
             raise RunError(
                 f"a parameter became NaN or infinite before step {self.step}. The last checkpoint "
                 f"is from before; start over with a lower optimizer.lr"
             )
         state = self.state.capture()
-        if self.writer is not None:
+        if self.world.is_main:
             # first what the checkpoint takes for granted, then the checkpoint
-            self.writer.flush()
+            state["totals"] = asdict(self.recorder.flush())
             state["loader"] = self.loader.state_dict()
-            state["totals"] = asdict(self.totals) | {"wall_s": self._wall_s()}
             save_checkpoint(
                 self.run_dir / "checkpoints",
                 self.step,
@@ -267,105 +222,59 @@ class _Run:
                 self.config.checkpoint.keep,
             )
         barrier()
-        self.clock = _Clock()
+        self.recorder.resume_clock()
 
-    def finish(self) -> Summary:
-        """Writes the summary and prints the table of results."""
-        if self.config.evaluation.knn_pixels and self.evaluator is not None:
-            self.totals.knn_top1_pixels = self.evaluator.pixels()
-        summary = self.write_summary()
-        self.progress.close()
-        table = results_table(self.run_dir, summary, self.environment)
-        self.progress.say(f"\n{self.run_dir}: completed\n\n{table}\n")
-        return summary
-
-    def write_summary(self, failure: str | None = None) -> Summary:
-        """summary.json; ``failure`` says why the run could not go on."""
-        totals = self.totals
-        images = self.step * self.config.train.batch_size
-        summary: Summary = {
-            "completed": failure is None,
-            "failure": failure,
-            "epochs": self._epoch(),
-            "steps": self.step,
-            "val_top1": totals.val_top1,
-            "knn_top1": totals.knn_top1,
-            "knn_top1_initial": totals.knn_top1_initial,
-            "knn_top1_pixels": totals.knn_top1_pixels,
-            "effective_rank": effective_rank(self.state.correlation.eigenvalues()),
-            "images_per_s": images / totals.train_s if totals.train_s else None,
-            "wall_s": self._wall_s(),
-            "dropped_images_per_epoch": self.loader.dropped_per_epoch,
-        }
-        if self.writer is not None:
-            self.writer.flush()
-            write_json(self.run_dir / "summary.json", summary)
-        return summary
+    def finish(self, failure: str | None = None) -> Summary:
+        """Writes the summary; ``failure`` says why the run could not go on."""
+        if failure is None and self.config.evaluation.knn_pixels and self.evaluator is not None:
+            self.recorder.totals.knn_top1_pixels = self.evaluator.pixels()
+        eigenvalues_D = self.state.correlation.eigenvalues()
+        dropped = self.loader.dropped_per_epoch
+        return self.recorder.summary(self.step, eigenvalues_D, dropped, failure)
 
     def close(self) -> None:
         """Closes files and the loader."""
-        self.progress.close()
+        self.recorder.close()
         self.loader.close()
-        if self.writer is not None:
-            self.writer.close()
 
-    def _resume(self) -> int:
-        """Restores the newest whole checkpoint; returns its step, 0 without one."""
+    def _resume(self, train: ImageFolder) -> tuple[int, Totals, list[str]]:
+        """Restores the newest whole checkpoint: its step, its totals, what there is to say."""
         notes: list[str] = []
         found = newest_checkpoint(self.run_dir / "checkpoints", notes.append)
-        self.notes = notes
         if found is None:
-            return 0
+            return 0, Totals(), notes
         state = found.load()
-        if state["loader"]["fingerprint"] != self.fingerprint:
+        if state["loader"]["fingerprint"] != train.fingerprint:
             raise UserError(
                 f"the training images under {self.config.data.root} are not those that the run "
                 f"began with (names or classes differ); put them back, or start over with --fresh"
             )
         self.state.restore(state, found.step)
-        self.totals = _Totals(**state["totals"])
         notes.append(f"continuing from {found.path}")
-        return found.step
+        return found.step, Totals(**state["totals"]), notes
 
-    def _prepare_run_dir(self) -> None:
-        text = to_json(self.config)
-        write_atomically(
-            self.run_dir / "config.json", lambda path: path.write_text(text, encoding="utf-8")
-        )
-        write_json(self.run_dir / "environment.json", self.environment)
-
-    def _opening(self, train: ImageFolder) -> str:
-        """What the run is about to do, in a few lines."""
-        config, world = self.config, self.world
-        method = config.method
+    def _plan(self, train: ImageFolder, device: str) -> list[str]:
+        """What the run is about to do, line by line."""
+        config, world, method = self.config, self.world, self.config.method
+        statistics = "of one process" if world.size == 1 else self.batch_norm
         lines = [
-            *self.notes,
             f"{method.name} ({method.metric}, alpha {method.alpha:g}, "
             f"{'EMA target' if method.ema else 'no EMA'}) on {len(train):,} images of "
-            f"{len(train.classes)} classes, {self.environment['device']}",
-            f"{world.size} process(es), BatchNorm statistics "
-            + ("of one process" if world.size == 1 else self.environment["batch_norm"])
-            + f", {self.steps_per_epoch} steps an epoch"
-            + f" ({self.loader.dropped_per_epoch} images left out of each)",
+            f"{len(train.classes)} classes, {device}",
+            f"{world.size} process(es), BatchNorm statistics {statistics}, "
+            f"{self.steps_per_epoch} steps an epoch "
+            f"({self.loader.dropped_per_epoch} images left out of each)",
             f"steps {self.step} to {self.last_step}, written to {self.run_dir}",
         ]
         if compiles(config, world.device.type == "cuda") and self.step < self.last_step:
             lines.append("compiling the networks; the first step takes a minute or two")
-        return "\n".join(lines)
+        return lines
 
     def _next_batch(self) -> Batch:
         began = time.perf_counter()
         batch: Batch = next(self.loader)
-        self.clock.waited += time.perf_counter() - began
+        self.recorder.waited(time.perf_counter() - began)
         return batch
-
-    def _lap(self) -> tuple[float, float, int]:
-        """Seconds, seconds of waiting and images since the last lap; starts a new one."""
-        clock, self.clock = self.clock, _Clock()
-        elapsed = self.clock.began - clock.began
-        if clock.steps:
-            self.totals.train_s += elapsed
-        return elapsed, clock.waited, clock.steps * self.config.train.batch_size
 
     def _evaluation_is_due(self) -> bool:
         every = self.config.evaluation.every_epochs
@@ -373,7 +282,7 @@ class _Run:
 
     def _watch_for_collapse(self, spread: float) -> None:
         healthy = 1 / math.sqrt(self.config.projector.output)
-        if spread >= _COLLAPSED_SPREAD * healthy or self.warned:
+        if spread >= _COLLAPSED_SPREAD * healthy or self.collapse_was_told:
             return
         message = (
             f"the embeddings have collapsed: their spread is {spread:.2g} at step {self.step}, "
@@ -382,14 +291,8 @@ class _Run:
         )
         if self.config.train.on_collapse == "stop":
             raise RunError(message)
-        self.warned = True
-        self.progress.say(f"warning: {message}")
-
-    def _epoch(self) -> float:
-        return round(self.step / self.steps_per_epoch, 4)
-
-    def _wall_s(self) -> float:
-        return self.totals.wall_s + time.perf_counter() - self.began
+        self.collapse_was_told = True
+        self.recorder.progress.say(f"warning: {message}")
 
 
 def _threads_per_rank(world: World) -> int:

@@ -7,9 +7,9 @@ import argparse
 import sys
 from pathlib import Path
 
-from isofast.config import load_config
 from isofast.distributed import rank_from_environment
 from isofast.errors import exit_code_of
+from isofast.settings import load_config
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:

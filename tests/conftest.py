@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 
-from isofast.config import Config, validate
+from isofast.config import Config
 from isofast.data.prepare import prepare
 from isofast.presets import merge
+from isofast.settings import validate
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -26,6 +27,15 @@ SMALL: dict[str, Any] = {
     "checkpoint": {"every_steps": 2},
     "logging": {"every_steps": 1, "tensorboard": False},
 }
+
+
+@pytest.fixture(autouse=True)
+def _no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test sees another's process group, nor a launcher that started pytest."""
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        # set first, so that what the code under test sets is undone as well
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
 
 
 @pytest.fixture(scope="session")

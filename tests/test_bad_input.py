@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -163,6 +164,19 @@ def test_more_batch_than_images(
     assert "1442" in message.replace(",", "") and "2000" in message.replace(",", "")
     # nothing was begun, so that the corrected command is not refused
     assert not (tmp_path / "run" / "config.json").exists()
+
+
+def test_a_port_that_is_taken(config_file: Write, tmp_path: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        env = os.environ | {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+        env["MASTER_PORT"] = str(taken.getsockname()[1])
+        command = [sys.executable, str(ROOT / "launch/train.py"), "--config", str(config_file())]
+        command += ["--run-dir", str(tmp_path / "run")]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=env)
+    assert done.returncode == 2 and "--master_port" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_synchronised_batchnorm_on_a_cpu(

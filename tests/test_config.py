@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 
-from isofast.config import Config, changed_keys, load_config, schema_json, to_json, validate
+from isofast.config import Config, changed_keys, schema_json, to_json
 from isofast.errors import UserError
+from isofast.settings import load_config, validate
 
 LAUNCH = Path(__file__).resolve().parent.parent / "launch"
 DATA = {"data": {"root": "somewhere"}}

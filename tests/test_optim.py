@@ -7,10 +7,11 @@ import torch
 from torch import nn
 from torch.optim import SGD
 
-from isofast.config import Config, EncoderConfig, ProjectorConfig, validate
+from isofast.config import Config, EncoderConfig, ProjectorConfig
 from isofast.method import ema_decay_at, move_target_
 from isofast.networks import Branch, Online, make_target
 from isofast.optim import LARS, lr_at, make_optimizer, set_lr
+from isofast.settings import validate
 
 
 def _lars_by_hand(

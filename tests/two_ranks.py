@@ -10,7 +10,6 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from isofast.config import load_config
 from isofast.data import Batch
 from isofast.distributed import (
     gather_objects,
@@ -19,6 +18,7 @@ from isofast.distributed import (
     mean_over_ranks_,
 )
 from isofast.engine import close_world, init_world
+from isofast.settings import load_config
 from isofast.state import build
 
 GLOBAL_BATCH = 16

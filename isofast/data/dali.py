@@ -1,11 +1,13 @@
 """Decoding and augmentation by DALI, on the CPU or the GPU: the only file that imports it.
 
 DALI draws nothing here. The parameters of every image come from `isofast.data.draw` through an
-external source, with the paths; files are read, decoded once and made into both views in C++.
+external source, with the files' bytes; each is decoded once and made into both views in C++.
 """
 
 from collections import deque
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -15,7 +17,7 @@ from nvidia.dali import Pipeline, fn, types
 from nvidia.dali.plugin.pytorch import feed_ndarray
 from torch.utils.dlpack import from_dlpack
 
-from isofast.data.datasets import ImageFolder, image_problem
+from isofast.data.datasets import ImageFolder, read_files
 from isofast.data.draw import Ints, ViewDraw, colour_matrices
 from isofast.data.recipe import Recipe, ViewRecipe
 from isofast.errors import RunError
@@ -24,6 +26,9 @@ Arrays = dict[str, npt.NDArray[Any]]
 # DALI's graph nodes carry no types
 Node = Any
 Nodes = dict[str, Node]
+
+# enough to make up for handing a task to a thread, few enough to share out a small batch
+_FILES_A_TASK = 16
 
 CLEAN_ARGUMENTS = ("roi_start", "roi_end")
 
@@ -59,7 +64,7 @@ class Stream:
         self._source = source
         self._arguments = tuple(arguments)
         self._device = device
-        self._paths_NL = _path_bytes(dataset)
+        self._readers = ThreadPoolExecutor(threads, "isofast-read")
         self._fed: deque[Ints] = deque()
         self._started = False
         cuda = device.type == "cuda"
@@ -73,11 +78,9 @@ class Stream:
             exec_dynamic=True,
         )
         with self._pipeline:
-            paths, *values = fn.external_source(
+            encoded, *values = fn.external_source(
                 source=self._feed, num_outputs=1 + len(self._arguments), batch=True
             )
-            # mapped memory would kill the process where a file is cut short under it
-            encoded = fn.io.file.read(paths, dont_use_mmap=True)
             # the orientation tag is ignored, as torchvision does: sizes are those of the file
             image = fn.decoders.image(
                 encoded,
@@ -103,11 +106,17 @@ class Stream:
         self._started = True
         try:
             outputs = self._pipeline.run(stream)
+        except RunError:
+            self.close()
+            raise
         except RuntimeError as error:
             # a DALI pipeline that has failed once is of no further use
-            message = self._failure(error)
+            paths = [self._dataset.paths[index] for batch in self._fed for index in batch]
             self.close()
-            raise RunError(message) from error
+            raise RunError(
+                f"DALI could not make a batch of {len(paths)} images in {self._dataset.root} "
+                f"({', '.join(paths[:5])}, ...), though all of them were read before: {error}"
+            ) from error
         images = [self._to_torch(output.as_tensor()).permute(0, 3, 1, 2) for output in outputs]
         labels = torch.from_numpy(self._dataset.labels[self._fed.popleft()])
         return images, labels.to(self._device)
@@ -126,13 +135,19 @@ class Stream:
     def close(self) -> None:
         """Free the pipeline's threads and memory."""
         self._pipeline = None
+        self._readers.shutdown()
         self._fed.clear()
 
-    def _feed(self) -> list[npt.NDArray[Any]]:
+    def _feed(self) -> list[Any]:
         indices, values = self._source()
+        pieces = [indices[k : k + _FILES_A_TASK] for k in range(0, len(indices), _FILES_A_TASK)]
+        # One undecodable file makes DALI fail as a whole, or crashes the process with a worker
+        # thread that goes on in freed memory. Files can change at any time, so DALI does not read
+        # them: it gets bytes that are known to be those that were checked.
+        files = self._readers.map(partial(read_files, self._dataset), pieces)
+        encoded = [np.frombuffer(content, np.uint8) for piece in files for content in piece]
         self._fed.append(indices)
-        arrays = [self._paths_NL[indices], *(values[name] for name in self._arguments)]
-        return [np.ascontiguousarray(array) for array in arrays]
+        return [encoded, *(np.ascontiguousarray(values[name]) for name in self._arguments)]
 
     def _to_torch(self, output: Any) -> torch.Tensor:
         if self._device.type == "cpu":
@@ -141,21 +156,6 @@ class Stream:
         copy = torch.empty(output.shape(), dtype=torch.float32, device=self._device)
         feed_ndarray(output, copy, torch.cuda.current_stream(self._device))
         return copy
-
-    def _failure(self, error: RuntimeError) -> str:
-        ahead = {int(index) for batch in self._fed for index in batch}
-        paths = [self._dataset.root / self._dataset.paths[index] for index in sorted(ahead)]
-        problems = {path: image_problem(path)[0] for path in paths}
-        bad = [f"{path} ({problem})" for path, problem in problems.items() if problem]
-        if bad:
-            return (
-                f"{len(bad)} image(s) can no longer be read: {'; '.join(bad[:5])}. "
-                "Bring the files back and give the same command again to continue"
-            )
-        return (
-            f"making a batch failed, though Pillow reads all of its {len(paths)} images "
-            f"({', '.join(str(path) for path in paths[:5])}, ...). DALI says: {error}"
-        )
 
 
 def view_arguments(recipe: Recipe) -> list[str]:
@@ -168,7 +168,7 @@ def view_values(recipe: Recipe, drawn: Sequence[ViewDraw]) -> Arrays:
     values: Arrays = {}
     for (v, row), view in zip(_views(recipe), drawn, strict=True):
         everything = _operand_values(view)
-        values |= {f"{name}{v}": everything[name]() for name in _operands(row)}
+        values |= {f"{name}{v}": everything[name] for name in _operands(row)}
     return values
 
 
@@ -204,21 +204,21 @@ def _operands(row: ViewRecipe) -> list[str]:
     return [name for name, wanted in present.items() if wanted]
 
 
-def _operand_values(view: ViewDraw) -> dict[str, Callable[[], npt.NDArray[Any]]]:
+def _operand_values(view: ViewDraw) -> Arrays:
+    colour_N33, colour_of_mean_N33 = colour_matrices(view)
     blurred = view.blur_sigma_N > 0
+    # a window of one pixel leaves the image as it is, whatever the sigma
+    window_N = np.where(blurred, 2 * np.ceil(3 * view.blur_sigma_N) + 1, 1)
     return {
-        "start": lambda: view.window_N4[:, :2],
-        "shape": lambda: view.window_N4[:, 2:],
-        "affine": lambda: view.affine_N23,
-        "colour": lambda: colour_matrices(view)[0],
-        "colour_of_mean": lambda: colour_matrices(view)[1],
-        # a window of one pixel leaves the image as it is, whatever the sigma
-        "blur_sigma": lambda: np.where(blurred, view.blur_sigma_N, 1).astype(np.float32),
-        "blur_window": lambda: np.where(blurred, 2 * np.ceil(3 * view.blur_sigma_N) + 1, 1).astype(
-            np.int32
-        ),
-        "solarize": lambda: view.solarize_N.astype(np.uint8),
-        "flip": lambda: view.flip_N.astype(np.int32),
+        "start": view.window_N4[:, :2],
+        "shape": view.window_N4[:, 2:],
+        "affine": view.affine_N23,
+        "colour": colour_N33,
+        "colour_of_mean": colour_of_mean_N33,
+        "blur_sigma": np.where(blurred, view.blur_sigma_N, 1).astype(np.float32),
+        "blur_window": window_N.astype(np.int32),
+        "solarize": view.solarize_N.astype(np.uint8),
+        "flip": view.flip_N.astype(np.int32),
     }
 
 
@@ -264,10 +264,3 @@ def _normalise(recipe: Recipe, image: Node, **mirror: Node) -> Node:
         output_layout="HWC",
         **mirror,
     )
-
-
-def _path_bytes(dataset: ImageFolder) -> npt.NDArray[np.uint8]:
-    """All absolute paths as rows of bytes, padded with zeros, which end a path in C."""
-    encoded = [bytes(dataset.root.absolute() / path) for path in dataset.paths]
-    length = max(map(len, encoded)) + 1
-    return np.array(encoded, dtype=f"S{length}").view(np.uint8).reshape(len(encoded), length)

@@ -6,7 +6,7 @@ Layout: root/train/CLASS/*.png|jpg|jpeg and root/val/CLASS/*.png|jpg|jpeg.
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,7 +16,7 @@ import numpy.typing as npt
 from PIL import Image
 from tqdm import tqdm
 
-from isofast.errors import UserError
+from isofast.errors import RunError, UserError
 
 SPLITS = ("train", "val")
 EXTENSIONS = (".png", ".jpg", ".jpeg")
@@ -39,7 +39,8 @@ class ImageFolder:
         paths: paths relative to root, with "/".
         labels: int64.
         fingerprint: sha256 over the paths, labels and file sizes.
-        sizes: int64, height and width in pixels as stored; None before `verify_images`.
+        sizes: (N, 2) int64, height and width in pixels as stored; None before `verify_images`.
+        stamps: bytes and time of change (ns) of each file as checked; None before `verify_images`.
     """
 
     root: Path
@@ -49,6 +50,7 @@ class ImageFolder:
     labels: npt.NDArray[np.int64]
     fingerprint: str
     sizes: npt.NDArray[np.int64] | None = None
+    stamps: tuple[_Stamp, ...] | None = None
 
     def __len__(self) -> int:
         """Give the number of images."""
@@ -127,7 +129,7 @@ def verify_images(dataset: ImageFolder, *, progress: bool = True) -> ImageFolder
             pending.append((path, stamp))
     # decoding releases the interpreter's lock, so threads do scale here
     with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
-        results = pool.map(lambda item: image_problem(dataset.root / item[0]), pending)
+        results = pool.map(lambda item: _image_problem(dataset.root / item[0]), pending)
         bar = tqdm(
             zip(pending, results, strict=True),
             desc=f"checking {dataset.split} images",
@@ -145,10 +147,42 @@ def verify_images(dataset: ImageFolder, *, progress: bool = True) -> ImageFolder
     if bad:
         raise UserError(_bad_files_message(dataset, bad))
     sizes = np.array([checked[path][2:] for path in dataset.paths], dtype=np.int64)
-    return replace(dataset, sizes=sizes)
+    stamps = tuple(checked[path][:2] for path in dataset.paths)
+    return replace(dataset, sizes=sizes, stamps=stamps)
 
 
-def image_problem(path: Path) -> tuple[str, int, int]:
+def read_files(dataset: ImageFolder, indices: Iterable[int]) -> list[bytes]:
+    """Read the given images' files, and make sure that they are the ones that were checked.
+
+    Raises:
+        RunError: a file is gone or has changed since; it is named.
+        ValueError: the data set has not been through `verify_images`.
+    """
+    if dataset.stamps is None:
+        raise ValueError("read_files needs a data set that verify_images has given")
+    contents = []
+    for index in indices:
+        path = os.path.join(dataset.root, dataset.paths[index])
+        try:
+            with open(path, "rb", buffering=0) as file:
+                content = file.read()
+                status = os.fstat(file.fileno())
+        except OSError as error:
+            raise RunError(_lost_message(path, error.strerror or str(error))) from error
+        if (len(content), status.st_mtime_ns) != dataset.stamps[index]:
+            raise RunError(_lost_message(path, "it has changed"))
+        contents.append(content)
+    return contents
+
+
+def _lost_message(path: str, reason: str) -> str:
+    return (
+        f"the image {path} is not what it was when the run began: {reason}. "
+        "Bring the file back and give the same command again to continue"
+    )
+
+
+def _image_problem(path: Path) -> tuple[str, int, int]:
     """Decode one file; give ("", height, width), or (what is wrong with it, 0, 0)."""
     try:
         with Image.open(path) as image:

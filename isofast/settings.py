@@ -1,0 +1,109 @@
+"""Reading a configuration: a JSON file, --set overrides, errors that name the remedy."""
+
+import difflib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+
+from isofast.config import Config
+from isofast.errors import UserError
+
+
+def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
+    """Reads ``path``, applies ``--set`` overrides (``key.path=value``), fills presets, validates.
+
+    Raises:
+        UserError: the file is missing or not JSON, or a key or value is not allowed; the message
+            names every wrong key with its nearest allowed name.
+    """
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        known = ", ".join(sorted(str(p) for p in path.parent.glob("*.json"))) or "none"
+        raise UserError(f"no config file {path}. JSON files beside it: {known}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read config file {path}: {error}") from None
+    except json.JSONDecodeError as error:
+        raise UserError(
+            f"{path} is not valid JSON: {error.msg} at line {error.lineno}, column {error.colno}"
+        ) from None
+    if not isinstance(raw, dict):
+        raise UserError(f"{path} must hold a JSON object of sections, got {type(raw).__name__}")
+    for override in overrides:
+        _apply_override(raw, override)
+    return validate(raw)
+
+
+def validate(raw: Mapping[str, Any]) -> Config:
+    """The config of a tree of sections, presets filled in.
+
+    Raises:
+        UserError: a key or value is not allowed.
+    """
+    try:
+        return Config.model_validate(raw)
+    except ValidationError as error:
+        lines = [_explain(dict(item), raw) for item in error.errors()]
+        raise UserError("the configuration is not valid:\n  " + "\n  ".join(lines)) from None
+
+
+def _apply_override(raw: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not all(key.split(".")):
+        raise UserError(f"--set takes key.path=value, got {override!r}. Example: train.epochs=100")
+    *sections, name = key.split(".")
+    node = raw
+    for section in sections:
+        node = node.setdefault(section, {})
+        if not isinstance(node, dict):
+            raise UserError(f"--set {override}: {section} is a value, not a section")
+    try:
+        node[name] = json.loads(text)
+    except json.JSONDecodeError:
+        node[name] = text
+
+
+def _explain(item: dict[str, Any], raw: Mapping[str, Any]) -> str:
+    key = ".".join(str(part) for part in item["loc"])
+    if item["type"] == "extra_forbidden":
+        return f"{key}: unknown key. {_nearest(key)}"
+    if item["type"] == "missing":
+        key = "data.root" if key == "data" else key
+        return f"{key}: missing. Give it in the file or with --set {key}=VALUE"
+    message = item["msg"].removeprefix("Value error, ")
+    got = item["input"]
+    shown = "" if isinstance(got, BaseModel) else f"got {got!r}; "
+    if key.count(".") == 0 and isinstance(got, str | int | float) and key != "seed":
+        return f"{key}: {shown}this is a section; set one of its keys, such as {_an_example(key)}"
+    return f"{key}: {shown}{message[:1].lower()}{message[1:]}"
+
+
+def _an_example(section: str) -> str:
+    return next((key for key in _all_keys() if key.startswith(f"{section}.")), section)
+
+
+def _nearest(key: str) -> str:
+    known = list(_all_keys())
+    section, _, leaf = key.rpartition(".")
+    # a right leaf in a wrong section is as common as a slip of the finger
+    elsewhere = [name for name in known if name.rpartition(".")[2] == leaf]
+    siblings = [name for name in known if name.rpartition(".")[0] == section]
+    close = (
+        elsewhere
+        or difflib.get_close_matches(key, siblings, 1, 0.5)
+        or difflib.get_close_matches(key, known, 1, 0.5)
+    )
+    if close:
+        return f"Did you mean {close[0]}?"
+    allowed = siblings or sorted({name.partition(".")[0] for name in known})
+    return "Allowed: " + ", ".join(allowed)
+
+
+def _all_keys(model: type[BaseModel] = Config, prefix: str = "") -> Iterator[str]:
+    for name, field in model.model_fields.items():
+        yield f"{prefix}{name}"
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            yield from _all_keys(field.annotation, f"{prefix}{name}.")
