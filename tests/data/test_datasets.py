@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from isofast.data import EvalLoader, datasets, open_dataset, recipe_for, verify_images
-from isofast.errors import UserError
+from isofast.errors import RunError, UserError
 
 
 @pytest.fixture
@@ -118,13 +118,13 @@ def test_what_was_checked_is_remembered_until_it_changes(
     root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     opened: list[str] = []
-    check = datasets.image_problem
+    check = datasets._image_problem
 
     def counting(path: Path) -> tuple[str, int, int]:
         opened.append(path.name)
         return check(path)
 
-    monkeypatch.setattr(datasets, "image_problem", counting)
+    monkeypatch.setattr(datasets, "_image_problem", counting)
     first = verify_images(open_dataset(root, "train"), progress=False)
     assert len(opened) == 51
     opened.clear()
@@ -212,3 +212,19 @@ def test_unusual_images_are_read_as_pillow_reads_them(tmp_path: Path) -> None:
             theirs = stored.convert("RGB") if "sixteen" not in path else image.convert("L")
             theirs = np.asarray(theirs.convert("RGB"), np.float32)
         assert np.abs(pixels - theirs).max() <= 1, path
+
+
+def test_only_the_files_that_were_checked_are_read(root: Path) -> None:
+    dataset = open_dataset(root, "val")
+    with pytest.raises(ValueError, match="verify_images"):
+        datasets.read_files(dataset, [0])
+    dataset = verify_images(dataset, progress=False)
+    paths = [root / path for path in dataset.paths]
+    assert datasets.read_files(dataset, [2, 0]) == [paths[2].read_bytes(), paths[0].read_bytes()]
+    paths[3].unlink()
+    os.utime(paths[5], ns=(1, 1))
+    with pytest.raises(RunError, match=f"{paths[3]} .*No such file"):
+        datasets.read_files(dataset, [0, 3])
+    with pytest.raises(RunError, match=f"{paths[5]} .*has changed"):
+        datasets.read_files(dataset, [5])
+    assert len(datasets.read_files(dataset, [0, 1, 2])) == 3
