@@ -66,7 +66,8 @@ def _extract(opened: zipfile.ZipFile, archive: Path, folder: Path) -> None:
             )
     for path in {target.parent for target in targets.values()}:
         (folder / path).mkdir(parents=True)
-    for name, target in tqdm(targets.items(), desc="unpacking", unit="image"):
+    # disable=None: no bar where there is no terminal
+    for name, target in tqdm(targets.items(), desc="unpacking", unit="image", disable=None):
         (folder / target).write_bytes(_content(opened, members[name], archive))
 
 

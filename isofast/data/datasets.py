@@ -135,7 +135,8 @@ def verify_images(dataset: ImageFolder, *, progress: bool = True) -> ImageFolder
             desc=f"checking {dataset.split} images",
             total=len(pending),
             unit="image",
-            disable=not progress or not pending,
+            # None: no bar where there is no terminal
+            disable=None if progress and pending else True,
         )
         for (path, stamp), (problem, height, width) in bar:
             if problem:

@@ -176,7 +176,7 @@ def _class_digests(root: Path) -> dict[str, str]:
     """sha256 of each class folder's names and contents, by "split/class"."""
     folders = sorted(folder for split in SPLITS for folder in (root / split).iterdir())
     digests = {}
-    for folder in tqdm(folders, desc="checksums", unit="class", leave=False):
+    for folder in tqdm(folders, desc="checksums", unit="class", leave=False, disable=None):
         digest = hashlib.sha256()
         for path in sorted(folder.iterdir()):
             digest.update(path.name.encode())
