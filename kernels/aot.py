@@ -75,7 +75,7 @@ class Usage:
         return self.spills == 0 and self.shared <= SHARED_LIMIT[self.target]
 
 
-_KERNELS = {
+KERNELS = {
     "asymmetric_loss": _asymmetric_loss_kernel,
     "correlation": _correlation_kernel,
     "square": _square_kernel,
@@ -162,9 +162,7 @@ def _power_builds(features: int) -> Iterator[Build]:
         {**pointers("p", "out"), "a": "fp32", "b": "fp32", "c": "fp32"},
         dict(shape),
     )
-    yield _build(
-        f"product D={features}", pointers("x1", "y1", "x2", "y2", "out"), dict(shape)
-    )
+    yield _build(f"product D={features}", pointers("x1", "y1", "x2", "y2", "out"), dict(shape))
     yield _build(
         f"finish D={features}", {**pointers("x", "y", "r", "out"), "power": "fp32"}, dict(shape)
     )
@@ -172,7 +170,7 @@ def _power_builds(features: int) -> Iterator[Build]:
 
 def measure(build: Build, capability: int) -> Usage:
     """Compiles `build` for a compute capability (80, 90, 100) and reads its machine code."""
-    kernel = _KERNELS[build.name.split()[0]]
+    kernel = KERNELS[build.name.split()[0]]
     constants = dict.fromkeys(build.constants, "constexpr")
     # ASTSource matches by position
     signature = {name: (build.types | constants)[name] for name in kernel.arg_names}
@@ -212,6 +210,15 @@ def _measure(pair: tuple[Build, int]) -> Usage:
     return measure(*pair)
 
 
+def _measure_all(pairs: list[tuple[Build, int]], jobs: int) -> Iterator[Usage]:
+    if jobs == 1:
+        yield from map(_measure, pairs)
+        return
+    # spawn: a fork of a process that has run torch's threads may hang
+    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
+        yield from pool.map(_measure, pairs, chunksize=4)
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Prints the table; 1 if anything is over budget, 2 if the arguments are wrong."""
     parser = argparse.ArgumentParser(
@@ -236,14 +243,13 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error(f"no kernel's name has {options.only!r} in it")
     print(f"{'kernel':44} {'target':6} {'registers':>9} {'spills':>6} {'stack':>5} {'shared':>7}")
     over = 0
-    # spawn: a fork of a process that has run torch's threads may hang
-    with ProcessPoolExecutor(options.jobs, mp_context=get_context("spawn")) as pool:
-        for usage in pool.map(_measure, pairs, chunksize=4):
-            over += not usage.within_budget
-            print(
-                f"{usage.name:44} sm_{usage.target:<3} {usage.registers:9} {usage.spills:6} "
-                f"{usage.stack:5} {usage.shared:7}{'' if usage.within_budget else '  OVER'}"
-            )
+    for usage in _measure_all(pairs, options.jobs):
+        over += not usage.within_budget
+        print(
+            f"{usage.name:44} sm_{usage.target:<3} {usage.registers:9} {usage.spills:6} "
+            f"{usage.stack:5} {usage.shared:7}{'' if usage.within_budget else '  OVER'}",
+            flush=True,
+        )
     print(f"{len(pairs)} kernels compiled, {over} over budget")
     return 1 if over else 0
 

@@ -69,6 +69,9 @@ def _loss_and_gradient_rows(
     mask_BD = (row_B[:, None] < rows) & (col_D[None, :] < D)
 
     p_BD = _rows_times_w(z_ptr, w_ptr, rows, D, BLOCK_B, BLOCK_D, BLOCK_K)
+    if ISOTROPIC and not EUCLIDEAN:
+        z_BD = tl.load(z_ptr + offset_BD, mask=mask_BD, other=0.0).to(tl.float32)
+        zp_B = tl.sum(z_BD * p_BD, axis=1)
     t_BD = tl.load(target_ptr + offset_BD, mask=mask_BD, other=0.0).to(tl.float32)
     if EUCLIDEAN:
         g_BD = p_BD - t_BD
@@ -80,14 +83,15 @@ def _loss_and_gradient_rows(
         t_BD = t_BD * inv_b_B[:, None]
         cosine_B = tl.sum(p_BD * t_BD, axis=1)
         g_BD = (cosine_B[:, None] * p_BD - t_BD) * inv_a_B[:, None]
-        if ISOTROPIC:
-            z_BD = tl.load(z_ptr + offset_BD, mask=mask_BD, other=0.0).to(tl.float32)
-            value_BD = z_BD * (cosine_B[:, None] * p_BD * 0.5 - t_BD)
-            loss_B = tl.sum(value_BD, axis=1) * inv_a_B
-        else:
-            loss_B = -cosine_B
-    tl.store(loss_ptr + row_B, loss_B * scale, mask=row_B < rows)
+        loss_B = -cosine_B
     tl.store(dz_ptr + offset_BD, g_BD * scale, mask=mask_BD)
+    if ISOTROPIC and not EUCLIDEAN:
+        # P Eq. 17 is z.g minus half of the term in z.p. z is read anew, after a store that keeps
+        # the compiler from holding it: a third tile would spill at D = 1024.
+        z_BD = tl.load(z_ptr + offset_BD, mask=mask_BD, other=0.0).to(tl.float32)
+        half_B = 0.5 * cosine_B * (zp_B * inv_a_B) * inv_a_B
+        loss_B = tl.sum(z_BD * g_BD, axis=1) - half_B
+    tl.store(loss_ptr + row_B, loss_B * scale, mask=row_B < rows)
     if not ISOTROPIC:
         # A product along D needs g in slices, and registers cannot be sliced: g waits in the
         # rows of dz, which no other program touches. Both barriers order this block's threads.
@@ -155,14 +159,14 @@ def _asymmetric_loss_kernel(
 
 
 def tile_options(features: int) -> dict[str, int]:
-    """Tile sizes and warps for D = `features`."""
+    """Tile sizes and warps for D = `features`: the largest that spill nothing (see aot.py)."""
     block_d = max(32, triton.next_power_of_2(features))
     return {
         "BLOCK_B": 16,
         "BLOCK_D": block_d,
-        "BLOCK_K": 32 if block_d <= 256 else 16,
-        "num_warps": 4 if block_d <= 64 else 8 if block_d <= 256 else 16,
-        "num_stages": 2,
+        "BLOCK_K": 32 if block_d <= 256 else 16 if block_d <= 512 else 8,
+        "num_warps": 4 if block_d <= 64 else 8,
+        "num_stages": 2 if block_d <= 512 else 1,
     }
 
 

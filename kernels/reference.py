@@ -102,15 +102,17 @@ def losses_and_gradients_reference(
         g_BD = p_BD - t_BD
         loss_B = g_BD.square().sum(-1) / 2
     else:
-        a_B1 = torch.linalg.vector_norm(p_BD, dim=-1, keepdim=True).clamp_min(NORM_FLOOR)
-        b_B1 = torch.linalg.vector_norm(t_BD, dim=-1, keepdim=True).clamp_min(NORM_FLOOR)
-        p_BD, t_BD = p_BD / a_B1, t_BD / b_B1
-        cosine_B1 = (p_BD * t_BD).sum(-1, keepdim=True)
-        g_BD = (cosine_B1 * p_BD - t_BD) / a_B1
+        a_B = torch.linalg.vector_norm(p_BD, dim=-1).clamp_min(NORM_FLOOR)
+        b_B = torch.linalg.vector_norm(t_BD, dim=-1).clamp_min(NORM_FLOOR)
+        # one norm at a time: a^3 b underflows in float32 long before the quotient does
+        cosine_B = torch.linalg.vecdot(p_BD, t_BD) / a_B / b_B
+        along_p_B, along_t_B = cosine_B / a_B / a_B, 1 / a_B / b_B
+        g_BD = along_p_B[:, None] * p_BD - along_t_B[:, None] * t_BD
         if isotropic:
-            loss_B = (z_BD * (cosine_B1 * p_BD / 2 - t_BD)).sum(-1) / a_B1.squeeze(-1)
+            zt_B, zp_B = torch.linalg.vecdot(z_BD, t_BD), torch.linalg.vecdot(z_BD, p_BD)
+            loss_B = along_p_B * zp_B / 2 - along_t_B * zt_B
         else:
-            loss_B = -cosine_B1.squeeze(-1)
+            loss_B = -cosine_B
     return loss_B, g_BD if isotropic else g_BD @ w_DD
 
 
@@ -124,12 +126,12 @@ def second_moment_reference(views: Sequence[Tensor]) -> Tensor:
     Returns:
         moment_DD, (D, D), bitwise symmetric, float32, or float64 for float64 views.
     """
-    dtype = accumulation_dtype(*views)
-    rows = sum(view.shape[0] for view in views)
-    moment_DD = sum(view.to(dtype).T @ view.to(dtype) for view in views) / rows
-    return mirror_lower(moment_DD)
+    features = views[0].shape[1]
+    moment_DD = views[0].new_zeros((features, features), dtype=accumulation_dtype(*views))
+    return mirror_lower(_add_moment_(moment_DD, views, 0.0))
 
 
+@full_precision()
 def correlation_ema_reference_(corr_DD: Tensor, views: Sequence[Tensor], decay: float) -> Tensor:
     """C <- decay C + (1 - decay) mean z z^T over all rows of all views, in place (P Eq. 1).
 
@@ -141,13 +143,22 @@ def correlation_ema_reference_(corr_DD: Tensor, views: Sequence[Tensor], decay: 
     Returns:
         corr_DD, bitwise symmetric.
     """
-    moment_DD = second_moment_reference(views).to(corr_DD.dtype)
-    return corr_DD.copy_(mirror_lower(decay * corr_DD + (1 - decay) * moment_DD))
+    return corr_DD.copy_(mirror_lower(_add_moment_(corr_DD, views, decay)))
+
+
+def _add_moment_(x_DD: Tensor, views: Sequence[Tensor], keep: float) -> Tensor:
+    """X <- keep X + (1 - keep) mean z z^T, in X's dtype."""
+    rows = sum(view.shape[0] for view in views)
+    for index, view in enumerate(views):
+        z_BD = view.to(x_DD.dtype)
+        beta = keep if index == 0 else 1.0
+        x_DD.addmm_(z_BD.T, z_BD, beta=beta, alpha=(1 - keep) / rows)
+    return x_DD
 
 
 def mirror_lower(x_DD: Tensor) -> Tensor:
     """The symmetric matrix that has x_DD's lower triangle, bit for bit."""
-    return torch.tril(x_DD) + torch.tril(x_DD, -1).T
+    return torch.tril(x_DD).add_(torch.tril(x_DD, -1).T)
 
 
 @full_precision()
@@ -170,8 +181,8 @@ def matrix_power_reference(
     Returns:
         w_DD, (D, D), bitwise symmetric, in C's dtype.
     """
-    # 0 * x is NaN exactly where x is not finite; LAPACK raises on such input
-    poison = (corr_DD * 0).sum()
+    # NaN if any element is NaN or infinite, on which LAPACK raises, and 0 otherwise
+    poison = corr_DD.sum() * 0
     corr_DD = torch.nan_to_num(corr_DD, nan=0.0, posinf=0.0, neginf=0.0)
     if alpha == 1:
         w_DD = corr_DD
@@ -179,12 +190,13 @@ def matrix_power_reference(
             w_DD = w_DD * reciprocal_or_zero(torch.linalg.eigvalsh(corr_DD)[-1])
         shift_DD = eps * torch.eye(len(corr_DD), dtype=corr_DD.dtype, device=corr_DD.device)
         return w_DD + shift_DD + poison
-    s_D, u_DD = torch.linalg.eigh(corr_DD)
-    s_D = s_D.clamp_min(0)
+    # the upper triangle of rows is the lower one of LAPACK's columns, a tenth faster
+    s_D, u_DD = torch.linalg.eigh(corr_DD, UPLO="U")
+    s_D = s_D.clamp_min(0) + poison
     if normalize == "spectral":
         s_D = s_D * reciprocal_or_zero(s_D[-1])
     w_DD = (u_DD * (s_D + eps) ** alpha) @ u_DD.T
-    return (w_DD + w_DD.T) / 2 + poison
+    return mirror_lower(w_DD)
 
 
 def reciprocal_or_zero(x: Tensor) -> Tensor:

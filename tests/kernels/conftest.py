@@ -14,6 +14,15 @@ def guarded_empty(shape, dtype, device):
     return buffer[GUARD : GUARD + count].view(shape), buffer
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """The matrices are small: threads cost more than they give, and far more on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture
 def guard_inputs():
     """Copies a tensor into NaN surroundings, so that a read out of bounds shows in the result."""

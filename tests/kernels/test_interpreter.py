@@ -23,7 +23,7 @@ def test_kernels_in_the_interpreter():
         cwd=here.parents[1],
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=900,
     )
     output = process.stdout + process.stderr
     assert process.returncode == 0, output

@@ -1,0 +1,222 @@
+"""Fair timing: contenders interleaved, medians with spread, and what they ran on.
+
+A run is `compare`: every contender is warmed up, then rounds are timed in which each contender
+runs once, in an order that turns, so that drift of the clock or of the machine's load falls on
+all alike. CUDA contenders are timed by events around a batch of calls, CPU contenders by the
+wall clock.
+"""
+
+import csv
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+
+RESULTS = Path(__file__).parent / "results"
+ROOT = Path(__file__).parents[1]
+
+
+@dataclass(frozen=True)
+class Timing:
+    """n rounds of one contender; milliseconds a call."""
+
+    question: str
+    contender: str
+    n: int
+    median_ms: float
+    low_ms: float
+    high_ms: float
+    bytes: int
+    note: str = ""
+
+    @property
+    def gb_per_s(self) -> float:
+        return self.bytes / self.median_ms / 1e6
+
+
+@dataclass
+class Contender:
+    """A callable to time and the bytes that the question cannot do without moving."""
+
+    name: str
+    call: Callable[[], object]
+    note: str = ""
+    times_ms: list[float] = field(default_factory=list)
+
+
+def environment() -> dict[str, str]:
+    """Device, versions and commit that a measurement belongs to."""
+    if torch.cuda.is_available():
+        device = torch.cuda.get_device_name()
+    else:
+        device = f"CPU, {_cpu_name()}, {torch.get_num_threads()} threads, no GPU"
+    versions = {"python": platform.python_version(), "torch": torch.__version__}
+    try:
+        import triton
+
+        versions["triton"] = triton.__version__
+    except ModuleNotFoundError:
+        versions["triton"] = "absent"
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True
+    ).stdout.strip()
+    return {"device": device, **versions, "commit": commit or "unknown"}
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return f"{names[0]} ({len(names)} visible)" if names else platform.machine()
+
+
+def compare(
+    question: str,
+    contenders: list[Contender],
+    *,
+    rounds: int,
+    minimal_bytes: int,
+    batch_ms: float = 20.0,
+) -> list[Timing]:
+    """Times the contenders side by side.
+
+    Args:
+        question: what is timed, for the table.
+        contenders: what to time; each call does the whole work once.
+        rounds: n, the timed rounds; every contender runs once a round.
+        minimal_bytes: what any answer must read and write.
+        batch_ms: calls are repeated within a round until they take about this long.
+
+    Returns:
+        A Timing a contender: the median, and as spread the 10th and 90th percentile.
+    """
+    repeats = []
+    for contender in contenders:
+        for _ in range(3):
+            contender.call()
+        repeats.append(max(1, round(batch_ms / max(_time_ms(contender.call, 1), 1e-3))))
+    for turn in range(rounds):
+        for offset in range(len(contenders)):
+            index = (turn + offset) % len(contenders)
+            contender = contenders[index]
+            contender.times_ms.append(_time_ms(contender.call, repeats[index]))
+    return [
+        Timing(
+            question,
+            contender.name,
+            rounds,
+            statistics.median(contender.times_ms),
+            *_spread(contender.times_ms),
+            minimal_bytes,
+            contender.note,
+        )
+        for contender in contenders
+    ]
+
+
+def _spread(times_ms: list[float]) -> tuple[float, float]:
+    deciles = statistics.quantiles(times_ms, n=10, method="inclusive")
+    return deciles[0], deciles[-1]
+
+
+def _time_ms(call: Callable[[], object], repeats: int) -> float:
+    if torch.cuda.is_available():
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        for _ in range(repeats):
+            call()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / repeats
+    began = time.perf_counter()
+    for _ in range(repeats):
+        call()
+    return (time.perf_counter() - began) * 1e3 / repeats
+
+
+def tests_pass(paths: list[str]) -> bool:
+    """Whether the tests of what is about to be timed are green; their output is shown if not."""
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *paths]
+    process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    if process.returncode != 0:
+        sys.stderr.write(process.stdout + process.stderr)
+    return process.returncode == 0
+
+
+def write(name: str, timings: list[Timing]) -> list[Path]:
+    """Writes results/NAME.csv and .png; an earlier result is never overwritten."""
+    RESULTS.mkdir(exist_ok=True)
+    stem = next(
+        candidate
+        for number in range(1, 1000)
+        if not (candidate := RESULTS / f"{name}-{number:03}").with_suffix(".csv").exists()
+    )
+    about = {**environment(), "date": time.strftime("%Y-%m-%d"), "load": _load()}
+    table = stem.with_suffix(".csv")
+    with table.open("w", newline="") as file:
+        for key, value in about.items():
+            file.write(f"# {key}: {value}\n")
+        rows = [{**asdict(timing), "gb_per_s": f"{timing.gb_per_s:.3f}"} for timing in timings]
+        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
+        writer.writeheader()
+        for row in rows:
+            writer.writerow({k: f"{v:.5g}" if isinstance(v, float) else v for k, v in row.items()})
+    picture = stem.with_suffix(".png")
+    _plot(picture, timings, about)
+    return [table, picture]
+
+
+def _load() -> str:
+    return f"{os.getloadavg()[0]:.1f} (one minute, {os.cpu_count()} cores)"
+
+
+def _plot(path: Path, timings: list[Timing], about: dict[str, str]) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    questions = list(dict.fromkeys(timing.question for timing in timings))
+    figure, axes = plt.subplots(
+        len(questions), figsize=(9, 1 + 0.42 * len(timings) + 0.5 * len(questions)), squeeze=False
+    )
+    for axis, question in zip(axes[:, 0], questions, strict=True):
+        group = [timing for timing in timings if timing.question == question][::-1]
+        medians = [timing.median_ms for timing in group]
+        low = [timing.median_ms - timing.low_ms for timing in group]
+        high = [timing.high_ms - timing.median_ms for timing in group]
+        bars = axis.barh(
+            [timing.contender for timing in group], medians, xerr=[low, high], capsize=3
+        )
+        axis.bar_label(bars, [f"{median:.3g} ms" for median in medians], padding=6)
+        axis.set_xlim(0, max(timing.high_ms for timing in group) * 1.2)
+        axis.set_title(f"{question} (n = {group[0].n})", fontsize=10)
+    figure.suptitle(f"{about['device']}\ntorch {about['torch']}, {about['commit']}", fontsize=9)
+    axes[-1, 0].set_xlabel("ms a call, median with 10th and 90th percentile")
+    figure.tight_layout()
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def table(timings: list[Timing]) -> str:
+    """The timings as text, each against the first contender of its question."""
+    lines, first = [], {}
+    for timing in timings:
+        base = first.setdefault(timing.question, timing.median_ms)
+        if base is timing.median_ms:
+            lines.append(f"\n{timing.question} (n = {timing.n})")
+        lines.append(
+            f"  {timing.contender:34} {timing.median_ms:10.4f} ms "
+            f"[{timing.low_ms:.4f}, {timing.high_ms:.4f}]  x{timing.median_ms / base:<8.2f}"
+            f"{timing.gb_per_s:8.2f} GB/s  {timing.note}"
+        )
+    return "\n".join(lines)

@@ -1,0 +1,226 @@
+"""Times the kernels against what one would write otherwise, forward and backward.
+
+    python bench/kernels.py [--batch 256] [--features 256] [--rounds 31] [--only TEXT]
+
+Contenders: this package; the reference, eager and compiled by torch; torch.addmm for the
+correlation; torch.linalg.eigh and eig for the root; and, for the whole step, the way of the
+code released with the paper: an update and a non-symmetric eigendecomposition for each view, W
+and its root formed, autograd through all of it. On a machine without a GPU this times the CPU
+path, which is the reference in closed form, and says so. An operation whose tests fail is not
+timed. Results go to bench/results/kernels-NNN.csv and .png, never over an earlier one.
+"""
+
+import argparse
+import sys
+from collections.abc import Callable, Iterator
+
+import harness
+import torch
+from harness import Contender
+from torch import Tensor
+
+from isofast_kernels import (
+    asymmetric_loss_pair,
+    correlation_ema_,
+    matrix_power,
+    reference,
+)
+
+ALPHA, DECAY = 0.5, 0.998
+KIND = {"metric": "cosine", "isotropic": True}
+# what may not be red when an operation is timed; test_triton.py skips itself without a GPU
+FILES = [f"tests/kernels/test_{name}.py" for name in ("reference", "ops", "triton")]
+TESTS = {
+    "correlation": [*FILES, "-k", "correlation or moment or statistics or same_bits"],
+    "matrix power": [*FILES, "tests/kernels/test_matrix_power.py", "-k", "power or same_bits"],
+    "loss": [*FILES, "-k", "loss or gradient or pair or gradcheck or same_bits"],
+    "step": [*FILES, "tests/kernels/test_matrix_power.py"],
+}
+NOT_TIMED = "not timed: its tests fail (above)"
+
+
+class Problem:
+    """Two views, two targets and a correlation state as training has them."""
+
+    def __init__(self, rows: int, features: int) -> None:
+        self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        dtype = torch.bfloat16 if self.device == "cuda" else torch.float32
+        generator = torch.Generator().manual_seed(0)
+        slope = torch.logspace(0, -2, features)
+        z = torch.randn(4, rows, features, generator=generator) * slope
+        self.z1, self.z2, self.t1, self.t2 = z.to(self.device, dtype).unbind()
+        self.z1, self.z2 = (x.clone().requires_grad_() for x in (self.z1, self.z2))
+        self.corr = torch.zeros(features, features, device=self.device)
+        correlation_ema_(self.corr, [self.z1, self.z2], 0.0)
+        self.w = matrix_power(self.corr, ALPHA)
+
+    def gradients(self, loss: Tensor) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(loss, (self.z1, self.z2))
+
+    def bytes_of(self, *tensors: Tensor) -> int:
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def reference_loss(problem: Problem, w_DD: Tensor) -> Tensor:
+    """Both directions by definition, for autograd."""
+    p = problem
+    one = reference.losses_reference(p.z1, p.t2, w_DD, **KIND).mean()
+    return one + reference.losses_reference(p.z2, p.t1, w_DD, **KIND).mean()
+
+
+def released_step(problem: Problem, corr_DD: Tensor) -> tuple[Tensor, ...]:
+    """The released code's operations in its order (2e8d364, directpred.py and isoloss.py).
+
+    Norms are taken anew for each use, and inside the graph before they are detached, as there.
+    """
+    loss = torch.zeros((), device=problem.device)
+    for z_BD, t_BD in ((problem.z1, problem.t2), (problem.z2, problem.t1)):
+        z_BD, t_BD = z_BD.float(), t_BD.float()
+        scaled_BD = z_BD.detach() / len(z_BD) ** 0.5
+        corr_DD.copy_(corr_DD * DECAY + scaled_BD.T @ scaled_BD * (1 - DECAY))
+        s_D, u_DD = torch.linalg.eig(corr_DD)
+        s_D, u_DD = s_D.real, u_DD.real
+        s_D = (s_D.clamp(min=0) / s_D.max() + 0.0) ** ALPHA
+        w_DD = u_DD @ (torch.diag(s_D) @ u_DD.T)
+        root_DD = u_DD @ (torch.diag(s_D**0.5) @ u_DD.T)
+        q_BD, p_BD = z_BD @ root_DD, z_BD @ w_DD
+        near_B = (z_BD * t_BD).sum(1) / (p_BD.norm(dim=1) * t_BD.norm(dim=1)).detach()
+        pull_B = (p_BD * t_BD).sum(1) / (p_BD.norm(dim=1) ** 3 * t_BD.norm(dim=1))
+        loss = loss - 2 * (near_B - 0.5 * pull_B.detach() * q_BD.norm(dim=1) ** 2).mean()
+    return loss, *problem.gradients(loss)
+
+
+def captured(call: Callable[[], object]) -> Callable[[], None]:
+    """`call` as a CUDA graph."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    return graph.replay
+
+
+def ours(call: Callable[[], object]) -> Iterator[Contender]:
+    """This package, and on a GPU the same in a graph."""
+    if torch.cuda.is_available():
+        yield Contender("isofast, CUDA graph", captured(call))
+        yield Contender("isofast, Triton", call)
+    else:
+        yield Contender("isofast, CPU path", call, "no GPU: closed-form reference, not Triton")
+
+
+def correlation_contenders(p: Problem) -> tuple[list[Contender], int]:
+    views = [p.z1.detach(), p.z2.detach()]
+    joined = torch.cat(views).float()
+
+    def addmm() -> Tensor:
+        scale = (1 - DECAY) / len(joined)
+        return torch.addmm(p.corr, joined.T, joined, beta=DECAY, alpha=scale, out=p.corr)
+
+    compiled = torch.compile(reference.correlation_ema_reference_)
+    return [
+        *ours(lambda: correlation_ema_(p.corr, views, DECAY)),
+        Contender("torch.addmm (fp32, views joined)", addmm, "not symmetric; join not timed"),
+        Contender(
+            "reference, eager",
+            lambda: reference.correlation_ema_reference_(p.corr, views, DECAY),
+        ),
+        Contender("reference, torch.compile", lambda: compiled(p.corr, views, DECAY)),
+    ], p.bytes_of(*views, p.corr, p.corr)
+
+
+def power_contenders(p: Problem) -> tuple[list[Contender], int]:
+    def by_eig() -> Tensor:
+        s_D, u_DD = torch.linalg.eig(p.corr)
+        s_D = s_D.real.clamp_min(0)
+        return u_DD.real @ torch.diag((s_D / s_D.max()) ** ALPHA) @ u_DD.real.T
+
+    return [
+        *ours(lambda: matrix_power(p.corr, ALPHA)),
+        Contender(
+            "torch.linalg.eigh (reference)",
+            lambda: reference.matrix_power_reference(p.corr, ALPHA),
+        ),
+        Contender("torch.linalg.eig", by_eig),
+    ], p.bytes_of(p.corr, p.w)
+
+
+def loss_contenders(p: Problem) -> tuple[list[Contender], int]:
+    def fused() -> tuple[Tensor, ...]:
+        return p.gradients(asymmetric_loss_pair(p.z1, p.z2, p.t1, p.t2, p.w, **KIND))
+
+    compiled = torch.compile(lambda w_DD: reference_loss(p, w_DD))
+    return [
+        *ours(fused),
+        Contender("reference, eager autograd", lambda: p.gradients(reference_loss(p, p.w))),
+        Contender("reference, torch.compile", lambda: p.gradients(compiled(p.w))),
+    ], p.bytes_of(p.z1, p.z2, p.t1, p.t2, p.w, p.z1, p.z2)
+
+
+def step_contenders(p: Problem) -> tuple[list[Contender], int]:
+    views = [p.z1.detach(), p.z2.detach()]
+
+    def fused() -> tuple[Tensor, ...]:
+        correlation_ema_(p.corr, views, DECAY)
+        w_DD = matrix_power(p.corr, ALPHA)
+        return p.gradients(asymmetric_loss_pair(p.z1, p.z2, p.t1, p.t2, w_DD, **KIND))
+
+    def by_reference(loss_of: Callable[[Tensor], Tensor]) -> tuple[Tensor, ...]:
+        reference.correlation_ema_reference_(p.corr, views, DECAY)
+        return p.gradients(loss_of(reference.matrix_power_reference(p.corr, ALPHA)))
+
+    compiled_loss = torch.compile(lambda w_DD: reference_loss(p, w_DD))
+    released_corr = p.corr.clone()
+    return [
+        *ours(fused),
+        Contender("reference, eager", lambda: by_reference(lambda w_DD: reference_loss(p, w_DD))),
+        Contender("reference, torch.compile + eigh", lambda: by_reference(compiled_loss)),
+        Contender("the released code's way", lambda: released_step(p, released_corr)),
+    ], p.bytes_of(p.z1, p.z2, p.t1, p.t2, p.z1, p.z2, p.corr, p.corr)
+
+
+QUESTIONS = {
+    "correlation": ("correlation, two views", correlation_contenders),
+    "matrix power": ("C^0.5, normalised", power_contenders),
+    "loss": ("iso cosine loss, both ways, forward + backward", loss_contenders),
+    "step": ("correlation + C^0.5 + loss, forward + backward", step_contenders),
+}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--batch", type=int, default=256, help="rows of a view")
+    parser.add_argument("--features", type=int, default=256, help="D")
+    parser.add_argument("--rounds", type=int, default=31, help="n")
+    parser.add_argument("--only", default="", help="only operations whose name has this text")
+    options = parser.parse_args()
+    for key, value in harness.environment().items():
+        print(f"{key}: {value}")
+    if not torch.cuda.is_available():
+        print("there is no GPU: what follows are times of the CPU path")
+    problem = Problem(options.batch, options.features)
+    timings, refused = [], False
+    for name, (question, contenders_of) in QUESTIONS.items():
+        if options.only not in name:
+            continue
+        if not harness.tests_pass(TESTS[name]):
+            print(f"\n{question}: {NOT_TIMED}")
+            refused = True
+            continue
+        contenders, minimal_bytes = contenders_of(problem)
+        question = f"{question}, B={options.batch} D={options.features}"
+        batch = harness.compare(
+            question, contenders, rounds=options.rounds, minimal_bytes=minimal_bytes
+        )
+        print(harness.table(batch), flush=True)
+        timings += batch
+    if timings:
+        print(*harness.write("kernels", timings), sep="\n")
+    return 1 if refused or not timings else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
