@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from isofast.errors import RunError
+from isofast.errors import RunError, UserError
 from isofast.files import sync
 
 State = dict[str, Any]
@@ -37,8 +37,16 @@ class Checkpoint:
         return state
 
 
+def checkpoint_path(folder: Path, step: int) -> Path:
+    """Where the checkpoint of a step is."""
+    return folder / f"step_{step:08d}"
+
+
 def save_checkpoint(folder: Path, step: int, state: State, encoder: nn.Module, keep: int) -> Path:
-    """Writes ``folder``/step_N and removes all but the ``keep`` newest.
+    """Writes ``folder``/step_N and removes all but the ``keep`` newest up to it.
+
+    Folders of later steps were passed over when the run went on from an earlier one; they stay
+    until the run has come that far again.
 
     Args:
         folder: the run's checkpoints folder.
@@ -50,7 +58,7 @@ def save_checkpoint(folder: Path, step: int, state: State, encoder: nn.Module, k
     Raises:
         RunError: the disk is full or not writable; the older checkpoints are untouched.
     """
-    path = folder / f"step_{step:08d}"
+    path = checkpoint_path(folder, step)
     part = folder / f".{path.name}.part"
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -74,7 +82,8 @@ def save_checkpoint(folder: Path, step: int, state: State, encoder: nn.Module, k
             f"could not write the checkpoint {path}: {error}. The older checkpoints are whole; "
             f"make room, then give the same command to continue"
         ) from error
-    for old in _folders(folder)[keep:]:
+    older = [old for old in _folders(folder) if _step_of(old) <= step]
+    for old in older[keep:]:
         shutil.rmtree(old, ignore_errors=True)
     return path
 
@@ -85,12 +94,21 @@ def newest_checkpoint(
     """The newest checkpoint whose files have the sizes and checksums of its manifest, or None.
 
     ``report`` is told of each that is passed over, and why.
+
+    Raises:
+        UserError: there are checkpoints, but none is whole.
     """
-    for path in _folders(folder):
+    folders = _folders(folder)
+    for path in folders:
         fault = _fault(path)
         if fault is None:
             return Checkpoint(path, _step_of(path))
         report(f"checkpoint {path} is not whole ({fault}); trying the one before it")
+    if folders:
+        raise UserError(
+            f"none of the {len(folders)} checkpoint(s) in {folder} is whole, the last one because "
+            f"{_fault(folders[0])}. Put one back, or start over beside this run with --fresh"
+        )
     return None
 
 

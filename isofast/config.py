@@ -137,7 +137,7 @@ class TrainConfig(_Section):
     """Statistics across ranks; auto: synchronised on GPUs, local on CPUs (where torch has none)."""
     compile: Literal["auto", "on", "off"] = "auto"
     """torch.compile of the networks; auto: on a GPU only."""
-    on_collapse: Literal["warn", "stop"] = "warn"
+    on_collapse: Literal["warn", "stop"] = Field("warn", json_schema_extra=FREE)
     """What to do when the embeddings have collapsed."""
 
 

@@ -23,14 +23,19 @@ class World:
         return self.rank == 0
 
 
-def rank_from_environment() -> int:
+def under_srun() -> bool:
+    """Whether srun started this process beside others; not so for what a batch script starts."""
+    return "RANK" not in os.environ and int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1
+
+
+def launched_rank() -> int:
     """The rank that a launcher gave this process, 0 without one."""
-    return int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")))
+    return int(os.environ.get("SLURM_PROCID" if under_srun() else "RANK", "0"))
 
 
-def world_size_from_environment() -> int:
+def launched_world_size() -> int:
     """How many processes a launcher started, 1 without one."""
-    return int(os.environ.get("WORLD_SIZE", os.environ.get("SLURM_NTASKS", "1")))
+    return int(os.environ.get("SLURM_STEP_NUM_TASKS" if under_srun() else "WORLD_SIZE", "1"))
 
 
 def mean_over_ranks_(tensor: Tensor) -> Tensor:

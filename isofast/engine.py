@@ -12,8 +12,8 @@ from torch import nn
 from torch.optim import Optimizer
 
 from isofast.config import Config
-from isofast.distributed import World
-from isofast.errors import UserError
+from isofast.distributed import World, launched_rank, launched_world_size, under_srun
+from isofast.errors import RankError, UserError
 
 # What the pass-through section may not say, and where isofast takes it from.
 _DERIVED = {
@@ -47,7 +47,9 @@ def check_pass_through(config: Config) -> None:
                 f"section"
             )
     zero = config.deepspeed.get("zero_optimization", {})
-    stage = zero.get("stage", 0) if isinstance(zero, dict) else zero
+    if not isinstance(zero, dict):
+        raise UserError(f"deepspeed.zero_optimization must be a section, got {zero!r}")
+    stage = zero.get("stage", 0)
     if stage != 0:
         raise UserError(
             f"deepspeed.zero_optimization.stage must be 0, got {stage!r}: higher stages hand the "
@@ -69,7 +71,7 @@ def init_world() -> World:
     local_rank = int(os.environ["LOCAL_RANK"])
     if cuda:
         if local_rank >= torch.cuda.device_count():
-            raise UserError(
+            raise RankError(
                 f"process {local_rank} on this machine has no GPU of its own: "
                 f"{torch.cuda.device_count()} visible. Start at most as many processes as GPUs"
             )
@@ -126,6 +128,9 @@ def make_engine(module: nn.Module, optimizer: Optimizer, config: Config, world: 
 
     Gradients are averaged over the ranks after the backward, in fp32; rank 0's parameters are
     given to all at the start.
+
+    Raises:
+        UserError: DeepSpeed does not accept the pass-through section.
     """
     settings = {
         **config.deepspeed,
@@ -134,14 +139,24 @@ def make_engine(module: nn.Module, optimizer: Optimizer, config: Config, world: 
         "gradient_accumulation_steps": 1,
         # DeepSpeed's own default is 1.0
         "gradient_clipping": 0.0,
-        "zero_optimization": {"stage": 0},
+        "zero_optimization": {**config.deepspeed.get("zero_optimization", {}), "stage": 0},
         "steps_per_print": _NEVER_PRINT,
         "wall_clock_breakdown": False,
         "timers": {"throughput": {"enabled": False}},
     }
-    engine, *_ = _import_deepspeed().initialize(
-        model=module, optimizer=optimizer, config=settings, dist_init_required=False
-    )
+    deepspeed = _import_deepspeed()
+    try:
+        engine, *_ = deepspeed.initialize(
+            model=module, optimizer=optimizer, config=settings, dist_init_required=False
+        )
+    except Exception as error:
+        if not config.deepspeed:
+            raise
+        # DeepSpeed has no error class of its own for what it is told
+        raise UserError(
+            f"DeepSpeed refused its settings; the deepspeed section of the config adds "
+            f"{config.deepspeed}. It said: {type(error).__name__}: {error}"
+        ) from error
     return engine
 
 
@@ -154,9 +169,9 @@ def restore_engine(engine: Any, steps: int) -> None:
 def _fill_launcher_environment() -> None:
     """Slurm's variables under torch's names; one process where no launcher set anything."""
     env = os.environ
-    if "RANK" not in env and int(env.get("SLURM_NTASKS", "1")) > 1 and "SLURM_PROCID" in env:
-        env["RANK"], env["WORLD_SIZE"] = env["SLURM_PROCID"], env["SLURM_NTASKS"]
-        env["LOCAL_RANK"] = env["SLURM_LOCALID"]
+    if under_srun():
+        rank, size = launched_rank(), launched_world_size()
+        env.update(RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=env["SLURM_LOCALID"])
         if "MASTER_ADDR" not in env:
             raise UserError(
                 "started by srun without MASTER_ADDR; export MASTER_ADDR=$(scontrol show hostnames "

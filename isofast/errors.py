@@ -13,34 +13,40 @@ class UserError(ValueError):
     """
 
 
+class RankError(UserError):
+    """A user's mistake that shows on some processes of a group only, so that they must tell."""
+
+
 class RunError(RuntimeError):
     """A run cannot go on (non-finite loss, collapse, lost data); commands end with exit code 1."""
 
 
-def exit_code_of(command: Callable[[], None], *, debug: bool, speak: bool = True) -> int:
+def exit_code_of(command: Callable[[], None], *, debug: bool, rank: int = 0) -> int:
     """Runs ``command``; returns 0, or prints its error and returns that error's exit code.
 
     Args:
         command: what to run.
         debug: show tracebacks of the user's mistakes as well.
-        speak: print at all; false on all processes of a group but the first.
+        rank: of this process in its group. Only the first tells what all of them find.
     """
     try:
         command()
     except (UserError, RunError) as error:
         if debug:
             traceback.print_exc()
-        elif speak:
+        elif rank == 0:
             sys.stderr.write(f"\nerror: {error}\n")
+        elif isinstance(error, RunError | RankError):
+            sys.stderr.write(f"\nerror on rank {rank}: {error}\n")
         return 2 if isinstance(error, UserError) else 1
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        if speak:
+        if rank == 0:
             sys.stderr.write(f"\nerror: {error}. Make room, then give the same command again\n")
         return 1
     except KeyboardInterrupt:
-        if speak:
-            sys.stderr.write("\ninterrupted; the same command goes on from the last checkpoint\n")
+        if rank == 0:
+            sys.stderr.write("\ninterrupted; the same command goes on from what is complete\n")
         return 130
     return 0

@@ -17,6 +17,7 @@ from tqdm import tqdm
 from isofast.config import Config
 from isofast.data import ImageFolder, Recipe, make_eval_loader
 from isofast.distributed import World, gather_rows
+from isofast.errors import UserError
 from isofast.networks import Online
 from isofast.probe import UNLABELLED
 
@@ -39,6 +40,9 @@ class Evaluator:
     """Evaluates on the validation images, the work shared out over the ranks.
 
     The k-NN bank is ``evaluation.knn_images`` labelled training images, drawn once from the seed.
+
+    Raises:
+        UserError: there are fewer images than processes.
     """
 
     def __init__(
@@ -56,6 +60,12 @@ class Evaluator:
         labelled = np.flatnonzero(train.labels != UNLABELLED)
         order = np.random.default_rng(config.seed).permutation(labelled)
         bank = np.sort(order[: config.evaluation.knn_images])
+        if min(len(bank), len(val)) < world.size:
+            raise UserError(
+                f"evaluation shares its images out over {world.size} processes, and there are "
+                f"{len(bank)} labelled training images for k-NN and {len(val)} validation images; "
+                f"give more, or --set evaluation.every_epochs=0"
+            )
 
         def loader(images: ImageFolder, indices: np.ndarray) -> "EvalLoader":
             return make_eval_loader(
@@ -149,7 +159,9 @@ def knn_top1(
         similarity_QN = functional.normalize(query_QF, dim=1) @ bank_NF.T
         nearest_Qk, index_Qk = similarity_QN.topk(min(k, len(bank_NF)), dim=1)
         votes_QK = torch.zeros(len(query_QF), classes, device=query_QF.device)
-        votes_QK.scatter_add_(1, bank_y_N[index_Qk], (nearest_Qk / temperature).exp())
+        # relative to the nearest, which changes no vote and cannot overflow
+        weights_Qk = ((nearest_Qk - nearest_Qk[:, :1]) / temperature).exp()
+        votes_QK.scatter_add_(1, bank_y_N[index_Qk], weights_Qk)
         right += (votes_QK.argmax(1) == query_y_Q).sum()
     return float(right) / len(query_MF)
 

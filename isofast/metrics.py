@@ -2,9 +2,11 @@
 
 import json
 import os
+import shutil
+from collections.abc import Callable
 from pathlib import Path
-from types import TracebackType
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 from torch import Tensor
@@ -22,18 +24,31 @@ class MetricsWriter:
         run_dir: the run's folder.
         step: the step from which the run goes on; 0 for a new run (nothing is kept then).
         tensorboard: also write event files.
+        report: is told of records that are damaged; they are kept beside the new file.
     """
 
-    def __init__(self, run_dir: Path, step: int, tensorboard: bool) -> None:
+    def __init__(
+        self,
+        run_dir: Path,
+        step: int,
+        tensorboard: bool,
+        report: Callable[[str], None] = lambda text: None,
+    ) -> None:
         self._path = run_dir / "metrics.jsonl"
         self._spectrum_path = run_dir / "spectrum.npz"
+        if step and _has_damage(self._path):
+            report(_set_aside(self._path))
         kept = [record for record in read_metrics(self._path) if step and record["step"] <= step]
         text = "".join(json.dumps(record) + "\n" for record in kept)
         write_atomically(self._path, lambda path: path.write_text(text, encoding="utf-8"))
         self._file = self._path.open("a", encoding="utf-8")
-        self._steps, self._eigenvalues = _read_spectrum(self._spectrum_path, step)
+        try:
+            self._steps, self._eigenvalues = _read_spectrum(self._spectrum_path, step)
+        except (ValueError, KeyError, EOFError, OSError, BadZipFile):
+            report(_set_aside(self._spectrum_path))
+            self._steps, self._eigenvalues = [], []
         self._board = (
-            SummaryWriter(str(run_dir / "tensorboard"), purge_step=step + 1 if step else None)
+            SummaryWriter(str(run_dir / "tensorboard"), purge_step=step + 1 if step else 0)
             if tensorboard
             else None
         )
@@ -73,29 +88,13 @@ class MetricsWriter:
         if self._board is not None:
             self._board.close()
 
-    def __enter__(self) -> "MetricsWriter":
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
-
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The records of a metrics.jsonl; a last line that a crash cut short is left out."""
+    """The records of a metrics.jsonl; a line that a crash cut short or damaged is left out."""
     if not path.exists():
         return []
-    records = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return records
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    return [record for record in map(_record, lines) if record is not None]
 
 
 def effective_rank(eigenvalues_D: Tensor) -> float:
@@ -103,6 +102,29 @@ def effective_rank(eigenvalues_D: Tensor) -> float:
     total = eigenvalues_D.double().sum()
     squares = eigenvalues_D.double().square().sum()
     return float(total.square() / squares) if float(squares) != 0 else 0.0
+
+
+def _record(line: str) -> dict[str, Any] | None:
+    try:
+        record = json.loads(line)
+    except json.JSONDecodeError:
+        return None
+    return record if isinstance(record, dict) and isinstance(record.get("step"), int) else None
+
+
+def _has_damage(path: Path) -> bool:
+    """Whether any line but the last, which a crash may cut short, is no record."""
+    if not path.exists():
+        return False
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    return any(_record(line) is None for line in lines[:-1])
+
+
+def _set_aside(path: Path) -> str:
+    """Copies a damaged file to NAME.damaged; gives what there is to say."""
+    aside = path.with_name(f"{path.name}.damaged")
+    shutil.copyfile(path, aside)
+    return f"{path} is damaged; what can be read of it is kept, and the file as it was in {aside}"
 
 
 def _save_npz(path: Path, arrays: dict[str, Any]) -> None:

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import SGD, AdamW, Optimizer
 
 from isofast.config import Config
@@ -141,8 +141,3 @@ def set_lr(optimizer: Optimizer, step: int, steps_per_epoch: int, config: Config
             warmup_start=config.schedule.warmup_start,
         )
     return float(optimizer.param_groups[0]["lr"])
-
-
-def parameter_count(module: nn.Module) -> int:
-    """How many parameters a module trains."""
-    return sum(p.numel() for p in module.parameters() if p.requires_grad)

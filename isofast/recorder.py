@@ -78,7 +78,11 @@ class Recorder:
                 run_dir / "config.json", lambda path: path.write_text(text, encoding="utf-8")
             )
             write_json(run_dir / "environment.json", environment)
-            self._writer = MetricsWriter(run_dir, step, config.logging.tensorboard)
+            if step < last_step:
+                (run_dir / "summary.json").unlink(missing_ok=True)
+            self._writer = MetricsWriter(
+                run_dir, step, config.logging.tensorboard, self.progress.say
+            )
         self._began = time.perf_counter()
         self._lap = _Lap()
 

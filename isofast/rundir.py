@@ -65,11 +65,16 @@ def open_run_dir(run_dir: Path, config: Config) -> IO[str]:
         raise UserError(f"cannot write to {run_dir}: {error}; name another --run-dir") from None
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    except BlockingIOError:
         lock.close()
         raise UserError(
             f"another process is training in {run_dir}; wait for it, or name another --run-dir"
         ) from None
+    except OSError:
+        # some network file systems have no locks, which is no reason not to train
+        pass
+    for part in run_dir.glob(".*.part"):
+        part.unlink()
     return lock
 
 
@@ -114,7 +119,7 @@ def _refuse_other_config(stored: Path, config: Config) -> None:
 
 
 def _has_foreign_files(run_dir: Path) -> bool:
-    return any(path.name != ".lock" for path in run_dir.iterdir())
+    return any(not path.name.startswith(".") for path in run_dir.iterdir())
 
 
 def _version(package: str) -> str | None:

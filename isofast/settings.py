@@ -76,13 +76,12 @@ def _explain(item: dict[str, Any], raw: Mapping[str, Any]) -> str:
     message = item["msg"].removeprefix("Value error, ")
     got = item["input"]
     shown = "" if isinstance(got, BaseModel) else f"got {got!r}; "
-    if key.count(".") == 0 and isinstance(got, str | int | float) and key != "seed":
-        return f"{key}: {shown}this is a section; set one of its keys, such as {_an_example(key)}"
+    example = next((name for name in _all_keys() if name.startswith(f"{key}.")), None)
+    if example is not None and not isinstance(got, BaseModel | dict):
+        return f"{key}: {shown}this is a section; set one of its keys, such as {example}"
+    if item["type"] == "path_type":
+        return f"{key}: {shown}a path is wanted, as text"
     return f"{key}: {shown}{message[:1].lower()}{message[1:]}"
-
-
-def _an_example(section: str) -> str:
-    return next((key for key in _all_keys() if key.startswith(f"{section}.")), section)
 
 
 def _nearest(key: str) -> str:

@@ -40,14 +40,21 @@ class TrainState:
             "optimizer": self.optimizer.state_dict(),
             "rng": gather_objects(_rng_state(self.world.device)),
             "world_size": self.world.size,
+            "device": self.world.device.type,
         }
 
     def restore(self, state: State, steps: int) -> None:
         """Puts back what ``capture`` gave, ``steps`` steps into the run.
 
         Raises:
-            UserError: the state was made by another number of processes.
+            UserError: the state was made by another number of processes, or on another device.
         """
+        if state["device"] != self.world.device.type:
+            raise UserError(
+                f"the run was made on a {state['device']} and would not go on as it was on a "
+                f"{self.world.device.type} (precision, BatchNorm, random numbers); go on there, or "
+                f"start over with --fresh"
+            )
         if state["world_size"] != self.world.size:
             raise UserError(
                 f"the run was made by {state['world_size']} processes and cannot go on with "

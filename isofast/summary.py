@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from isofast.checkpoint import checkpoint_path
 from isofast.progress import duration
 
 Summary = dict[str, Any]
@@ -11,6 +12,7 @@ Summary = dict[str, Any]
 
 def results_table(run_dir: Path, summary: Mapping[str, Any], environment: Mapping[str, Any]) -> str:
     """The results of a finished run and where its files are, as text."""
+    several = environment["ranks"] > 1
     rows = [
         ("k-NN top-1, end of run", _fraction(summary["knn_top1"])),
         ("k-NN top-1, before training", _fraction(summary["knn_top1_initial"])),
@@ -21,21 +23,25 @@ def results_table(run_dir: Path, summary: Mapping[str, Any], environment: Mappin
         ("images/s while training", _number(summary["images_per_s"])),
         ("wall time", duration(summary["wall_s"])),
         ("device", f"{environment['device']}, {environment['ranks']} process(es)"),
-        ("BatchNorm across processes", environment["batch_norm"]),
+        ("BatchNorm across processes", environment["batch_norm"] if several else "-"),
     ]
     files = [
         ("metrics", run_dir / "metrics.jsonl"),
         ("eigenvalues of C", run_dir / "spectrum.npz"),
         ("summary", run_dir / "summary.json"),
-        ("curves", f"tensorboard --logdir {run_dir / 'tensorboard'}"),
+        (
+            "encoder weights",
+            checkpoint_path(run_dir / "checkpoints", summary["steps"]) / "encoder.safetensors",
+        ),
     ]
-    newest = max(run_dir.glob("checkpoints/step_*/encoder.safetensors"), default=None)
-    if newest is not None:
-        files.append(("encoder weights", newest))
+    files = [(name, path) for name, path in files if path.exists()]
     shown = [row for row in rows if row[1] != "-"]
     width = max(len(name) for name, _ in [*shown, *files])
     lines = [f"  {name:<{width}}  {value}" for name, value in shown]
-    lines += ["", *(f"  {name:<{width}}  {value}" for name, value in files)]
+    lines += ["", *(f"  {name:<{width}}  {path}" for name, path in files)]
+    if (run_dir / "tensorboard").exists():
+        command = f"tensorboard --logdir {run_dir / 'tensorboard'}"
+        lines.append(f"  {'curves':<{width}}  {command}")
     return "\n".join(lines)
 
 

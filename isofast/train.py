@@ -23,10 +23,10 @@ from isofast.data import (
 from isofast.distributed import (
     World,
     barrier,
+    launched_rank,
+    launched_world_size,
     mean_of_buffers_over_ranks_,
     mean_over_ranks_,
-    rank_from_environment,
-    world_size_from_environment,
 )
 from isofast.engine import check_pass_through, close_world, init_world, resolve_batch_norm
 from isofast.errors import RunError, UserError
@@ -56,12 +56,12 @@ def fit(config: Config, run_dir: Path) -> Summary:
         RunError: the run cannot go on; what is known is in the run dir.
     """
     check_pass_through(config)
-    config.batch_size_per_rank(world_size_from_environment())
+    config.batch_size_per_rank(launched_world_size())
     recipe = recipe_for(config.data.dataset, crop=config.data.crop)
     train = open_dataset(config.data.root, "train")
     val = open_dataset(config.data.root, "val") if config.evaluation.every_epochs else None
     with ExitStack() as stack:
-        if rank_from_environment() == 0:
+        if launched_rank() == 0:
             stack.enter_context(open_run_dir(run_dir, config))
             train = verify_images(train)
             val = val and verify_images(val)
@@ -70,8 +70,9 @@ def fit(config: Config, run_dir: Path) -> Summary:
         run = stack.enter_context(closing(_Run(config, run_dir, world, recipe, train, val)))
         try:
             run.train()
-        except RunError as error:
-            run.finish(failure=str(error))
+        except Exception as error:
+            # a lost peer shows as an error of a collective
+            run.finish(failure=str(error) or type(error).__name__)
             raise
         return run.finish()
 
@@ -264,7 +265,9 @@ class _Run:
             f"{world.size} process(es), BatchNorm statistics {statistics}, "
             f"{self.steps_per_epoch} steps an epoch "
             f"({self.loader.dropped_per_epoch} images left out of each)",
-            f"steps {self.step} to {self.last_step}, written to {self.run_dir}",
+            f"steps {self.step} to {self.last_step}, written to {self.run_dir}"
+            if self.step < self.last_step
+            else f"{self.run_dir} is at step {self.step} and has nothing left to do",
         ]
         if compiles(config, world.device.type == "cuda") and self.step < self.last_step:
             lines.append("compiling the networks; the first step takes a minute or two")
@@ -296,5 +299,10 @@ class _Run:
 
 
 def _threads_per_rank(world: World) -> int:
-    local = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or world.size
-    return max(1, len(os.sched_getaffinity(0)) // int(local))
+    """The cores this process may use, shared with its neighbours where a launcher did not."""
+    if "SLURM_STEP_NUM_TASKS" in os.environ:
+        sharing = 1
+    else:
+        known = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE")
+        sharing = int(known or world.size)
+    return max(1, len(os.sched_getaffinity(0)) // sharing)

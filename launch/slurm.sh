@@ -13,4 +13,5 @@ cd "${SLURM_SUBMIT_DIR:-.}"
 MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000))
 export MASTER_ADDR MASTER_PORT
-srun .venv/bin/python launch/train.py "$@"
+# one process that fails ends them all, instead of leaving the others waiting
+srun --kill-on-bad-exit=1 .venv/bin/python launch/train.py "$@"

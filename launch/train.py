@@ -7,7 +7,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from isofast.distributed import rank_from_environment
+from isofast.distributed import launched_rank
 from isofast.errors import exit_code_of
 from isofast.settings import load_config
 
@@ -46,7 +46,7 @@ def main(arguments: list[str] | None = None) -> int:
 
         fit(config, choose_run_dir(args.config, args.run_dir, args.fresh))
 
-    return exit_code_of(command, debug=args.debug, speak=rank_from_environment() == 0)
+    return exit_code_of(command, debug=args.debug, rank=launched_rank())
 
 
 if __name__ == "__main__":

@@ -13,6 +13,9 @@ from typing import Any
 
 import pytest
 
+from isofast.config import Config
+from isofast.rundir import open_run_dir
+
 ROOT = Path(__file__).resolve().parent.parent
 Write = Callable[..., Path]
 
@@ -131,6 +134,24 @@ def test_a_run_dir_that_is_something_else(
     assert "not a run" in refused("--config", config_file(), run_dir=folder)
     assert "is a file" in refused("--config", config_file(), run_dir=folder / "photo.jpg")
     assert [path.name for path in folder.iterdir()] == ["photo.jpg"]
+
+
+def test_what_an_interrupted_first_second_leaves_is_no_obstacle(
+    small_config: Callable[..., Config], tmp_path: Path
+) -> None:
+    for name in (".lock", ".config.json.123.part"):
+        (tmp_path / name).touch()
+    open_run_dir(tmp_path, small_config()).close()
+    assert [path.name for path in tmp_path.iterdir()] == [".lock"]
+
+
+@pytest.mark.parametrize("section", [{"flops_profiler": 3}, {"communication_data_type": "xyz"}])
+def test_what_deepspeed_refuses(config_file: Write, tmp_path: Path, section: Any) -> None:
+    command = [sys.executable, str(ROOT / "launch/train.py")]
+    command += ["--config", str(config_file(deepspeed=section)), "--run-dir", str(tmp_path / "r")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 2 and "DeepSpeed refused" in done.stderr
+    assert str(section) in done.stderr and "Traceback" not in done.stderr
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")

@@ -13,7 +13,7 @@ from torchvision.models import resnet18
 
 from isofast.checkpoint import newest_checkpoint, save_checkpoint
 from isofast.config import EncoderConfig
-from isofast.errors import RunError
+from isofast.errors import RunError, UserError
 from isofast.networks import make_encoder
 
 
@@ -52,6 +52,26 @@ def test_a_damaged_one_is_passed_over_and_named(tmp_path: Path, damage: str) -> 
     found = newest_checkpoint(tmp_path, told.append)
     assert found is not None and found.step == 1
     assert len(told) == 1 and "step_00000002 is not whole" in told[0]
+
+
+def test_going_on_from_an_older_one_keeps_what_it_saves(tmp_path: Path) -> None:
+    for step in (2, 4, 6):
+        _save(tmp_path, step)
+    (tmp_path / "step_00000006" / "state.pt").write_bytes(b"damaged")
+    found = newest_checkpoint(tmp_path)
+    assert found is not None and found.step == 4
+    assert _save(tmp_path, 5, keep=1).exists()
+    found = newest_checkpoint(tmp_path)
+    assert found is not None and found.step == 5
+    _save(tmp_path, 6, keep=1)
+    assert [path.name for path in tmp_path.iterdir()] == ["step_00000006"]
+
+
+def test_none_whole_is_an_error_and_not_a_new_beginning(tmp_path: Path) -> None:
+    for step in (1, 2):
+        (_save(tmp_path, step) / "state.pt").unlink()
+    with pytest.raises(UserError, match=r"none of the 2 checkpoint.*--fresh"):
+        newest_checkpoint(tmp_path)
 
 
 def test_an_unfinished_folder_is_no_checkpoint(tmp_path: Path) -> None:

@@ -86,3 +86,12 @@ def test_buffers_rows_and_objects_are_exchanged(
     assert torch.equal(two["buffer"], torch.full((4,), 0.5))
     assert two["rows"].tolist() == [[0.0, 0.0], [1.0, 1.0], [1.0, 1.0]]
     assert two["objects"].tolist() == [0, 1]
+
+
+@pytest.mark.parametrize(
+    "claim", ["steps restored", "another device refused", "synchronised", "names kept"]
+)
+def test_state_in_a_group_of_one(
+    results: Callable[[int], dict[str, torch.Tensor]], claim: str
+) -> None:
+    assert results(1)[claim]

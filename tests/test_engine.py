@@ -5,13 +5,13 @@ import os
 import pytest
 import torch
 
-from isofast.distributed import World
+from isofast.distributed import World, launched_rank, launched_world_size
 from isofast.engine import _fill_launcher_environment, resolve_batch_norm
 from isofast.errors import UserError
 from isofast.settings import validate
 
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-SLURM = {"SLURM_NTASKS": "4", "SLURM_PROCID": "3", "SLURM_LOCALID": "1"}
+SLURM = {"SLURM_STEP_NUM_TASKS": "4", "SLURM_PROCID": "3", "SLURM_LOCALID": "1"}
 
 
 def test_one_process_without_a_launcher() -> None:
@@ -39,6 +39,20 @@ def test_slurm(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MASTER_PORT", "7")
     _fill_launcher_environment()
     assert [os.environ[name] for name in VARIABLES] == ["3", "4", "1", "node", "7"]
+
+
+def test_a_batch_script_without_srun_is_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURM_NTASKS", "4")
+    monkeypatch.setenv("SLURM_PROCID", "0")
+    assert (launched_rank(), launched_world_size()) == (0, 1)
+    _fill_launcher_environment()
+    assert os.environ["WORLD_SIZE"] == "1"
+
+
+def test_srun_tells_the_rank_before_the_group_exists(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in SLURM.items():
+        monkeypatch.setenv(name, value)
+    assert (launched_rank(), launched_world_size()) == (3, 4)
 
 
 @pytest.mark.parametrize(

@@ -44,6 +44,14 @@ def test_knn_is_a_weighted_vote(k: int) -> None:
     assert got == pytest.approx(expected)
 
 
+def test_knn_votes_do_not_overflow_at_low_temperatures() -> None:
+    bank, bank_y = torch.tensor([[1.0, 0.0], [0.9, 0.436]]), torch.tensor([1, 0])
+    query = torch.tensor([[1.0, 0.0]])
+    for temperature in (0.02, 0.01, 0.001):
+        got = knn_top1(bank, bank_y, query, torch.tensor([1]), classes=2, temperature=temperature)
+        assert got == 1.0
+
+
 def test_knn_in_pieces_counts_every_query() -> None:
     bank = torch.eye(4)
     query_y = torch.arange(2500) % 4

@@ -1,6 +1,7 @@
 """metrics.jsonl and spectrum.npz across a crash and a resume."""
 
 import json
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ from isofast.metrics import MetricsWriter, effective_rank, read_metrics
 
 
 def _write(run_dir: Path, start: int, steps: range) -> None:
-    with MetricsWriter(run_dir, start, tensorboard=False) as writer:
+    with closing(MetricsWriter(run_dir, start, tensorboard=False)) as writer:
         for step in steps:
             writer.write({"step": step, "loss": 0.5 * step})
             writer.spectrum(step, torch.arange(3.0).flip(0) * step)
@@ -36,6 +37,32 @@ def test_a_line_cut_short_is_dropped(tmp_path: Path) -> None:
     assert [json.loads(line)["step"] for line in lines] == [1, 2, 3, 4]
 
 
+@pytest.mark.parametrize("line", [b"\xff\xfe\n", b"nonsense\n", b'{"loss": 1}\n', b"[3]\n"])
+def test_damaged_records_are_set_aside_and_told(tmp_path: Path, line: bytes) -> None:
+    _write(tmp_path, 0, range(1, 5))
+    path = tmp_path / "metrics.jsonl"
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join([lines[0], line, *lines[2:]]))
+    damaged = path.read_bytes()
+    told: list[str] = []
+    MetricsWriter(tmp_path, 4, tensorboard=False, report=told.append).close()
+    assert [record["step"] for record in read_metrics(path)] == [1, 3, 4]
+    assert len(told) == 1 and "metrics.jsonl.damaged" in told[0]
+    assert (tmp_path / "metrics.jsonl.damaged").read_bytes() == damaged
+
+
+@pytest.mark.parametrize("content", [b"", b"no archive", b"PK\x03\x04cut"])
+def test_a_damaged_spectrum_is_set_aside_and_told(tmp_path: Path, content: bytes) -> None:
+    _write(tmp_path, 0, range(1, 5))
+    (tmp_path / "spectrum.npz").write_bytes(content)
+    told: list[str] = []
+    with closing(MetricsWriter(tmp_path, 4, tensorboard=False, report=told.append)) as writer:
+        writer.spectrum(5, torch.ones(3))
+    assert len(told) == 1 and "spectrum.npz.damaged" in told[0]
+    with np.load(tmp_path / "spectrum.npz") as spectrum:
+        assert spectrum["step"].tolist() == [5]
+
+
 def test_a_new_run_keeps_nothing(tmp_path: Path) -> None:
     _write(tmp_path, 0, range(1, 4))
     _write(tmp_path, 0, range(1, 2))
@@ -43,7 +70,7 @@ def test_a_new_run_keeps_nothing(tmp_path: Path) -> None:
 
 
 def test_nan_becomes_null(tmp_path: Path) -> None:
-    with MetricsWriter(tmp_path, 0, tensorboard=False) as writer:
+    with closing(MetricsWriter(tmp_path, 0, tensorboard=False)) as writer:
         writer.write({"step": 1, "loss": float("nan"), "lr": float("inf")})
     assert read_metrics(tmp_path / "metrics.jsonl") == [{"step": 1, "loss": None, "lr": None}]
 

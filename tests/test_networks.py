@@ -14,7 +14,10 @@ from isofast.networks import (
     make_projector,
     make_target,
 )
-from isofast.optim import parameter_count
+
+
+def parameter_count(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())
 
 
 @pytest.mark.parametrize(

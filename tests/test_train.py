@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,9 +17,11 @@ import torch
 from safetensors.torch import load_file
 
 from isofast.checkpoint import newest_checkpoint
+from isofast.data.prepare import prepare
 from isofast.metrics import read_metrics
 
 ROOT = Path(__file__).resolve().parent.parent
+TINY = ROOT.parent / "shared" / "data" / "tiny-imagenet-20-classes.zip"
 Write = Callable[..., Path]
 # what a clock decides
 TIMED = ("images_per_s", "data_wait", "wall_s")
@@ -104,6 +107,8 @@ def test_a_killed_run_ends_as_one_never_killed(config: Path, tmp_path: Path) -> 
         victim.send_signal(signal.SIGKILL)
         victim.communicate()
         assert not (broken / "summary.json").exists()
+        # nor may an older summary speak for a run that goes on
+        (broken / "summary.json").write_text("{}")
     # a crash may cut a line short, and leave half a checkpoint
     with (broken / "metrics.jsonl").open("a") as file:
         file.write('{"step": 26, "lo')
@@ -214,6 +219,43 @@ def test_two_processes_continue_as_they_would_have(config_file: Write, tmp_path:
     assert continued == records
 
 
+def test_lost_data_on_one_rank_is_told_and_written_down(
+    config_file: Write, digits: Path, tmp_path: Path
+) -> None:
+    root = tmp_path / "digits"
+    shutil.copytree(digits, root)
+    config = config_file(data={"root": str(root)}, train={"max_steps": 40})
+    run_dir = tmp_path / "run"
+    process = subprocess.Popen(
+        command_of(config, run_dir, ranks=2), stderr=subprocess.PIPE, env=environment(), text=True
+    )
+    while not (run_dir / "metrics.jsonl").exists():
+        assert process.poll() is None
+        time.sleep(0.01)
+    shutil.rmtree(root / "train" / "4")
+    _, printed = process.communicate(timeout=300)
+    assert process.returncode != 0
+    assert "when the run began" in printed
+    summary = json.loads((run_dir / "summary.json").read_text())
+    assert summary["completed"] is False and summary["failure"]
+
+
+@pytest.mark.skipif(not TINY.exists(), reason=f"{TINY} is missing")
+def test_tinyimagenet_trains_as_shipped(tmp_path: Path) -> None:
+    """The paper's network and recipe, full width, on real pictures, through the launcher."""
+    root = tmp_path / "tinyimagenet"
+    counts = prepare("tinyimagenet", root, TINY)
+    assert (counts.classes, counts.train, counts.val) == (20, 10_000, 1_000)
+    settings = [f"data.root={root}", "train.max_steps=2", "train.batch_size=8"]
+    settings += ["logging.every_steps=1", "evaluation.every_epochs=0"]
+    overrides = [word for setting in settings for word in ("--set", setting)]
+    shipped = ROOT / "launch" / "tinyimagenet.json"
+    done = run(command_of(shipped, tmp_path / "run", *overrides, ranks=1))
+    assert done.returncode == 0, done.stderr
+    losses = [record["loss"] for record in read_metrics(tmp_path / "run" / "metrics.jsonl")]
+    assert len(losses) == 2 and all(-4 < loss < 0 for loss in losses)
+
+
 def test_fresh_starts_beside_and_deletes_nothing(config_file: Write, tmp_path: Path) -> None:
     config = config_file(train={"max_steps": 2})
     run_dir = tmp_path / "run"
@@ -281,8 +323,6 @@ def test_two_runs_in_one_folder_are_refused(config_file: Write, tmp_path: Path) 
 def test_changed_images_are_noticed_on_resume(
     config_file: Write, digits: Path, tmp_path: Path
 ) -> None:
-    import shutil
-
     root = tmp_path / "digits"
     shutil.copytree(digits, root)
     config = config_file(data={"root": str(root)}, train={"max_steps": 2})

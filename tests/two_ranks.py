@@ -18,8 +18,9 @@ from isofast.distributed import (
     mean_over_ranks_,
 )
 from isofast.engine import close_world, init_world
+from isofast.errors import UserError
 from isofast.settings import load_config
-from isofast.state import build
+from isofast.state import TrainState, build
 
 GLOBAL_BATCH = 16
 
@@ -57,9 +58,32 @@ def main(config_path: str, output: str) -> None:
     results["buffer"] = state.online.branch.encoder.bn1.running_mean.clone()
     results["rows"] = gather_rows(torch.full((world.rank + 1, 2), float(world.rank)))
     results["objects"] = torch.tensor([int(str(item)) for item in gather_objects(world.rank)])
+    if world.size == 1:
+        results |= check_alone(state, build(config, world, classes=10, batch_norm="synchronised"))
     if world.is_main:
         torch.save(results, output)
     close_world()
+
+
+def check_alone(state: TrainState, synchronised: TrainState) -> dict[str, torch.Tensor]:
+    """What needs a process group but no peers; each entry is True where it holds."""
+    captured = state.capture()
+    state.restore(captured, 3)
+    refused = False
+    try:
+        state.restore(captured | {"device": "cuda"}, 3)
+    except UserError as error:
+        refused = "made on a cuda" in str(error)
+    # synchronised statistics need GPUs to run, not to be built
+    kinds = {type(module) for module in synchronised.online.modules()}
+    return {
+        "steps restored": torch.tensor(state.engine.global_steps == 3),
+        "another device refused": torch.tensor(refused),
+        "synchronised": torch.tensor(nn.SyncBatchNorm in kinds and nn.BatchNorm2d not in kinds),
+        "names kept": torch.tensor(
+            synchronised.online.state_dict().keys() == state.online.state_dict().keys()
+        ),
+    }
 
 
 if __name__ == "__main__":
