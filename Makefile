@@ -9,7 +9,7 @@ SHELL := /bin/bash
 
 quickstart: $(STAMP)
 	@$(BIN)/isofast prepare digits --root data/digits
-	@PATH="$(abspath $(BIN)):$$PATH" deepspeed --num_accelerators 1 launch/train.py --config launch/quickstart.json
+	@PATH="$(abspath $(BIN)):$$PATH" deepspeed --log_level warning --num_accelerators 1 launch/train.py --config launch/quickstart.json
 
 test: lint
 	$(BIN)/python -m pytest

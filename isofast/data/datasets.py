@@ -3,6 +3,7 @@
 Layout: root/train/CLASS/*.png|jpg|jpeg and root/val/CLASS/*.png|jpg|jpeg.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -17,6 +18,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from isofast.errors import RunError, UserError
+from isofast.files import write_atomically
 
 SPLITS = ("train", "val")
 EXTENSIONS = (".png", ".jpg", ".jpeg")
@@ -255,14 +257,7 @@ def _read_manifest(path: Path) -> _Checked:
 
 
 def _write_manifest(path: Path, checked: _Checked) -> None:
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    try:
-        try:
-            content = {"fields": "bytes, mtime_ns, height, width", "files": checked}
-            partial.write_text(json.dumps(content))
-            partial.replace(path)
-        finally:
-            partial.unlink(missing_ok=True)
-    except OSError:
-        # a read-only or full data root only costs the check at the next start
-        return
+    content = json.dumps({"fields": "bytes, mtime_ns, height, width", "files": checked})
+    # a read-only or full data root only costs the check at the next start
+    with contextlib.suppress(OSError):
+        write_atomically(path, lambda part: part.write_text(content))

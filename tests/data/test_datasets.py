@@ -145,7 +145,7 @@ def test_what_was_checked_is_remembered_until_it_changes(
     verify_images(open_dataset(root, "train"), progress=False)
     assert len(opened) == 52
     assert len(json.loads((root / ".isofast-checked-train.json").read_text())["files"]) == 52
-    assert [path.name for path in root.iterdir() if "partial" in path.name] == []
+    assert [path.name for path in root.iterdir() if ".part" in path.name] == []
 
 
 def test_files_found_bad_are_looked_at_again(root: Path) -> None:
