@@ -67,7 +67,13 @@ def environment() -> dict[str, str]:
     commit = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True
     ).stdout.strip()
-    return {"device": device, **versions, "commit": commit or "unknown"}
+    changed = subprocess.run(
+        ["git", "status", "--porcelain", "--", ".", ":!bench/results"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    ).stdout.strip()
+    return {"device": device, **versions, "commit": (commit or "unknown") + "+" * bool(changed)}
 
 
 def _cpu_name() -> str:

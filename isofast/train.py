@@ -248,7 +248,8 @@ class _Run:
         if state["loader"]["fingerprint"] != train.fingerprint:
             raise UserError(
                 f"the training images under {self.config.data.root} are not those that the run "
-                f"began with (names or classes differ); put them back, or start over with --fresh"
+                f"began with (names, classes or file sizes differ); put them back, or start over "
+                f"with --fresh"
             )
         self.state.restore(state, found.step)
         notes.append(f"continuing from {found.path}")

@@ -5,7 +5,8 @@
 prints a row a kernel and target: registers a thread, spilling instructions (LDL and STL in the
 machine code), stack and shared memory. Exits 1 when a kernel spills or asks for more shared
 memory than a block of its target has. Kernels are compiled as a launch would: with the tiles of
-`tile_options`, pointers aligned to 16 bytes, D fixed.
+`tile_options`, pointers aligned to 16 bytes, D fixed and B unknown. For a B that 16 divides Triton
+compiles a variant of its own, which is not measured here.
 """
 
 import argparse

@@ -121,7 +121,8 @@ def correlation_launch(corr_DD: Tensor, views: list[Tensor], decay: float | None
         views[0].shape[0],
         views[-1].shape[0],
         D=features,
-        EMA=decay is not None,
+        # a weight of 0 leaves what was there unread, NaN included, as torch's beta = 0 does
+        EMA=bool(decay),
         VIEWS=len(views),
         **options,
     )

@@ -9,6 +9,7 @@ import importlib.util
 import math
 import os
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
@@ -34,6 +35,11 @@ def _runs_triton(*tensors: Tensor) -> bool:
     return True
 
 
+def _device_of(tensor: Tensor) -> AbstractContextManager[object]:
+    """Makes the tensor's GPU the current one: Triton launches there, wherever its data lie."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
+
+
 # Operations torch knows about
 
 
@@ -43,7 +49,8 @@ def _asymmetric_loss(
 ) -> tuple[Tensor, Tensor]:
     """loss, (), and its gradient dz_VBD before the upstream gradient, in fp32 or float64."""
     if _runs_triton(*zs, *targets, w):
-        return asymmetric_loss_launch(zs, targets, w, metric, isotropic)
+        with _device_of(w):
+            return asymmetric_loss_launch(zs, targets, w, metric, isotropic)
     # both directions at once: at these sizes a CPU spends as long on calls as on numbers
     loss_N, dz_ND = reference.losses_and_gradients_reference(
         torch.cat(zs), torch.cat(targets), w, metric=metric, isotropic=isotropic
@@ -89,7 +96,8 @@ _asymmetric_loss.register_autograd(_scale_gradient, setup_context=_save_gradient
 @torch.library.custom_op("isofast_kernels::correlation_ema_", mutates_args=("corr",))
 def _correlation_ema_(corr: Tensor, views: list[Tensor], decay: float) -> None:
     if _runs_triton(corr, *views):
-        correlation_launch(corr, views, decay)
+        with _device_of(corr):
+            correlation_launch(corr, views, decay)
     else:
         reference.correlation_ema_reference_(corr, views, decay)
 
@@ -100,7 +108,8 @@ def _second_moment(views: list[Tensor]) -> Tensor:
         return reference.second_moment_reference(views)
     features = views[0].shape[1]
     moment_DD = torch.empty((features, features), dtype=torch.float32, device=views[0].device)
-    correlation_launch(moment_DD, views, None)
+    with _device_of(moment_DD):
+        correlation_launch(moment_DD, views, None)
     return moment_DD
 
 
@@ -114,7 +123,8 @@ def _(views: list[Tensor]) -> Tensor:
 @torch.library.custom_op("isofast_kernels::matrix_power", mutates_args=())
 def _matrix_power(corr: Tensor, alpha: float, eps: float, normalize: str) -> Tensor:
     if _runs_triton(corr):
-        return matrix_power_launch(corr, alpha, eps, normalize)
+        with _device_of(corr):
+            return matrix_power_launch(corr, alpha, eps, normalize)
     return reference.matrix_power_reference(corr, alpha, eps=eps, normalize=normalize)
 
 
@@ -338,9 +348,14 @@ def matrix_power(
 ) -> Tensor:
     """The predictor W = U diag((s + eps)^alpha) U^T of C = U diag(s) U^T (P Eq. 1).
 
-    s is clamped at 0 and, with normalize="spectral", divided by its largest value; eps is added
-    after that and before the power. alpha = 1 is DirectCopy's C / lambda_max + eps I. C = 0
-    gives eps^alpha I; a NaN or infinity in C makes all of W NaN and raises nothing.
+    With normalize="spectral" s is divided by its largest value; eps is added after that and before
+    the power. alpha = 1 is DirectCopy's C / lambda_max + eps I. C = 0 gives eps^alpha I; a NaN or
+    infinity in C makes all of W NaN and raises nothing.
+
+    C is taken to be what `correlation_ema_` makes: symmetric, which is not checked, and positive
+    semi-definite up to rounding (about 1e-7 of its largest eigenvalue). The CPU clamps s at 0
+    where the power needs it; the products of the CUDA path let eigenvalues below that grow, and
+    need a trace of C between about 1e-17 and 1e17 (see NUMERICS.md).
 
     Args:
         corr_DD: C, (D, D), symmetric, float32 (float64 on the CPU).
@@ -356,11 +371,12 @@ def matrix_power(
     """
     _check_square("corr_DD", corr_DD)
     _check_choice("normalize", normalize, reference.NORMALIZATIONS)
-    if not (math.isfinite(alpha) and alpha > 0):
+    # comparisons, which a compiler can trace; NaN fails them
+    if not 0 < alpha < math.inf:
         raise ValueError(
             f"alpha is {alpha}; it must be finite and greater than 0. To train without a "
             "predictor, pass the identity as w_DD."
         )
-    if not (math.isfinite(eps) and eps >= 0):
+    if not 0 <= eps < math.inf:
         raise ValueError(f"eps is {eps}; it must be finite and at least 0.")
     return _matrix_power(corr_DD.detach(), float(alpha), float(eps), normalize)

@@ -234,8 +234,13 @@ def _images_in(folder: Path) -> Iterator[tuple[str, int]]:
     with os.scandir(folder) as entries:
         for entry in entries:
             name = entry.name
-            if name.lower().endswith(EXTENSIONS) and not name.startswith(".") and entry.is_file():
+            if not name.lower().endswith(EXTENSIONS) or name.startswith("."):
+                continue
+            if entry.is_file():
                 yield name, entry.stat().st_size
+            elif entry.is_symlink():
+                # it leads nowhere: verify_images names it, instead of training on fewer images
+                yield name, 0
 
 
 def _bad_files_message(dataset: ImageFolder, bad: dict[str, str]) -> str:

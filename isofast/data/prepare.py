@@ -121,9 +121,15 @@ def _prepare(name: str, root: Path, build: Callable[[Path], None]) -> PreparedCo
         with _locked(root):
             return _prepare_locked(name, root, build)
     except OSError as error:
+        built = (root / _PARTIAL / _MANIFEST).exists()
+        remedy = (
+            "All is built and waits to be moved into place; give the same command again to finish"
+            if built
+            else "Nothing half-written was left; free space or give another --root, then give the "
+            "same command again"
+        )
         raise UserError(
-            f"cannot prepare {name} in {root}: {error.strerror or error}. Nothing half-written was "
-            "left; free space or give another --root, then give the same command again"
+            f"cannot prepare {name} in {root}: {error.strerror or error}. {remedy}"
         ) from error
     finally:
         if made:
@@ -179,7 +185,7 @@ def _class_digests(root: Path) -> dict[str, str]:
     for folder in tqdm(folders, desc="checksums", unit="class", leave=False, disable=None):
         digest = hashlib.sha256()
         for path in sorted(folder.iterdir()):
-            digest.update(path.name.encode())
+            digest.update(os.fsencode(path.name))
             digest.update(hashlib.sha256(path.read_bytes()).digest())
         digests[f"{folder.parent.name}/{folder.name}"] = digest.hexdigest()
     return digests

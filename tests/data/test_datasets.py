@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 from isofast.data import EvalLoader, datasets, open_dataset, recipe_for, verify_images
+from isofast.data.prepare import prepare_digits
 from isofast.errors import RunError, UserError
 
 
@@ -228,3 +229,22 @@ def test_only_the_files_that_were_checked_are_read(root: Path) -> None:
     with pytest.raises(RunError, match=f"{paths[5]} .*has changed"):
         datasets.read_files(dataset, [5])
     assert len(datasets.read_files(dataset, [0, 1, 2])) == 3
+
+
+def test_a_link_that_leads_nowhere_is_named(tmp_path: Path) -> None:
+    root = tmp_path / "digits"
+    prepare_digits(root)
+    (root / "train" / "3" / "gone.png").symlink_to(tmp_path / "unmounted.png")
+    with pytest.raises(UserError, match=r"gone\.png \(No such file"):
+        verify_images(open_dataset(root, "train"), progress=False)
+
+
+def test_names_that_are_not_utf8_are_taken(tmp_path: Path) -> None:
+    root = tmp_path / "digits"
+    prepare_digits(root)
+    folder = os.fsencode(root / "train" / "3")
+    first = sorted(os.listdir(folder))[0]
+    os.rename(os.path.join(folder, first), os.path.join(folder, b"\xff.png"))
+    assert len(verify_images(open_dataset(root, "train"), progress=False)) == 1442
+    with pytest.raises(UserError, match="changed"):
+        prepare_digits(root)

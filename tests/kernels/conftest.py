@@ -25,13 +25,21 @@ def one_thread():
 
 @pytest.fixture
 def guard_inputs():
-    """Copies a tensor into NaN surroundings, so that a read out of bounds shows in the result."""
+    """Copies a tensor into NaN surroundings, so that a read out of bounds shows in the result.
+
+    A write out of bounds, by what works in place, fails the test.
+    """
+    buffers = []
 
     def guard(tensor):
-        copy, _ = guarded_empty(tensor.shape, tensor.dtype, tensor.device)
+        copy, buffer = guarded_empty(tensor.shape, tensor.dtype, tensor.device)
+        buffers.append(buffer)
         return copy.copy_(tensor)
 
-    return guard
+    yield guard
+    for buffer in buffers:
+        assert buffer[:GUARD].isnan().all(), "written before the start of a tensor"
+        assert buffer[-GUARD:].isnan().all(), "written past the end of a tensor"
 
 
 @pytest.fixture

@@ -176,11 +176,29 @@ def test_opcheck_statistics(make_problem):
     torch.library.opcheck(OPS.matrix_power.default, (w, 0.5, 0.1, "spectral"))
 
 
-def step(corr, z1, z2, t1, t2):
+def step(corr, z1, z2, t1, t2, decay=0.9, eps=0.1, **loss):
     """A training step's share of this package."""
-    correlation_ema_(corr, [z1, z2], 0.9)
-    w = matrix_power(corr, 0.5, eps=0.1)
-    return asymmetric_loss_pair(2 * z1, 2 * z2, t1, t2, w)
+    correlation_ema_(corr, [z1, z2], decay)
+    w = matrix_power(corr, 0.5, eps=eps)
+    return asymmetric_loss_pair(2 * z1, 2 * z2, t1, t2, w, **loss)
+
+
+@pytest.mark.parametrize("metric", ["cosine", "euclidean"])
+@pytest.mark.parametrize("isotropic", [True, False])
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_compiles_for_other_floats_and_batches(make_problem, metric, isotropic, dynamic):
+    """opcheck cannot trace the loss's backward (its dz has no second one); this stands for it."""
+    torch.compiler.reset()
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    for rows, decay, eps in ((16, 0.9, 0.1), (7, 0.5, 0.25), (33, 0.0, 0.2)):
+        z1, z2, t1, t2, _ = make_problem(rows, 12, dtype=torch.float32)
+        leaves = [z.bfloat16().requires_grad_() for z in (z1, z2)]
+        results = []
+        for function in (step, compiled):
+            corr = torch.zeros(12, 12)
+            loss = function(corr, *leaves, t1, t2, decay, eps, metric=metric, isotropic=isotropic)
+            results.append((corr, loss, *torch.autograd.grad(loss, leaves)))
+        torch.testing.assert_close(results[1], results[0])
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])

@@ -165,6 +165,9 @@ def test_second_moment(guard_inputs, rows, features, dtype):
     assert_within_budget("moment", got, own, exact)
 
 
+gpu_only = pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device")
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("decay", [0.0, 0.5, 0.998, 1.0])
 def test_correlation_ema(guard_inputs, decay, dtype):
@@ -180,6 +183,27 @@ def test_correlation_ema(guard_inputs, decay, dtype):
     assert got is corr
     assert torch.equal(corr, corr.T)
     assert_within_budget("corr", corr, own, exact)
+
+
+def test_a_weight_of_zero_forgets_even_nan(guard_inputs):
+    views = [torch.randn(20, 33, generator=torch.Generator().manual_seed(0)).to(DEVICE)]
+    corr = guard_inputs(torch.full((33, 33), float("nan"), device=DEVICE))
+    correlation_ema_(corr, views, 0.0)
+    assert torch.equal(corr, second_moment(views))
+
+
+@gpu_only
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_tensors_need_not_lie_on_the_current_device(make_problem):
+    z1, z2, t1, t2, _ = make_problem(64, 64, dtype=torch.float32, device="cuda:1")
+    z1.requires_grad_()
+    z2.requires_grad_()
+    with torch.cuda.device(1):
+        expected = training_step(torch.zeros(64, 64, device="cuda:1"), z1, z2, t1, t2)
+    with torch.cuda.device(0):
+        got = training_step(torch.zeros(64, 64, device="cuda:1"), z1, z2, t1, t2)
+    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
 
 
 def test_a_stream_of_updates_stays_symmetric_and_positive():
@@ -250,9 +274,6 @@ def test_matrix_power_decomposes_nothing(monkeypatch, alpha):
     assert matrix_power(torch.eye(32, device=DEVICE), alpha).isfinite().all()
 
 
-gpu_only = pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device")
-
-
 def training_step(corr, z1, z2, t1, t2):
     correlation_ema_(corr, [z1.detach(), z2.detach()], 0.9)
     w = matrix_power(corr, 0.5)
@@ -271,6 +292,7 @@ def test_a_cuda_graph_replays_the_step(make_problem, dtype):
     corr = torch.zeros(256, 256, device=DEVICE)
     expected_corr = corr.clone()
     stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         training_step(corr.clone(), z1, z2, t1, t2)
     torch.cuda.current_stream().wait_stream(stream)
