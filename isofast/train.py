@@ -92,7 +92,11 @@ class _Run:
         self.config, self.run_dir, self.world = config, run_dir, world
         self.batch_norm = resolve_batch_norm(config, world)
         self.state: TrainState = build(config, world, len(train.classes), self.batch_norm)
-        self.step, totals, notes = self._resume(train)
+        self.fingerprints = {
+            "training": train.fingerprint,
+            "validation": None if val is None else val.fingerprint,
+        }
+        self.step, totals, notes = self._resume()
 
         threads = config.data.threads or _threads_per_rank(world)
         self.loader = make_train_loader(
@@ -215,6 +219,7 @@ class _Run:
             # first what the checkpoint takes for granted, then the checkpoint
             state["totals"] = asdict(self.recorder.flush())
             state["loader"] = self.loader.state_dict()
+            state["images"] = self.fingerprints
             save_checkpoint(
                 self.run_dir / "checkpoints",
                 self.step,
@@ -238,19 +243,23 @@ class _Run:
         self.recorder.close()
         self.loader.close()
 
-    def _resume(self, train: ImageFolder) -> tuple[int, Totals, list[str]]:
+    def _resume(self) -> tuple[int, Totals, list[str]]:
         """Restores the newest whole checkpoint: its step, its totals, what there is to say."""
         notes: list[str] = []
         found = newest_checkpoint(self.run_dir / "checkpoints", notes.append)
         if found is None:
             return 0, Totals(), notes
         state = found.load()
-        if state["loader"]["fingerprint"] != train.fingerprint:
-            raise UserError(
-                f"the training images under {self.config.data.root} are not those that the run "
-                f"began with (names, classes or file sizes differ); put them back, or start over "
-                f"with --fresh"
-            )
+        for kind, fingerprint in self.fingerprints.items():
+            # a run may begin or go on without evaluation, and so without validation images
+            if None not in (fingerprint, state["images"][kind]) and (
+                fingerprint != state["images"][kind]
+            ):
+                raise UserError(
+                    f"the {kind} images under {self.config.data.root} are not those that the run "
+                    f"began with (names, classes or file sizes differ); put them back, or start "
+                    f"over with --fresh"
+                )
         self.state.restore(state, found.step)
         notes.append(f"continuing from {found.path}")
         return found.step, Totals(**state["totals"]), notes

@@ -320,14 +320,16 @@ def test_two_runs_in_one_folder_are_refused(config_file: Write, tmp_path: Path) 
     assert first.returncode == 0
 
 
+@pytest.mark.parametrize("split", ["train", "val"])
 def test_changed_images_are_noticed_on_resume(
-    config_file: Write, digits: Path, tmp_path: Path
+    config_file: Write, digits: Path, tmp_path: Path, split: str
 ) -> None:
     root = tmp_path / "digits"
     shutil.copytree(digits, root)
-    config = config_file(data={"root": str(root)}, train={"max_steps": 2})
+    evaluation = {"every_epochs": 1, "knn_images": 99}
+    config = config_file(data={"root": str(root)}, train={"max_steps": 2}, evaluation=evaluation)
     run_dir = tmp_path / "run"
     assert run(command_of(config, run_dir)).returncode == 0
-    next((root / "train" / "0").iterdir()).unlink()
+    next((root / split / "0").iterdir()).unlink()
     done = run(command_of(config, run_dir, "--set", "train.max_steps=4"))
     assert done.returncode == 2 and "not those that the run began with" in done.stderr
