@@ -30,15 +30,15 @@ from .asymmetric_loss import _asymmetric_loss_kernel
 from .asymmetric_loss import tile_options as loss_tiles
 from .correlation import _correlation_kernel
 from .correlation import tile_options as correlation_tiles
-from .matrix_power import (
-    SQUARINGS,
+from .matrix_power import SQUARINGS
+from .matrix_power_triton import (
     _finish_kernel,
     _polynomial_kernel,
     _product_kernel,
     _shift_kernel,
     _square_kernel,
 )
-from .matrix_power import tile_options as power_tiles
+from .matrix_power_triton import tile_options as power_tiles
 
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 """Bytes of shared memory that one block may have, by compute capability."""

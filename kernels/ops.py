@@ -1,4 +1,4 @@
-"""The public operations: argument checks, dispatch, shapes for tracing, autograd.
+"""The public operations: dispatch, shapes for tracing, autograd.
 
 CUDA tensors run Triton, CPU tensors the reference. With TRITON_INTERPRET=1 in the environment
 before the import, CPU tensors of the kernels' dtypes run Triton's interpreter. Shape letters: B
@@ -15,6 +15,14 @@ import torch
 from torch import Tensor
 
 from . import reference
+from .arguments import (
+    KERNEL_DTYPES,
+    as_views,
+    check_choice,
+    check_loss_arguments,
+    check_same_device,
+    check_square,
+)
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 INTERPRET = HAS_TRITON and os.environ.get("TRITON_INTERPRET", "0") == "1"
@@ -22,14 +30,12 @@ INTERPRET = HAS_TRITON and os.environ.get("TRITON_INTERPRET", "0") == "1"
 if HAS_TRITON:
     from .asymmetric_loss import asymmetric_loss_launch
     from .correlation import correlation_launch
-    from .matrix_power import matrix_power_launch
-
-_KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+    from .matrix_power_triton import matrix_power_launch
 
 
 def _runs_triton(*tensors: Tensor) -> bool:
     if not tensors[0].is_cuda:
-        return INTERPRET and all(tensor.dtype in _KERNEL_DTYPES for tensor in tensors)
+        return INTERPRET and all(tensor.dtype in KERNEL_DTYPES for tensor in tensors)
     if not HAS_TRITON:
         raise RuntimeError("CUDA tensors need Triton, which is not installed: pip install triton")
     return True
@@ -133,99 +139,6 @@ def _(corr: Tensor, alpha: float, eps: float, normalize: str) -> Tensor:
     return corr.new_empty(corr.shape)
 
 
-# Argument checks
-
-
-def _check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(map(repr, allowed))}.")
-
-
-def _check_same_device(names: str, tensors: Sequence[Tensor]) -> None:
-    devices = {tensor.device for tensor in tensors}
-    if len(devices) > 1:
-        listed = ", ".join(sorted(map(str, devices)))
-        raise ValueError(
-            f"{names} are on different devices ({listed}); move them to one with .to(device)."
-        )
-
-
-def _check_square(name: str, x_DD: Tensor) -> None:
-    if x_DD.ndim != 2 or x_DD.shape[0] != x_DD.shape[1] or x_DD.shape[0] == 0:
-        raise ValueError(
-            f"{name} has shape {tuple(x_DD.shape)}; it must be (D, D) with D at least 1."
-        )
-    if x_DD.dtype not in (torch.float32, torch.float64):
-        raise ValueError(
-            f"{name} is {x_DD.dtype}; it must be torch.float32 (torch.float64 on the CPU). "
-            "Keep it out of autocast and convert with .float()."
-        )
-    if x_DD.is_cuda and x_DD.dtype == torch.float64:
-        raise ValueError(
-            f"{name} is torch.float64 on {x_DD.device}; the CUDA kernels take torch.float32. "
-            "Convert with .float(), or call isofast_kernels.reference."
-        )
-
-
-def _check_rows(name: str, x_BD: Tensor) -> None:
-    if x_BD.ndim != 2 or 0 in x_BD.shape:
-        raise ValueError(
-            f"{name} has shape {tuple(x_BD.shape)}; it must be (B, D) with B and D at least 1."
-        )
-    allowed = _KERNEL_DTYPES if x_BD.is_cuda else (*_KERNEL_DTYPES, torch.float64)
-    if x_BD.dtype not in allowed:
-        raise ValueError(
-            f"{name} is {x_BD.dtype} on {x_BD.device}; it must be one of "
-            f"{', '.join(map(str, allowed))}. Convert with .float()."
-        )
-
-
-def _check_loss_arguments(
-    zs: dict[str, Tensor], targets: dict[str, Tensor], w_DD: Tensor, metric: str
-) -> None:
-    _check_choice("metric", metric, reference.METRICS)
-    _check_square("w_DD", w_DD)
-    first = next(iter(zs.values()))
-    for name, x_BD in (zs | targets).items():
-        _check_rows(name, x_BD)
-        if x_BD.shape != first.shape:
-            raise ValueError(
-                f"{name} has shape {tuple(x_BD.shape)} and {next(iter(zs))} has "
-                f"{tuple(first.shape)}; embeddings and targets must have one shape (B, D)."
-            )
-    for group in (zs, targets):
-        dtypes = {x_BD.dtype for x_BD in group.values()}
-        if len(dtypes) > 1:
-            raise ValueError(
-                f"{', '.join(group)} have dtypes {', '.join(sorted(map(str, dtypes)))}; both "
-                "directions must have one. Convert with .to(dtype)."
-            )
-    if w_DD.shape[0] != first.shape[1]:
-        raise ValueError(
-            f"w_DD has shape {tuple(w_DD.shape)} and the embeddings have D = {first.shape[1]}; "
-            "w_DD must be (D, D) of the same D."
-        )
-    everything = {**zs, **targets, "w_DD": w_DD}
-    _check_same_device(", ".join(everything), list(everything.values()))
-
-
-def _as_views(z_BD: Tensor | Sequence[Tensor]) -> list[Tensor]:
-    views = [z_BD] if isinstance(z_BD, Tensor) else list(z_BD)
-    if not views:
-        raise ValueError("z_BD is an empty sequence; give at least one tensor (B, D).")
-    for index, view in enumerate(views):
-        name = "z_BD" if isinstance(z_BD, Tensor) else f"z_BD[{index}]"
-        _check_rows(name, view)
-        if view.shape[1] != views[0].shape[1] or view.dtype != views[0].dtype:
-            raise ValueError(
-                f"{name} is (B, {view.shape[1]}) of {view.dtype} and the first view is "
-                f"(B, {views[0].shape[1]}) of {views[0].dtype}; all views must have one D and "
-                "one dtype."
-            )
-    _check_same_device("the views", views)
-    return [view.detach() for view in views]
-
-
 # Public
 
 
@@ -259,7 +172,7 @@ def asymmetric_loss(
     Raises:
         ValueError: a shape, dtype, device or name that is not allowed.
     """
-    _check_loss_arguments({"z_BD": z_BD}, {"target_BD": target_BD}, w_DD, metric)
+    check_loss_arguments({"z_BD": z_BD}, {"target_BD": target_BD}, w_DD, metric)
     return _asymmetric_loss([z_BD], [target_BD.detach()], w_DD.detach(), metric, isotropic)[0]
 
 
@@ -287,7 +200,7 @@ def asymmetric_loss_pair(
         ValueError: a shape, dtype, device or name that is not allowed.
     """
     zs = {"z1_BD": z1_BD, "z2_BD": z2_BD}
-    _check_loss_arguments(zs, {"t1_BD": t1_BD, "t2_BD": t2_BD}, w_DD, metric)
+    check_loss_arguments(zs, {"t1_BD": t1_BD, "t2_BD": t2_BD}, w_DD, metric)
     targets = [t2_BD.detach(), t1_BD.detach()]
     return _asymmetric_loss([z1_BD, z2_BD], targets, w_DD.detach(), metric, isotropic)[0]
 
@@ -309,8 +222,8 @@ def correlation_ema_(corr_DD: Tensor, z_BD: Tensor | Sequence[Tensor], decay: fl
     Raises:
         ValueError: a shape, dtype, device or decay that is not allowed.
     """
-    views = _as_views(z_BD)
-    _check_square("corr_DD", corr_DD)
+    views = as_views(z_BD)
+    check_square("corr_DD", corr_DD)
     if not corr_DD.is_contiguous():
         raise ValueError(
             f"corr_DD has strides {corr_DD.stride()}; it is updated in place and must be "
@@ -323,7 +236,7 @@ def correlation_ema_(corr_DD: Tensor, z_BD: Tensor | Sequence[Tensor], decay: fl
         )
     if not 0 <= decay <= 1:
         raise ValueError(f"decay is {decay}; it must be between 0 and 1.")
-    _check_same_device("corr_DD and the views", [corr_DD, views[0]])
+    check_same_device("corr_DD and the views", [corr_DD, views[0]])
     _correlation_ema_(corr_DD, views, float(decay))
     return corr_DD
 
@@ -340,7 +253,7 @@ def second_moment(z_BD: Tensor | Sequence[Tensor]) -> Tensor:
     Raises:
         ValueError: a shape, dtype or device that is not allowed.
     """
-    return _second_moment(_as_views(z_BD))
+    return _second_moment(as_views(z_BD))
 
 
 def matrix_power(
@@ -369,8 +282,8 @@ def matrix_power(
     Raises:
         ValueError: a shape, dtype, alpha, eps or name that is not allowed.
     """
-    _check_square("corr_DD", corr_DD)
-    _check_choice("normalize", normalize, reference.NORMALIZATIONS)
+    check_square("corr_DD", corr_DD)
+    check_choice("normalize", normalize, reference.NORMALIZATIONS)
     # comparisons, which a compiler can trace; NaN fails them
     if not 0 < alpha < math.inf:
         raise ValueError(

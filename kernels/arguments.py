@@ -1,0 +1,106 @@
+"""What the public operations refuse, as ValueError: what was got, what is allowed, what to do."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from . import reference
+
+KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    """Refuses a name that is not among ``allowed``."""
+    if value not in allowed:
+        raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(map(repr, allowed))}.")
+
+
+def check_same_device(names: str, tensors: Sequence[Tensor]) -> None:
+    """Refuses tensors on different devices."""
+    devices = {tensor.device for tensor in tensors}
+    if len(devices) > 1:
+        listed = ", ".join(sorted(map(str, devices)))
+        raise ValueError(
+            f"{names} are on different devices ({listed}); move them to one with .to(device)."
+        )
+
+
+def check_square(name: str, x_DD: Tensor) -> None:
+    """Refuses what is not a matrix (D, D) of a type that C and W may have."""
+    if x_DD.ndim != 2 or x_DD.shape[0] != x_DD.shape[1] or x_DD.shape[0] == 0:
+        raise ValueError(
+            f"{name} has shape {tuple(x_DD.shape)}; it must be (D, D) with D at least 1."
+        )
+    if x_DD.dtype not in (torch.float32, torch.float64):
+        raise ValueError(
+            f"{name} is {x_DD.dtype}; it must be torch.float32 (torch.float64 on the CPU). "
+            "Keep it out of autocast and convert with .float()."
+        )
+    if x_DD.is_cuda and x_DD.dtype == torch.float64:
+        raise ValueError(
+            f"{name} is torch.float64 on {x_DD.device}; the CUDA kernels take torch.float32. "
+            "Convert with .float(), or call isofast_kernels.reference."
+        )
+
+
+def check_rows(name: str, x_BD: Tensor) -> None:
+    """Refuses what is not a batch of rows (B, D) of a type that the kernels take."""
+    if x_BD.ndim != 2 or 0 in x_BD.shape:
+        raise ValueError(
+            f"{name} has shape {tuple(x_BD.shape)}; it must be (B, D) with B and D at least 1."
+        )
+    allowed = KERNEL_DTYPES if x_BD.is_cuda else (*KERNEL_DTYPES, torch.float64)
+    if x_BD.dtype not in allowed:
+        raise ValueError(
+            f"{name} is {x_BD.dtype} on {x_BD.device}; it must be one of "
+            f"{', '.join(map(str, allowed))}. Convert with .float()."
+        )
+
+
+def check_loss_arguments(
+    zs: dict[str, Tensor], targets: dict[str, Tensor], w_DD: Tensor, metric: str
+) -> None:
+    """Refuses embeddings, targets and a W that do not fit each other."""
+    check_choice("metric", metric, reference.METRICS)
+    check_square("w_DD", w_DD)
+    first = next(iter(zs.values()))
+    for name, x_BD in (zs | targets).items():
+        check_rows(name, x_BD)
+        if x_BD.shape != first.shape:
+            raise ValueError(
+                f"{name} has shape {tuple(x_BD.shape)} and {next(iter(zs))} has "
+                f"{tuple(first.shape)}; embeddings and targets must have one shape (B, D)."
+            )
+    for group in (zs, targets):
+        dtypes = {x_BD.dtype for x_BD in group.values()}
+        if len(dtypes) > 1:
+            raise ValueError(
+                f"{', '.join(group)} have dtypes {', '.join(sorted(map(str, dtypes)))}; both "
+                "directions must have one. Convert with .to(dtype)."
+            )
+    if w_DD.shape[0] != first.shape[1]:
+        raise ValueError(
+            f"w_DD has shape {tuple(w_DD.shape)} and the embeddings have D = {first.shape[1]}; "
+            "w_DD must be (D, D) of the same D."
+        )
+    everything = {**zs, **targets, "w_DD": w_DD}
+    check_same_device(", ".join(everything), list(everything.values()))
+
+
+def as_views(z_BD: Tensor | Sequence[Tensor]) -> list[Tensor]:
+    """One tensor or a sequence of them as a list of detached views that fit each other."""
+    views = [z_BD] if isinstance(z_BD, Tensor) else list(z_BD)
+    if not views:
+        raise ValueError("z_BD is an empty sequence; give at least one tensor (B, D).")
+    for index, view in enumerate(views):
+        name = "z_BD" if isinstance(z_BD, Tensor) else f"z_BD[{index}]"
+        check_rows(name, view)
+        if view.shape[1] != views[0].shape[1] or view.dtype != views[0].dtype:
+            raise ValueError(
+                f"{name} is (B, {view.shape[1]}) of {view.dtype} and the first view is "
+                f"(B, {views[0].shape[1]}) of {views[0].dtype}; all views must have one D and "
+                "one dtype."
+            )
+    check_same_device("the views", views)
+    return [view.detach() for view in views]

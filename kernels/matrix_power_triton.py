@@ -1,0 +1,315 @@
+"""The arithmetic of matrix_power.py in Triton: a launch a step, no host sync.
+
+Every product is fp32 with 3xTF32 said explicitly, whatever torch's global switches say. Shape
+letters: D features, I, J, K a tile's rows, columns and inner dimension, T tiles, S squared
+matrices.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .matrix_power import SQUARINGS, power_by_products, runs_by_products
+from .reference import matrix_power_reference
+
+
+@triton.jit
+def _tile_product(
+    x_ptr,
+    y_ptr,
+    i_I,
+    j_J,
+    D: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """One tile of X Y, accumulated in fp32 along D in a fixed order."""
+    acc_IJ = tl.zeros([BLOCK, BLOCK], dtype=tl.float32)
+    for start in range(0, D, BLOCK_K):
+        k_K = start + tl.arange(0, BLOCK_K)
+        x_IK = tl.load(
+            x_ptr + i_I[:, None] * D + k_K[None, :],
+            mask=(i_I[:, None] < D) & (k_K[None, :] < D),
+            other=0.0,
+        )
+        y_KJ = tl.load(
+            y_ptr + k_K[:, None] * D + j_J[None, :],
+            mask=(k_K[:, None] < D) & (j_J[None, :] < D),
+            other=0.0,
+        )
+        acc_IJ = tl.dot(x_IK, y_KJ, acc_IJ, input_precision="tf32x3")
+    return acc_IJ
+
+
+@triton.jit
+def _reciprocal_or_zero(x):
+    """1 / x, but 0 at 0; a NaN stays one."""
+    return tl.where(x == 0.0, 0.0, 1.0 / x)
+
+
+@triton.jit
+def _square_kernel(
+    m_ptr,
+    corr_ptr,
+    out_ptr,
+    trace_ptr,
+    D: tl.constexpr,
+    QUOTIENT: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """N = (M / tr M)^2, or, for the quotient, a tile's share of <N, C> and tr N in `out`."""
+    d_D = tl.arange(0, BLOCK_D)
+    trace = tl.sum(tl.load(m_ptr + d_D * (D + 1), mask=d_D < D, other=0.0), axis=0)
+    first = (tl.program_id(0) == 0) & (tl.program_id(1) == 0)
+    tl.store(trace_ptr, trace, mask=first)
+
+    i_I = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    j_J = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    scale = _reciprocal_or_zero(trace)
+    # twice, not squared: the square of a small trace underflows
+    n_IJ = _tile_product(m_ptr, m_ptr, i_I, j_J, D, BLOCK, BLOCK_K) * scale * scale
+    offset_IJ = i_I[:, None] * D + j_J[None, :]
+    mask_IJ = (i_I[:, None] < D) & (j_J[None, :] < D)
+    if QUOTIENT:
+        tiles = tl.num_programs(0) * tl.num_programs(1)
+        tile = tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
+        corr_IJ = tl.load(corr_ptr + offset_IJ, mask=mask_IJ, other=0.0)
+        diagonal_IJ = tl.where(i_I[:, None] == j_J[None, :], n_IJ, 0.0)
+        tl.store(out_ptr + tile, tl.sum(tl.sum(n_IJ * corr_IJ, axis=1), axis=0))
+        tl.store(out_ptr + tiles + tile, tl.sum(tl.sum(diagonal_IJ, axis=1), axis=0))
+    else:
+        tl.store(out_ptr + offset_IJ, n_IJ, mask=mask_IJ)
+
+
+@triton.jit
+def _shift_kernel(
+    corr_ptr,
+    trace_ptr,
+    sums_ptr,
+    out_ptr,
+    r_ptr,
+    eps,
+    D: tl.constexpr,
+    SPECTRAL: tl.constexpr,
+    BOUNDED: tl.constexpr,
+    TILES: tl.constexpr,
+    SQUARES: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """A and r of `Steps.shift`. Every program adds the same few sums in the same order."""
+    t_T = tl.arange(0, BLOCK_T)
+    inner = tl.sum(tl.load(sums_ptr + t_T, mask=t_T < TILES, other=0.0), axis=0)
+    trace = tl.sum(tl.load(sums_ptr + TILES + t_T, mask=t_T < TILES, other=0.0), axis=0)
+    top = inner * _reciprocal_or_zero(trace)
+    scale = 1.0
+    shift = eps
+    if SPECTRAL:
+        scale = _reciprocal_or_zero(top)
+    r = 1.0
+    if BOUNDED:
+        # tr(C^n)^(1/n) >= lambda_max with n = 2^S, from the traces of the normalised squares:
+        # the logarithm of tr(C^n) is the sum of 2^(S-s) log tr(M_s)
+        s_S = tl.arange(0, BLOCK_S)
+        trace_S = tl.load(trace_ptr + s_S, mask=s_S < SQUARES, other=1.0)
+        weighted_S = tl.log2(trace_S) * tl.exp2(-s_S.to(tl.float32))
+        bound = tl.exp2(tl.sum(weighted_S, axis=0))
+        r = bound * scale + eps
+        scale = scale * _reciprocal_or_zero(r)
+        shift = eps * _reciprocal_or_zero(r)
+    i_I = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    j_J = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    offset_IJ = i_I[:, None] * D + j_J[None, :]
+    mask_IJ = (i_I[:, None] < D) & (j_J[None, :] < D)
+    corr_IJ = tl.load(corr_ptr + offset_IJ, mask=mask_IJ, other=0.0)
+    out_IJ = corr_IJ * scale + tl.where(i_I[:, None] == j_J[None, :], shift, 0.0)
+    tl.store(out_ptr + offset_IJ, out_IJ, mask=mask_IJ)
+    tl.store(r_ptr, r, mask=(tl.program_id(0) == 0) & (tl.program_id(1) == 0))
+
+
+@triton.jit
+def _polynomial_kernel(
+    p_ptr,
+    out_ptr,
+    a,
+    b,
+    c,
+    D: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """a I + b P + c P^2."""
+    i_I = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    j_J = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    offset_IJ = i_I[:, None] * D + j_J[None, :]
+    mask_IJ = (i_I[:, None] < D) & (j_J[None, :] < D)
+    square_IJ = _tile_product(p_ptr, p_ptr, i_I, j_J, D, BLOCK, BLOCK_K)
+    p_IJ = tl.load(p_ptr + offset_IJ, mask=mask_IJ, other=0.0)
+    q_IJ = c * square_IJ + b * p_IJ + tl.where(i_I[:, None] == j_J[None, :], a, 0.0)
+    tl.store(out_ptr + offset_IJ, q_IJ, mask=mask_IJ)
+
+
+@triton.jit
+def _product_kernel(
+    x1_ptr,
+    y1_ptr,
+    x2_ptr,
+    y2_ptr,
+    out_ptr,
+    D: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """out[n] = X_n Y_n, n = program_id(2)."""
+    i_I = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    j_J = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    offset_IJ = i_I[:, None] * D + j_J[None, :]
+    mask_IJ = (i_I[:, None] < D) & (j_J[None, :] < D)
+    if tl.program_id(2) == 0:
+        first_IJ = _tile_product(x1_ptr, y1_ptr, i_I, j_J, D, BLOCK, BLOCK_K)
+        tl.store(out_ptr + offset_IJ, first_IJ, mask=mask_IJ)
+    else:
+        second_IJ = _tile_product(x2_ptr, y2_ptr, i_I, j_J, D, BLOCK, BLOCK_K)
+        tl.store(out_ptr + D * D + offset_IJ, second_IJ, mask=mask_IJ)
+
+
+@triton.jit
+def _finish_kernel(
+    x_ptr,
+    y_ptr,
+    r_ptr,
+    out_ptr,
+    power,
+    D: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """r^power X Y, the lower triangle mirrored."""
+    if tl.program_id(0) >= tl.program_id(1):
+        i_I = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+        j_J = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+        product_IJ = _tile_product(x_ptr, y_ptr, i_I, j_J, D, BLOCK, BLOCK_K)
+        r = tl.load(r_ptr)
+        # r = 0 only for C = 0 without a shift, where the product is 0 already
+        factor = tl.where(r == 0.0, 1.0, tl.exp2(power * tl.log2(r)))
+        i_II, j_JJ = i_I[:, None], j_J[None, :]
+        lower_IJ = (i_II < D) & (j_JJ <= i_II)
+        tl.store(out_ptr + i_II * D + j_JJ, product_IJ * factor, mask=lower_IJ)
+        tl.store(out_ptr + j_JJ * D + i_II, product_IJ * factor, mask=lower_IJ & (j_JJ < i_II))
+
+
+def tile_options(features: int) -> dict[str, int]:
+    """Tile sizes and warps for D = `features`; small tiles, to fill the device at D = 256."""
+    return {
+        "BLOCK": 32 if features <= 512 else 64,
+        "BLOCK_K": 32,
+        "num_warps": 4,
+        "num_stages": 3,
+    }
+
+
+class TritonSteps:
+    """`Steps` in Triton, a launch a method, for C of (D, D) in fp32."""
+
+    def __init__(self, corr_DD: Tensor) -> None:
+        self.corr_DD = corr_DD
+        self.features = corr_DD.shape[0]
+        self.options = tile_options(self.features)
+        self.side = triton.cdiv(self.features, self.options["BLOCK"])
+        self.traces_S = self._empty(SQUARINGS + 1)
+        self.r = self._empty(1)
+
+    def _empty(self, *shape: int) -> Tensor:
+        return torch.empty(shape, dtype=torch.float32, device=self.corr_DD.device)
+
+    def _square_launch(self, m_DD: Tensor, out: Tensor, index: int, quotient: bool) -> Tensor:
+        _square_kernel[(self.side, self.side)](
+            m_DD,
+            self.corr_DD,
+            out,
+            self.traces_S[index:],
+            D=self.features,
+            QUOTIENT=quotient,
+            BLOCK_D=triton.next_power_of_2(self.features),
+            **self.options,
+        )
+        return out
+
+    def square(self, m_DD: Tensor, index: int) -> Tensor:
+        out_DD = self._empty(self.features, self.features)
+        return self._square_launch(m_DD, out_DD, index, quotient=False)
+
+    def quotient_sums(self, m_DD: Tensor, index: int) -> Tensor:
+        sums_2T = self._empty(2, self.side * self.side)
+        return self._square_launch(m_DD, sums_2T, index, quotient=True)
+
+    def shift(self, sums_2T: Tensor, eps: float, spectral: bool, bounded: bool) -> Tensor:
+        out_DD = self._empty(self.features, self.features)
+        tiles, squares = sums_2T.shape[1], len(self.traces_S)
+        _shift_kernel[(self.side, self.side)](
+            self.corr_DD,
+            self.traces_S,
+            sums_2T,
+            out_DD,
+            self.r,
+            eps,
+            D=self.features,
+            SPECTRAL=spectral,
+            BOUNDED=bounded,
+            TILES=tiles,
+            SQUARES=squares,
+            BLOCK_T=triton.next_power_of_2(tiles),
+            BLOCK_S=triton.next_power_of_2(squares),
+            BLOCK=self.options["BLOCK"],
+            num_warps=self.options["num_warps"],
+        )
+        return out_DD
+
+    def polynomial(self, p_DD: Tensor, a: float, b: float, c: float) -> Tensor:
+        out_DD = self._empty(self.features, self.features)
+        _polynomial_kernel[(self.side, self.side)](
+            p_DD, out_DD, a, b, c, D=self.features, **self.options
+        )
+        return out_DD
+
+    def product(self, x_DD: Tensor, y_DD: Tensor) -> Tensor:
+        out_DD = self._empty(self.features, self.features)
+        _product_kernel[(self.side, self.side, 1)](
+            x_DD, y_DD, x_DD, y_DD, out_DD, D=self.features, **self.options
+        )
+        return out_DD
+
+    def advance(self, y_DD: Tensor, q_DD: Tensor, z_DD: Tensor) -> tuple[Tensor, Tensor]:
+        out_2DD = self._empty(2, self.features, self.features)
+        _product_kernel[(self.side, self.side, 2)](
+            y_DD, q_DD, q_DD, z_DD, out_2DD, D=self.features, **self.options
+        )
+        return out_2DD[0], out_2DD[1]
+
+    def finish(self, x_DD: Tensor, y_DD: Tensor, power: float) -> Tensor:
+        out_DD = self._empty(self.features, self.features)
+        _finish_kernel[(self.side, self.side)](
+            x_DD, y_DD, self.r, out_DD, power, D=self.features, **self.options
+        )
+        return out_DD
+
+
+def matrix_power_launch(corr_DD: Tensor, alpha: float, eps: float, normalize: str) -> Tensor:
+    """W of `matrix_power_reference`: by products where `runs_by_products`, else by the reference.
+
+    Args:
+        corr_DD: C, (D, D), symmetric, float32.
+        alpha, eps, normalize: as in `matrix_power_reference`.
+
+    Returns:
+        w_DD, (D, D), bitwise symmetric, float32. By products there is no host sync, and the
+        launches are the same whatever C holds, so that a CUDA graph can capture them.
+    """
+    if not runs_by_products(alpha, eps, normalize):
+        return matrix_power_reference(corr_DD, alpha, eps=eps, normalize=normalize)
+    corr_DD = corr_DD.contiguous()
+    return power_by_products(corr_DD, alpha, eps, normalize, TritonSteps(corr_DD))
