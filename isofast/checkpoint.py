@@ -106,7 +106,7 @@ def newest_checkpoint(
         report(f"checkpoint {path} is not whole ({fault}); trying the one before it")
     if folders:
         raise UserError(
-            f"none of the {len(folders)} checkpoint(s) in {folder} is whole, the last one because "
+            f"none of the {len(folders)} checkpoint(s) in {folder} is whole, the newest because "
             f"{_fault(folders[0])}. Put one back, or start over beside this run with --fresh"
         )
     return None
@@ -116,9 +116,11 @@ def _fault(path: Path) -> str | None:
     """Why a checkpoint cannot be used, None if it can."""
     try:
         manifest = json.loads((path / _MANIFEST).read_text(encoding="utf-8"))
-        for name, expected in manifest.items():
-            if _fingerprint(path / name) != expected:
+        for name in (_STATE, _ENCODER):
+            if _fingerprint(path / name) != manifest[name]:
                 return f"{name} has changed since it was written"
+    except (KeyError, TypeError) as error:
+        return f"{_MANIFEST} is damaged: {error}"
     except (OSError, ValueError) as error:
         return str(error)
     return None

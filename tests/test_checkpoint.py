@@ -32,7 +32,10 @@ def test_the_newest_is_found_and_old_ones_go(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step_00000010", "step_00000100"]
 
 
-@pytest.mark.parametrize("damage", ["truncated", "flipped", "no-manifest", "gone", "half-manifest"])
+@pytest.mark.parametrize(
+    "damage",
+    ["truncated", "flipped", "no-manifest", "gone", "half-manifest", "empty-manifest", "list"],
+)
 def test_a_damaged_one_is_passed_over_and_named(tmp_path: Path, damage: str) -> None:
     _save(tmp_path, 1)
     path = _save(tmp_path, 2)
@@ -46,8 +49,10 @@ def test_a_damaged_one_is_passed_over_and_named(tmp_path: Path, damage: str) -> 
         manifest.unlink()
     elif damage == "gone":
         state.unlink()
-    else:
+    elif damage == "half-manifest":
         manifest.write_text(manifest.read_text()[:20])
+    else:
+        manifest.write_text("{}" if damage == "empty-manifest" else "[]")
     told: list[str] = []
     found = newest_checkpoint(tmp_path, told.append)
     assert found is not None and found.step == 1
