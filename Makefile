@@ -28,6 +28,7 @@ schema: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python bench/kernels.py
+	$(BIN)/python bench/passes.py
 
 clean:
 	rm -rf $(VENV) build *.egg-info

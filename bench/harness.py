@@ -7,6 +7,7 @@ wall clock.
 """
 
 import csv
+import functools
 import os
 import platform
 import statistics
@@ -34,16 +35,32 @@ class Timing:
     low_ms: float
     high_ms: float
     bytes: int
+    floor_ms: float
     note: str = ""
 
     @property
     def gb_per_s(self) -> float:
         return self.bytes / self.median_ms / 1e6
 
+    @property
+    def share_of_floor(self) -> float:
+        """1 for what takes no longer than its bytes and its products have to."""
+        return self.floor_ms / self.median_ms
+
+
+@dataclass(frozen=True)
+class Work:
+    """What no answer to a question can do without."""
+
+    bytes: int
+    """Read and written, each tensor once."""
+    flop: int = 0
+    """Of its matrix products, two for a multiplication and an addition."""
+
 
 @dataclass
 class Contender:
-    """A callable to time and the bytes that the question cannot do without moving."""
+    """A callable to time."""
 
     name: str
     call: Callable[[], object]
@@ -90,7 +107,7 @@ def compare(
     contenders: list[Contender],
     *,
     rounds: int,
-    minimal_bytes: int,
+    work: Work,
     batch_ms: float = 20.0,
 ) -> list[Timing]:
     """Times the contenders side by side.
@@ -99,12 +116,15 @@ def compare(
         question: what is timed, for the table.
         contenders: what to time; each call does the whole work once.
         rounds: n, the timed rounds; every contender runs once a round.
-        minimal_bytes: what any answer must read and write.
+        work: what any answer must move and multiply; the floor is the longer of the two at the
+            speeds that `limits` measures.
         batch_ms: calls are repeated within a round until they take about this long.
 
     Returns:
         A Timing a contender: the median, and as spread the 10th and 90th percentile.
     """
+    bytes_per_ms, flop_per_ms = limits()
+    floor_ms = max(work.bytes / bytes_per_ms, work.flop / flop_per_ms)
     repeats = []
     for contender in contenders:
         for _ in range(3):
@@ -122,11 +142,36 @@ def compare(
             rounds,
             statistics.median(contender.times_ms),
             *_spread(contender.times_ms),
-            minimal_bytes,
+            work.bytes,
+            floor_ms,
             contender.note,
         )
         for contender in contenders
     ]
+
+
+@functools.cache
+def limits() -> tuple[float, float]:
+    """What this device reaches: bytes a ms of a large copy, flop a ms of a large product.
+
+    The product is of float32 on a CPU and of TF32 on a GPU, both medians of 9.
+    """
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    source = torch.ones(64 << 20, device=device)
+    copy = torch.empty_like(source)
+    side = 4096 if device == "cuda" else 1024
+    matrix = torch.ones(side, side, device=device)
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+
+    def median(call: Callable[[], object]) -> float:
+        return statistics.median(_time_ms(call, 1) for _ in range(9))
+
+    try:
+        copied = 2 * source.numel() * 4 / median(lambda: copy.copy_(source))
+        return copied, 2 * side**3 / median(lambda: matrix @ matrix)
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def _spread(times_ms: list[float]) -> tuple[float, float]:
@@ -166,12 +211,21 @@ def write(name: str, timings: list[Timing]) -> list[Path]:
         for number in range(1, 1000)
         if not (candidate := RESULTS / f"{name}-{number:03}").with_suffix(".csv").exists()
     )
-    about = {**environment(), "date": time.strftime("%Y-%m-%d"), "load": _load()}
+    bytes_per_ms, flop_per_ms = limits()
+    reached = f"{bytes_per_ms / 1e6:.1f} GB/s copied, {flop_per_ms / 1e6:.1f} GFLOP/s multiplied"
+    about = {**environment(), "limits": reached, "date": time.strftime("%Y-%m-%d"), "load": _load()}
     table = stem.with_suffix(".csv")
     with table.open("w", newline="") as file:
         for key, value in about.items():
             file.write(f"# {key}: {value}\n")
-        rows = [{**asdict(timing), "gb_per_s": f"{timing.gb_per_s:.3f}"} for timing in timings]
+        rows = [
+            {
+                **asdict(timing),
+                "gb_per_s": f"{timing.gb_per_s:.3f}",
+                "share_of_floor": f"{timing.share_of_floor:.4f}",
+            }
+            for timing in timings
+        ]
         writer = csv.DictWriter(file, fieldnames=list(rows[0]))
         writer.writeheader()
         for row in rows:
@@ -223,6 +277,6 @@ def table(timings: list[Timing]) -> str:
         lines.append(
             f"  {timing.contender:34} {timing.median_ms:10.4f} ms "
             f"[{timing.low_ms:.4f}, {timing.high_ms:.4f}]  x{timing.median_ms / base:<8.2f}"
-            f"{timing.gb_per_s:8.2f} GB/s  {timing.note}"
+            f"{timing.share_of_floor:7.1%} of the floor's speed  {timing.note}"
         )
     return "\n".join(lines)

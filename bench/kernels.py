@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 
 import harness
 import torch
-from harness import Contender
+from harness import Contender, Work
 from torch import Tensor
 
 from isofast_kernels import (
@@ -57,8 +57,11 @@ class Problem:
     def gradients(self, loss: Tensor) -> tuple[Tensor, ...]:
         return torch.autograd.grad(loss, (self.z1, self.z2))
 
-    def bytes_of(self, *tensors: Tensor) -> int:
-        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    def work(self, *tensors: Tensor, products: int = 0) -> Work:
+        """Each of the tensors moved once, and products of all rows of both views with D x D."""
+        rows, features = self.z1.shape
+        moved = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+        return Work(moved, products * 2 * 2 * rows * features**2)
 
 
 def reference_loss(problem: Problem, w_DD: Tensor) -> Tensor:
@@ -112,7 +115,7 @@ def ours(call: Callable[[], object]) -> Iterator[Contender]:
         yield Contender("isofast, CPU path", call, "no GPU: closed-form reference, not Triton")
 
 
-def correlation_contenders(p: Problem) -> tuple[list[Contender], int]:
+def correlation_contenders(p: Problem) -> tuple[list[Contender], Work]:
     views = [p.z1.detach(), p.z2.detach()]
     joined = torch.cat(views).float()
 
@@ -129,10 +132,10 @@ def correlation_contenders(p: Problem) -> tuple[list[Contender], int]:
             lambda: reference.correlation_ema_reference_(p.corr, views, DECAY),
         ),
         Contender("reference, torch.compile", lambda: compiled(p.corr, views, DECAY)),
-    ], p.bytes_of(*views, p.corr, p.corr)
+    ], p.work(*views, p.corr, p.corr, products=1)
 
 
-def power_contenders(p: Problem) -> tuple[list[Contender], int]:
+def power_contenders(p: Problem) -> tuple[list[Contender], Work]:
     def by_eig() -> Tensor:
         s_D, u_DD = torch.linalg.eig(p.corr)
         s_D = s_D.real.clamp_min(0)
@@ -145,10 +148,10 @@ def power_contenders(p: Problem) -> tuple[list[Contender], int]:
             lambda: reference.matrix_power_reference(p.corr, ALPHA),
         ),
         Contender("torch.linalg.eig", by_eig),
-    ], p.bytes_of(p.corr, p.w)
+    ], p.work(p.corr, p.w)
 
 
-def loss_contenders(p: Problem) -> tuple[list[Contender], int]:
+def loss_contenders(p: Problem) -> tuple[list[Contender], Work]:
     def fused() -> tuple[Tensor, ...]:
         return p.gradients(asymmetric_loss_pair(p.z1, p.z2, p.t1, p.t2, p.w, **KIND))
 
@@ -157,10 +160,10 @@ def loss_contenders(p: Problem) -> tuple[list[Contender], int]:
         *ours(fused),
         Contender("reference, eager autograd", lambda: p.gradients(reference_loss(p, p.w))),
         Contender("reference, torch.compile", lambda: p.gradients(compiled(p.w))),
-    ], p.bytes_of(p.z1, p.z2, p.t1, p.t2, p.w, p.z1, p.z2)
+    ], p.work(p.z1, p.z2, p.t1, p.t2, p.w, p.z1, p.z2, products=1)
 
 
-def step_contenders(p: Problem) -> tuple[list[Contender], int]:
+def step_contenders(p: Problem) -> tuple[list[Contender], Work]:
     views = [p.z1.detach(), p.z2.detach()]
 
     def fused() -> tuple[Tensor, ...]:
@@ -179,7 +182,7 @@ def step_contenders(p: Problem) -> tuple[list[Contender], int]:
         Contender("reference, eager", lambda: by_reference(lambda w_DD: reference_loss(p, w_DD))),
         Contender("reference, torch.compile + eigh", lambda: by_reference(compiled_loss)),
         Contender("the released code's way", lambda: released_step(p, released_corr)),
-    ], p.bytes_of(p.z1, p.z2, p.t1, p.t2, p.z1, p.z2, p.corr, p.corr)
+    ], p.work(p.z1, p.z2, p.t1, p.t2, p.z1, p.z2, p.corr, p.corr, products=2)
 
 
 QUESTIONS = {
@@ -210,11 +213,9 @@ def main() -> int:
             print(f"\n{question}: {NOT_TIMED}")
             refused = True
             continue
-        contenders, minimal_bytes = contenders_of(problem)
+        contenders, work = contenders_of(problem)
         question = f"{question}, B={options.batch} D={options.features}"
-        batch = harness.compare(
-            question, contenders, rounds=options.rounds, minimal_bytes=minimal_bytes
-        )
+        batch = harness.compare(question, contenders, rounds=options.rounds, work=work)
         print(harness.table(batch), flush=True)
         timings += batch
     if timings:

@@ -89,9 +89,16 @@ def ema_decay_at(step: int, total_steps: int, base: float) -> float:
 
 
 @torch.no_grad()
-def move_target_(target: Branch, online: Branch, decay: float) -> None:
-    """Target parameters <- decay * target + (1 - decay) * online; BatchNorm buffers stay its own.
+def move_target_(target: Branch, online: Branch, weight: Tensor) -> None:
+    """Target parameters <- target + weight (online - target); BatchNorm buffers stay its own.
 
-    One batched launch for all parameters.
+    Args:
+        target, online: the two branches.
+        weight: 1 - tau, 0-dimensional, on their device, where alone it is read. Not tau itself:
+            near 1 float32 has few digits for what is left.
     """
-    torch._foreach_lerp_(list(target.parameters()), list(online.parameters()), 1 - decay)
+    targets: list[Tensor] = list(target.parameters())
+    onlines: list[Tensor] = list(online.parameters())
+    # one pass over each tensor, the weight stretched over it without memory of its own
+    weights: list[Tensor] = [weight.expand_as(tensor) for tensor in targets]
+    torch._foreach_lerp_(targets, onlines, weights)

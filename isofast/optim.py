@@ -1,7 +1,7 @@
 """Optimizers: parameter groups, LARS, and the learning rate as a pure function of the step."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -24,7 +24,8 @@ class LARS(Optimizer):
 
     Args:
         params: parameters or groups; a group may set ``adapt``.
-        lr: learning rate.
+        lr: learning rate, a number or a 0-dimensional tensor on the parameters' device, which is
+            only read there: a CUDA graph replays the step at whatever rate the tensor holds.
         momentum: decay of the velocity.
         weight_decay: wd.
         eta: trust coefficient.
@@ -33,7 +34,7 @@ class LARS(Optimizer):
     def __init__(
         self,
         params: Iterable[Any],
-        lr: float,
+        lr: float | Tensor,
         momentum: float = 0.9,
         weight_decay: float = 0.0,
         eta: float = 0.02,
@@ -53,71 +54,104 @@ class LARS(Optimizer):
         if closure is not None:
             raise ValueError("LARS takes no closure")
         for group in self.param_groups:
-            params = [p for p in group["params"] if p.grad is not None]
+            params: list[Tensor] = []
+            grads: list[Tensor] = []
+            for p in group["params"]:
+                if p.grad is not None:
+                    params.append(p)
+                    grads.append(p.grad)
+                    if "velocity" not in self.state[p]:
+                        self.state[p]["velocity"] = torch.zeros_like(p)
             if not params:
                 continue
-            grads = [p.grad for p in params]
-            direction = self._adapted if group["adapt"] else self._plain
-            grads = direction(params, grads, group)
-            for p in params:
-                if "velocity" not in self.state[p]:
-                    self.state[p]["velocity"] = torch.zeros_like(p)
             velocities = [self.state[p]["velocity"] for p in params]
             torch._foreach_mul_(velocities, group["momentum"])
-            torch._foreach_add_(velocities, grads)
-            torch._foreach_add_(params, velocities, alpha=-group["lr"])
+            if group["adapt"]:
+                self._add_adapted(velocities, params, grads, group)
+            else:
+                self._add_plain(velocities, params, grads, group["weight_decay"])
+            lr = torch.as_tensor(group["lr"], dtype=params[0].dtype, device=params[0].device)
+            torch._foreach_addcmul_(params, velocities, _like(params, [lr] * len(params)), value=-1)
 
     @staticmethod
-    def _plain(params: list[Tensor], grads: list[Tensor], group: dict[str, Any]) -> list[Tensor]:
-        if group["weight_decay"] == 0:
-            return grads
-        return list(torch._foreach_add(grads, params, alpha=group["weight_decay"]))
+    def _add_plain(
+        velocities: list[Tensor], params: list[Tensor], grads: list[Tensor], decay: float
+    ) -> None:
+        torch._foreach_add_(velocities, grads)
+        if decay != 0:
+            torch._foreach_add_(velocities, params, alpha=decay)
 
     @staticmethod
-    def _adapted(params: list[Tensor], grads: list[Tensor], group: dict[str, Any]) -> list[Tensor]:
-        wd, lr = group["weight_decay"], group["lr"]
+    def _add_adapted(
+        velocities: list[Tensor],
+        params: list[Tensor],
+        grads: list[Tensor],
+        group: dict[str, Any],
+    ) -> None:
+        wd = group["weight_decay"]
+        # a rate of 0 moves nothing, whatever the scale
+        lr = torch.as_tensor(group["lr"], device=params[0].device).clamp(min=1e-38)
         p_norm = torch.stack(torch._foreach_norm(params))
         g_norm = torch.stack(torch._foreach_norm(grads))
         applies = (p_norm > 0) & (g_norm > 0)
         trust = group["eta"] * p_norm / (g_norm + wd * p_norm + 1e-8)
-        # a rate of 0 moves nothing, whatever the scale
-        scale = torch.where(applies, (trust / max(lr, 1e-38)).clamp(max=1), 1.0)
+        scale = torch.where(applies, (trust / lr).clamp(max=1), 1.0)
         decay = torch.where(applies, wd * scale, 0.0)
-        scaled = torch._foreach_mul(grads, list(scale.unbind()))
-        torch._foreach_add_(scaled, torch._foreach_mul(params, list(decay.unbind())))
-        return list(scaled)
+        torch._foreach_addcmul_(velocities, grads, _like(grads, scale.unbind()))
+        torch._foreach_addcmul_(velocities, params, _like(params, decay.unbind()))
+
+
+def _like(tensors: Sequence[Tensor], scalars: Sequence[Tensor]) -> list[Tensor]:
+    """A factor for each tensor, stretched over it without memory of its own.
+
+    One pass over each tensor; a product with the scalars first would be a second one, with
+    temporaries as large as the parameters.
+    """
+    return [x.expand_as(tensor) for x, tensor in zip(scalars, tensors, strict=True)]
 
 
 def make_optimizer(online: Online, config: Config) -> Optimizer:
     """The configured optimizer over the network's and the probe's parameters.
 
-    Each group carries ``peak_lr``, from which ``set_lr`` makes its rate at a step. Learning rates
-    scale with the global batch, relative to 256.
+    Each group carries ``peak_lr``, from which ``set_lr`` makes its rate at a step, and the rate
+    itself as a tensor beside the parameters. Learning rates scale with the global batch, relative
+    to 256.
     """
     settings = config.optimizer
     scale = config.train.batch_size / REFERENCE_BATCH
-    lr, probe_lr = settings.lr * scale, settings.probe_lr * scale
     matrices = [p for p in online.branch.parameters() if p.ndim > 1]
     vectors = [p for p in online.branch.parameters() if p.ndim <= 1]
+
+    def group(params: Sequence[Tensor], lr: float, decay: float, **more: Any) -> dict[str, Any]:
+        peak = lr * scale
+        rate = torch.tensor(peak, device=params[0].device)
+        return {"params": list(params), "lr": rate, "peak_lr": peak, "weight_decay": decay, **more}
+
+    def probe(**more: Any) -> dict[str, Any]:
+        return group(list(online.probe.parameters()), settings.probe_lr, 0.0, **more)
+
     decay = settings.weight_decay
-    probe: dict[str, Any] = {
-        "params": list(online.probe.parameters()),
-        "peak_lr": probe_lr,
-        "weight_decay": 0.0,
-    }
     if settings.name == "sgd":
-        network = {"params": [*matrices, *vectors], "peak_lr": lr, "weight_decay": decay}
-        return SGD([network, probe], lr=lr, momentum=settings.momentum)
-    groups: list[dict[str, Any]] = [
-        {"params": matrices, "peak_lr": lr, "weight_decay": decay},
-        {"params": vectors, "peak_lr": lr, "weight_decay": 0.0},
-        probe,
-    ]
+        groups = [group([*matrices, *vectors], settings.lr, decay), probe()]
+        # the fused form reads a rate on the device without waiting for it
+        return SGD(groups, momentum=settings.momentum, fused=True)
     if settings.name == "adamw":
-        return AdamW(groups, lr=lr, betas=(settings.momentum, 0.999))
-    groups[0]["adapt"] = True
-    groups[1]["adapt"] = groups[2]["adapt"] = False
-    return LARS(groups, lr=lr, momentum=settings.momentum, eta=settings.eta)
+        groups = [group(matrices, settings.lr, decay), group(vectors, settings.lr, 0.0), probe()]
+        return AdamW(groups, betas=(settings.momentum, 0.999), fused=True)
+    groups = [
+        group(matrices, settings.lr, decay, adapt=True),
+        group(vectors, settings.lr, 0.0, adapt=False),
+        probe(adapt=False),
+    ]
+    return LARS(groups, lr=settings.lr * scale, momentum=settings.momentum, eta=settings.eta)
+
+
+def load_optimizer_state(optimizer: Optimizer, state: dict[str, Any]) -> None:
+    """Restores what ``state_dict`` gave; the rates stay in the tensors that they are in."""
+    rates = [group["lr"] for group in optimizer.param_groups]
+    optimizer.load_state_dict(state)
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
 
 
 def lr_at(
@@ -131,13 +165,21 @@ def lr_at(
 
 
 def set_lr(optimizer: Optimizer, step: int, steps_per_epoch: int, config: Config) -> float:
-    """Gives every group its rate at ``step``; returns the first group's, the network's."""
-    for group in optimizer.param_groups:
-        group["lr"] = lr_at(
+    """Gives every group its rate at ``step``, in place and without waiting for the device.
+
+    Returns:
+        The first group's rate, the network's.
+    """
+    rates = [
+        lr_at(
             step,
             group["peak_lr"],
             total_steps=config.train.epochs * steps_per_epoch,
             warmup_steps=round(config.warmup_epochs * steps_per_epoch),
             warmup_start=config.schedule.warmup_start,
         )
-    return float(optimizer.param_groups[0]["lr"])
+        for group in optimizer.param_groups
+    ]
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        group["lr"].fill_(rate)
+    return rates[0]

@@ -14,7 +14,7 @@ from isofast.engine import make_engine, restore_engine
 from isofast.errors import UserError
 from isofast.method import Method
 from isofast.networks import Branch, Online, feature_dim, make_target
-from isofast.optim import make_optimizer
+from isofast.optim import load_optimizer_state, make_optimizer
 
 State = dict[str, Any]
 
@@ -64,7 +64,7 @@ class TrainState:
         if self.target is not None:
             self.target.load_state_dict(state["target"])
         self.correlation.corr_DD.copy_(state["corr_DD"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        load_optimizer_state(self.optimizer, state["optimizer"])
         _set_rng_state(state["rng"][self.world.rank], self.world.device)
         restore_engine(self.engine, steps)
 

@@ -131,6 +131,7 @@ class _Run:
         )
         notes += self._plan(train, environment["device"])
         self.recorder.progress.say("\n".join(notes))
+        self.ema_weight = torch.zeros((), device=world.device)
         self.all_finite = torch.ones((), dtype=torch.bool, device=world.device)
         self.collapse_was_told = False
 
@@ -150,7 +151,7 @@ class _Run:
             state.engine.step()
             if state.target is not None:
                 decay = ema_decay_at(self.step, self.total_steps, config.method.ema_base)
-                move_target_(state.target, state.online.branch, decay)
+                move_target_(state.target, state.online.branch, self.ema_weight.fill_(1 - decay))
             if local_statistics:
                 mean_of_buffers_over_ranks_(state.online)
             self.all_finite &= torch.isfinite(output.loss.detach())

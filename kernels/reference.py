@@ -107,7 +107,7 @@ def losses_and_gradients_reference(
         # one norm at a time: a^3 b underflows in float32 long before the quotient does
         cosine_B = torch.linalg.vecdot(p_BD, t_BD) / a_B / b_B
         along_p_B, along_t_B = cosine_B / a_B / a_B, 1 / a_B / b_B
-        g_BD = along_p_B[:, None] * p_BD - along_t_B[:, None] * t_BD
+        g_BD = torch.addcmul(along_p_B[:, None] * p_BD, along_t_B[:, None], t_BD, value=-1)
         if isotropic:
             zt_B, zp_B = torch.linalg.vecdot(z_BD, t_BD), torch.linalg.vecdot(z_BD, p_BD)
             loss_B = along_p_B * zp_B / 2 - along_t_B * zt_B
@@ -158,7 +158,10 @@ def _add_moment_(x_DD: Tensor, views: Sequence[Tensor], keep: float) -> Tensor:
 
 def mirror_lower(x_DD: Tensor) -> Tensor:
     """The symmetric matrix that has x_DD's lower triangle, bit for bit."""
-    return torch.tril(x_DD).add_(torch.tril(x_DD, -1).T)
+    lower_DD = torch.tril(x_DD)
+    mirrored_DD = lower_DD + lower_DD.T
+    mirrored_DD.diagonal().copy_(x_DD.diagonal())
+    return mirrored_DD
 
 
 @full_precision()

@@ -1,16 +1,18 @@
 """LARS against its formula, parameter groups, schedules."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 from torch.optim import SGD
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from isofast.config import Config, EncoderConfig, ProjectorConfig
 from isofast.method import ema_decay_at, move_target_
 from isofast.networks import Branch, Online, make_target
-from isofast.optim import LARS, lr_at, make_optimizer, set_lr
+from isofast.optim import LARS, load_optimizer_state, lr_at, make_optimizer, set_lr
 from isofast.settings import validate
 
 
@@ -26,14 +28,15 @@ def _lars_by_hand(
     return p - lr * v, v
 
 
+@pytest.mark.parametrize("kind", [float, torch.tensor], ids=["number", "tensor"])
 @pytest.mark.parametrize("lr", [1.0, 0.003], ids=["trust-limited", "clipped"])
-def test_lars_follows_its_formula(lr: float) -> None:
+def test_lars_follows_its_formula(lr: float, kind: type) -> None:
     torch.manual_seed(0)
     start = [torch.randn(5, 3), torch.zeros(4, 2), torch.randn(2, 3, 3, 3) * 10]
     grads = [[torch.randn_like(p) for p in start] for _ in range(4)]
     grads[1][0].zero_()
     params = [nn.Parameter(p.clone()) for p in start]
-    optimizer = LARS(params, lr=lr, weight_decay=1e-2, eta=0.02)
+    optimizer = LARS(params, lr=kind(lr), weight_decay=1e-2, eta=0.02)
     expected = [(p.double(), torch.zeros_like(p).double()) for p in start]
     for step in grads:
         for p, g in zip(params, step, strict=True):
@@ -115,7 +118,9 @@ def test_every_group_follows_the_schedule() -> None:
     optimizer = make_optimizer(_online(), _config("lars", 256))
     assert set_lr(optimizer, 0, 10, _config("lars", 256)) == pytest.approx(3e-5)
     set_lr(optimizer, 100, 10, _config("lars", 256))
-    assert [group["lr"] for group in optimizer.param_groups] == [1.0, 1.0, 0.1]
+    assert [float(group["lr"]) for group in optimizer.param_groups] == pytest.approx(
+        [1.0, 1.0, 0.1]
+    )
 
 
 def test_target_decay_at_its_corners() -> None:
@@ -132,7 +137,99 @@ def test_target_moves_parameters_and_not_buffers() -> None:
         for p in online.parameters():
             p.add_(1.0)
         online.encoder.bn1.running_mean.add_(1.0)
-    move_target_(target, online, 0.75)
+    move_target_(target, online, torch.tensor(0.25))
     for old, new in zip(before, target.parameters(), strict=True):
         torch.testing.assert_close(new, old + 0.25)
     assert torch.equal(target.encoder.bn1.running_mean, torch.zeros(4))
+
+
+class _NoSync(TorchDispatchMode):
+    """Raises where a tensor's value is read on the host, which on a GPU waits for it."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        assert func is not torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
+def test_the_watch_for_host_reads_sees_one() -> None:
+    with _NoSync(), pytest.raises(AssertionError):
+        torch.ones(()).item()
+
+
+@pytest.mark.parametrize("name", ["lars", "sgd", "adamw"])
+def test_a_step_reads_no_tensor_on_the_host(name: str) -> None:
+    online = _online()
+    optimizer = make_optimizer(online, _config(name))
+    for p in online.parameters():
+        p.grad = torch.ones_like(p)
+    target, weight = make_target(online.branch), torch.zeros(())
+    with _NoSync():
+        set_lr(optimizer, 200, 10, _config(name))
+        optimizer.step()
+        move_target_(target, online.branch, weight.fill_(0.1))
+
+
+@pytest.mark.parametrize("name", ["lars", "sgd", "adamw"])
+def test_the_rate_counts_that_the_tensor_holds(name: str) -> None:
+    """A step replayed by a CUDA graph sees new rates only through the tensors it was given."""
+    online = _online()
+    optimizer = make_optimizer(online, _config(name))
+    rates = [group["lr"] for group in optimizer.param_groups]
+    set_lr(optimizer, 1000, 10, _config(name))
+    load_optimizer_state(optimizer, optimizer.state_dict())
+    assert all(g["lr"] is rate for g, rate in zip(optimizer.param_groups, rates, strict=True))
+    before = [p.clone() for p in online.parameters()]
+    for p in online.parameters():
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    assert all(map(torch.equal, before, online.parameters()))
+    rates[0].fill_(0.5)
+    optimizer.step()
+    moved = [not torch.equal(*pair) for pair in zip(before, online.parameters(), strict=True)]
+    in_first = {id(p) for p in optimizer.param_groups[0]["params"]}
+    assert moved == [id(p) in in_first for p in online.parameters()]
+
+
+def test_the_last_move_of_the_target_moves_nothing() -> None:
+    online = _online().branch
+    target = make_target(online)
+    before = [p.clone() for p in target.parameters()]
+    with torch.no_grad():
+        for p in online.parameters():
+            p.add_(1.0)
+    move_target_(target, online, torch.tensor(1 - ema_decay_at(500, 500, 0.99)))
+    assert all(map(torch.equal, before, target.parameters()))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("name", ["lars", "sgd"])
+def test_a_captured_step_follows_the_rates(name: str) -> None:
+    torch.manual_seed(0)
+    config, replayed, eager = _config(name), _online().cuda(), _online().cuda()
+    eager.load_state_dict(replayed.state_dict())
+    for p, q in zip(replayed.parameters(), eager.parameters(), strict=True):
+        p.grad = torch.randn_like(p)
+        q.grad = p.grad.clone()
+    step, same_step = make_optimizer(replayed, config), make_optimizer(eager, config)
+    weight = torch.zeros((), device="cuda")
+    target, same_target = make_target(replayed.branch), make_target(eager.branch)
+    for optimizer in (step, same_step):
+        # velocities are made by the first step, which may not be captured
+        set_lr(optimizer, 0, 10, config)
+        optimizer.step()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step.step()
+        move_target_(target, replayed.branch, weight)
+    for k in (50, 100, 600):
+        for optimizer in (step, same_step):
+            set_lr(optimizer, k, 10, config)
+        weight.fill_(1 / k)
+        graph.replay()
+        same_step.step()
+        move_target_(same_target, eager.branch, weight)
+    for p, q in zip(replayed.parameters(), eager.parameters(), strict=True):
+        torch.testing.assert_close(p, q)
+    for p, q in zip(target.parameters(), same_target.parameters(), strict=True):
+        torch.testing.assert_close(p, q)

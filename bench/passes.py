@@ -1,0 +1,125 @@
+"""Times the optimizer's and the target's passes over a ResNet-18 with its projector.
+
+    python bench/passes.py [--width 64] [--rounds 31]
+
+LARS: ours, with its rate in a tensor; the way of the code released with the paper, tensor by
+tensor, where norms decide on the host; and torch's foreach SGD, which adapts nothing, as a floor.
+Target: ours; a loop over the tensors; torch's own moving average, whose weight is a number.
+Results go to bench/results/passes-NNN.csv and .png, never over an earlier one.
+"""
+
+import argparse
+import sys
+
+import harness
+import torch
+from harness import Contender, Work
+from torch import Tensor
+from torch.optim import SGD
+from torch.optim.swa_utils import get_ema_multi_avg_fn
+
+from isofast.config import EncoderConfig, ProjectorConfig
+from isofast.method import move_target_
+from isofast.networks import Branch, make_target
+from isofast.optim import LARS
+
+WD, ETA, MOMENTUM = 1e-4, 0.02, 0.9
+TESTS = ["tests/test_optim.py"]
+
+
+def released_lars(params: list[Tensor], velocities: list[Tensor], lr: float) -> None:
+    """The released code's step (2e8d364): two comparisons on the host for each tensor."""
+    for p, v in zip(params, velocities, strict=True):
+        g = p.grad
+        if p.ndim > 1:
+            p_norm, g_norm = torch.norm(p.data), torch.norm(g.data)
+            if p_norm != 0 and g_norm != 0:
+                trust = ETA * p_norm / (g_norm + p_norm * WD + 1e-8)
+                g = (g + WD * p) * min(trust / lr, 1)
+        v.mul_(MOMENTUM).add_(g)
+        p.add_(v, alpha=-lr)
+
+
+def network(width: int) -> Branch:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    encoder = EncoderConfig(stem="cifar", width=width)
+    branch = Branch(encoder, ProjectorConfig(), torch.float32).to(device)
+    for p in branch.parameters():
+        p.grad = torch.randn_like(p)
+    return branch
+
+
+def lars_contenders(width: int) -> tuple[list[Contender], Work]:
+    ours, theirs, floor = (network(width) for _ in range(3))
+    device = next(ours.parameters()).device
+    rate = torch.tensor(1e-6, device=device)
+    groups = [
+        {"params": [p for p in ours.parameters() if p.ndim > 1], "weight_decay": WD},
+        {"params": [p for p in ours.parameters() if p.ndim <= 1], "adapt": False},
+    ]
+    lars = LARS(groups, lr=rate, momentum=MOMENTUM, eta=ETA)
+    params = list(theirs.parameters())
+    velocities = [torch.zeros_like(p) for p in params]
+    sgd = SGD(floor.parameters(), lr=1e-6, momentum=MOMENTUM, weight_decay=WD, foreach=True)
+
+    @torch.no_grad()
+    def released() -> None:
+        released_lars(params, velocities, 1e-6)
+
+    # reads p, g and v, writes p and v
+    return [
+        Contender("isofast LARS", lars.step),
+        Contender("the released code's way", released),
+        Contender("torch SGD, foreach", sgd.step, "no adaptation: a floor"),
+    ], Work(5 * sum(p.numel() * p.element_size() for p in params))
+
+
+def target_contenders(width: int) -> tuple[list[Contender], Work]:
+    online = network(width)
+    target = make_target(online)
+    weight = torch.tensor(0.01, device=next(online.parameters()).device)
+    pairs = list(zip(target.parameters(), online.parameters(), strict=True))
+    average = get_ema_multi_avg_fn(0.99)
+
+    @torch.no_grad()
+    def loop() -> None:
+        for t, p in pairs:
+            t.mul_(0.99).add_(p, alpha=0.01)
+
+    def torch_own() -> None:
+        average([t.data for t, _ in pairs], [p.data for _, p in pairs], 1)
+
+    return [
+        Contender("isofast", lambda: move_target_(target, online, weight)),
+        Contender("tensor by tensor", loop),
+        Contender("torch.optim.swa_utils", torch_own, "tau is a number"),
+    ], Work(3 * sum(t.numel() * t.element_size() for t, _ in pairs))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--width", type=int, default=64, help="channels of the first stage")
+    parser.add_argument("--rounds", type=int, default=31, help="n")
+    options = parser.parse_args()
+    for key, value in harness.environment().items():
+        print(f"{key}: {value}")
+    if not harness.tests_pass(TESTS):
+        print("not timed: the tests fail (above)")
+        return 1
+    timings = []
+    for question, contenders_of in (("LARS", lars_contenders), ("target", target_contenders)):
+        contenders, work = contenders_of(options.width)
+        batch = harness.compare(
+            f"{question}, ResNet-18 of width {options.width} and projector",
+            contenders,
+            rounds=options.rounds,
+            work=work,
+        )
+        print(harness.table(batch), flush=True)
+        timings += batch
+    print(*harness.write("passes", timings), sep="\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
