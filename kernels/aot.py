@@ -5,8 +5,7 @@
 prints a row a kernel and target: registers a thread, spilling instructions (LDL and STL in the
 machine code), stack and shared memory. Exits 1 when a kernel spills or asks for more shared
 memory than a block of its target has. Kernels are compiled as a launch would: with the tiles of
-`tile_options`, pointers aligned to 16 bytes, D fixed and B unknown. For a B that 16 divides Triton
-compiles a variant of its own, which is not measured here.
+`tile_options`, pointers aligned to 16 bytes, D fixed and B unknown.
 """
 
 import argparse
@@ -196,9 +195,12 @@ def measure(build: Build, capability: int) -> Usage:
         with open(path, "wb") as file:
             file.write(compiled.asm["cubin"])
         usage = _tool(triton.knobs.nvidia.cuobjdump.path, "-res-usage", path)
-        code = _tool(triton.knobs.nvidia.nvdisasm.path, "-c", path)
-    # one function a cubin; "SHARED" there is only what is static, metadata has the whole
-    registers, stack = (int(re.findall(rf"{key}:(\d+)", usage)[-1]) for key in ("REG", "STACK"))
+        # one function a cubin; "SHARED" there is only what is static, metadata has the whole
+        registers, stack, local = (
+            int(re.findall(rf"{key}:(\d+)", usage)[-1]) for key in ("REG", "STACK", "LOCAL")
+        )
+        # what is spilled lies on the stack; reading the code takes as long as compiling it
+        code = _tool(triton.knobs.nvidia.nvdisasm.path, "-c", path) if stack or local else ""
     spills = len(re.findall(r"\b(?:LDL|STL)\b", code))
     return Usage(build.name, capability, registers, spills, stack, compiled.metadata.shared)
 

@@ -101,7 +101,8 @@ def _loss_and_gradient_rows(
         tl.store(dz_ptr + offset_BD, dz_BD, mask=mask_BD)
 
 
-@triton.jit
+# one build for all B, so that batches of other sizes compile nothing anew
+@triton.jit(do_not_specialize=["B"])
 def _asymmetric_loss_kernel(
     z1_ptr,
     z2_ptr,

@@ -40,7 +40,8 @@ def _add_view(
     return acc_IJ
 
 
-@triton.jit
+# one build for all B, so that batches of other sizes compile nothing anew
+@triton.jit(do_not_specialize=["B1", "B2"])
 def _correlation_kernel(
     corr_ptr,
     z1_ptr,

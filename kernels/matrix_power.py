@@ -53,10 +53,11 @@ class Steps(Protocol):
     def quotient_sums(self, m_DD: Tensor, index: int) -> Tensor:
         """For N = (M / tr M)^2: (2, T) partial sums of <N, C> and of tr N; tr M is kept."""
 
-    def shift(self, sums_2T: Tensor, eps: float, spectral: bool, bounded: bool) -> Tensor:
-        """A with r A = C / lambda_max + eps I (or C + eps I), keeping r.
+    def shift(self, sums_2T: Tensor | None, eps: float, spectral: bool, bounded: bool) -> Tensor:
+        """A with r A = C / lambda_max + eps I (or C + eps I), keeping r; all NaN if C has one.
 
-        Bounded, A's eigenvalues are at most 1; otherwise r = 1.
+        Bounded, A's eigenvalues are at most 1; otherwise r = 1. Neither spectral nor bounded
+        needs no sums.
         """
 
     def polynomial(self, p_DD: Tensor, a: float, b: float, c: float) -> Tensor:
@@ -97,11 +98,14 @@ def power_by_products(
         w_DD, (D, D), bitwise symmetric.
     """
     spectral = normalize == "spectral"
-    m_DD = corr_DD
-    for index in range(SQUARINGS):
-        m_DD = steps.square(m_DD, index)
-    sums_2T = steps.quotient_sums(m_DD, SQUARINGS)
-    a_DD = steps.shift(sums_2T, eps, spectral, bounded=alpha < 1)
+    bounded = alpha < 1
+    sums_2T = None
+    if spectral or bounded:
+        m_DD = corr_DD
+        for index in range(SQUARINGS):
+            m_DD = steps.square(m_DD, index)
+        sums_2T = steps.quotient_sums(m_DD, SQUARINGS)
+    a_DD = steps.shift(sums_2T, eps, spectral, bounded)
     if alpha == 1:
         return a_DD
     if alpha == 2:

@@ -102,14 +102,13 @@ def _shift_kernel(
     BLOCK: tl.constexpr,
 ):
     """A and r of `Steps.shift`. Every program adds the same few sums in the same order."""
-    t_T = tl.arange(0, BLOCK_T)
-    inner = tl.sum(tl.load(sums_ptr + t_T, mask=t_T < TILES, other=0.0), axis=0)
-    trace = tl.sum(tl.load(sums_ptr + TILES + t_T, mask=t_T < TILES, other=0.0), axis=0)
-    top = inner * _reciprocal_or_zero(trace)
     scale = 1.0
     shift = eps
     if SPECTRAL:
-        scale = _reciprocal_or_zero(top)
+        t_T = tl.arange(0, BLOCK_T)
+        inner = tl.sum(tl.load(sums_ptr + t_T, mask=t_T < TILES, other=0.0), axis=0)
+        trace = tl.sum(tl.load(sums_ptr + TILES + t_T, mask=t_T < TILES, other=0.0), axis=0)
+        scale = _reciprocal_or_zero(inner * _reciprocal_or_zero(trace))
     r = 1.0
     if BOUNDED:
         # tr(C^n)^(1/n) >= lambda_max with n = 2^S, from the traces of the normalised squares:
@@ -247,13 +246,18 @@ class TritonSteps:
         sums_2T = self._empty(2, self.side * self.side)
         return self._square_launch(m_DD, sums_2T, index, quotient=True)
 
-    def shift(self, sums_2T: Tensor, eps: float, spectral: bool, bounded: bool) -> Tensor:
+    def shift(self, sums_2T: Tensor | None, eps: float, spectral: bool, bounded: bool) -> Tensor:
         out_DD = self._empty(self.features, self.features)
-        tiles, squares = sums_2T.shape[1], len(self.traces_S)
+        tiles, squares = self.side * self.side, len(self.traces_S)
+        corr_DD = self.corr_DD
+        if sums_2T is None:
+            # there is no trace for a NaN to come through to all of A
+            corr_DD = corr_DD + corr_DD.sum() * 0
         _shift_kernel[(self.side, self.side)](
-            self.corr_DD,
+            corr_DD,
             self.traces_S,
-            sums_2T,
+            # not read where there are none
+            self.r if sums_2T is None else sums_2T,
             out_DD,
             self.r,
             eps,

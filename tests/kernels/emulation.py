@@ -45,10 +45,13 @@ class TorchSteps:
         return torch.stack([(n_DD * self.corr_DD).sum(), n_DD.trace()])[:, None]
 
     def shift(self, sums_2T, eps, spectral, bounded):
+        self.r = torch.ones(())
+        if sums_2T is None:
+            assert not spectral and not bounded
+            return self.corr_DD + self.corr_DD.sum() * 0 + eps * self.identity
         inner, trace = sums_2T.sum(1)
         top = inner * torch.where(trace == 0, 0, 1 / trace)
         scale = torch.where(top == 0, 0, 1 / top) if spectral else torch.ones(())
-        self.r = torch.ones(())
         if not bounded:
             return self.corr_DD * scale + eps * self.identity
         bound = torch.stack([t ** (2.0**-s) for s, t in enumerate(self.traces)]).prod()

@@ -97,8 +97,10 @@ def test_shifted_powers_are_exact_to_fp32(kind, eps, alpha, matmul):
 @pytest.mark.parametrize("alpha", [0.5, 2.0])
 def test_without_normalisation(alpha, eps, matmul):
     corr = correlation("to_1e-6")
-    w = power_by_products(corr, alpha, eps, "none", TorchSteps(corr, matmul))
+    steps = TorchSteps(corr, matmul)
+    w = power_by_products(corr, alpha, eps, "none", steps)
     assert spectral_error(w, corr, alpha, eps, "none") <= BUDGET
+    assert steps.products == {0.5: 9 + 21, 2.0: 1}[alpha]
 
 
 @pytest.mark.parametrize("matmul", PRODUCTS)

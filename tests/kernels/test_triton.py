@@ -240,6 +240,7 @@ def test_the_same_inputs_give_the_same_bits_ten_times(make_problem):
         (37, 0.5, 0.25, "none"),
         (37, 0.25, 0.25, "spectral"),
         (37, 2.0, 0.1, "spectral"),
+        (37, 2.0, 0.1, "none"),
     ],
 )
 def test_matrix_power(guard_inputs, features, alpha, eps, normalize):
@@ -255,13 +256,14 @@ def test_matrix_power(guard_inputs, features, alpha, eps, normalize):
     assert error <= 5e-4 * torch.linalg.matrix_norm(exact, 2)
 
 
-@pytest.mark.parametrize(("alpha", "eps"), [(0.5, 0.0), (0.5, 0.25), (1.0, 0.25)])
+@pytest.mark.parametrize(("alpha", "eps"), [(0.5, 0.0), (0.5, 0.25), (1.0, 0.25), (2.0, 0.25)])
 def test_matrix_power_of_zero_and_of_nan(alpha, eps):
     w = matrix_power(torch.zeros(20, 20, device=DEVICE), alpha, eps=eps)
     torch.testing.assert_close(w.cpu(), eps**alpha * torch.eye(20), rtol=1e-5, atol=0)
     corr = torch.eye(20, device=DEVICE)
     corr[19, 1] = corr[1, 19] = float("nan")
-    assert matrix_power(corr, alpha, eps=eps).isnan().all()
+    for normalize in reference.NORMALIZATIONS:
+        assert matrix_power(corr, alpha, eps=eps, normalize=normalize).isnan().all()
 
 
 @pytest.mark.parametrize("alpha", [0.5, 1.0, 2.0])
