@@ -8,10 +8,17 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from isofast.errors import UserError
-from isofast.presets import merge, preset
+from isofast.presets import PREDICTORS, merge, preset
 
 SCHEMA_KEY = "$schema"
 # Marks a field that may change between two starts of one run, because no result depends on it.
@@ -67,31 +74,62 @@ class ProjectorConfig(_Section):
     """Linear - BatchNorm - ReLU - Linear on the backbone's pooled features."""
 
     hidden: int = Field(4096, ge=1)
-    """Hidden units."""
+    """Hidden units, here and in the predictor of byol and simsiam."""
     output: int = Field(256, ge=2)
-    """Embedding dimension D; C and W are D x D."""
+    """Embedding dimension D; C and W are D x D, a predictor's input and output have D."""
 
 
 class MethodConfig(_Section):
-    """The objective and its predictor W = f(C)."""
+    """The objective and its predictor: W = f(C), or a network that is trained."""
 
-    name: Literal["isoloss", "directpred", "directcopy"] = "isoloss"
-    """isoloss has the isotropic gradient; directpred (alpha 0.5) and directcopy (alpha 1) have the
-    plain one."""
+    name: Literal["isoloss", "directpred", "directcopy", "byol", "simsiam", "linear"] = "isoloss"
+    """With W = f(C): isoloss has the isotropic gradient; directpred (alpha 0.5) and directcopy
+    (alpha 1) have the plain one. Trained: byol has Linear - BatchNorm - ReLU - Linear; simsiam is
+    byol without EMA, as in the paper's tables; linear has one matrix."""
     metric: Literal["cosine", "euclidean"] = "cosine"
     """Distance between prediction and target."""
-    alpha: float = Field(0.5, gt=0)
-    """Power of the correlation matrix."""
-    eps: float = Field(0.0, ge=0)
-    """Shift of the (normalised) eigenvalues before the power; preset: 0.25 at alpha 1, else 0."""
-    normalize: Literal["spectral", "none"] = "spectral"
-    """Division of C by its largest eigenvalue; preset: none for the Euclidean metric."""
+    alpha: float | None = Field(0.5, gt=0)
+    """Power of the correlation matrix; null (no other value) where the predictor is trained."""
+    eps: float | None = Field(0.0, ge=0)
+    """Shift of the (normalised) eigenvalues before the power; preset: 0.25 at alpha 1, else 0; null
+    where the predictor is trained."""
+    normalize: Literal["spectral", "none"] | None = "spectral"
+    """Division of C by its largest eigenvalue; preset: none for the Euclidean metric; null where
+    the predictor is trained."""
     decay: float = Field(0.998, ge=0, lt=1)
-    """Weight kept by the moving average C each step; preset: 0.998 with EMA, 0.5 without."""
+    """Weight kept by the moving average C each step; preset: 0.998 with EMA, 0.5 without, 0.99
+    where the predictor is trained (C serves its spectrum only)."""
     ema: bool = True
-    """Targets from a slowly moving copy of the network; false reuses the online embeddings."""
+    """Targets from a slowly moving copy of the network; false reuses the online embeddings.
+    Preset: false for simsiam, else true."""
     ema_base: float = Field(0.99, ge=0, le=1)
     """The target's decay at the first step; it rises to 1 along a half cosine."""
+
+    @property
+    def predictor(self) -> Literal["closed", "mlp", "linear"]:
+        """What predicts the target: W = f(C), or a trained network."""
+        return PREDICTORS[self.name]
+
+    @field_validator("alpha", "eps", "normalize")
+    @classmethod
+    def _belongs_to_the_closed_forms(cls, value: Any, info: ValidationInfo) -> Any:
+        name = info.data.get("name", "isoloss")
+        if value is not None and PREDICTORS[name] != "closed":
+            closed = ", ".join(key for key, kind in PREDICTORS.items() if kind == "closed")
+            raise ValueError(
+                f"{name} trains its predictor, which is not made of C. Leave this key out, or set "
+                f"method.name to one of {closed}"
+            )
+        if value is None and PREDICTORS[name] == "closed":
+            raise ValueError(f"{name} makes its predictor of C. Leave this key out for the preset")
+        return value
+
+    @field_validator("ema")
+    @classmethod
+    def _simsiam_has_no_target_network(cls, ema: bool, info: ValidationInfo) -> bool:
+        if ema and info.data.get("name") == "simsiam":
+            raise ValueError("simsiam is byol without EMA. Leave this key out, or take byol")
+        return ema
 
 
 class OptimizerConfig(_Section):
@@ -101,11 +139,12 @@ class OptimizerConfig(_Section):
     """Preset: lars with EMA, sgd without."""
     lr: float = Field(1.0, gt=0)
     """Peak learning rate at a global batch of 256; scaled linearly with the batch. Preset: 1.0 for
-    lars, 0.1 for sgd."""
+    lars, 0.1 for sgd, 0.001 for adamw."""
     momentum: float = Field(0.9, ge=0, lt=1)
     """Momentum of lars and sgd, first beta of adamw."""
     weight_decay: float = Field(1e-4, ge=0)
-    """Weight decay; lars and adamw spare the one-dimensional parameters."""
+    """Weight decay; lars and adamw spare the one-dimensional parameters. Preset: 1e-5 for byol and
+    simsiam, else 1e-4."""
     eta: float = Field(0.02, gt=0)
     """Trust coefficient of lars."""
     probe_lr: float = Field(0.1, gt=0)

@@ -34,8 +34,9 @@ class Correlation:
 
     @torch.no_grad()
     def predictor(self) -> Tensor:
-        """W = f(C)^alpha, symmetric, fp32 (D, D)."""
+        """W = f(C)^alpha, symmetric, fp32 (D, D), of the methods that make it of C."""
         config = self._config
+        assert config.alpha is not None and config.eps is not None and config.normalize is not None
         w_DD: Tensor = matrix_power(
             self.corr_DD, config.alpha, eps=config.eps, normalize=config.normalize
         )

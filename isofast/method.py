@@ -1,7 +1,7 @@
 """The algorithm on one page: Implicit variance regularization in non-contrastive SSL (2023).
 
 Shapes: B images a rank, D embedding dimensions, K classes. Views 1 and 2; z online embeddings,
-t targets, C their correlation matrix, W the predictor.
+p predictions, t targets, C the correlation matrix of z, W the predictor where it is a matrix.
 """
 
 import math
@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from isofast.config import Config
 from isofast.correlation import Correlation
@@ -30,13 +30,20 @@ class StepOutput:
     probe: ProbeOutput
     z1_BD: Tensor
     t2_BD: Tensor
-    w_DD: Tensor
+    w_DD: Tensor | None
+    """The predictor, p = W z: f(C), symmetric, or linear's weight, which is the live one and moves
+    with the optimizer's step; None for byol and simsiam."""
+    p1_BD: Tensor | None
+    """A trained predictor's output for z1; None for the closed forms, whose p is W z."""
 
     @torch.no_grad()
     def alignment(self) -> Tensor:
-        """Mean cosine of prediction W z1 and target t2, scalar."""
-        p_BD = self.z1_BD.float() @ self.w_DD
-        return torch.cosine_similarity(p_BD, self.t2_BD.float(), dim=1).mean()
+        """Mean cosine of prediction p1 and target t2, scalar."""
+        p_BD = self.p1_BD
+        if p_BD is None:
+            assert self.w_DD is not None
+            p_BD = self.z1_BD.float() @ self.w_DD
+        return torch.cosine_similarity(p_BD.float(), self.t2_BD.float(), dim=1).mean()
 
     @torch.no_grad()
     def embedding_std(self) -> Tensor:
@@ -45,22 +52,47 @@ class StepOutput:
 
 
 class Method:
-    """IsoLoss, DirectPred and DirectCopy, with an EMA target or without (``target`` is None)."""
+    """Every method of the paper, with an EMA target or without.
+
+    IsoLoss, DirectPred and DirectCopy predict with W = f(C), applied inside the loss. BYOL, SimSiam
+    and the linear predictor have predicted before: their loss is the plain one at W = I.
+
+    Args:
+        config: the run's.
+        online: the forward of the online module.
+        target: the EMA target; None without one.
+        correlation: C, updated once a call.
+        predictor: the trained predictor inside ``online``; None for the closed forms.
+    """
 
     def __init__(
-        self, config: Config, online: Forward, target: Branch | None, correlation: Correlation
+        self,
+        config: Config,
+        online: Forward,
+        target: Branch | None,
+        correlation: Correlation,
+        predictor: nn.Module | None = None,
     ) -> None:
         self._config = config
         self._online = online
         self._target = target
         self._correlation = correlation
+        self._predictor = predictor
+        corr_DD = correlation.corr_DD
+        self._identity_DD = torch.eye(len(corr_DD), dtype=corr_DD.dtype, device=corr_DD.device)
 
     def __call__(self, batch: Batch) -> StepOutput:
         view1, view2 = self._online(batch.x1_BCHW, batch.x2_BCHW)
         z1_BD, z2_BD = view1.z_BD, view2.z_BD
 
         self._correlation.update(z1_BD.detach(), z2_BD.detach())
-        w_DD = self._correlation.predictor()
+        w_DD: Tensor | None
+        if view1.p_BD is None or view2.p_BD is None:
+            w_DD = applied_DD = self._correlation.predictor()
+            q1_BD, q2_BD, p1_BD = z1_BD, z2_BD, None
+        else:
+            w_DD, applied_DD = self._trained_matrix(), self._identity_DD
+            q1_BD, q2_BD, p1_BD = view1.p_BD, view2.p_BD, view1.p_BD.detach()
 
         if self._target is None:
             t1_BD, t2_BD = z1_BD, z2_BD
@@ -70,16 +102,19 @@ class Method:
                 _, t2_BD = self._target(batch.x2_BCHW)
 
         loss = 2 * asymmetric_loss_pair(
-            z1_BD,
-            z2_BD,
+            q1_BD,
+            q2_BD,
             t1_BD.detach(),
             t2_BD.detach(),
-            w_DD,
+            applied_DD,
             metric=self._config.method.metric,
             isotropic=self._config.isotropic,
         )
         probe = probe_loss(view1.logits_BK, view2.logits_BK, batch.y_B)
-        return StepOutput(loss, probe, z1_BD.detach(), t2_BD.detach(), w_DD)
+        return StepOutput(loss, probe, z1_BD.detach(), t2_BD.detach(), w_DD, p1_BD)
+
+    def _trained_matrix(self) -> Tensor | None:
+        return self._predictor.weight.detach() if isinstance(self._predictor, nn.Linear) else None
 
 
 def ema_decay_at(step: int, total_steps: int, base: float) -> float:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torchvision.models import resnet
 from torchvision.models.resnet import BasicBlock
 
-from isofast.config import EncoderConfig, ProjectorConfig
+from isofast.config import EncoderConfig, MethodConfig, ProjectorConfig
 
 _STAGES = {"resnet18": (2, 2, 2, 2), "resnet34": (3, 4, 6, 3)}
 
@@ -24,6 +24,8 @@ class ViewOutput(NamedTuple):
     """Embeddings, neither normalised nor centred; differentiable."""
     logits_BK: Tensor
     """The probe's logits, from detached features."""
+    p_BD: Tensor | None = None
+    """A trained predictor's output for z; differentiable."""
 
 
 def make_encoder(config: EncoderConfig) -> nn.Module:
@@ -59,6 +61,19 @@ def make_projector(features: int, config: ProjectorConfig) -> nn.Sequential:
     )
 
 
+def make_predictor(method: MethodConfig, projector: ProjectorConfig) -> nn.Module | None:
+    """z_BD -> p_BD, trained; None where the predictor is a closed form of C.
+
+    byol and simsiam have a second projector, Linear - BatchNorm - ReLU - Linear with the hidden
+    units of the first; linear has a matrix without bias.
+    """
+    if method.predictor == "mlp":
+        return make_projector(projector.output, projector)
+    if method.predictor == "linear":
+        return nn.Linear(projector.output, projector.output, bias=False)
+    return None
+
+
 class Branch(nn.Module):
     """Encoder and projector, x_BCHW -> (h_BF, z_BD), under autocast to ``precision``."""
 
@@ -71,39 +86,48 @@ class Branch(nn.Module):
         self.projector = make_projector(feature_dim(encoder), projector)
 
     def forward(self, x_BCHW: Tensor) -> tuple[Tensor, Tensor]:
-        with torch.autocast(
-            x_BCHW.device.type, self.precision, enabled=self.precision != torch.float32
-        ):
+        with autocast(x_BCHW, self.precision):
             h_BF = self.encoder(x_BCHW)
             return h_BF, self.projector(h_BF)
 
     def features(self, x_BCHW: Tensor) -> Tensor:
         """h_BF in fp32, in the mode (train or eval) that the module is in."""
-        with torch.autocast(
-            x_BCHW.device.type, self.precision, enabled=self.precision != torch.float32
-        ):
+        with autocast(x_BCHW, self.precision):
             h_BF: Tensor = self.encoder(x_BCHW)
         return h_BF.float()
 
 
 class Online(nn.Module):
-    """Everything that has a gradient: the branch and the probe on its detached features.
+    """Everything that has a gradient: the branch, the probe on its detached features, and the
+    predictor where that is trained.
 
     Both views go through one forward call, one after the other, so that each has BatchNorm
     statistics of its own and the running statistics move twice, in order.
     """
 
-    def __init__(self, branch: Branch, probe: nn.Linear) -> None:
+    def __init__(
+        self, branch: Branch, probe: nn.Linear, predictor: nn.Module | None = None
+    ) -> None:
         super().__init__()
         self.branch = branch
         self.probe = probe
+        self.predictor = predictor
 
     def forward(self, x1_BCHW: Tensor, x2_BCHW: Tensor) -> tuple[ViewOutput, ViewOutput]:
         return self._view(x1_BCHW), self._view(x2_BCHW)
 
     def _view(self, x_BCHW: Tensor) -> ViewOutput:
         h_BF, z_BD = self.branch(x_BCHW)
-        return ViewOutput(z_BD, self.probe(h_BF.detach().float()))
+        logits_BK = self.probe(h_BF.detach().float())
+        if self.predictor is None:
+            return ViewOutput(z_BD, logits_BK)
+        with autocast(z_BD, self.branch.precision):
+            return ViewOutput(z_BD, logits_BK, self.predictor(z_BD))
+
+
+def autocast(x: Tensor, precision: torch.dtype) -> torch.autocast:
+    """Autocast to ``precision`` on the device of ``x``; none for fp32."""
+    return torch.autocast(x.device.type, precision, enabled=precision != torch.float32)
 
 
 def make_target(online: Branch) -> Branch:

@@ -119,8 +119,11 @@ def make_optimizer(online: Online, config: Config) -> Optimizer:
     """
     settings = config.optimizer
     scale = config.train.batch_size / REFERENCE_BATCH
-    matrices = [p for p in online.branch.parameters() if p.ndim > 1]
-    vectors = [p for p in online.branch.parameters() if p.ndim <= 1]
+    network: list[Tensor] = list(online.branch.parameters())
+    if online.predictor is not None:
+        network += online.predictor.parameters()
+    matrices = [p for p in network if p.ndim > 1]
+    vectors = [p for p in network if p.ndim <= 1]
 
     def group(params: Sequence[Tensor], lr: float, decay: float, **more: Any) -> dict[str, Any]:
         peak = lr * scale

@@ -5,9 +5,10 @@ paper's appendix and the authors' released code; the comments name which one whe
 """
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal, TypeVar
 
 Tree = dict[str, Any]
+_Value = TypeVar("_Value")
 
 # The first layers that the paper uses with each data set.
 STEM_OF_DATASET = {
@@ -19,12 +20,17 @@ STEM_OF_DATASET = {
     "imagefolder": "imagenet",
 }
 
-# The closed-form predictors: how each reads the eigenvalue filter and the gradient.
-METHODS: dict[str, Tree] = {
-    "isoloss": {"alpha": 0.5},
-    "directpred": {"alpha": 0.5},
-    "directcopy": {"alpha": 1.0},
+# What each method predicts the target with: a closed form W = f(C), or a network that is trained.
+PREDICTORS: dict[str, Literal["closed", "mlp", "linear"]] = {
+    "isoloss": "closed",
+    "directpred": "closed",
+    "directcopy": "closed",
+    "byol": "mlp",
+    "simsiam": "mlp",
+    "linear": "linear",
 }
+
+PEAK_LR = {"lars": 1.0, "sgd": 0.1, "adamw": 1e-3}
 
 
 def preset(raw: Mapping[str, Any]) -> Tree:
@@ -33,30 +39,42 @@ def preset(raw: Mapping[str, Any]) -> Tree:
     ``raw`` is what the user gave, not yet validated: values of a wrong kind are ignored here and
     refused by the validation that follows.
     """
-    data, method = _section(raw, "data"), _section(raw, "method")
-    name = method.get("name", "isoloss")
-    implied = dict(METHODS.get(name, {})) if isinstance(name, str) else {}
-    alpha = method.get("alpha", implied.get("alpha", 0.5))
-    ema = method.get("ema", True) is not False
-    dataset = data.get("dataset", "imagefolder")
-
-    # The released code shifts the spectrum by 0.25 at alpha 1 and not at all at alpha 0.5.
-    implied["eps"] = 0.25 if alpha == 1 else 0.0
-    # Spectral normalisation fixes W's largest eigenvalue at 1, which leaves the Euclidean
-    # losses ("around one") without meaning.
-    implied["normalize"] = "none" if method.get("metric") == "euclidean" else "spectral"
-    # The paper gives 0.998; the released code uses 0.5 in its runs without EMA.
-    implied["decay"] = 0.998 if ema else 0.5
-    optimizer: Tree = (
-        {"name": "lars", "lr": 1.0, "weight_decay": 1e-4}
-        if ema
-        else {"name": "sgd", "lr": 0.1, "weight_decay": 1e-4}
-    )
-    stem = STEM_OF_DATASET.get(dataset) if isinstance(dataset, str) else None
+    method = _section(raw, "method")
+    stem = _known(STEM_OF_DATASET, _section(raw, "data").get("dataset", "imagefolder"))
+    predictor = _known(PREDICTORS, method.get("name", "isoloss"))
+    # The paper's "SimSiam" is BYOL with a target that does not lag behind.
+    ema = method.get("ema", method.get("name") != "simsiam") is not False
+    optimizer = _section(raw, "optimizer").get("name", "lars" if ema else "sgd")
+    lr = _known(PEAK_LR, optimizer)
     return {
         "encoder": {"stem": stem} if stem else {},
-        "method": implied,
-        "optimizer": optimizer,
+        "method": {"ema": ema, **(_of_c(method, ema) if predictor == "closed" else _TRAINED)},
+        "optimizer": {
+            "name": optimizer,
+            **({"lr": lr} if lr else {}),
+            # The released table's runs; the paper's closed forms have 4e-4. A linear predictor,
+            # for which neither gives one, has that of the closed forms it is compared with.
+            "weight_decay": 1e-5 if predictor == "mlp" else 1e-4,
+        },
+    }
+
+
+# A trained predictor is not made of C, which is tracked for its spectrum only.
+_TRAINED: Tree = {"alpha": None, "eps": None, "normalize": None, "decay": 0.99}
+
+
+def _of_c(method: Mapping[str, Any], ema: bool) -> Tree:
+    """How a closed form makes W of C."""
+    alpha = method.get("alpha", 1.0 if method.get("name") == "directcopy" else 0.5)
+    return {
+        "alpha": alpha,
+        # The released code shifts the spectrum by 0.25 at alpha 1 and not at all at alpha 0.5.
+        "eps": 0.25 if alpha == 1 else 0.0,
+        # Spectral normalisation fixes W's largest eigenvalue at 1, which leaves the Euclidean
+        # losses ("around one") without meaning.
+        "normalize": "none" if method.get("metric") == "euclidean" else "spectral",
+        # The paper gives 0.998; the released code uses 0.5 in its runs without EMA.
+        "decay": 0.998 if ema else 0.5,
     }
 
 
@@ -68,6 +86,11 @@ def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> Tree:
         both = isinstance(below, Mapping) and isinstance(value, Mapping)
         merged[key] = merge(below, value) if both else value  # type: ignore[arg-type]
     return merged
+
+
+def _known(table: Mapping[str, _Value], name: Any) -> _Value | None:
+    """The table's entry of ``name``; None where that is none of its names, or no name at all."""
+    return table.get(name) if isinstance(name, str) else None
 
 
 def _section(raw: Mapping[str, Any], key: str) -> Mapping[str, Any]:

@@ -13,7 +13,7 @@ from isofast.distributed import World, gather_objects
 from isofast.engine import make_engine, restore_engine
 from isofast.errors import UserError
 from isofast.method import Method
-from isofast.networks import Branch, Online, feature_dim, make_target
+from isofast.networks import Branch, Online, feature_dim, make_predictor, make_target
 from isofast.optim import load_optimizer_state, make_optimizer
 
 State = dict[str, Any]
@@ -88,13 +88,16 @@ def build(config: Config, world: World, classes: int, batch_norm: str) -> TrainS
     torch.backends.cudnn.benchmark = cuda
     branch = Branch(config.encoder, config.projector, _precision(config, cuda))
     probe = nn.Linear(feature_dim(config.encoder), classes)
+    online = Online(branch, probe, make_predictor(config.method, config.projector))
     if batch_norm == "synchronised":
-        branch = nn.SyncBatchNorm.convert_sync_batchnorm(branch)  # type: ignore[no-untyped-call]
-    online = Online(branch, probe).to(world.device)
+        online = nn.SyncBatchNorm.convert_sync_batchnorm(online)  # type: ignore[no-untyped-call]
+    online.to(world.device)
     target = make_target(online.branch) if config.method.ema else None
     if compiles(config, cuda):
         # in place, so that parameters keep their names
         online.branch.compile()
+        if online.predictor is not None:
+            online.predictor.compile()
         if target is not None:
             target.compile()
     optimizer = make_optimizer(online, config)
@@ -104,7 +107,7 @@ def build(config: Config, world: World, classes: int, batch_norm: str) -> TrainS
         if module is not None:
             module.to(memory_format=torch.channels_last)
     correlation = Correlation(config.projector.output, config.method, world.device, world.size)
-    method = Method(config, engine, target, correlation)
+    method = Method(config, engine, target, correlation, online.predictor)
     return TrainState(world, online, target, correlation, optimizer, engine, method)
 
 

@@ -269,8 +269,9 @@ class _Run:
         """What the run is about to do, line by line."""
         config, world, method = self.config, self.world, self.config.method
         statistics = "of one process" if world.size == 1 else self.batch_norm
+        predictor = "trained predictor" if method.alpha is None else f"alpha {method.alpha:g}"
         lines = [
-            f"{method.name} ({method.metric}, alpha {method.alpha:g}, "
+            f"{method.name} ({method.metric}, {predictor}, "
             f"{'EMA target' if method.ema else 'no EMA'}) on {len(train):,} images of "
             f"{len(train.classes)} classes, {device}",
             f"{world.size} process(es), BatchNorm statistics {statistics}, "

@@ -32,6 +32,90 @@ def test_presets_fill_in_and_the_user_wins(
     assert {key: getattr(config.method, key) for key in expected} == expected
 
 
+# The table "Networks and training", a line a method: what a run without another word has.
+PRESETS: dict[str, dict[str, Any]] = {
+    "isoloss": {"alpha": 0.5, "eps": 0.0, "normalize": "spectral", "decay": 0.998, "ema": True},
+    "directpred": {"alpha": 0.5, "eps": 0.0, "normalize": "spectral", "decay": 0.998, "ema": True},
+    "directcopy": {"alpha": 1.0, "eps": 0.25, "normalize": "spectral", "decay": 0.998, "ema": True},
+    "byol": {"alpha": None, "eps": None, "normalize": None, "decay": 0.99, "ema": True},
+    "simsiam": {"alpha": None, "eps": None, "normalize": None, "decay": 0.99, "ema": False},
+    "linear": {"alpha": None, "eps": None, "normalize": None, "decay": 0.99, "ema": True},
+}
+LARS_RUN = ("lars", 1.0, 0.9, 0.02)
+SGD_RUN = ("sgd", 0.1, 0.9)
+
+
+@pytest.mark.parametrize("metric", ["cosine", "euclidean"])
+@pytest.mark.parametrize("name", PRESETS)
+def test_each_method_has_the_tables_settings(name: str, metric: str) -> None:
+    config = validate({**DATA, "method": {"name": name, "metric": metric}})
+    expected = dict(PRESETS[name])
+    if metric == "euclidean" and expected["normalize"] is not None:
+        expected["normalize"] = "none"
+    got = config.method.model_dump(include=set(expected))
+    assert got == expected
+    assert config.isotropic == (name == "isoloss")
+    optimizer = config.optimizer
+    assert optimizer.weight_decay == (1e-5 if name in ("byol", "simsiam") else 1e-4)
+    settings = (optimizer.name, optimizer.lr, optimizer.momentum, optimizer.eta)
+    if config.method.ema:
+        assert settings == LARS_RUN and config.method.ema_base == 0.99
+    else:
+        assert settings[:3] == SGD_RUN
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_without_ema_every_method_trains_by_sgd(name: str) -> None:
+    config = validate({**DATA, "method": {"name": name, "ema": False}})
+    optimizer = config.optimizer
+    assert (optimizer.name, optimizer.lr, optimizer.momentum) == SGD_RUN
+    assert config.method.decay == (0.5 if config.method.alpha else 0.99)
+
+
+def test_the_user_wins_over_every_preset() -> None:
+    method = {"name": "byol", "metric": "euclidean", "decay": 0.9, "ema": False, "ema_base": 0.5}
+    optimizer = {"name": "lars", "lr": 0.3, "weight_decay": 1e-6}
+    config = validate({**DATA, "method": method, "optimizer": optimizer})
+    assert config.method.model_dump(include=set(method)) == method
+    assert config.optimizer.model_dump(include=set(optimizer)) == optimizer
+
+
+@pytest.mark.parametrize(("name", "lr"), [("lars", 1.0), ("sgd", 0.1), ("adamw", 1e-3)])
+@pytest.mark.parametrize("ema", [True, False])
+def test_the_learning_rate_is_the_named_optimizers(name: str, lr: float, ema: bool) -> None:
+    config = validate({**DATA, "method": {"ema": ema}, "optimizer": {"name": name}})
+    assert (config.optimizer.name, config.optimizer.lr) == (name, lr)
+
+
+@pytest.mark.parametrize("name", ["byol", "simsiam", "linear"])
+@pytest.mark.parametrize(
+    ("key", "value"), [("alpha", 0.5), ("eps", 0.0), ("normalize", "spectral")]
+)
+def test_settings_of_c_are_refused_where_the_predictor_is_trained(
+    name: str, key: str, value: Any
+) -> None:
+    with pytest.raises(UserError) as caught:
+        validate({**DATA, "method": {"name": name, key: value}})
+    for word in (f"method.{key}: got {value!r}", name, "Leave this key out", "isoloss"):
+        assert word in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("method", "words"),
+    [
+        ({"name": "simsiam", "ema": True}, ["method.ema: got True", "byol without EMA"]),
+        ({"name": "isoloss", "alpha": None}, ["method.alpha: got None", "Leave this key out"]),
+        ({"name": "moco"}, ["method.name: got 'moco'", "'byol'"]),
+        ({"name": ["byol"]}, ["method.name"]),
+    ],
+)
+def test_methods_that_do_not_exist_are_refused(method: dict[str, Any], words: list[str]) -> None:
+    with pytest.raises(UserError) as caught:
+        validate({**DATA, "method": method})
+    for word in words:
+        assert word in str(caught.value)
+
+
 def test_preset_optimizer_follows_ema() -> None:
     with_ema, without = validate(DATA), validate({**DATA, "method": {"ema": False}})
     assert (with_ema.optimizer.name, with_ema.optimizer.lr) == ("lars", 1.0)
@@ -113,10 +197,30 @@ def test_a_missing_file_names_its_neighbours(tmp_path: Path) -> None:
         load_config(tmp_path / "c.json")
 
 
-def test_the_resolved_config_reads_back_as_itself() -> None:
-    config = validate({**DATA, "method": {"ema": False, "metric": "euclidean"}})
+@pytest.mark.parametrize("name", PRESETS)
+def test_the_resolved_config_reads_back_as_itself(name: str) -> None:
+    config = validate({**DATA, "method": {"name": name, "ema": False, "metric": "euclidean"}})
     again = validate(json.loads(to_json(config)))
-    assert again == config
+    assert again == config and changed_keys(again, config) == []
+
+
+def test_a_config_stored_by_an_older_version_continues() -> None:
+    """What runs wrote before trained predictors existed, all keys of the section spelled out."""
+    method = {
+        "name": "directcopy",
+        "metric": "cosine",
+        "alpha": 1.0,
+        "eps": 0.25,
+        "normalize": "spectral",
+        "decay": 0.998,
+        "ema": True,
+        "ema_base": 0.99,
+    }
+    stored = validate({**DATA, "method": method})
+    now = validate({**DATA, "method": {"name": "directcopy"}})
+    assert changed_keys(stored, now) == []
+    other = validate({**DATA, "method": {"name": "byol"}})
+    assert "method.alpha: 1.0 -> None" in changed_keys(stored, other)
 
 
 def test_changed_keys_tells_what_changes_the_result_only() -> None:

@@ -36,9 +36,9 @@ def _run(config: Path, output: Path, size: int) -> dict[str, torch.Tensor]:
     return result
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="module", params=["isoloss", "byol"])
 def results(
-    tmp_path_factory: pytest.TempPathFactory, digits: Path
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, digits: Path
 ) -> Callable[[int], dict[str, torch.Tensor]]:
     """What one and two processes computed, by the number of processes."""
     import json
@@ -49,7 +49,7 @@ def results(
         "data": {"dataset": "digits", "root": str(digits)},
         "encoder": {"width": 4},
         "projector": {"hidden": 32, "output": 16},
-        "method": {"decay": 0.5},
+        "method": {"name": request.param, "decay": 0.5},
         "train": {"batch_size": 16, "epochs": 2},
     }
     config.write_text(json.dumps(settings))

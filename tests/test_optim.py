@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from isofast.config import Config, EncoderConfig, ProjectorConfig
 from isofast.method import ema_decay_at, move_target_
-from isofast.networks import Branch, Online, make_target
+from isofast.networks import Branch, Online, make_predictor, make_target
 from isofast.optim import LARS, load_optimizer_state, lr_at, make_optimizer, set_lr
 from isofast.settings import validate
 
@@ -80,15 +80,17 @@ def _config(name: str, batch_size: int = 512) -> Config:
     )
 
 
-def _online() -> Online:
-    encoder = EncoderConfig(stem="cifar", width=4)
-    branch = Branch(encoder, ProjectorConfig(hidden=8, output=8), torch.float32)
-    return Online(branch, nn.Linear(32, 3))
+def _online(method: str = "isoloss") -> Online:
+    encoder, projector = EncoderConfig(stem="cifar", width=4), ProjectorConfig(hidden=8, output=8)
+    branch = Branch(encoder, projector, torch.float32)
+    config = validate({"data": {"root": "x"}, "method": {"name": method}})
+    return Online(branch, nn.Linear(32, 3), make_predictor(config.method, projector))
 
 
+@pytest.mark.parametrize("method", ["isoloss", "byol", "linear"])
 @pytest.mark.parametrize("name", ["lars", "sgd", "adamw"])
-def test_groups_cover_every_parameter_once(name: str) -> None:
-    online = _online()
+def test_groups_cover_every_parameter_once(name: str, method: str) -> None:
+    online = _online(method)
     optimizer = make_optimizer(online, _config(name))
     listed = [p for group in optimizer.param_groups for p in group["params"]]
     assert len(listed) == len(set(listed)) == len(list(online.parameters()))
@@ -97,9 +99,13 @@ def test_groups_cover_every_parameter_once(name: str) -> None:
     assert probe["weight_decay"] == 0.0
     assert probe["peak_lr"] == pytest.approx(0.2)
     assert optimizer.param_groups[0]["peak_lr"] == pytest.approx(2.0)
-    vectors = {p for p in online.branch.parameters() if p.ndim <= 1}
+    network = set(online.parameters()) - set(online.probe.parameters())
+    vectors = {p for p in network if p.ndim <= 1}
     spared = {p for g in optimizer.param_groups if g["weight_decay"] == 0 for p in g["params"]}
-    assert vectors <= spared if name != "sgd" else not vectors & spared
+    assert spared & network == (vectors if name != "sgd" else set())
+    if name == "lars":
+        adapted = {p for g in optimizer.param_groups if g["adapt"] for p in g["params"]}
+        assert adapted == network - vectors
 
 
 def test_learning_rate_at_its_corners() -> None:
@@ -127,6 +133,15 @@ def test_target_decay_at_its_corners() -> None:
     assert ema_decay_at(0, 500, 0.99) == 0.99
     assert ema_decay_at(250, 500, 0.99) == pytest.approx(0.995)
     assert ema_decay_at(500, 500, 0.99) == 1.0
+    # the last one used, a step before the end
+    last = 1 - 0.01 * (math.cos(math.pi * 499 / 500) + 1) / 2
+    assert ema_decay_at(499, 500, 0.99) == pytest.approx(last, abs=1e-15) != 1.0
+
+
+@pytest.mark.parametrize("base", [0.5, 0.9, 0.97, 0.99, 0.996, 0.999, 1.0])
+def test_the_first_target_decay_is_the_base_to_the_bit(base: float) -> None:
+    for steps in (1, 7, 195_000):
+        assert ema_decay_at(0, steps, base) == base
 
 
 def test_target_moves_parameters_and_not_buffers() -> None:

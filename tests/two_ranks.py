@@ -31,9 +31,9 @@ def main(config_path: str, output: str) -> None:
     config = load_config(Path(config_path))
     state = build(config, world, classes=10, batch_norm="local")
     state.online.train()
-    for branch in (state.online.branch, state.target):
-        assert branch is not None
-        for module in branch.modules():
+    for network in (state.online, state.target):
+        assert network is not None
+        for module in network.modules():
             if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
                 module.eval()
     generator = torch.Generator().manual_seed(5)
@@ -79,7 +79,9 @@ def check_alone(state: TrainState, synchronised: TrainState) -> dict[str, torch.
     return {
         "steps restored": torch.tensor(state.engine.global_steps == 3),
         "another device refused": torch.tensor(refused),
-        "synchronised": torch.tensor(nn.SyncBatchNorm in kinds and nn.BatchNorm2d not in kinds),
+        "synchronised": torch.tensor(
+            nn.SyncBatchNorm in kinds and not kinds & {nn.BatchNorm1d, nn.BatchNorm2d}
+        ),
         "names kept": torch.tensor(
             synchronised.online.state_dict().keys() == state.online.state_dict().keys()
         ),
