@@ -276,12 +276,34 @@ def test_shipped_configs_are_valid(path: Path) -> None:
         assert load_config(path).data.root
 
 
-def test_tinyimagenet_is_the_papers_run() -> None:
-    config = load_config(LAUNCH / "tinyimagenet.json")
-    assert (config.method.name, config.method.metric, config.method.alpha) == (
-        "isoloss",
-        "cosine",
-        0.5,
-    )
-    assert config.method.ema and config.train.epochs == 1000 and config.encoder.stem == "tiny"
-    assert (config.train.batch_size, config.optimizer.name) == (256, "lars")
+@pytest.mark.parametrize("path", sorted(LAUNCH.glob("*.json")), ids=lambda path: path.name)
+def test_shipped_configs_spell_out_nothing_implied(path: Path) -> None:
+    """But for the method's name, which is what a reader changes."""
+    if path.name == "config.schema.json":
+        return
+    raw = json.loads(path.read_text())
+    whole = validate(raw)
+    for section, keys in raw.items():
+        for key in keys if isinstance(keys, dict) else ():
+            if f"{section}.{key}" not in ("data.root", "method.name"):
+                less = {**raw, section: {k: v for k, v in keys.items() if k != key}}
+                assert validate(less) != whole, f"{section}.{key}"
+
+
+@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize(
+    ("dataset", "stem"),
+    [("cifar10", "cifar"), ("cifar100", "cifar"), ("stl10", "imagenet"), ("tinyimagenet", "tiny")],
+)
+def test_each_data_set_has_the_papers_run_of_each_method(
+    dataset: str, stem: str, name: str
+) -> None:
+    path = LAUNCH / f"{dataset}.json"
+    config = load_config(path, [f"method.name={name}"])
+    assert config.data.dataset == dataset and config.encoder.name == "resnet18"
+    assert (config.encoder.stem, config.encoder.stem_padding) == (stem, 1)
+    assert (config.train.epochs, config.train.batch_size) == (1000, 256)
+    assert (config.projector.hidden, config.projector.output) == (4096, 256)
+    assert config.method.metric == "cosine" and config.warmup_epochs == 10
+    assert config.method.model_dump(include=set(PRESETS[name])) == PRESETS[name]
+    assert load_config(path).method.name == "isoloss"
