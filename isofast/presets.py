@@ -30,6 +30,10 @@ PREDICTORS: dict[str, Literal["closed", "mlp", "linear"]] = {
     "linear": "linear",
 }
 
+# A trained predictor is not made of C, which is tracked for its spectrum only; the decay is that of
+# the released code's BYOL.
+_TRAINED: Tree = {"alpha": None, "eps": None, "normalize": None, "decay": 0.99}
+
 PEAK_LR = {"lars": 1.0, "sgd": 0.1, "adamw": 1e-3}
 
 
@@ -44,11 +48,12 @@ def preset(raw: Mapping[str, Any]) -> Tree:
     predictor = _known(PREDICTORS, method.get("name", "isoloss"))
     # The paper's "SimSiam" is BYOL with a target that does not lag behind.
     ema = method.get("ema", method.get("name") != "simsiam") is not False
+    of_c = _of_c(method, ema)
     optimizer = _section(raw, "optimizer").get("name", "lars" if ema else "sgd")
     lr = _known(PEAK_LR, optimizer)
     return {
         "encoder": {"stem": stem} if stem else {},
-        "method": {"ema": ema, **(_of_c(method, ema) if predictor == "closed" else _TRAINED)},
+        "method": {"ema": ema, **(_TRAINED if predictor in ("mlp", "linear") else of_c)},
         "optimizer": {
             "name": optimizer,
             **({"lr": lr} if lr else {}),
@@ -57,10 +62,6 @@ def preset(raw: Mapping[str, Any]) -> Tree:
             "weight_decay": 1e-5 if predictor == "mlp" else 1e-4,
         },
     }
-
-
-# A trained predictor is not made of C, which is tracked for its spectrum only.
-_TRAINED: Tree = {"alpha": None, "eps": None, "normalize": None, "decay": 0.99}
 
 
 def _of_c(method: Mapping[str, Any], ema: bool) -> Tree:

@@ -114,6 +114,8 @@ def test_methods_that_do_not_exist_are_refused(method: dict[str, Any], words: li
         validate({**DATA, "method": method})
     for word in words:
         assert word in str(caught.value)
+    # and of nothing else
+    assert str(caught.value).count("\n") == 1
 
 
 def test_preset_optimizer_follows_ema() -> None:
