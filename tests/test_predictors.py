@@ -196,3 +196,23 @@ def test_predictions_follow_the_networks_precision(
     # as the other BatchNorms: a view at a time
     norm = online.get_submodule("predictor.1")
     assert isinstance(norm, nn.BatchNorm1d) and norm.num_batches_tracked == 4
+
+
+def test_the_predictor_is_one_graph_for_the_compiler(
+    small_config: Callable[..., Config],
+) -> None:
+    config = small_config(method={"name": "byol"})
+    torch.manual_seed(0)
+    branch = Branch(config.encoder, config.projector, torch.bfloat16)
+    predictor = make_predictor(config.method, config.projector)
+    assert predictor is not None
+    online = Online(branch, nn.Linear(32, 3), predictor)
+    names = list(online.state_dict())
+    x1, x2 = torch.randn(2, 8, 3, 16, 16)
+    expected = [view.p_BD for view in online(x1, x2)]
+    predictor.compile(fullgraph=True, backend="aot_eager")
+    for view, wanted in zip(online(x1, x2), expected, strict=True):
+        assert view.p_BD is not None and wanted is not None and view.p_BD.dtype == torch.bfloat16
+        # both round to bf16, in whatever order
+        torch.testing.assert_close(view.p_BD, wanted, rtol=2e-2, atol=2e-2)
+    assert list(online.state_dict()) == names
