@@ -83,7 +83,7 @@ def test_buffers_rows_and_objects_are_exchanged(
     results: Callable[[int], dict[str, torch.Tensor]],
 ) -> None:
     two = results(2)
-    assert torch.equal(two["buffer"], torch.full((4,), 0.5))
+    assert torch.equal(two["buffers"], torch.full_like(two["buffers"], 0.5))
     assert two["rows"].tolist() == [[0.0, 0.0], [1.0, 1.0], [1.0, 1.0]]
     assert two["objects"].tolist() == [0, 1]
 

@@ -53,9 +53,11 @@ def main(config_path: str, output: str) -> None:
         state.engine.step()
         results[f"corr{step}"] = state.correlation.corr_DD.clone()
 
-    state.online.branch.encoder.bn1.running_mean.fill_(world.rank)
+    buffers = [b for b in state.online.buffers() if b.is_floating_point()]
+    for buffer in buffers:
+        buffer.fill_(world.rank)
     mean_of_buffers_over_ranks_(state.online)
-    results["buffer"] = state.online.branch.encoder.bn1.running_mean.clone()
+    results["buffers"] = torch.cat([buffer.flatten() for buffer in buffers])
     results["rows"] = gather_rows(torch.full((world.rank + 1, 2), float(world.rank)))
     results["objects"] = torch.tensor([int(str(item)) for item in gather_objects(world.rank)])
     if world.size == 1:
