@@ -78,6 +78,7 @@ class Method:
         self._target = target
         self._correlation = correlation
         self._predictor = predictor
+        # Costs the fused loss two small products, which take less than the launches of a plain one.
         corr_DD = correlation.corr_DD
         self._identity_DD = torch.eye(len(corr_DD), dtype=corr_DD.dtype, device=corr_DD.device)
 
