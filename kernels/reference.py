@@ -89,7 +89,8 @@ def losses_and_gradients_reference(
     autograd of the clamped cosine drops the term in p there. At p = 0 the two agree.
 
     Args:
-        z_BD, target_BD, w_DD, metric, isotropic: as in `losses_reference`.
+        z_BD, target_BD, w_DD, metric, isotropic: as in `losses_reference`. Leading dimensions
+            before (B, D) and (D, D) are batches and broadcast.
 
     Returns:
         loss_B, (B,), and dz_BD, (B, D), of each row by itself (not divided by B), float32, or
@@ -107,13 +108,53 @@ def losses_and_gradients_reference(
         # one norm at a time: a^3 b underflows in float32 long before the quotient does
         cosine_B = torch.linalg.vecdot(p_BD, t_BD) / a_B / b_B
         along_p_B, along_t_B = cosine_B / a_B / a_B, 1 / a_B / b_B
-        g_BD = torch.addcmul(along_p_B[:, None] * p_BD, along_t_B[:, None], t_BD, value=-1)
+        g_BD = torch.addcmul(along_p_B[..., None] * p_BD, along_t_B[..., None], t_BD, value=-1)
         if isotropic:
             zt_B, zp_B = torch.linalg.vecdot(z_BD, t_BD), torch.linalg.vecdot(z_BD, p_BD)
             loss_B = along_p_B * zp_B / 2 - along_t_B * zt_B
         else:
             loss_B = -cosine_B
     return loss_B, g_BD if isotropic else g_BD @ w_DD
+
+
+@full_precision()
+def two_sided_gradients_reference(
+    z_BD: Tensor, target_BD: Tensor, w_DD: Tensor, *, metric: str, paper_gradient: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Gradients of the plain losses in both arguments: the ablation without a stop-gradient.
+
+    dz is that of `losses_and_gradients_reference`. With its letters, and W held constant:
+
+    - euclidean:                     dt = t - p
+    - cosine:                        dt = -p / (a b) + d t / (a b^3)
+    - cosine, ``paper_gradient``:    dt = -p / (a b) + d t / (a^3 b)
+
+    The last is printed in P App. C.2 and is not the derivative of the loss: dt then has a part
+    along t, the loss no longer ignores the length of t, and embeddings diverge under it. Without
+    a predictor W is the identity.
+
+    Args:
+        z_BD, target_BD, w_DD, metric: as in `losses_reference`; nothing is detached. Leading
+            dimensions before (B, D) and (D, D) are batches and broadcast.
+        paper_gradient: the form of P App. C.2, for the cosine alone.
+
+    Returns:
+        dz_BD and dt_BD, (B, D), of each row by itself, float32, or float64 for float64 arguments.
+
+    Raises:
+        ValueError: ``paper_gradient`` with the Euclidean metric, where the paper is right.
+    """
+    _, dz_BD = losses_and_gradients_reference(z_BD, target_BD, w_DD, metric=metric, isotropic=False)
+    t_BD, p_BD = target_BD.to(dz_BD.dtype), z_BD.to(dz_BD.dtype) @ w_DD.to(dz_BD.dtype)
+    if metric == "euclidean":
+        if paper_gradient:
+            raise ValueError("paper_gradient=True is for metric 'cosine', got 'euclidean'")
+        return dz_BD, t_BD - p_BD
+    a_B1 = torch.linalg.vector_norm(p_BD, dim=-1, keepdim=True).clamp_min(NORM_FLOOR)
+    b_B1 = torch.linalg.vector_norm(t_BD, dim=-1, keepdim=True).clamp_min(NORM_FLOOR)
+    cosine_B1 = torch.linalg.vecdot(p_BD, t_BD)[..., None] / a_B1 / b_B1
+    stated_B1 = a_B1 if paper_gradient else b_B1
+    return dz_BD, cosine_B1 / stated_B1 / stated_B1 * t_BD - p_BD / a_B1 / b_B1
 
 
 @full_precision()
