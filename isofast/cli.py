@@ -6,17 +6,17 @@ from pathlib import Path
 
 from isofast.data.prepare import NAMES, prepare
 from isofast.errors import exit_code_of
+from isofast.theory_cli import add_theory
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs the command line; returns the exit code."""
     args = _parser().parse_args(arguments)
+    return exit_code_of(lambda: args.run(args), debug=args.debug)
 
-    def command() -> None:
-        counts = prepare(args.name, args.root, args.archive)
-        print(counts)
 
-    return exit_code_of(command, debug=args.debug)
+def _prepare(args: argparse.Namespace) -> None:
+    print(prepare(args.name, args.root, args.archive))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -27,6 +27,8 @@ def _parser() -> argparse.ArgumentParser:
     prep.add_argument("--root", type=Path, required=True, help="folder to fill, or to check")
     prep.add_argument("--archive", type=Path, help="the official archive; nothing is downloaded")
     prep.add_argument("--debug", action="store_true", help="show tracebacks of user errors too")
+    prep.set_defaults(run=_prepare)
+    add_theory(commands)
     return parser
 
 

@@ -1,0 +1,147 @@
+"""The simulations behind the paper's Fig. 2, 5 and 6, each by a name that is also its NPZ key."""
+
+import multiprocessing
+import os
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from isofast.theory import Trajectory, initial_weights, randn, simulate, stream
+from isofast.toy import Toy
+
+METRICS = ("euclidean", "cosine")
+VARIANTS: dict[str, dict[str, bool]] = {
+    "no_stop_gradient": {"stop_gradient": False},
+    "paper_gradient": {"stop_gradient": False, "paper_gradient": True},
+    "no_predictor": {"predictor": False},
+    "plain": {},
+    "iso": {},
+}
+SPECTRUM: dict[str, Any] = {"inputs": 15, "outputs": 10}
+PLANE: dict[str, Any] = {"inputs": 6, "outputs": 2, "lr": 0.01}
+INITIALISATIONS = ("V0", "2 V0", "randn / 2")
+RECORDS = 301
+POINTS, CANDIDATES = 20, 5000
+"""Points followed in the plane: the longest of so many, as they show the motion best."""
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One simulation of a figure; ``three`` starts it from V0, 2 V0 and randn/2 at once."""
+
+    name: str
+    toy: Toy
+    three: bool = False
+
+
+def panels_of(figure: str, **changes: Any) -> list[Panel]:
+    """The simulations of a figure.
+
+    Args:
+        figure: "figure2", "figure5" or "figure6".
+        **changes: values of `Toy` (``seed``, ``samples``, ``steps``) for all of them.
+    """
+    if figure == "figure5":
+        return [Panel(metric, Toy(loss=metric, **PLANE, **changes), True) for metric in METRICS]
+    relu = figure == "figure6"
+    return [
+        Panel(f"{metric}_{variant}_{kind}", Toy(relu=relu, **sizes, **settings, **changes))
+        for metric, variant, settings in _losses()
+        for kind, sizes in (("spectrum", SPECTRUM), ("plane", PLANE))
+    ]
+
+
+def _losses() -> Iterator[tuple[str, str, dict[str, Any]]]:
+    for metric in METRICS:
+        for variant, settings in VARIANTS.items():
+            if variant == "paper_gradient" and metric == "euclidean":
+                continue
+            loss = f"iso_{metric}" if variant == "iso" else metric
+            yield metric, variant, {"loss": loss, **settings}
+
+
+def run_panels(
+    panels: list[Panel], *, workers: int | None = None, done: Callable[[str], None] = print
+) -> dict[str, Trajectory]:
+    """Simulates every panel; the result does not depend on the number of processes.
+
+    Args:
+        panels: from `panels_of`.
+        workers: processes, one core each; if left out as many as there are cores, and one alone
+            where no panel takes long.
+        done: told the name of each panel that is ready.
+
+    Returns:
+        A trajectory by the panel's name, in the order of ``panels``.
+    """
+    if workers is None:
+        # a process takes seconds to start
+        workers = min(_cores(), sum(panel.toy.default_steps >= 10_000 for panel in panels))
+    # the longest first, so that no core ends up waiting for one that began late
+    longest_first = sorted(panels, key=_work, reverse=True)
+    found: dict[str, Trajectory] = {}
+    if workers <= 1:
+        for panel in longest_first:
+            found[panel.name] = _run(panel)
+            done(panel.name)
+    else:
+        context = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(workers, context, torch.set_num_threads, (1,)) as pool:
+            futures = [(panel.name, pool.submit(_run, panel)) for panel in longest_first]
+            for name, future in futures:
+                found[name] = future.result()
+                done(name)
+    return {panel.name: found[panel.name] for panel in panels}
+
+
+def arrays_of(trajectories: Mapping[str, Trajectory]) -> dict[str, NDArray[Any]]:
+    """What the NPZ holds: NAME_steps (T,), NAME_eigenvalues (T, S, M), NAME_points (T, S, P, M)."""
+    arrays: dict[str, NDArray[Any]] = {}
+    for name, trajectory in trajectories.items():
+        arrays[f"{name}_steps"] = trajectory.steps
+        arrays[f"{name}_eigenvalues"] = trajectory.eigenvalues
+        arrays[f"{name}_weight_eigenvalues"] = trajectory.weight_eigenvalues
+        if trajectory.points.size:
+            arrays[f"{name}_points"] = trajectory.points
+    return arrays
+
+
+def longest_points(seed: int, inputs: int) -> Tensor:
+    """The inputs (P, N) followed in the plane."""
+    x_PN = randn((CANDIDATES, inputs), stream(seed, 2))
+    return x_PN[torch.linalg.vector_norm(x_PN, dim=-1).argsort(descending=True)[:POINTS]]
+
+
+def three_starts(toy: Toy) -> Tensor:
+    """V0, 2 V0 and randn/2, (3, M, N) (P Fig. 5)."""
+    v_1MN = initial_weights(toy)
+    other_1MN = randn(tuple(v_1MN.shape), stream(toy.seed, 3)) / 2
+    return torch.cat([v_1MN, 2 * v_1MN, other_1MN])
+
+
+def _run(panel: Panel) -> Trajectory:
+    toy = panel.toy
+    plane = toy.outputs == PLANE["outputs"]
+    return simulate(
+        toy,
+        three_starts(toy) if panel.three else None,
+        points_PN=longest_points(toy.seed, toy.inputs) if plane else None,
+        records=RECORDS,
+    )
+
+
+def _work(panel: Panel) -> float:
+    """Something like the time it takes."""
+    toy = panel.toy
+    return toy.default_steps * (1 if toy.exact else 2 + toy.samples * (toy.inputs + 10) / 1000)
+
+
+def _cores() -> int:
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
