@@ -99,7 +99,8 @@ def simulate(
         if step in wanted:
             if not v_SMN.isfinite().all():
                 raise RunError(
-                    f"the weights are not finite at step {step:,}; lr {toy.default_lr} is too large"
+                    f"the weights are not finite at step {step:,}: lr {toy.default_lr:g} is too "
+                    "large; give a smaller --lr"
                 )
             spectra.append(_spectrum(correlation(toy, v_SMN)))
             weight_spectra.append(_spectrum(v_SMN @ v_SMN.mT))

@@ -32,13 +32,15 @@ TITLES = {
     "iso": "IsoLoss",
 }
 NOTE = (
-    "The derivative that the paper prints for\n"
-    "the cosine without stop-gradient\n"
-    "(App. C.2) has an error: its target side is\n"
-    "divided by $a^3 b$, a = |W z|, b = |t|, and\n"
-    "the loss's by $a\\,b^3$. Both are shown below:\n"
-    "the true one keeps the trace and loses\n"
-    "dimensions, the printed one diverges."
+    "The derivative that the paper prints\n"
+    "for the cosine without stop-gradient\n"
+    "(App. C.2) has an error: it divides a\n"
+    "term of the target side by $a^3 b$\n"
+    "in place of $a\\,b^3$, with a = |W z|,\n"
+    "b = |t|. Both are shown below: under\n"
+    "the true one the trace is kept and\n"
+    "dimensions collapse, the paper's\n"
+    "diverges (mind its own axes)."
 )
 # of Okabe and Ito's palette, told apart by colour-blind readers
 START, END, LINE = "#D55E00", "#0072B2", "#9A9A9A"
@@ -102,7 +104,8 @@ def _losses(panels: list[Panel], trajectories: Mapping[str, Trajectory]) -> Figu
             if plane is None or spectrum is None:
                 above.set_axis_off()
                 below.set_axis_off()
-                above.text(0.0, 0.98, NOTE, va="top", fontsize=9, transform=above.transAxes)
+                note = above.text(-0.12, 1.0, NOTE, va="top", fontsize=9, transform=above.transAxes)
+                note.set_in_layout(False)
                 _legend(below)
                 continue
             above.set_title(TITLES[variant], fontsize=11)
@@ -129,9 +132,9 @@ def _reach(trajectories: Mapping[str, Trajectory], metric: str, variant: str) ->
 def _draw_plane(axes: Axes, trajectory: Trajectory, start: int, reach: float) -> None:
     points_TPM = trajectory.points[:, start]
     axes.plot(points_TPM[..., 0], points_TPM[..., 1], color=LINE, linewidth=0.9, zorder=1)
-    first, last = points_TPM[0].T, points_TPM[-1].T
-    axes.scatter(*first, s=22, facecolors="none", edgecolors=START, linewidths=1.1, zorder=3)
-    axes.scatter(*last, s=16, color=END, zorder=2)
+    (x, y), (last_x, last_y) = points_TPM[0].T, points_TPM[-1].T
+    axes.scatter(x, y, s=22, facecolors="none", edgecolors=START, linewidths=1.1, zorder=3)
+    axes.scatter(last_x, last_y, s=16, color=END, zorder=2)
     low = -reach if points_TPM.min() < 0 else -0.05 * reach
     axes.set(xlim=(low, reach), ylim=(low, reach), aspect="equal", xlabel="embedding $z_1$")
     for axis in (axes.xaxis, axes.yaxis):
@@ -172,7 +175,10 @@ def _legend(axes: Axes) -> None:
         Line2D([], [], color=shades[0], label="largest eigenvalue"),
         Line2D([], [], color=shades[1], label="smallest eigenvalue"),
     ]
-    axes.legend(handles=handles, loc="upper left", bbox_to_anchor=(0, 1), frameon=False, fontsize=9)
+    legend = axes.legend(
+        handles=handles, loc="upper left", bbox_to_anchor=(-0.18, 1), frameon=False, fontsize=9
+    )
+    legend.set_in_layout(False)
 
 
 def _starts(trajectories: Mapping[str, Trajectory]) -> Figure:
@@ -196,11 +202,12 @@ def _starts(trajectories: Mapping[str, Trajectory]) -> Figure:
                 linestyle=":",
             )
         _step_axis(row[-1], trajectory)
+        row[-1].set_ylim(0.1, 10)
         row[0].set_ylabel(f"{metric.capitalize()}\nembedding $z_2$")
         row[-1].set_ylabel("eigenvalues of V V$^T$")
-        expected = "dotted: 1" if metric == "euclidean" else "dotted: half the first trace"
-        row[-1].set_title(expected, fontsize=11)
-        row[-1].legend(frameon=False, fontsize=9, loc="lower right")
+        end = "1" if metric == "euclidean" else "half the first trace"
+        row[-1].set_title(f"dotted: expected end, {end}", fontsize=11)
+        row[-1].legend(frameon=False, fontsize=9, loc="upper right", ncols=3, columnspacing=1)
     picture.suptitle(
         "Where the plain losses go from three initialisations (P Fig. 5); "
         "circles: first step, dots: last step",

@@ -22,6 +22,9 @@ VARIANTS: dict[str, dict[str, bool]] = {
     "plain": {},
     "iso": {},
 }
+PLANE_STEPS, PLANE_SAMPLES = 1500, 10
+"""In the plane every loss runs as long, on so many times the samples: the cosine's gradient there,
+about 1 / |z|, has no variance, so that 100,000 steps on few samples show a random walk."""
 SPECTRUM: dict[str, Any] = {"inputs": 15, "outputs": 10}
 PLANE: dict[str, Any] = {"inputs": 6, "outputs": 2, "lr": 0.01}
 INITIALISATIONS = ("V0", "2 V0", "randn / 2")
@@ -39,20 +42,29 @@ class Panel:
     three: bool = False
 
 
-def panels_of(figure: str, **changes: Any) -> list[Panel]:
+def panels_of(
+    figure: str, *, seed: int = 0, samples: int = Toy.samples, steps: int | None = None
+) -> list[Panel]:
     """The simulations of a figure.
 
     Args:
         figure: "figure2", "figure5" or "figure6".
-        **changes: values of `Toy` (``seed``, ``samples``, ``steps``) for all of them.
+        seed, samples, steps: as in `Toy`, for all of them.
     """
+    plane = {
+        **PLANE,
+        "seed": seed,
+        "samples": PLANE_SAMPLES * samples,
+        "steps": PLANE_STEPS if steps is None else steps,
+    }
     if figure == "figure5":
-        return [Panel(metric, Toy(loss=metric, **PLANE, **changes), True) for metric in METRICS]
+        return [Panel(metric, Toy(loss=metric, **plane), three=True) for metric in METRICS]
     relu = figure == "figure6"
+    spectrum = {**SPECTRUM, "seed": seed, "samples": samples, "steps": steps}
     return [
-        Panel(f"{metric}_{variant}_{kind}", Toy(relu=relu, **sizes, **settings, **changes))
+        Panel(f"{metric}_{variant}_{kind}", Toy(relu=relu, **settings, **sizes))
         for metric, variant, settings in _losses()
-        for kind, sizes in (("spectrum", SPECTRUM), ("plane", PLANE))
+        for kind, sizes in (("spectrum", spectrum), ("plane", plane))
     ]
 
 
@@ -138,7 +150,7 @@ def _run(panel: Panel) -> Trajectory:
 def _work(panel: Panel) -> float:
     """Something like the time it takes."""
     toy = panel.toy
-    return toy.default_steps * (1 if toy.exact else 2 + toy.samples * (toy.inputs + 10) / 1000)
+    return toy.default_steps * (1 if toy.exact else 5 + toy.samples * toy.inputs / 1000)
 
 
 def _cores() -> int:

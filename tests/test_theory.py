@@ -1,0 +1,324 @@
+"""The paper's theorems about its toy networks, on the simulations that draw its figures."""
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from isofast.errors import RunError
+from isofast.theory import (
+    NOISE,
+    correlation,
+    embed,
+    initial_weights,
+    population_gradient,
+    randn,
+    sampled_gradient,
+    simulate,
+    stream,
+)
+from isofast.toy import Toy
+
+Array = NDArray[np.float64]
+
+EUCLIDEAN = {
+    "euclidean": Toy(loss="euclidean"),
+    "iso_euclidean": Toy(loss="iso_euclidean"),
+    "euclidean_no_stop_gradient": Toy(loss="euclidean", stop_gradient=False),
+    "euclidean_no_predictor": Toy(loss="euclidean", predictor=False),
+}
+COSINE = {
+    "cosine": Toy(loss="cosine"),
+    "iso_cosine": Toy(loss="iso_cosine"),
+    "cosine_no_stop_gradient": Toy(loss="cosine", stop_gradient=False),
+    "cosine_paper_gradient": Toy(loss="cosine", stop_gradient=False, paper_gradient=True),
+    "cosine_no_predictor": Toy(loss="cosine", predictor=False),
+}
+# lambda' / eta of a mode under V' = -eta dV
+RATES: dict[str, Callable[[Array], Array]] = {
+    "euclidean": lambda x: 2 * x**2 * (1 - x),
+    "iso_euclidean": lambda x: 2 * x * (1 - x),
+    "euclidean_no_stop_gradient": lambda x: -2 * x * ((1 - x) ** 2 + NOISE**2),
+    "euclidean_no_predictor": lambda x: 0 * x,
+}
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+def changed(toy: Toy, **changes: object) -> Toy:
+    return Toy(**{**vars(toy), **changes})  # type: ignore[arg-type]
+
+
+def diagonal_weights(eigenvalues: list[float], inputs: int) -> Tensor:
+    """V (1, M, N) whose V V^T has these eigenvalues."""
+    roots = torch.tensor(eigenvalues, dtype=torch.float64).sqrt()
+    return torch.cat([torch.diag(roots), torch.zeros(len(roots), inputs - len(roots))], 1)[None]
+
+
+def spectra(toy: Toy, records: int = 2) -> Array:
+    """The eigenvalues (T, M) of one initialisation."""
+    return simulate(toy, records=records).eigenvalues[:, 0]
+
+
+def rates_of_modes(toy: Toy, v_SMN: Tensor) -> Array:
+    """lambda' / eta of each mode of V V^T, largest mode first, at V."""
+    dv_MN = population_gradient(toy, v_SMN, stream(0, 1))[0]
+    _, basis = torch.linalg.eigh(v_SMN[0] @ v_SMN[0].T)
+    rates: Array = -2 * (basis.T @ dv_MN @ v_SMN[0].T @ basis).diagonal().flip(0).numpy()
+    return rates
+
+
+@pytest.mark.parametrize("name", EUCLIDEAN)
+def test_a_euclidean_mode_starts_at_the_rate_of_its_equation(name: str) -> None:
+    lr = 1e-7
+    start, after = spectra(changed(EUCLIDEAN[name], steps=1, lr=lr))
+    np.testing.assert_allclose((after - start) / lr, RATES[name](start), rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("name", EUCLIDEAN)
+def test_a_euclidean_mode_follows_its_equation_to_the_end(name: str) -> None:
+    """Runge-Kutta on lambda' against gradient descent on V, whose own error is of order lr."""
+    lr, steps = 1e-3, 4000
+    found = spectra(changed(EUCLIDEAN[name], steps=steps, lr=lr), records=5)
+    rate = RATES[name]
+    mode = found[0].copy()
+    for step in range(1, steps + 1):
+        k1 = rate(mode)
+        k2 = rate(mode + lr / 2 * k1)
+        k3 = rate(mode + lr / 2 * k2)
+        k4 = rate(mode + lr * k3)
+        mode = mode + lr / 6 * (k1 + 2 * k2 + 2 * k3 + k4)
+        if step % (steps // 4) == 0:
+            np.testing.assert_allclose(found[step * 4 // steps], mode, rtol=1e-2, atol=1e-12)
+
+
+@pytest.mark.parametrize(("name", "power"), [("euclidean", 1), ("iso_euclidean", 0)])
+def test_an_embedding_moves_at_the_papers_rate(name: str, power: int) -> None:
+    """z' = eta lambda (1 - lambda) z, IsoLoss eta (1 - lambda) z: half lambda's relative rate."""
+    values, lr = [1.6, 0.7, 0.02], 1e-7
+    toy = changed(EUCLIDEAN[name], inputs=5, outputs=3, steps=1, lr=lr)
+    points = torch.ones(1, 5, dtype=torch.float64)
+    track = simulate(toy, diagonal_weights(values, 5), points_PN=points)
+    z, after = track.points[:, 0, 0]
+    modes = np.array(values)
+    np.testing.assert_allclose((after - z) / lr / z, modes**power * (1 - modes), rtol=1e-5)
+
+
+def test_iso_euclidean_modes_follow_the_logistic_curve_at_one_rate() -> None:
+    lr, steps = 1e-4, 8000
+    start, end = spectra(changed(EUCLIDEAN["iso_euclidean"], steps=steps, lr=lr))
+
+    def logit(x: Array) -> Array:
+        return np.log(x / (1 - x))
+
+    below = start < 1
+    slopes = (logit(end[below]) - logit(start[below])) / (2 * lr * steps)
+    np.testing.assert_allclose(slopes, 1, rtol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["euclidean", "iso_euclidean"])
+def test_euclidean_modes_end_at_one(name: str) -> None:
+    end = spectra(changed(EUCLIDEAN[name], steps=3000))[-1]
+    assert end.min() > 0.998 and end.max() < 1.001
+
+
+def test_a_small_mode_waits_for_the_plain_loss_and_not_for_iso_loss() -> None:
+    start = diagonal_weights([1.0, 0.02], 3)
+    sizes = {"inputs": 3, "outputs": 2}
+    plain, iso = (
+        simulate(changed(EUCLIDEAN[name], **sizes), start).eigenvalues[-1, 0]
+        for name in ("euclidean", "iso_euclidean")
+    )
+    assert plain[1] == pytest.approx(0.05, abs=0.003) and iso[1] > 0.998
+
+
+def test_euclidean_without_stop_gradient_decays() -> None:
+    found = spectra(EUCLIDEAN["euclidean_no_stop_gradient"], records=31)
+    assert (np.diff(found, axis=0) < 0).all()
+    assert np.median(found[-1]) < 1e-3
+    last = np.log(found[-2:, 0])
+    assert last[1] - last[0] < -0.01, "the largest is still on its way down"
+
+
+def test_euclidean_without_predictor_stands_still() -> None:
+    toy = changed(EUCLIDEAN["euclidean_no_predictor"], steps=1000)
+    assert np.array_equal(simulate(toy).weights, initial_weights(toy).numpy())
+
+
+def test_cosine_equalises_at_the_trace_it_started_with() -> None:
+    start, end = spectra(changed(COSINE["cosine"], steps=2500, samples=400))
+    assert end.sum() == pytest.approx(start.sum(), rel=4e-3)
+    np.testing.assert_allclose(end, end.mean(), rtol=5e-3)
+
+
+def test_iso_cosine_equalises_at_a_larger_trace() -> None:
+    start, end = spectra(changed(COSINE["iso_cosine"], samples=400))
+    assert 1.1 * start.sum() < end.sum() < 1.5 * start.sum()
+    np.testing.assert_allclose(end, end.mean(), rtol=5e-3)
+
+
+def test_iso_cosine_recruits_small_modes_at_homogeneous_rates() -> None:
+    """Relative rates of the modes below half the mean, 0.33, 0.084 and 0.043, slowest over fastest.
+
+    0.75 for IsoLoss and 0.18 for the plain loss, which multiplies each by its eigenvalue.
+    """
+    v_SMN = initial_weights(Toy())
+    values = torch.linalg.eigvalsh(v_SMN[0] @ v_SMN[0].T).flip(0).numpy()
+    small = values < values.mean() / 2
+    assert small.sum() == 3
+    iso, plain = (
+        rates_of_modes(changed(COSINE[name], samples=100_000), v_SMN)
+        for name in ("iso_cosine", "cosine")
+    )
+    np.testing.assert_allclose(plain, values * iso, rtol=1e-9, atol=1e-12)
+    relative_iso, relative_plain = (iso / values)[small], (plain / values)[small]
+    assert relative_iso.min() / relative_iso.max() == pytest.approx(0.75, abs=0.05)
+    assert relative_plain.min() / relative_plain.max() == pytest.approx(0.18, abs=0.03)
+
+
+@pytest.mark.parametrize("name", ["cosine", "cosine_no_stop_gradient", "cosine_no_predictor"])
+def test_a_cosine_gradient_leaves_the_trace_alone(name: str) -> None:
+    """Exactly, on any samples: the loss ignores the lengths of its arguments."""
+    v_SMN = initial_weights(Toy())
+    assert abs(rates_of_modes(COSINE[name], v_SMN).sum()) < 1e-12
+
+
+@pytest.mark.parametrize("name", ["iso_cosine", "cosine_paper_gradient"])
+def test_the_other_cosine_gradients_do_not(name: str) -> None:
+    assert rates_of_modes(COSINE[name], initial_weights(Toy())).sum() > 0.1
+
+
+def test_cosine_without_predictor_keeps_the_trace_and_narrows_slowly() -> None:
+    start, end = spectra(changed(COSINE["cosine_no_predictor"], steps=1500))
+    assert end.sum() == pytest.approx(start.sum(), rel=1e-3)
+    assert 0.95 * start[0] < end[0] < 0.99 * start[0]
+    assert 1.05 * start[-1] < end[-1] < 2 * start[-1]
+
+
+def test_cosine_without_stop_gradient_collapses_dimensions_and_the_papers_form_diverges() -> None:
+    start, true = spectra(changed(COSINE["cosine_no_stop_gradient"], samples=400))
+    assert true.sum() == pytest.approx(start.sum(), rel=1e-2)
+    assert np.median(true) < 1e-3 and true[0] > 1.2 * start[0]
+    paper = spectra(changed(COSINE["cosine_paper_gradient"], samples=400))[-1]
+    assert paper.sum() > 20 * start.sum()
+
+
+def test_relu_correlation_is_the_mean_outer_product() -> None:
+    toy = Toy(relu=True)
+    v_SMN = initial_weights(toy)
+    rounds = [embed(toy, randn((5000, 15), stream(seed, 9)), v_SMN)[0] for seed in range(40)]
+    means = torch.stack([z.T @ z / 5000 for z in rounds])
+    error = means.std(0) / 40**0.5
+    assert ((means.mean(0) - correlation(toy, v_SMN)[0]).abs() < 5 * error).all()
+
+
+def test_relu_networks_keep_their_dimensions_and_lose_them_without_stop_gradient() -> None:
+    kept = spectra(Toy(loss="iso_euclidean", relu=True, samples=200))
+    assert kept[-1].min() > 3 * kept[0].min()
+    lost = spectra(Toy(loss="euclidean", stop_gradient=False, relu=True, samples=200))
+    assert lost[-1].sum() < 0.02 * lost[0].sum()
+
+
+def test_a_row_of_zeros_is_no_trouble() -> None:
+    v_SMN = torch.zeros(1, 2, 3, dtype=torch.float64)
+    for toy in (Toy(relu=True), Toy(loss="cosine", relu=True), Toy(loss="cosine")):
+        sizes = changed(toy, inputs=3, outputs=2, steps=3, samples=10)
+        assert (simulate(sizes, v_SMN).eigenvalues == 0).all()
+
+
+@pytest.mark.parametrize("name", EUCLIDEAN)
+def test_the_closed_form_is_the_mean_of_the_samples(name: str) -> None:
+    toy = changed(EUCLIDEAN[name], samples=4000)
+    v_SMN = initial_weights(toy)
+    generator = stream(0, 1)
+    rounds = torch.stack([sampled_gradient(toy, v_SMN, generator)[0] for _ in range(60)])
+    error = rounds.std(0) / 60**0.5
+    exact = population_gradient(toy, v_SMN, generator)[0]
+    assert ((rounds.mean(0) - exact).abs() < 5 * error).all()
+    assert error.max() < 0.02, "or the bound would hold whatever the closed form said"
+
+
+def definition(toy: Toy, z_BM: Tensor, t_BM: Tensor, w_MM: Tensor) -> Tensor:
+    """The losses as the paper writes them, with its stop-gradients."""
+    t_BM = t_BM.detach() if toy.stop_gradient else t_BM
+    p_BM = z_BM @ w_MM
+    if toy.loss == "euclidean":
+        return 0.5 * (p_BM - t_BM).pow(2).sum(-1).mean()
+    if toy.loss == "iso_euclidean":
+        return 0.5 * (z_BM - (z_BM - p_BM + t_BM).detach()).pow(2).sum(-1).mean()
+    if toy.loss == "cosine":
+        return -torch.nn.functional.cosine_similarity(p_BM, t_BM, dim=-1).mean()
+    a, b = p_BM.norm(dim=-1).detach(), t_BM.norm(dim=-1)
+    d = (p_BM * t_BM).sum(-1).detach()
+    return (-(z_BM * t_BM).sum(-1) / (a * b) + d * (z_BM * p_BM).sum(-1) / (2 * a**3 * b)).mean()
+
+
+@pytest.mark.parametrize("relu", [False, True], ids=["linear", "relu"])
+@pytest.mark.parametrize(
+    "toy",
+    [
+        pytest.param(toy, id=name)
+        for name, toy in {**EUCLIDEAN, **COSINE}.items()
+        # the paper's form is the derivative of nothing
+        if not toy.paper_gradient
+    ],
+)
+def test_the_sampled_gradient_is_autograds_with_the_predictor_held(toy: Toy, relu: bool) -> None:
+    toy = changed(toy, relu=relu, samples=50)
+    found = sampled_gradient(toy, initial_weights(toy), stream(3, 1))[0]
+    generator = stream(3, 1)
+    x1 = randn((50, 15), generator)
+    x2 = x1 + NOISE * randn((50, 15), generator)
+    v = initial_weights(toy)[0].requires_grad_()
+    z, t = (torch.relu(x @ v.T) if relu else x @ v.T for x in (x1, x2))
+    w = (v @ v.T).detach() if toy.predictor else torch.eye(10, dtype=torch.float64)
+    (expected,) = torch.autograd.grad(definition(toy, z, t, w), v)
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("relu", [False, True], ids=["linear", "relu"])
+@pytest.mark.parametrize(
+    "toy", [pytest.param(toy, id=name) for name, toy in {**EUCLIDEAN, **COSINE}.items()]
+)
+def test_initialisations_at_once_equal_one_by_one(toy: Toy, relu: bool) -> None:
+    toy = changed(toy, relu=relu, steps=20, samples=60, lr=0.05)
+    starts = torch.cat([initial_weights(changed(toy, seed=seed)) for seed in (1, 2, 3)])
+    points = randn((4, 15), stream(0, 2))
+    together = simulate(toy, starts, points_PN=points, records=3)
+    for index in range(3):
+        alone = simulate(toy, starts[index : index + 1], points_PN=points, records=3)
+        for field in ("eigenvalues", "weight_eigenvalues", "points"):
+            got, expected = getattr(together, field)[:, index], getattr(alone, field)[:, 0]
+            np.testing.assert_allclose(got, expected, rtol=1e-8, atol=1e-12)
+
+
+def test_a_seed_gives_one_result_and_another_seed_another() -> None:
+    toy = Toy(loss="cosine", steps=30, samples=50)
+    first, again = simulate(toy), simulate(toy)
+    assert np.array_equal(first.weights, again.weights)
+    other = simulate(changed(toy, seed=1))
+    assert not np.allclose(first.eigenvalues[0], other.eigenvalues[0])
+    start = initial_weights(toy)
+    drawn = simulate(changed(toy, seed=1), start)
+    assert not np.array_equal(drawn.weights, first.weights), "the samples have the seed too"
+
+
+def test_records_are_spread_from_the_first_step_to_the_last() -> None:
+    toy = Toy(steps=10)
+    assert simulate(toy, records=3).steps.tolist() == [0, 5, 10]
+    track = simulate(toy, records=100)
+    assert track.steps.tolist() == list(range(11)) and track.eigenvalues.shape == (11, 1, 10)
+    assert (np.diff(track.eigenvalues, axis=-1) <= 0).all()
+    none = simulate(changed(toy, steps=0), records=5)
+    assert none.steps.tolist() == [0]
+
+
+def test_a_step_too_large_ends_with_a_message() -> None:
+    with pytest.raises(RunError, match="not finite at step 50: lr 5 is too large"):
+        simulate(Toy(lr=5.0, steps=50))
