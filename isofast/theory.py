@@ -31,6 +31,7 @@ from torch import Tensor
 from isofast.errors import RunError
 from isofast.toy import Toy
 from isofast_kernels.reference import (
+    NORM_FLOOR,
     losses_and_gradients_reference,
     two_sided_gradients_reference,
 )
@@ -134,15 +135,17 @@ def sampled_gradient(toy: Toy, v_SMN: Tensor, generator: torch.Generator) -> Ten
     x2_BN = x1_BN + NOISE * randn((toy.samples, toy.inputs), generator)
     z_SBM, t_SBM = embed(toy, x1_BN, v_SMN), embed(toy, x2_BN, v_SMN)
     w_SMM = _predictor(toy, v_SMN)
+    counts_SB1 = _has_direction(toy, z_SBM @ w_SMM, t_SBM) if toy.relu else None
     if toy.stop_gradient:
         _, dz_SBM = losses_and_gradients_reference(
             z_SBM, t_SBM, w_SMM, metric=toy.metric, isotropic=toy.isotropic
         )
-        return _to_weights(toy, dz_SBM, z_SBM, x1_BN)
+        return _to_weights(dz_SBM, z_SBM, x1_BN, counts_SB1)
     dz_SBM, dt_SBM = two_sided_gradients_reference(
         z_SBM, t_SBM, w_SMM, metric=toy.metric, paper_gradient=toy.paper_gradient
     )
-    return _to_weights(toy, dz_SBM, z_SBM, x1_BN) + _to_weights(toy, dt_SBM, t_SBM, x2_BN)
+    dv_SMN = _to_weights(dz_SBM, z_SBM, x1_BN, counts_SB1)
+    return dv_SMN + _to_weights(dt_SBM, t_SBM, x2_BN, counts_SB1)
 
 
 def _exact_gradient(toy: Toy, v_SMN: Tensor) -> Tensor:
@@ -156,11 +159,25 @@ def _exact_gradient(toy: Toy, v_SMN: Tensor) -> Tensor:
     return dv_SMN
 
 
-def _to_weights(toy: Toy, dz_SBM: Tensor, z_SBM: Tensor, x_BN: Tensor) -> Tensor:
+def _to_weights(dz_SBM: Tensor, z_SBM: Tensor, x_BN: Tensor, counts_SB1: Tensor | None) -> Tensor:
     """The mean of dz x^T, through the ReLU where there is one."""
-    if toy.relu:
-        dz_SBM = torch.where(z_SBM > 0, dz_SBM, 0.0)
-    return dz_SBM.mT @ x_BN / toy.samples
+    if counts_SB1 is not None:
+        dz_SBM = torch.where((z_SBM > 0) & counts_SB1, dz_SBM, 0.0)
+    return dz_SBM.mT @ x_BN / len(x_BN)
+
+
+def _has_direction(toy: Toy, p_SBM: Tensor, t_SBM: Tensor) -> Tensor:
+    """Whether a sample's cosine is defined, (S, B, 1); the Euclidean losses always are.
+
+    A ReLU that silences all outputs but one makes short embeddings frequent. Below the norm floor
+    the clamped gradient, of about 1e8, is no longer orthogonal to them: one such sample in ten
+    million would throw V off for good, where the derivative of the cosine is zero.
+    """
+    if toy.metric == "euclidean":
+        return torch.ones(1, dtype=torch.bool)
+    a_SB1: Tensor = torch.linalg.vector_norm(p_SBM, dim=-1, keepdim=True)
+    b_SB1: Tensor = torch.linalg.vector_norm(t_SBM, dim=-1, keepdim=True)
+    return torch.minimum(a_SB1, b_SB1) > NORM_FLOOR
 
 
 def embed(toy: Toy, x_BN: Tensor, v_SMN: Tensor) -> Tensor:

@@ -47,6 +47,8 @@ START, END, LINE = "#D55E00", "#0072B2", "#9A9A9A"
 THREE = ("#0072B2", "#E69F00", "#009E73")
 LOW, HIGH = 1e-2, 10.0
 """Eigenvalues shown, as in the paper; a panel that leaves them upwards has a scale of its own."""
+OWN_SCALE = 3.0
+"""A plane that embeddings leave by so many times their first reach has a scale of its own."""
 
 
 def write_figure(
@@ -121,12 +123,13 @@ def _losses(panels: list[Panel], trajectories: Mapping[str, Trajectory]) -> Figu
 
 
 def _reach(trajectories: Mapping[str, Trajectory], metric: str, variant: str) -> float:
-    """Half the side of a plane: one scale a metric, the diverging variant's is its own."""
-    shared = [
-        v for v in VARIANTS if v != "paper_gradient" and f"{metric}_{v}_plane" in trajectories
-    ]
-    names = ["paper_gradient"] if variant == "paper_gradient" else shared
-    return 1.08 * max(float(abs(trajectories[f"{metric}_{n}_plane"].points).max()) for n in names)
+    """Half the side of a plane: one scale a metric, and one of its own for what grows beyond it."""
+    names = [name for name in trajectories if name.startswith(metric) and name.endswith("plane")]
+    start = float(abs(trajectories[names[0]].points[0]).max())
+    reached = {name: float(abs(trajectories[name].points).max()) for name in names}
+    shared = max(reach for reach in reached.values() if reach <= OWN_SCALE * start)
+    own = reached[f"{metric}_{variant}_plane"]
+    return 1.08 * (own if own > OWN_SCALE * start else shared)
 
 
 def _draw_plane(axes: Axes, trajectory: Trajectory, start: int, reach: float) -> None:
@@ -205,7 +208,7 @@ def _starts(trajectories: Mapping[str, Trajectory]) -> Figure:
         row[-1].set_ylim(0.1, 10)
         row[0].set_ylabel(f"{metric.capitalize()}\nembedding $z_2$")
         row[-1].set_ylabel("eigenvalues of V V$^T$")
-        end = "1" if metric == "euclidean" else "half the first trace"
+        end = "1" if metric == "euclidean" else "trace / 2"
         row[-1].set_title(f"dotted: expected end, {end}", fontsize=11)
         row[-1].legend(frameon=False, fontsize=9, loc="upper right", ncols=3, columnspacing=1)
     picture.suptitle(

@@ -232,6 +232,15 @@ def test_a_row_of_zeros_is_no_trouble() -> None:
         assert (simulate(sizes, v_SMN).eigenvalues == 0).all()
 
 
+@pytest.mark.parametrize("name", COSINE)
+def test_relu_embeddings_below_the_norm_floor_move_nothing(name: str) -> None:
+    """One sample of them would otherwise move V by 1e8, along the embedding itself."""
+    toy = changed(COSINE[name], relu=True, samples=200)
+    short = torch.tensor([[[1e-9, 0.0], [0.0, 1e-9]]], dtype=torch.float64)
+    toy = changed(toy, inputs=2, outputs=2)
+    assert (sampled_gradient(toy, short, stream(0, 1)) == 0).all()
+
+
 @pytest.mark.parametrize("name", EUCLIDEAN)
 def test_the_closed_form_is_the_mean_of_the_samples(name: str) -> None:
     toy = changed(EUCLIDEAN[name], samples=4000)
