@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from isofast.errors import UserError
 from isofast.toy import LOSSES, Toy
 
 if TYPE_CHECKING:
@@ -26,7 +27,11 @@ def add_theory(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     _add_simulation(simulation)
     simulation.set_defaults(run=_simulate)
     for name, text in FIGURES.items():
-        figure = what.add_parser(name, help=text, description=f"P Fig. {name[-1]}: {text}.")
+        figure = what.add_parser(
+            name,
+            help=text,
+            description=f"P Fig. {name[-1]}: {text}. The planes take ten times --samples.",
+        )
         figure.add_argument("--output", type=Path, required=True, help="folder for PNG and NPZ")
         figure.add_argument("--workers", type=int, help="processes (default: one a core)")
         figure.set_defaults(run=_figure)
@@ -118,9 +123,8 @@ def _table(toy: Toy, trajectory: "Trajectory") -> str:
 
 def _figure(args: argparse.Namespace) -> None:
     if args.workers is not None and args.workers < 1:
-        from isofast.errors import UserError
-
         raise UserError(f"workers: got {args.workers}; give a number of at least 1")
+    # refuses bad values before torch is imported
     Toy(steps=args.steps, samples=args.samples, seed=args.seed)
     import torch
 

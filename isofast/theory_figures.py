@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
+from isofast.errors import UserError
 from isofast.files import write_atomically
 from isofast.theory import Trajectory
 from isofast.theory_panels import (
@@ -34,13 +35,13 @@ TITLES = {
 NOTE = (
     "The derivative that the paper prints\n"
     "for the cosine without stop-gradient\n"
-    "(App. C.2) has an error: it divides a\n"
-    "term of the target side by $a^3 b$\n"
-    "in place of $a\\,b^3$, with a = |W z|,\n"
-    "b = |t|. Both are shown below: under\n"
-    "the true one the trace is kept and\n"
-    "dimensions collapse, the paper's\n"
-    "diverges (mind its own axes)."
+    "(App. C.2) has an error: it divides\n"
+    "a term of the target side by $a^3 b$\n"
+    "in place of $a\\,b^3$, with a = |W z|\n"
+    "and b = |t|. Both are shown below.\n"
+    "Under the true one the trace stays\n"
+    "and dimensions collapse; the\n"
+    "paper's diverges (mind its axes)."
 )
 # of Okabe and Ito's palette, told apart by colour-blind readers
 START, END, LINE = "#D55E00", "#0072B2", "#9A9A9A"
@@ -71,13 +72,17 @@ def write_figure(
         The two files written.
 
     Raises:
-        UserError: a value that `Toy` refuses.
+        UserError: a value that `Toy` refuses, or a folder that cannot be made.
         RunError: a simulation left the finite numbers.
     """
     panels = panels_of(figure, **changes)
+    # before the minutes of simulation, not after
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"output: {folder} is no folder to write to: {error.strerror}") from error
     trajectories = run_panels(panels, workers=workers, done=done)
     picture = _starts(trajectories) if figure == "figure5" else _losses(panels, trajectories)
-    folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / f"{figure}.png", folder / f"{figure}.npz"]
     FigureCanvasAgg(picture)
     write_atomically(paths[0], lambda path: picture.savefig(path, dpi=150, format="png"))
@@ -106,7 +111,7 @@ def _losses(panels: list[Panel], trajectories: Mapping[str, Trajectory]) -> Figu
             if plane is None or spectrum is None:
                 above.set_axis_off()
                 below.set_axis_off()
-                note = above.text(-0.12, 1.0, NOTE, va="top", fontsize=9, transform=above.transAxes)
+                note = above.text(-0.2, 1.0, NOTE, va="top", fontsize=9, transform=above.transAxes)
                 note.set_in_layout(False)
                 _legend(below)
                 continue
@@ -179,7 +184,7 @@ def _legend(axes: Axes) -> None:
         Line2D([], [], color=shades[1], label="smallest eigenvalue"),
     ]
     legend = axes.legend(
-        handles=handles, loc="upper left", bbox_to_anchor=(-0.18, 1), frameon=False, fontsize=9
+        handles=handles, loc="upper left", bbox_to_anchor=(-0.26, 1), frameon=False, fontsize=9
     )
     legend.set_in_layout(False)
 

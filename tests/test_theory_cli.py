@@ -168,6 +168,15 @@ def test_a_figure_refuses_bad_values_before_it_makes_a_folder(
     assert not (tmp_path / "new").exists()
 
 
+def test_an_output_that_is_a_file_is_refused_before_anything_is_simulated(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "taken").write_text("here")
+    assert main(["theory", "figure5", "--output", str(tmp_path / "taken")]) == 2
+    shown = capsys.readouterr().err
+    assert "taken is no folder to write to: File exists" in shown and "simulated" not in shown
+
+
 def test_the_number_of_processes_changes_nothing() -> None:
     panels = panels_of("figure5", steps=3, samples=5)
     alone, together = (
