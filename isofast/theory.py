@@ -15,7 +15,8 @@ so that an eigenvalue lambda = s^2 of V V^T, s a singular value of V, follows un
 - iso Euclidean:    s' = eta (1 - lambda) s,           lambda' = 2 eta lambda (1 - lambda)
 
 which are the paper's rates eta lambda (1 - lambda) and eta (1 - lambda) of an embedding's
-component; lambda, being its square, moves at twice the rate. All others are sampled.
+component; lambda, being its square, moves at twice the rate. A Euclidean ReLU network without
+predictor drifts outwards, dV = -c V (`RELU_DRIFT`). All other gradients are sampled.
 
 Shape letters: S initialisations, B samples, N inputs, M outputs, P points, T recorded steps.
 """
@@ -38,6 +39,10 @@ from isofast_kernels.reference import (
 
 NOISE = 0.1
 """Standard deviation of what tells view 2 from view 1."""
+RELU_DRIFT = (NOISE - math.atan(NOISE)) / (2 * math.pi)
+"""c = E[relu(r) 1[u > 0] u] - E[relu(u)^2] for u ~ N(0, 1) and r = u + NOISE n: the noisy view is
+longer in the mean, so that without a predictor z1 grows after it, by NOISE^3 / (6 pi) a unit of
+time. The first mean is one of Cho and Saul's (2009), for the angle atan(NOISE) between u and r."""
 INITIAL_SCALE = 0.25
 """Standard deviation of V's elements at the start."""
 
@@ -149,7 +154,10 @@ def sampled_gradient(toy: Toy, v_SMN: Tensor, generator: torch.Generator) -> Ten
 
 
 def _exact_gradient(toy: Toy, v_SMN: Tensor) -> Tensor:
-    """E over the views of the linear Euclidean gradient: E x1 x1^T = E x2 x1^T = I."""
+    """E over the views of the Euclidean gradient; if linear from E x1 x1^T = E x2 x1^T = I."""
+    if toy.relu:
+        # each row of V by itself, and by symmetry along itself
+        return -RELU_DRIFT * v_SMN
     w_SMM = _predictor(toy, v_SMN)
     error_SMN = w_SMM @ v_SMN - v_SMN
     dv_SMN = error_SMN if toy.isotropic else w_SMM @ error_SMN

@@ -90,8 +90,9 @@ class Toy:
 
     @property
     def exact(self) -> bool:
-        """Whether the population gradient has a closed form, so that nothing is sampled."""
-        return self.metric == "euclidean" and not self.relu
+        """Whether the population gradient has a closed form here, so that nothing is sampled."""
+        alone = self.stop_gradient and not self.predictor
+        return self.metric == "euclidean" and (not self.relu or alone)
 
     @property
     def default_steps(self) -> int:

@@ -1,5 +1,6 @@
 """The paper's theorems about its toy networks, on the simulations that draw its figures."""
 
+import math
 from collections.abc import Callable
 
 import numpy as np
@@ -223,6 +224,21 @@ def test_relu_networks_keep_their_dimensions_and_lose_them_without_stop_gradient
     assert kept[-1].min() > 3 * kept[0].min()
     lost = spectra(Toy(loss="euclidean", stop_gradient=False, relu=True, samples=200))
     assert lost[-1].sum() < 0.02 * lost[0].sum()
+
+
+def test_the_relu_networks_drift_without_predictor_is_the_populations() -> None:
+    """By quadrature over u = v.x1 of unit variance; the mean over the noise is the textbook's."""
+    u = np.linspace(0, 9, 200_001)
+    density = np.exp(-(u**2) / 2) / np.sqrt(2 * np.pi)
+    below = np.array([0.5 * (1 + math.erf(x / NOISE / 2**0.5)) for x in u])
+    target = u * below + NOISE * np.exp(-((u / NOISE) ** 2) / 2) / np.sqrt(2 * np.pi)
+    expected = np.trapezoid((u - target) * u * density, u)
+    toy = Toy(predictor=False, relu=True)
+    v_SMN = initial_weights(toy)
+    found = population_gradient(toy, v_SMN, stream(0, 1))
+    torch.testing.assert_close(found, expected * v_SMN, rtol=1e-5, atol=0)
+    sampled = sampled_gradient(changed(toy, samples=400_000), v_SMN, stream(0, 1))
+    assert (sampled - found).abs().max() < 3e-3
 
 
 def test_a_row_of_zeros_is_no_trouble() -> None:
