@@ -39,7 +39,11 @@ class DataConfig(_Section):
     )
     """Names the augmentation recipe and the stem that fit; imagefolder is any folder of images."""
     root: Path = Field(strict=False, json_schema_extra=FREE)
-    """Folder that holds train/CLASS/IMAGE and val/CLASS/IMAGE (JPEG or PNG)."""
+    """Folder that holds train/CLASS/IMAGE and val/CLASS/IMAGE (JPEG or PNG), and unlabeled/IMAGE
+    for pictures without a class, which are trained on too."""
+    on_bad_image: Literal["stop", "skip"] = "stop"
+    """What to do about files found unreadable at the start: stop and name them, or train without
+    them. A file that is lost later stops the run in any case."""
     backend: Literal["auto", "dali"] = Field("auto", json_schema_extra=FREE)
     """What decodes and augments: dali; auto takes the fastest that fits (today: dali)."""
     crop: int | None = Field(None, ge=8)

@@ -16,9 +16,7 @@ from isofast.data import (
     ImageFolder,
     Recipe,
     make_train_loader,
-    open_dataset,
     recipe_for,
-    verify_images,
 )
 from isofast.distributed import (
     World,
@@ -31,6 +29,7 @@ from isofast.distributed import (
 from isofast.engine import check_pass_through, close_world, init_world, resolve_batch_norm
 from isofast.errors import RunError, UserError
 from isofast.evaluate import Evaluator
+from isofast.images import Images, agree_on_images, check_images, describe_images, list_images
 from isofast.method import StepOutput, ema_decay_at, move_target_
 from isofast.metrics import Record
 from isofast.optim import set_lr
@@ -58,16 +57,15 @@ def fit(config: Config, run_dir: Path) -> Summary:
     check_pass_through(config)
     config.batch_size_per_rank(launched_world_size())
     recipe = recipe_for(config.data.dataset, crop=config.data.crop)
-    train = open_dataset(config.data.root, "train")
-    val = open_dataset(config.data.root, "val") if config.evaluation.every_epochs else None
+    images = list_images(config)
     with ExitStack() as stack:
         if launched_rank() == 0:
             stack.enter_context(open_run_dir(run_dir, config))
-            train = verify_images(train)
-            val = val and verify_images(val)
+            images = check_images(config, images)
         world = init_world()
         stack.callback(close_world)
-        run = stack.enter_context(closing(_Run(config, run_dir, world, recipe, train, val)))
+        images = agree_on_images(config, world, images)
+        run = stack.enter_context(closing(_Run(config, run_dir, world, recipe, images)))
         try:
             run.train()
         except Exception as error:
@@ -86,12 +84,14 @@ class _Run:
         run_dir: Path,
         world: World,
         recipe: Recipe,
-        train: ImageFolder,
-        val: ImageFolder | None,
+        images: Images,
     ) -> None:
         self.config, self.run_dir, self.world = config, run_dir, world
+        train, val = images
         self.batch_norm = resolve_batch_norm(config, world)
-        self.state: TrainState = build(config, world, len(train.classes), self.batch_norm)
+        # without any class the probe has one output, and nothing to learn
+        outputs = max(1, len(train.classes))
+        self.state: TrainState = build(config, world, outputs, self.batch_norm)
         self.fingerprints = {
             "training": train.fingerprint,
             "validation": None if val is None else val.fingerprint,
@@ -129,7 +129,7 @@ class _Run:
             last_step=self.last_step,
             steps_per_epoch=self.steps_per_epoch,
         )
-        notes += self._plan(train, environment["device"])
+        notes += images.notes() + self._plan(train, environment["device"])
         self.recorder.progress.say("\n".join(notes))
         self.ema_weight = torch.zeros((), device=world.device)
         self.all_finite = torch.ones((), dtype=torch.bool, device=world.device)
@@ -272,8 +272,8 @@ class _Run:
         predictor = "trained predictor" if method.alpha is None else f"alpha {method.alpha:g}"
         lines = [
             f"{method.name} ({method.metric}, {predictor}, "
-            f"{'EMA target' if method.ema else 'no EMA'}) on {len(train):,} images of "
-            f"{len(train.classes)} classes, {device}",
+            f"{'EMA target' if method.ema else 'no EMA'}) on "
+            f"{describe_images(train)}, {device}",
             f"{world.size} process(es), BatchNorm statistics {statistics}, "
             f"{self.steps_per_epoch} steps an epoch "
             f"({self.loader.dropped_per_epoch} images left out of each)",

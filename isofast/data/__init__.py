@@ -5,7 +5,8 @@ DALI is imported only when a loader is made: listing, checking and preparing dat
 
 from typing import TYPE_CHECKING, Any
 
-from isofast.data.datasets import ImageFolder, open_dataset, verify_images
+from isofast.data.datasets import ImageFolder, left_out_note, verify_images
+from isofast.data.listing import open_dataset
 from isofast.data.order import Batch
 from isofast.data.recipe import Recipe, ViewRecipe, recipe_for
 from isofast.errors import UserError
@@ -23,6 +24,7 @@ __all__ = [
     "Recipe",
     "TrainLoader",
     "ViewRecipe",
+    "left_out_note",
     "make_eval_loader",
     "make_train_loader",
     "open_dataset",

@@ -1,16 +1,14 @@
-"""A folder of classes on disk: what is in it, and whether every image in it can be read.
-
-Layout: root/train/CLASS/*.png|jpg|jpeg and root/val/CLASS/*.png|jpg|jpeg.
-"""
+"""The images of a data root (`isofast.data.listing` finds them), and whether they can be read."""
 
 import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -20,15 +18,13 @@ from tqdm import tqdm
 from isofast.errors import RunError, UserError
 from isofast.files import write_atomically
 
-SPLITS = ("train", "val")
-EXTENSIONS = (".png", ".jpg", ".jpeg")
 # MPO is a JPEG with further pictures behind the first, as many cameras write it
 _FORMATS = ("PNG", "JPEG", "MPO")
 _SHOWN = 5
 
+OnBad = Literal["stop", "skip"]
 # size in bytes and time of change tell whether a file is the one that was checked
 _Stamp = tuple[int, int]
-_Checked = dict[str, tuple[int, int, int, int]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,8 +35,9 @@ class ImageFolder:
         root: the data root. split: "train" or "val".
         classes: class names, sorted; a label is a place in it.
         paths: paths relative to root, with "/".
-        labels: int64.
+        labels: int64; -1 where an image has none.
         fingerprint: sha256 over the paths, labels and file sizes.
+        left_out: unreadable files that `verify_images` was told to skip, with what is wrong.
         sizes: (N, 2) int64, height and width in pixels as stored; None before `verify_images`.
         stamps: bytes and time of change (ns) of each file as checked; None before `verify_images`.
     """
@@ -53,52 +50,24 @@ class ImageFolder:
     fingerprint: str
     sizes: npt.NDArray[np.int64] | None = None
     stamps: tuple[_Stamp, ...] | None = None
+    left_out: Mapping[str, str] = field(default_factory=dict)
 
     def __len__(self) -> int:
         """Give the number of images."""
         return len(self.paths)
 
 
-def open_dataset(root: Path | str, split: str) -> ImageFolder:
-    """List one split of a data root; no image is opened (that is `verify_images`).
-
-    Raises:
-        UserError: the root or the split is missing, holds no class folder, has a class without
-            images, or the validation classes are not the training classes.
-    """
-    root = Path(root)
-    if split not in SPLITS:
-        raise ValueError(f"split is {split!r}; allowed are {', '.join(SPLITS)}")
-    if not root.is_dir():
-        raise UserError(
-            f"the data root {root} is not a folder. Make it with "
-            f"`isofast prepare NAME --root {root}` (NAME: digits, tinyimagenet, ...) "
-            "or point data.root at a folder with train/CLASS and val/CLASS"
-        )
-    classes = _class_names(root, split)
-    if split == "val" and (root / "train").is_dir():
-        _same_classes(root, classes)
-    paths: list[str] = []
-    labels: list[int] = []
+def fingerprint_of(paths: Sequence[str], labels: Iterable[int], sizes: Iterable[int]) -> str:
+    """sha256 over what is trained on: paths, labels and file sizes in bytes, in this order."""
     digest = hashlib.sha256()
-    for label, name in enumerate(classes):
-        found = sorted(_images_in(root / split / name))
-        if not found:
-            raise UserError(
-                f"the class folder {root / split / name} has no image; images are its direct "
-                f"children named *{', *'.join(EXTENSIONS)}. Add images or remove the folder"
-            )
-        for filename, size in found:
-            path = f"{split}/{name}/{filename}"
-            digest.update(f"{path}\0{label}\0{size}\n".encode("utf-8", "surrogateescape"))
-            paths.append(path)
-            labels.append(label)
-    return ImageFolder(
-        root, split, classes, tuple(paths), np.array(labels, np.int64), digest.hexdigest()
-    )
+    for path, label, size in zip(paths, labels, sizes, strict=True):
+        digest.update(f"{path}\0{label}\0{size}\n".encode("utf-8", "surrogateescape"))
+    return digest.hexdigest()
 
 
-def verify_images(dataset: ImageFolder, *, progress: bool = True) -> ImageFolder:
+def verify_images(
+    dataset: ImageFolder, *, on_bad: OnBad = "stop", progress: bool = True
+) -> ImageFolder:
     """Decode every image once, and give the data set with `sizes` filled in.
 
     What was found is kept in the data root (`.isofast-checked-SPLIT.json`) by path, file size and
@@ -107,16 +76,19 @@ def verify_images(dataset: ImageFolder, *, progress: bool = True) -> ImageFolder
 
     Args:
         dataset: what to check.
+        on_bad: "stop" refuses a data set with files that cannot be read as images; "skip" leaves
+            them out, as if they were not there, and lists them in `left_out`.
         progress: show a bar on stderr while files are being read.
 
     Raises:
-        UserError: files that cannot be read as images, named.
+        UserError: files that cannot be read as images, named; with "skip" only where that leaves a
+            class, or everything, without an image.
     """
-    manifest = dataset.root / f".isofast-checked-{dataset.split}.json"
-    known = _read_manifest(manifest)
-    checked: _Checked = {}
-    pending: list[tuple[str, _Stamp]] = []
+    memory = dataset.root / f".isofast-checked-{dataset.split}.json"
+    known = _read_memory(memory)
+    found = _Findings({}, {})
     bad: dict[str, str] = {}
+    pending: list[tuple[str, _Stamp]] = []
     for path in dataset.paths:
         try:
             status = os.stat(dataset.root / path)
@@ -124,34 +96,30 @@ def verify_images(dataset: ImageFolder, *, progress: bool = True) -> ImageFolder
             bad[path] = error.strerror or str(error)
             continue
         stamp = (status.st_size, status.st_mtime_ns)
-        entry = known.get(path)
-        if entry is not None and entry[:2] == stamp:
-            checked[path] = entry
+        if path in known.good and known.good[path][:2] == stamp:
+            found.good[path] = known.good[path]
+        # someone who was stopped by a file may have mended it, whatever its time of change
+        elif on_bad == "skip" and path in known.bad and known.bad[path][:2] == stamp:
+            found.bad[path] = known.bad[path]
         else:
             pending.append((path, stamp))
-    # decoding releases the interpreter's lock, so threads do scale here
-    with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
-        results = pool.map(lambda item: _image_problem(dataset.root / item[0]), pending)
-        bar = tqdm(
-            zip(pending, results, strict=True),
-            desc=f"checking {dataset.split} images",
-            total=len(pending),
-            unit="image",
-            # None: no bar where there is no terminal
-            disable=None if progress and pending else True,
+    _look_at(dataset, pending, found, bad, progress)
+    if found != known:
+        _write_memory(memory, found)
+    bad |= {path: reason for path, (_, _, reason) in found.bad.items()}
+    if bad and on_bad == "stop":
+        raise UserError(
+            f"{_bad_files(dataset, bad)}. Replace or delete these files, or leave them out with "
+            "data.on_bad_image=skip (`isofast prepare`: --on-bad-image skip), then start again"
         )
-        for (path, stamp), (problem, height, width) in bar:
-            if problem:
-                bad[path] = problem
-            else:
-                checked[path] = (*stamp, height, width)
-    if checked != known:
-        _write_manifest(manifest, checked)
-    if bad:
-        raise UserError(_bad_files_message(dataset, bad))
-    sizes = np.array([checked[path][2:] for path in dataset.paths], dtype=np.int64)
-    stamps = tuple(checked[path][:2] for path in dataset.paths)
-    return replace(dataset, sizes=sizes, stamps=stamps)
+    return _with_findings(dataset, found, bad)
+
+
+def left_out_note(dataset: ImageFolder) -> str:
+    """Say in one line what a check has left out; "" where nothing was."""
+    if not dataset.left_out:
+        return ""
+    return f"{_bad_files(dataset, dataset.left_out)}. They are left out"
 
 
 def read_files(dataset: ImageFolder, indices: Iterable[int]) -> list[bytes]:
@@ -185,84 +153,116 @@ def _lost_message(path: str, reason: str) -> str:
     )
 
 
-def _image_problem(path: Path) -> tuple[str, int, int]:
-    """Decode one file; give ("", height, width), or (what is wrong with it, 0, 0)."""
+class _Findings(NamedTuple):
+    """What is known of files: size and time of change, then height and width, or what is wrong."""
+
+    good: dict[str, tuple[int, int, int, int]]
+    bad: dict[str, tuple[int, int, str]]
+
+
+class _Look(NamedTuple):
+    """One file decoded: what is wrong with it ("": nothing), and whether that is sure to stay."""
+
+    problem: str
+    height: int = 0
+    width: int = 0
+    lasting: bool = True
+
+
+def _look_at(
+    dataset: ImageFolder,
+    pending: list[tuple[str, _Stamp]],
+    found: _Findings,
+    bad: dict[str, str],
+    progress: bool,
+) -> None:
+    """Decode the pending files, and sort them into what is found and what is bad for now."""
+    # decoding releases the interpreter's lock, so threads do scale here
+    with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
+        looks = pool.map(lambda item: _image_problem(dataset.root / item[0]), pending)
+        bar = tqdm(
+            zip(pending, looks, strict=True),
+            desc=f"checking {dataset.split} images",
+            total=len(pending),
+            unit="image",
+            # None: no bar where there is no terminal
+            disable=None if progress and pending else True,
+        )
+        for (path, stamp), look in bar:
+            if not look.problem:
+                found.good[path] = (*stamp, look.height, look.width)
+            elif look.lasting:
+                found.bad[path] = (*stamp, look.problem)
+            else:
+                bad[path] = look.problem
+
+
+def _image_problem(path: Path) -> _Look:
     try:
         with Image.open(path) as image:
             if image.format not in _FORMATS:
-                return f"{image.format}, not PNG or JPEG", 0, 0
+                return _Look(f"{image.format}, not PNG or JPEG")
             image.load()
-            return "", image.height, image.width
+            return _Look("", image.height, image.width)
     # Pillow raises nearly anything for damaged files (SyntaxError for PNG, struct.error, ...)
     except Exception as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            # the disk's or the permissions' fault, which may pass: not to be remembered
+            return _Look(error.strerror or str(error), lasting=False)
         reason = "empty file" if path.exists() and path.stat().st_size == 0 else str(error)
-        return reason.replace(f" {str(path)!r}", ""), 0, 0
+        return _Look(reason.replace(f" {str(path)!r}", "") or type(error).__name__)
 
 
-def _class_names(root: Path, split: str) -> tuple[str, ...]:
-    folder = root / split
-    if not folder.is_dir():
+def _with_findings(dataset: ImageFolder, found: _Findings, bad: dict[str, str]) -> ImageFolder:
+    """The data set with sizes and stamps, without the bad files."""
+    kept = [k for k, path in enumerate(dataset.paths) if path not in bad]
+    paths = tuple(dataset.paths[k] for k in kept)
+    labels = dataset.labels[kept]
+    empty = [name for k, name in enumerate(dataset.classes) if not (labels == k).any()]
+    if empty or not kept:
         raise UserError(
-            f"{root} has no folder {split!r}; a data root has train/CLASS/ and val/CLASS/ with "
-            "the images of each class. Move the images there, or give another data.root"
+            f"{_bad_files(dataset, bad)}. That leaves no image of "
+            f"{f'the class {empty[0]}' if empty else 'the data set'}: replace these files, or "
+            "remove the class folder from train and val"
         )
-    with os.scandir(folder) as entries:
-        names = sorted(e.name for e in entries if e.is_dir() and not e.name.startswith("."))
-    if not names:
-        raise UserError(
-            f"{folder} has no class folder; put each class's images into a folder of its own, "
-            f"{folder}/CLASS/"
-        )
-    return tuple(names)
-
-
-def _same_classes(root: Path, val: tuple[str, ...]) -> None:
-    train = _class_names(root, "train")
-    if train == val:
-        return
-    only_train = sorted(set(train) - set(val))[:_SHOWN]
-    only_val = sorted(set(val) - set(train))[:_SHOWN]
-    raise UserError(
-        f"the class folders of {root}/train ({len(train)}) and {root}/val ({len(val)}) differ"
-        + (f"; only in train: {', '.join(only_train)}" if only_train else "")
-        + (f"; only in val: {', '.join(only_val)}" if only_val else "")
-        + ". Both splits need the same classes"
+    stamps = tuple(found.good[path][:2] for path in paths)
+    return replace(
+        dataset,
+        paths=paths,
+        labels=labels,
+        sizes=np.array([found.good[path][2:] for path in paths], dtype=np.int64),
+        stamps=stamps,
+        left_out=dict(sorted(bad.items())),
+        fingerprint=fingerprint_of(paths, labels, [size for size, _ in stamps])
+        if bad
+        else dataset.fingerprint,
     )
 
 
-def _images_in(folder: Path) -> Iterator[tuple[str, int]]:
-    with os.scandir(folder) as entries:
-        for entry in entries:
-            name = entry.name
-            if not name.lower().endswith(EXTENSIONS) or name.startswith("."):
-                continue
-            if entry.is_file():
-                yield name, entry.stat().st_size
-            elif entry.is_symlink():
-                # it leads nowhere: verify_images names it, instead of training on fewer images
-                yield name, 0
-
-
-def _bad_files_message(dataset: ImageFolder, bad: dict[str, str]) -> str:
+def _bad_files(dataset: ImageFolder, bad: Mapping[str, str]) -> str:
     shown = "; ".join(f"{dataset.root / path} ({bad[path]})" for path in sorted(bad)[:_SHOWN])
     more = f"; and {len(bad) - _SHOWN} more" if len(bad) > _SHOWN else ""
-    return (
-        f"{len(bad)} of {len(dataset)} {dataset.split} images cannot be read: {shown}{more}. "
-        "Replace or delete these files, then start again"
-    )
+    total = len(dataset) + len(dataset.left_out)
+    return f"{len(bad)} of {total} {dataset.split} images cannot be read: {shown}{more}"
 
 
-def _read_manifest(path: Path) -> _Checked:
+def _read_memory(path: Path) -> _Findings:
     try:
-        entries = json.loads(path.read_text())["files"]
-        return {name: (int(a), int(b), int(c), int(d)) for name, (a, b, c, d) in entries.items()}
+        content = json.loads(path.read_text())
+        good = {
+            name: (int(a), int(b), int(c), int(d))
+            for name, (a, b, c, d) in content["files"].items()
+        }
+        bad = {name: (int(a), int(b), str(c)) for name, (a, b, c) in content.get("bad", {}).items()}
+        return _Findings(good, bad)
     # missing or damaged: everything is checked again
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return {}
+        return _Findings({}, {})
 
 
-def _write_manifest(path: Path, checked: _Checked) -> None:
-    content = json.dumps({"fields": "bytes, mtime_ns, height, width", "files": checked})
+def _write_memory(path: Path, found: _Findings) -> None:
+    fields = {"files": "bytes, mtime_ns, height, width", "bad": "bytes, mtime_ns, what is wrong"}
+    content = json.dumps({"fields": fields, "files": found.good, "bad": found.bad})
     # a read-only or full data root only costs the check at the next start
     with contextlib.suppress(OSError):
         write_atomically(path, lambda part: part.write_text(content))

@@ -19,7 +19,8 @@ from PIL import Image
 from tqdm import tqdm
 
 from isofast.data.archives import extract_tinyimagenet
-from isofast.data.datasets import SPLITS, open_dataset, verify_images
+from isofast.data.datasets import verify_images
+from isofast.data.listing import SPLITS, open_dataset
 from isofast.errors import UserError
 
 _MANIFEST = ".isofast-prepared.json"

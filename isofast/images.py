@@ -1,0 +1,80 @@
+"""The images of a run: listed, checked, and the same on every rank."""
+
+from typing import NamedTuple
+
+from isofast.config import Config
+from isofast.data import ImageFolder, left_out_note, open_dataset, verify_images
+from isofast.distributed import World, gather_objects
+from isofast.errors import RankError, UserError
+from isofast.probe import UNLABELLED
+
+
+class Images(NamedTuple):
+    """What a run trains on, and what it evaluates on, if it does."""
+
+    train: ImageFolder
+    val: ImageFolder | None
+
+    def notes(self) -> list[str]:
+        """What there is to say about files that are left out."""
+        notes = (left_out_note(images) for images in self if images is not None)
+        return [note for note in notes if note]
+
+
+def list_images(config: Config) -> Images:
+    """Lists the images that ``config`` asks for; none is opened.
+
+    Raises:
+        UserError: the data root is not one.
+    """
+    root = config.data.root
+    evaluates = config.evaluation.every_epochs > 0
+    return Images(open_dataset(root, "train"), open_dataset(root, "val") if evaluates else None)
+
+
+def check_images(config: Config, images: Images) -> Images:
+    """Decodes every image that was not decoded before.
+
+    Raises:
+        UserError: images that cannot be read, unless ``data.on_bad_image`` leaves them out.
+    """
+    on_bad = config.data.on_bad_image
+    train, val = images
+    return Images(
+        verify_images(train, on_bad=on_bad),
+        None if val is None else verify_images(val, on_bad=on_bad),
+    )
+
+
+def agree_on_images(config: Config, world: World, images: Images) -> Images:
+    """Checks the images on the ranks after the first, and that all ranks have the same ones.
+
+    Called by every rank; the first has been through ``check_images``, and the others mostly read
+    what it has found.
+
+    Raises:
+        RankError: images that this rank alone cannot read, or others than on the first rank.
+    """
+    problem = ""
+    if not world.is_main:
+        try:
+            images = check_images(config, images)
+        except UserError as error:
+            problem = str(error)
+    fingerprints = [None if part is None else part.fingerprint for part in images]
+    if gather_objects((problem, fingerprints)) != [("", fingerprints)] * world.size:
+        raise RankError(
+            problem
+            or f"the processes do not find the same images under {config.data.root}: give all of "
+            "them the same files, and let them read all of these"
+        )
+    return images
+
+
+def describe_images(train: ImageFolder) -> str:
+    """Says in a few words what is trained on: "1,442 images of 10 classes"."""
+    unlabelled = int((train.labels == UNLABELLED).sum())
+    if not train.classes:
+        return f"{len(train):,} images without labels"
+    aside = f" ({unlabelled:,} without a label)" if unlabelled else ""
+    return f"{len(train):,} images{aside} of {len(train.classes)} classes"
