@@ -16,7 +16,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _prepare(args: argparse.Namespace) -> None:
-    print(prepare(args.name, args.root, args.archive))
+    print(prepare(args.name, args.root, args.archive, on_bad=args.on_bad_image))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -26,6 +26,12 @@ def _parser() -> argparse.ArgumentParser:
     prep.add_argument("name", choices=NAMES, help="which data set")
     prep.add_argument("--root", type=Path, required=True, help="folder to fill, or to check")
     prep.add_argument("--archive", type=Path, help="the official archive; nothing is downloaded")
+    prep.add_argument(
+        "--on-bad-image",
+        choices=("stop", "skip"),
+        default="stop",
+        help="what to do about unreadable images: stop (default) or leave them out",
+    )
     prep.add_argument("--debug", action="store_true", help="show tracebacks of user errors too")
     prep.set_defaults(run=_prepare)
     add_theory(commands)

@@ -109,8 +109,9 @@ def verify_images(
     bad |= {path: reason for path, (_, _, reason) in found.bad.items()}
     if bad and on_bad == "stop":
         raise UserError(
-            f"{_bad_files(dataset, bad)}. Replace or delete these files, or leave them out with "
-            "data.on_bad_image=skip (`isofast prepare`: --on-bad-image skip), then start again"
+            f"{_bad_files(dataset, bad, dataset.root)}. Replace or delete these files, or leave "
+            "them out with data.on_bad_image=skip (`isofast prepare`: --on-bad-image skip), then "
+            "start again"
         )
     return _with_findings(dataset, found, bad)
 
@@ -119,7 +120,7 @@ def left_out_note(dataset: ImageFolder) -> str:
     """Say in one line what a check has left out; "" where nothing was."""
     if not dataset.left_out:
         return ""
-    return f"{_bad_files(dataset, dataset.left_out)}. They are left out"
+    return f"{_bad_files(dataset, dataset.left_out, Path())}. They are left out"
 
 
 def read_files(dataset: ImageFolder, indices: Iterable[int]) -> list[bytes]:
@@ -221,7 +222,7 @@ def _with_findings(dataset: ImageFolder, found: _Findings, bad: dict[str, str]) 
     empty = [name for k, name in enumerate(dataset.classes) if not (labels == k).any()]
     if empty or not kept:
         raise UserError(
-            f"{_bad_files(dataset, bad)}. That leaves no image of "
+            f"{_bad_files(dataset, bad, dataset.root)}. That leaves no image of "
             f"{f'the class {empty[0]}' if empty else 'the data set'}: replace these files, or "
             "remove the class folder from train and val"
         )
@@ -239,8 +240,8 @@ def _with_findings(dataset: ImageFolder, found: _Findings, bad: dict[str, str]) 
     )
 
 
-def _bad_files(dataset: ImageFolder, bad: Mapping[str, str]) -> str:
-    shown = "; ".join(f"{dataset.root / path} ({bad[path]})" for path in sorted(bad)[:_SHOWN])
+def _bad_files(dataset: ImageFolder, bad: Mapping[str, str], root: Path) -> str:
+    shown = "; ".join(f"{root / path} ({bad[path]})" for path in sorted(bad)[:_SHOWN])
     more = f"; and {len(bad) - _SHOWN} more" if len(bad) > _SHOWN else ""
     total = len(dataset) + len(dataset.left_out)
     return f"{len(bad)} of {total} {dataset.split} images cannot be read: {shown}{more}"

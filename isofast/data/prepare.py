@@ -6,73 +6,71 @@ was stopped leaves nothing half-written: given again it starts over, or finishes
 
 import contextlib
 import fcntl
-import hashlib
-import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image
-from tqdm import tqdm
 
 from isofast.data.archives import extract_tinyimagenet
-from isofast.data.datasets import verify_images
-from isofast.data.listing import SPLITS, open_dataset
+from isofast.data.datasets import OnBad
+from isofast.data.listing import SPLITS, UNLABELED
+from isofast.data.prepared import (
+    MANIFEST,
+    PreparedCounts,
+    check_prepared,
+    count_images,
+    read_counts,
+    write_manifest,
+)
 from isofast.errors import UserError
 
-_MANIFEST = ".isofast-prepared.json"
+if TYPE_CHECKING:
+    from isofast.data.sources import Source
+
+NAMES = ("digits", "cifar10", "cifar100", "stl10", "tinyimagenet", "imagefolder")
 _PARTIAL = ".partial"
+_DOWNLOAD = ".download"
 
 
-@dataclass(frozen=True)
-class PreparedCounts:
-    """What a data root holds: number of classes and images, and whether it was there before."""
-
-    name: str
-    root: Path
-    classes: int
-    train: int
-    val: int
-    already_there: bool
-
-    def __str__(self) -> str:
-        """Say it in one line."""
-        state = "was already there, checked" if self.already_there else "ready"
-        return (
-            f"{self.name} {state}: {self.classes} classes, {self.train:,} train and "
-            f"{self.val:,} val images in {self.root}"
-        )
-
-
-def prepare(name: str, root: Path | str, archive: Path | str | None = None) -> PreparedCounts:
+def prepare(
+    name: str,
+    root: Path | str,
+    archive: Path | str | None = None,
+    *,
+    on_bad: OnBad = "stop",
+    source: "Source | None" = None,
+) -> PreparedCounts:
     """Make a data set ready under root; a second call only checks what is there.
 
     Args:
         name: one of `NAMES`.
         root: the data root, made where it is missing.
-        archive: the official file, for the data sets that come in one.
+        archive: the official file, for the data sets that come in one; without it the file is
+            downloaded.
+        on_bad: "stop" refuses unreadable images, "skip" leaves them out of the counts, and of
+            a run with ``data.on_bad_image`` "skip".
+        source: another place and other checksums of the archive than the official ones.
 
     Raises:
-        UserError: unknown name, an archive that is missing, damaged or not wanted, or a root that
-            holds something else or has changed since.
+        UserError: unknown name, an archive that is missing, damaged, not the official one or not
+            wanted, a failed download, or a root that holds something else or has changed since.
     """
     root = Path(root)
-    archive = None if archive is None else Path(archive)
-    if name == "tinyimagenet":
-        return prepare_tinyimagenet(root, archive)
-    if archive is not None and name in NAMES:
+    if name not in NAMES:
+        raise UserError(f"there is no data set {name!r} to prepare; allowed are {', '.join(NAMES)}")
+    if archive is not None and name in ("digits", "imagefolder"):
         raise UserError(f"{name} is made without an archive; leave out --archive {archive}")
     if name == "digits":
         return prepare_digits(root)
     if name == "imagefolder":
-        return prepare_imagefolder(root)
-    raise UserError(f"there is no data set {name!r} to prepare; allowed are {', '.join(NAMES)}")
-
-
-NAMES = ("digits", "tinyimagenet", "imagefolder")
+        return prepare_imagefolder(root, on_bad=on_bad)
+    return prepare_official(
+        name, root, None if archive is None else Path(archive), on_bad=on_bad, source=source
+    )
 
 
 def prepare_digits(root: Path) -> PreparedCounts:
@@ -81,54 +79,67 @@ def prepare_digits(root: Path) -> PreparedCounts:
     Raises:
         UserError: the root holds something else, or has changed since it was prepared.
     """
-    return _prepare("digits", root, _write_digits)
+    return _prepare("digits", root, _write_digits, "stop")
 
 
-def prepare_tinyimagenet(root: Path, archive: Path | None) -> PreparedCounts:
-    """Unpack TinyImageNet's official zip, of any number of classes; JPEGs stay as they are.
+def prepare_official(
+    name: str,
+    root: Path,
+    archive: Path | None,
+    *,
+    on_bad: OnBad = "stop",
+    source: "Source | None" = None,
+) -> PreparedCounts:
+    """Unpack cifar10, cifar100, stl10 or tinyimagenet; arguments and errors as for `prepare`.
 
-    Raises:
-        UserError: no archive, a damaged one or one of another layout; a root that holds something
-            else, or has changed since it was prepared.
+    The archive's files are verified by the md5 that torchvision lists; a downloaded archive is
+    also verified as a whole. TinyImageNet has no list, so an archive of any number of its classes
+    will do, and its JPEGs stay as they are.
     """
 
     def build(folder: Path) -> None:
-        if archive is None:
-            raise UserError(
-                "TinyImageNet is unpacked from its official zip: download "
-                "http://cs231n.stanford.edu/tiny-imagenet-200.zip and give it as --archive FILE"
-            )
-        extract_tinyimagenet(archive, folder)
+        # only here, because torchvision takes its time to load
+        from isofast.data.download import fetch
+        from isofast.data.official import write_cifar, write_stl10
+        from isofast.data.sources import source_of
 
-    return _prepare("tinyimagenet", root, build)
+        known = source or source_of(name)
+        given = archive or fetch(known, root / _DOWNLOAD)
+        if name == "tinyimagenet":
+            extract_tinyimagenet(given, folder)
+        elif name == "stl10":
+            write_stl10(given, folder, known)
+        else:
+            write_cifar(given, folder, known)
+
+    return _prepare(name, root, build, on_bad)
 
 
-def prepare_imagefolder(root: Path) -> PreparedCounts:
+def prepare_imagefolder(root: Path, *, on_bad: OnBad = "stop") -> PreparedCounts:
     """Check a folder of one's own: layout, classes, and that every image can be read.
 
     Raises:
         UserError: what is wrong with it, by name.
     """
-    train, val = (verify_images(open_dataset(root, split)) for split in SPLITS)
-    return PreparedCounts(
-        "imagefolder", root, len(train.classes), len(train), len(val), already_there=True
-    )
+    return count_images("imagefolder", root, on_bad, already_there=True)
 
 
-def _prepare(name: str, root: Path, build: Callable[[Path], None]) -> PreparedCounts:
+def _prepare(name: str, root: Path, build: Callable[[Path], None], on_bad: OnBad) -> PreparedCounts:
     made = not root.exists()
     try:
         root.mkdir(parents=True, exist_ok=True)
         with _locked(root):
-            return _prepare_locked(name, root, build)
+            return _prepare_locked(name, root, build, on_bad)
     except OSError as error:
-        built = (root / _PARTIAL / _MANIFEST).exists()
+        built = (root / _PARTIAL / MANIFEST).exists()
         remedy = (
             "All is built and waits to be moved into place; give the same command again to finish"
             if built
             else "Nothing half-written was left; free space or give another --root, then give the "
             "same command again"
         )
+        if (root / _DOWNLOAD).exists():
+            remedy += f". The downloaded archive is kept in {root / _DOWNLOAD}"
         raise UserError(
             f"cannot prepare {name} in {root}: {error.strerror or error}. {remedy}"
         ) from error
@@ -139,14 +150,16 @@ def _prepare(name: str, root: Path, build: Callable[[Path], None]) -> PreparedCo
                 root.rmdir()
 
 
-def _prepare_locked(name: str, root: Path, build: Callable[[Path], None]) -> PreparedCounts:
-    if (root / _MANIFEST).exists():
-        return _check_prepared(name, root)
+def _prepare_locked(
+    name: str, root: Path, build: Callable[[Path], None], on_bad: OnBad
+) -> PreparedCounts:
+    if (root / MANIFEST).exists():
+        return check_prepared(name, root)
     partial = root / _PARTIAL
     # a finished build has its manifest: what was stopped is the move alone
-    if not (partial / _MANIFEST).exists():
+    if not (partial / MANIFEST).exists():
         shutil.rmtree(partial, ignore_errors=True)
-        present = [split for split in SPLITS if (root / split).exists()]
+        present = [split for split in (*SPLITS, UNLABELED) if (root / split).exists()]
         if present:
             raise UserError(
                 f"{root} already holds {' and '.join(present)}, not made by `isofast prepare`. "
@@ -156,70 +169,15 @@ def _prepare_locked(name: str, root: Path, build: Callable[[Path], None]) -> Pre
         try:
             partial.mkdir()
             build(partial)
-            counts = _describe(name, partial)
-            (partial / _MANIFEST).write_text(json.dumps(counts, indent=1))
+            write_manifest(name, partial, on_bad)
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
             raise
-    for entry in sorted(partial.iterdir(), key=lambda path: path.name == _MANIFEST):
+    for entry in sorted(partial.iterdir(), key=lambda path: path.name == MANIFEST):
         entry.rename(root / entry.name)
     partial.rmdir()
-    return _counts(name, root, already_there=False)
-
-
-def _describe(name: str, root: Path) -> dict[str, object]:
-    """Counts and checksums of a data root whose images have all been decoded."""
-    train, val = (verify_images(open_dataset(root, split)) for split in SPLITS)
-    return {
-        "name": name,
-        "classes": len(train.classes),
-        "train": len(train),
-        "val": len(val),
-        "sha256_by_class": _class_digests(root),
-    }
-
-
-def _class_digests(root: Path) -> dict[str, str]:
-    """sha256 of each class folder's names and contents, by "split/class"."""
-    folders = sorted(folder for split in SPLITS for folder in (root / split).iterdir())
-    digests = {}
-    for folder in tqdm(folders, desc="checksums", unit="class", leave=False, disable=None):
-        digest = hashlib.sha256()
-        for path in sorted(folder.iterdir()):
-            digest.update(os.fsencode(path.name))
-            digest.update(hashlib.sha256(path.read_bytes()).digest())
-        digests[f"{folder.parent.name}/{folder.name}"] = digest.hexdigest()
-    return digests
-
-
-def _check_prepared(name: str, root: Path) -> PreparedCounts:
-    remedy = f"Delete {root} and prepare it again"
-    try:
-        manifest = json.loads((root / _MANIFEST).read_text())
-        expected = dict(manifest["sha256_by_class"])
-        found_name = str(manifest["name"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{root / _MANIFEST} is damaged. {remedy}") from error
-    if found_name != name:
-        raise UserError(f"{root} holds {found_name}, not {name}; give another --root")
-    try:
-        found = _class_digests(root)
-    except OSError as error:
-        raise UserError(f"{root} is no longer whole: {error}. {remedy}") from error
-    changed = sorted(k for k in expected | found if expected.get(k) != found.get(k))
-    if changed:
-        raise UserError(
-            f"{name} in {root} has changed since it was prepared: {len(changed)} class folder(s), "
-            f"{', '.join(changed[:5])}. {remedy}"
-        )
-    return _counts(name, root, already_there=True)
-
-
-def _counts(name: str, root: Path, *, already_there: bool) -> PreparedCounts:
-    manifest = json.loads((root / _MANIFEST).read_text())
-    return PreparedCounts(
-        name, root, manifest["classes"], manifest["train"], manifest["val"], already_there
-    )
+    shutil.rmtree(root / _DOWNLOAD, ignore_errors=True)
+    return read_counts(name, root, already_there=False)
 
 
 @contextlib.contextmanager
