@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 from isofast.data.prepare import NAMES, prepare
+from isofast.data.preview import check_preview_path, write_preview
 from isofast.errors import exit_code_of
 from isofast.theory_cli import add_theory
 
@@ -16,7 +17,12 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _prepare(args: argparse.Namespace) -> None:
+    if args.preview is not None:
+        check_preview_path(args.preview)
     print(prepare(args.name, args.root, args.archive, on_bad=args.on_bad_image))
+    if args.preview is not None:
+        write_preview(args.name, args.root, args.preview, on_bad=args.on_bad_image)
+        print(f"views of {args.name} as training sees them: {args.preview}")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -31,6 +37,12 @@ def _parser() -> argparse.ArgumentParser:
         choices=("stop", "skip"),
         default="stop",
         help="what to do about unreadable images: stop (default) or leave them out",
+    )
+    prep.add_argument(
+        "--preview",
+        type=Path,
+        metavar="FILE.png",
+        help="also draw some images with both of their augmented views",
     )
     prep.add_argument("--debug", action="store_true", help="show tracebacks of user errors too")
     prep.set_defaults(run=_prepare)
