@@ -1,5 +1,6 @@
 """Small data roots, made once a session, and the real pictures where they are at hand."""
 
+import tarfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -10,9 +11,12 @@ from PIL import Image
 
 from isofast.data import ImageFolder, Recipe, TrainLoader, open_dataset, recipe_for, verify_images
 from isofast.data.prepare import prepare
+from isofast.data.sources import source_of
+from isofast.data.tars import tar_members
 
 SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
 TINY_ZIP = SHARED / "tiny-imagenet-20-classes.zip"
+CIFAR10_TAR = SHARED / "cifar-10-batches-py.tar.xz"
 
 
 def write_images(root: Path, *, train: int, val: int, classes: int = 3, side: int = 24) -> None:
@@ -74,12 +78,18 @@ def make_loader(train_set: ImageFolder, recipe: Recipe) -> Iterator[Callable[...
 
 
 @pytest.fixture(scope="session")
-def tiny_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """20 classes of the real TinyImageNet, prepared from the archive."""
+def tiny_zip() -> Path:
+    """20 classes of the real TinyImageNet, in the official layout."""
     if not TINY_ZIP.exists():
         pytest.skip(f"needs {TINY_ZIP.name}, which is not in {TINY_ZIP.parent}")
+    return TINY_ZIP
+
+
+@pytest.fixture(scope="session")
+def tiny_root(tmp_path_factory: pytest.TempPathFactory, tiny_zip: Path) -> Path:
+    """The same, prepared."""
     root = tmp_path_factory.mktemp("tinyimagenet")
-    prepare("tinyimagenet", root, TINY_ZIP)
+    prepare("tinyimagenet", root, tiny_zip)
     return root
 
 
@@ -87,3 +97,21 @@ def tiny_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def photos(tiny_root: Path) -> ImageFolder:
     """The 1,000 real validation pictures, 64 x 64, some of them gray."""
     return verify_images(open_dataset(tiny_root, "val"), progress=False)
+
+
+@pytest.fixture(scope="session")
+def cifar10(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """The real CIFAR-10: prepared from its archive, and unpacked for torchvision's own reader."""
+    if not CIFAR10_TAR.exists():
+        pytest.skip(f"needs {CIFAR10_TAR.name}, which is not in {CIFAR10_TAR.parent}")
+    source = source_of("cifar10")
+    folder = tmp_path_factory.mktemp("cifar10")
+    files = folder / "unpacked" / source.folder
+    files.mkdir(parents=True)
+    # xz takes its time, so that it is read once, and prepared from what came out
+    for member in tar_members(CIFAR10_TAR, source.folder, source.checksums):
+        (files / member.name).write_bytes(member.content(1 << 28))
+    with tarfile.open(folder / "repacked.tar", "w") as archive:
+        archive.add(files, source.folder)
+    prepare("cifar10", folder / "root", folder / "repacked.tar")
+    return folder / "root", folder / "unpacked"

@@ -1,0 +1,190 @@
+"""Downloads, from a real server on this machine: verified, not repeated, or nothing at all."""
+
+import hashlib
+import http.server
+import io
+import socket
+import threading
+import zipfile
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from isofast.cli import main
+from isofast.data import download, sources
+from isofast.data.download import fetch
+from isofast.data.prepare import prepare
+from isofast.data.sources import Source
+from isofast.errors import UserError
+
+
+def tiny_archive() -> bytes:
+    """Two classes, one image of each in both splits, in TinyImageNet's layout."""
+    image, packed = io.BytesIO(), io.BytesIO()
+    Image.new("RGB", (64, 64), (200, 30, 60)).save(image, format="JPEG")
+    with zipfile.ZipFile(packed, "w") as archive:
+        top = "tiny-imagenet-200"
+        archive.writestr(f"{top}/wnids.txt", "n1\nn2\n")
+        annotations = "a.JPEG\tn1\t0\nb.JPEG\tn2\t0\n"
+        archive.writestr(f"{top}/val/val_annotations.txt", annotations)
+        for name in ("val/images/a", "val/images/b", "train/n1/images/c", "train/n2/images/d"):
+            archive.writestr(f"{top}/{name}.JPEG", image.getvalue())
+    return packed.getvalue()
+
+
+OFFICIAL = tiny_archive()
+
+
+class Server(http.server.ThreadingHTTPServer):
+    """Serves one file; ``sent`` is how much of it goes out before the connection is cut."""
+
+    content = OFFICIAL
+    sent = len(OFFICIAL)
+    requests = 0
+
+    @property
+    def source(self) -> Source:
+        name = "tiny-imagenet-200.zip"
+        md5 = hashlib.md5(OFFICIAL, usedforsecurity=False).hexdigest()
+        return Source("TinyImageNet", f"http://127.0.0.1:{self.server_port}/{name}", name, md5)
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    server: Server
+
+    def do_GET(self) -> None:
+        self.server.requests += 1
+        if "missing" in self.path:
+            self.send_error(404)
+            return
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(self.server.content)))
+        self.end_headers()
+        self.wfile.write(self.server.content[: self.server.sent])
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture
+def server() -> Iterator[Server]:
+    with Server(("127.0.0.1", 0), Handler) as running:
+        thread = threading.Thread(target=running.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        yield running
+        running.shutdown()
+        thread.join()
+
+
+def test_a_data_set_is_downloaded_and_made(tmp_path: Path, server: Server) -> None:
+    counts = prepare("tinyimagenet", tmp_path / "root", source=server.source)
+    assert (counts.classes, counts.train, counts.val) == (2, 2, 2)
+    names = {path.name for path in (tmp_path / "root").iterdir()}
+    assert names == {
+        "train",
+        "val",
+        ".isofast-prepared.json",
+        ".isofast-checked-train.json",
+        ".isofast-checked-val.json",
+    }
+    before = server.requests
+    assert prepare("tinyimagenet", tmp_path / "root", source=server.source).already_there
+    assert server.requests == before > 0
+
+
+def test_a_cut_connection_leaves_nothing(tmp_path: Path, server: Server) -> None:
+    server.sent = len(server.content) // 2
+    size = f"{server.sent:,} bytes"
+    with pytest.raises(UserError, match=f"127.0.0.1.*{size}.*connection was cut.*--archive FILE"):
+        prepare("tinyimagenet", tmp_path / "root", source=server.source)
+    assert list(tmp_path.iterdir()) == []
+    server.sent = len(server.content)
+    assert prepare("tinyimagenet", tmp_path / "root", source=server.source).train == 2
+
+
+def test_a_wrong_checksum_leaves_nothing(tmp_path: Path, server: Server) -> None:
+    server.content = server.content[:-1] + b"?"
+    md5 = hashlib.md5(server.content, usedforsecurity=False).hexdigest()
+    with pytest.raises(UserError, match=f"not TinyImageNet's official archive.*md5 {md5}"):
+        prepare("tinyimagenet", tmp_path / "root", source=server.source)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_verified_archive_is_not_downloaded_again(
+    tmp_path: Path, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = tmp_path / "root"
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("isofast.data.prepare.extract_tinyimagenet", full)
+        with pytest.raises(UserError, match=r"No space left.*archive is kept in .*\.download"):
+            prepare("tinyimagenet", root, source=server.source)
+    kept = root / ".download" / server.source.filename
+    assert kept.read_bytes() == server.content
+    assert [path.name for path in root.iterdir()] == [".download"]
+    before = server.requests
+    assert prepare("tinyimagenet", root, source=server.source).train == 2
+    assert server.requests == before
+    assert not kept.exists()
+    # one that the user has put into the root is used, and stays the user's
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / server.source.filename).write_bytes(server.content)
+    assert prepare("tinyimagenet", other, source=server.source).train == 2
+    assert server.requests == before
+    assert (other / server.source.filename).exists()
+
+
+def test_half_an_archive_of_a_killed_download_is_replaced(tmp_path: Path, server: Server) -> None:
+    folder = tmp_path / ".download"
+    folder.mkdir()
+    (folder / server.source.filename).write_bytes(server.content[:100])
+    assert fetch(server.source, folder).read_bytes() == server.content
+
+
+def test_no_bar_in_log_files(
+    tmp_path: Path, server: Server, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prepare("tinyimagenet", tmp_path / "root", source=server.source)
+    assert capsys.readouterr() == ("", "")
+
+
+def test_hosts_that_do_not_answer(
+    tmp_path: Path, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        closed = f"http://127.0.0.1:{silent.getsockname()[1]}/x.zip"
+        refused = replace(server.source, url=closed)
+        with pytest.raises(UserError, match=f"cannot download {closed}: .*refused"):
+            fetch(refused, tmp_path / "folder")
+        silent.listen()
+        monkeypatch.setattr(download, "_SILENCE_S", 0.2)
+        with pytest.raises(UserError, match=f"cannot download {closed}: .*timed out"):
+            fetch(refused, tmp_path / "folder")
+    missing = replace(server.source, url=server.source.url.replace("tiny", "missing"))
+    with pytest.raises(UserError, match=r"cannot download .*missing.*404.*--archive FILE"):
+        fetch(missing, tmp_path / "folder")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["cifar10", "cifar100", "stl10", "tinyimagenet"])
+def test_the_command_names_the_address_and_the_way_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    def unreachable(*_: object) -> object:
+        raise socket.gaierror(-2, "Name or service not known")
+
+    # also where this machine could reach it
+    monkeypatch.setattr(socket, "getaddrinfo", unreachable)
+    assert main(["prepare", name, "--root", str(tmp_path / "root")]) == 2
+    message = capsys.readouterr().err
+    assert f"cannot download {sources.source_of(name).url}" in message
+    assert "--archive FILE" in message and "Traceback" not in message
+    assert list(tmp_path.iterdir()) == []
