@@ -88,6 +88,14 @@ def test_buffers_rows_and_objects_are_exchanged(
     assert two["objects"].tolist() == [0, 1]
 
 
+def test_ranks_agree_on_their_images_or_stop_together(
+    results: Callable[[int], dict[str, torch.Tensor]],
+) -> None:
+    # same images go on, others are told by every rank; a rank alone has nobody to differ from
+    assert results(2)["agreed"].tolist() == [True, True, False]
+    assert results(1)["agreed"].tolist() == [True, True, True]
+
+
 @pytest.mark.parametrize(
     "claim", ["steps restored", "another device refused", "synchronised", "names kept"]
 )

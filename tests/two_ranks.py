@@ -5,20 +5,24 @@ Called by test_distributed.py with RANK, WORLD_SIZE and the rest in the environm
 """
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import nn
 
+from isofast.config import Config
 from isofast.data import Batch
 from isofast.distributed import (
+    World,
     gather_objects,
     gather_rows,
     mean_of_buffers_over_ranks_,
     mean_over_ranks_,
 )
 from isofast.engine import close_world, init_world
-from isofast.errors import UserError
+from isofast.errors import RankError, UserError
+from isofast.images import agree_on_images, list_images
 from isofast.settings import load_config
 from isofast.state import TrainState, build
 
@@ -60,11 +64,32 @@ def main(config_path: str, output: str) -> None:
     results["buffers"] = torch.cat([buffer.flatten() for buffer in buffers])
     results["rows"] = gather_rows(torch.full((world.rank + 1, 2), float(world.rank)))
     results["objects"] = torch.tensor([int(str(item)) for item in gather_objects(world.rank)])
+    results["agreed"] = torch.tensor(agreements(config, world))
     if world.size == 1:
         results |= check_alone(state, build(config, world, classes=10, batch_norm="synchronised"))
     if world.is_main:
         torch.save(results, output)
     close_world()
+
+
+def agreements(config: Config, world: World) -> list[bool]:
+    """All ranks go on with the same images, and stop together where the last has others."""
+    images = list_images(config)
+    last = world.size > 1 and world.rank == world.size - 1
+    same = agree_on_images(config, world, images).train.fingerprint == images.train.fingerprint
+    others = replace(images.train, fingerprint="others")
+    unreadable = replace(images.train, paths=("train/0/gone.png", *images.train.paths[1:]))
+    told = []
+    for train in (others, unreadable):
+        try:
+            agree_on_images(config, world, images._replace(train=train if last else images.train))
+            told.append("")
+        except RankError as error:
+            told.append(str(error))
+    everyone = gather_objects(told)
+    wanted = ["same images", "same images"] if not last else ["same images", "gone.png"]
+    right = all(word in text for word, text in zip(wanted, told, strict=True))
+    return [same, world.size == 1 or all(gather_objects(right)), everyone == [["", ""]]]
 
 
 def check_alone(state: TrainState, synchronised: TrainState) -> dict[str, torch.Tensor]:

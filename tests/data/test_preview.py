@@ -1,0 +1,122 @@
+"""`isofast prepare --preview`: originals and both views, as the loader makes them."""
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from isofast.cli import main
+from isofast.data import preview
+from isofast.data.preview import write_preview
+from isofast.data.recipe import RECIPES, recipe_for
+from isofast.errors import UserError
+
+
+def shown(monkeypatch: pytest.MonkeyPatch, name: str, root: Path) -> list[list[np.ndarray]]:
+    """The tiles that a preview puts on its sheet: rows of (H, W, 3)."""
+    kept: list[list[np.ndarray]] = []
+    draw = preview._sheet
+
+    def keep(title: str, rows: list[list[Image.Image]], names: list[str], side: int) -> Image.Image:
+        kept.extend([np.asarray(tile) for tile in row] for row in rows)
+        return draw(title, rows, names, side)
+
+    monkeypatch.setattr(preview, "_sheet", keep)
+    write_preview(name, root, root / "preview.png")
+    return kept
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_recipe_is_drawn(tmp_path: Path, pictures: Path, name: str) -> None:
+    path = tmp_path / "views.png"
+    write_preview(name, pictures, path)
+    crop = recipe_for(name).crop
+    with Image.open(path) as image:
+        assert image.format == "PNG"
+        assert image.width > 9 * crop and image.height > 8 * crop
+    assert [path.name for path in tmp_path.iterdir()] == ["views.png"]
+
+
+def test_views_are_of_the_images_beside_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Eight plain colours: without jitter every view of an image has that image's colour."""
+    colours = [(30 * k + 10, 200 - 20 * k, 90) for k in range(8)]
+    for k, colour in enumerate(colours):
+        folder = tmp_path / "train" / f"c{k}"
+        folder.mkdir(parents=True)
+        Image.new("RGB", (40, 50), colour).save(folder / "x.png")
+    plain = RECIPES["cifar10"]
+    still = {"jitter_p": 0.0, "gray_p": 0.0, "solarize_p": 0.0}
+    views = [replace(row, **still) for row in (plain.view1, plain.view2)]
+    monkeypatch.setitem(RECIPES, "cifar10", replace(plain, view1=views[0], view2=views[1]))
+    rows = shown(monkeypatch, "cifar10", tmp_path)
+    assert [len(row) for row in rows] == [9] * 8
+    for row, colour in zip(rows, colours, strict=True):
+        # the original is taller than wide, so that white is left and right of it
+        assert (row[0][:, 0] == 255).all() and (row[0][:, 48] == colour).all()
+        for view in row[1:]:
+            assert view.shape == (96, 96, 3)
+            assert np.abs(view.astype(int) - colour).max() <= 1
+
+
+def test_views_differ_by_draw(tiny_root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for row in shown(monkeypatch, "tinyimagenet", tiny_root):
+        views = {view.tobytes() for view in row[1:]}
+        assert len(views) == 8
+
+
+def test_the_command_prepares_and_draws(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "digits.png"
+    command = ["prepare", "digits", "--root", str(tmp_path / "digits"), "--preview", str(path)]
+    assert main(command) == 0
+    first = path.read_bytes()
+    assert str(path) in capsys.readouterr().out
+    # the same pictures, whenever it is asked
+    assert main(command) == 0
+    assert path.read_bytes() == first
+
+
+@pytest.mark.parametrize(
+    ("name", "match"),
+    [
+        ("views.jpg", "must be a .png file"),
+        ("views", "must be a .png file"),
+        ("nowhere/views.png", "there is no folder .*nowhere"),
+        ("folder.png", "is a folder"),
+    ],
+)
+def test_bad_paths_are_refused_before_the_work(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, match: str
+) -> None:
+    (tmp_path / "folder.png").mkdir()
+    root = tmp_path / "digits"
+    path = tmp_path / name
+    assert main(["prepare", "digits", "--root", str(root), "--preview", str(path)]) == 2
+    printed = capsys.readouterr()
+    assert printed.out == "" and "Traceback" not in printed.err
+    with pytest.raises(UserError, match=match):
+        write_preview("digits", root, path)
+    assert not root.exists()
+
+
+def test_few_images_and_pictures_without_labels(tmp_path: Path, pictures: Path) -> None:
+    (tmp_path / "unlabeled").mkdir()
+    for k in range(3):
+        shutil.copy(pictures / f"train/class{k}/000.jpg", tmp_path / f"unlabeled/{k}.jpg")
+    write_preview("cifar10", tmp_path, tmp_path / "views.png")
+    with Image.open(tmp_path / "views.png") as image:
+        assert image.height < 4 * 100 + 60
+
+
+def test_normalisation_is_undone() -> None:
+    recipe = recipe_for("stl10")
+    levels = torch.arange(256, dtype=torch.float32).expand(1, 3, 1, 256) / 255
+    mean, std = (torch.tensor(value).view(3, 1, 1) for value in (recipe.mean, recipe.std))
+    pixels = preview._pixels((levels - mean) / std, recipe)
+    assert pixels.shape == (1, 1, 256, 3)
+    assert (pixels[0, 0] == np.arange(256)[:, None]).all()
