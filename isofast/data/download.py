@@ -11,6 +11,7 @@ from pathlib import Path
 from urllib.error import URLError
 
 from torchvision.datasets.utils import calculate_md5, check_integrity, download_url
+from tqdm import tqdm
 
 from isofast.data.sources import Source
 from isofast.errors import UserError
@@ -39,6 +40,7 @@ def fetch(source: Source, folder: Path) -> Path:
         f"Try again later, or get {source.filename} in another way (a browser, another machine) "
         "and give it as --archive FILE"
     )
+    tqdm.write(f"downloading {source.url}", file=sys.stderr)
     try:
         with _impatient(), _bar_on_terminals_only():
             download_url(source.url, folder, source.filename, source.md5)

@@ -5,6 +5,7 @@ Pixels stay as they are. An image's file name is its place in the official order
 
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -43,20 +44,16 @@ def write_cifar(archive: Path, folder: Path, source: Source) -> None:
         for member in tar_members(archive, source.folder, source.checksums)
     }
 
-    def entry(name: str, *keys: str) -> object:
+    def load(name: str) -> dict[str, Any]:
         try:
-            loaded = load_plain(contents[name])
-            return next(loaded[key] for key in keys if key in loaded)
-        except (ValueError, StopIteration) as error:
-            reason = str(error) or f"it has no {' or '.join(keys)}"
-            raise UserError(f"{archive}: {name} cannot be used: {reason}") from error
+            return load_plain(contents[name])
+        except ValueError as error:
+            raise UserError(f"{archive}: {name} cannot be used: {error}") from error
 
-    classes = _class_names(entry(source.classes_file, "label_names", "fine_label_names"), archive)
+    meta = load(source.classes_file)
+    classes = _class_names(meta.get("label_names", meta.get("fine_label_names")), archive)
     for split, files in (("train", source.train), ("val", source.val)):
-        parts = [
-            _cifar_part(entry(name, "data"), entry(name, "labels", "fine_labels"), name, archive)
-            for name in files
-        ]
+        parts = [_cifar_part(load(name), name, archive) for name in files]
         labels = np.concatenate([labels for _, labels in parts])
         images = (image for pixels, _ in parts for image in pixels)
         _write_split(folder / split, images, labels, classes, archive)
@@ -107,10 +104,11 @@ def write_stl10(archive: Path, folder: Path, source: Source) -> None:
 
 
 def _cifar_part(
-    data: object, labels: object, name: str, archive: Path
+    content: dict[str, Any], name: str, archive: Path
 ) -> tuple[Pixels, npt.NDArray[np.int64]]:
     """One file's images (N, 32, 32, 3) and labels (N,)."""
     columns = 3 * _CIFAR_SIDE**2
+    data, labels = content.get("data"), content.get("labels", content.get("fine_labels"))
     if (
         not isinstance(data, np.ndarray)
         or not isinstance(labels, list)

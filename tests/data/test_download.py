@@ -148,11 +148,11 @@ def test_half_an_archive_of_a_killed_download_is_replaced(tmp_path: Path, server
     assert fetch(server.source, folder).read_bytes() == server.content
 
 
-def test_no_bar_in_log_files(
+def test_a_line_and_no_bar_in_log_files(
     tmp_path: Path, server: Server, capsys: pytest.CaptureFixture[str]
 ) -> None:
     prepare("tinyimagenet", tmp_path / "root", source=server.source)
-    assert capsys.readouterr() == ("", "")
+    assert capsys.readouterr() == ("", f"downloading {server.source.url}\n")
 
 
 def test_hosts_that_do_not_answer(

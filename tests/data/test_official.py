@@ -254,7 +254,7 @@ SPOILED_CIFAR: dict[str, tuple[Callable[[Files], object], str]] = {
     ),
     "no labels": (
         lambda f: f.update(train=pickle.dumps({"data": np.zeros((2, 3072), np.uint8)}, 2)),
-        "it has no labels or fine_labels",
+        "one row of 3072 bytes and one label",
     ),
 }
 

@@ -189,6 +189,20 @@ def test_spoiled_archives_leave_nothing(tmp_path: Path, name: str) -> None:
     prepare("tinyimagenet", tmp_path / "root", write_zip(archive, official_members()))
 
 
+def test_a_spoiled_image_can_be_left_out(tmp_path: Path) -> None:
+    members = official_members()
+    members[f"{TOP}/train/n001/images/n001_1.JPEG"] = b"text"
+    archive = write_zip(tmp_path / "tiny.zip", members)
+    counts = prepare("tinyimagenet", tmp_path / "root", archive, on_bad="skip")
+    assert (counts.classes, counts.train, counts.val) == (2, 5, 4)
+    assert "\n1 of 6 train images cannot be read: train/n001/n001_1.JPEG (" in str(counts)
+    # said again, and known to the check before a run
+    again = prepare("tinyimagenet", tmp_path / "root", on_bad="skip")
+    assert again.left_out == counts.left_out and again.train == 5
+    dataset = verify_images(open_dataset(tmp_path / "root", "train"), on_bad="skip")
+    assert list(dataset.left_out) == ["train/n001/n001_1.JPEG"]
+
+
 def test_archives_that_are_no_whole_zip_leave_nothing(tmp_path: Path) -> None:
     whole = write_zip(tmp_path / "whole.zip", official_members()).read_bytes()
     flipped = bytearray(whole)
