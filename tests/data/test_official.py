@@ -211,19 +211,6 @@ def test_pickles_run_nothing(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["evil.tar.gz"]
 
 
-@pytest.mark.parametrize("order", ["C", "F"])
-def test_pickles_of_arrays(order: str) -> None:
-    array = np.asarray(RNG.integers(0, 256, (3, 5), dtype=np.uint8), order=order)
-    loaded = load_plain(pickle.dumps({"a": array, "b": [1, 2], b"c": b"\xff"}, protocol=2))
-    assert np.array_equal(loaded["a"], array) and loaded["b"] == [1, 2]
-    for other in (array.astype(np.float32), array.astype(object)):
-        with pytest.raises(ValueError, match="only bytes are allowed"):
-            load_plain(pickle.dumps({"a": other}, protocol=2))
-    for junk in (b"", b"text", pickle.dumps(3), pickle.dumps({"a": array}, protocol=2)[:-9]):
-        with pytest.raises(ValueError, match="no pickle of arrays and lists"):
-            load_plain(junk)
-
-
 def refuse(tmp_path: Path, archive: Path, name: str, source: Source, match: str) -> None:
     """The archive is refused, and nothing of it stays."""
     with pytest.raises(UserError, match=match) as caught:
