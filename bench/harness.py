@@ -44,7 +44,10 @@ class Timing:
 
     @property
     def share_of_floor(self) -> float:
-        """1 for what takes no longer than its bytes and its products have to."""
+        """1 for what takes no longer than its bytes and its products have to.
+
+        More where a cache is faster than the memory that `limits` measures.
+        """
         return self.floor_ms / self.median_ms
 
 
