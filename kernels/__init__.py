@@ -1,13 +1,15 @@
 """Kernels of non-contrastive self-supervised learning.
 
-The asymmetric losses of IsoLoss, DirectPred and DirectCopy, the correlation state they share and
-the predictor made of it. CUDA tensors run Triton, CPU tensors the plain torch of `reference`.
-Needs torch and, for CUDA, triton.
+The asymmetric losses of IsoLoss, DirectPred and DirectCopy, the correlation state they share, the
+predictor made of it, and the augmentation of images that lie on the device. CUDA tensors run
+Triton, CPU tensors the plain torch of `reference` and `augment_reference`. Needs torch and, for
+CUDA, triton.
 """
 
 from .ops import (
     asymmetric_loss,
     asymmetric_loss_pair,
+    augment_views,
     correlation_ema_,
     matrix_power,
     second_moment,
@@ -16,6 +18,7 @@ from .ops import (
 __all__ = [
     "asymmetric_loss",
     "asymmetric_loss_pair",
+    "augment_views",
     "correlation_ema_",
     "matrix_power",
     "second_moment",

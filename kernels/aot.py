@@ -5,7 +5,7 @@
 prints a row a kernel and target: registers a thread, spilling instructions (LDL and STL in the
 machine code), stack and shared memory. Exits 1 when a kernel spills or asks for more shared
 memory than a block of its target has. Kernels are compiled as a launch would: with the tiles of
-`tile_options`, pointers aligned to 16 bytes, D fixed and B unknown.
+`tile_options`, pointers aligned to 16 bytes, sizes fixed but for B, which is unknown.
 """
 
 import argparse
@@ -16,7 +16,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing import get_context
 from typing import Any
 
@@ -27,6 +27,8 @@ from triton.compiler import ASTSource
 from . import ops  # noqa: F401  (imports the kernel modules in their order)
 from .asymmetric_loss import _asymmetric_loss_kernel
 from .asymmetric_loss import tile_options as loss_tiles
+from .augment import _augment_kernel, taps
+from .augment import tile_options as augment_tiles
 from .correlation import _correlation_kernel
 from .correlation import tile_options as correlation_tiles
 from .matrix_power import SQUARINGS
@@ -47,6 +49,9 @@ FEATURES = (32, 64, 128, 256, 512, 1024)
 
 DTYPES = ("fp32", "fp16", "bf16")
 
+VIEWS = ((32, 32, False), (64, 64, False), (96, 96, True), (96, 64, True), (256, 224, False))
+"""Sides of stored images and of views, and whether there is blur: the presets', and reductions."""
+
 
 @dataclass(frozen=True)
 class Build:
@@ -57,6 +62,7 @@ class Build:
     constants: dict[str, Any]
     num_warps: int
     num_stages: int
+    fp_fusion: bool = True
 
 
 @dataclass(frozen=True)
@@ -78,6 +84,7 @@ class Usage:
 KERNELS = {
     "asymmetric_loss": _asymmetric_loss_kernel,
     "correlation": _correlation_kernel,
+    "augment": _augment_kernel,
     "square": _square_kernel,
     "shift": _shift_kernel,
     "polynomial": _polynomial_kernel,
@@ -99,6 +106,9 @@ def builds() -> Iterator[Build]:
             yield from _loss_builds(features, dtype)
             yield from _correlation_builds(features, dtype)
         yield from _power_builds(features)
+    for stored, side, blur in VIEWS:
+        for dtype in DTYPES:
+            yield _augment_build(stored, side, blur, dtype)
 
 
 def _loss_builds(features: int, dtype: str) -> Iterator[Build]:
@@ -168,6 +178,21 @@ def _power_builds(features: int) -> Iterator[Build]:
     )
 
 
+def _augment_build(stored: int, side: int, blur: bool, dtype: str) -> Build:
+    pointers = {"images": "u8", "index": "i64", "parameters": "fp32", "levels": "u8"}
+    pointers |= {"blurred": "fp32", "out": dtype}
+    scalars = [f"{kind}_{channel}" for kind in ("mean", "inv") for channel in "rgb"]
+    reach = taps(stored, side)
+    constants = {"H": stored, "W": stored, "S": side, "TAPS_Y": reach, "TAPS_X": reach}
+    build = _build(
+        f"augment {stored} to {side}{' blur' if blur else ''} {dtype}",
+        {f"{name}_ptr": f"*{kind}" for name, kind in pointers.items()}
+        | dict.fromkeys(scalars, "fp32"),
+        {**constants, "BLUR": blur, **augment_tiles(side)},
+    )
+    return replace(build, fp_fusion=False)
+
+
 def measure(build: Build, capability: int) -> Usage:
     """Compiles `build` for a compute capability (80, 90, 100) and reads its machine code."""
     kernel = KERNELS[build.name.split()[0]]
@@ -188,7 +213,11 @@ def measure(build: Build, capability: int) -> Usage:
     compiled = triton.compile(
         source,
         target=GPUTarget("cuda", capability, 32),
-        options={"num_warps": build.num_warps, "num_stages": build.num_stages},
+        options={
+            "num_warps": build.num_warps,
+            "num_stages": build.num_stages,
+            "enable_fp_fusion": build.fp_fusion,
+        },
     )
     with tempfile.TemporaryDirectory() as folder:
         path = os.path.join(folder, "kernel.cubin")

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from . import reference
+from . import augment_reference, reference
 
 KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -104,3 +104,47 @@ def as_views(z_BD: Tensor | Sequence[Tensor]) -> list[Tensor]:
             )
     check_same_device("the views", views)
     return [view.detach() for view in views]
+
+
+def check_augment_arguments(
+    images: Tensor,
+    index: Tensor,
+    parameters: Tensor,
+    side: int,
+    mean: Sequence[float],
+    std: Sequence[float],
+    dtype: torch.dtype,
+) -> None:
+    """Refuses what cannot be augmented; the values of indices and parameters are not looked at."""
+    if images.ndim != 4 or images.shape[3] != 3 or 0 in images.shape:
+        raise ValueError(
+            f"images_NHW3 has shape {tuple(images.shape)}; it must be (N, H, W, 3), not empty."
+        )
+    if images.dtype != torch.uint8 or not images.is_contiguous():
+        raise ValueError(
+            f"images_NHW3 is {images.dtype} with strides {images.stride()}; it must be "
+            "torch.uint8 and contiguous. Convert once, before training."
+        )
+    if index.ndim != 1 or index.dtype != torch.int64 or len(index) == 0:
+        raise ValueError(
+            f"index_B is {index.dtype} of shape {tuple(index.shape)}; it must be torch.int64, (B,) "
+            "with B at least 1."
+        )
+    columns = len(augment_reference.COLUMNS)
+    allowed = (len(index), columns)
+    if parameters.ndim != 3 or tuple(parameters.shape[1:]) != allowed or len(parameters) == 0:
+        raise ValueError(
+            f"parameters_VBP has shape {tuple(parameters.shape)}; it must be (V, {len(index)}, "
+            f"{columns}) with the columns of isofast_kernels.augment_reference.COLUMNS."
+        )
+    if parameters.dtype != torch.float32:
+        raise ValueError(f"parameters_VBP is {parameters.dtype}; it must be torch.float32.")
+    if dtype not in KERNEL_DTYPES:
+        raise ValueError(f"dtype is {dtype}; allowed are {', '.join(map(str, KERNEL_DTYPES))}.")
+    if side < 1:
+        raise ValueError(f"side is {side}; it must be at least 1 pixel.")
+    if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
+        raise ValueError(
+            f"mean is {tuple(mean)} and std is {tuple(std)}; both have three values, std above 0."
+        )
+    check_same_device("images_NHW3, index_B and parameters_VBP", [images, index, parameters])

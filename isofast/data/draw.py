@@ -9,6 +9,7 @@ Shapes: N images.
 """
 
 from dataclasses import dataclass
+from itertools import permutations
 
 import numpy as np
 import numpy.typing as npt
@@ -23,6 +24,7 @@ _LUMA = np.array([0.299, 0.587, 0.114])
 _TRIES = 10
 _ORDER_STREAM = 0
 _MASK = np.uint64(0xFFFFFFFF)
+_ORDERS_24x4 = np.array(list(permutations(range(4))), dtype=np.int8)
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,7 @@ class ViewDraw:
     affine_N23: float32, output to input, in pixels of the crop, (0, 0) the first pixel's corner.
     brightness_N, contrast_N, saturation_N: float32 factors, 1 where nothing changes.
     hue_N: float32, share of the colour circle. gray_N, solarize_N, flip_N: bool.
+    order_N4: int8, in which order brightness (0), contrast (1), saturation (2) and hue (3) come.
     blur_sigma_N: float32, pixels of the crop, 0 where there is no blur.
     """
 
@@ -42,6 +45,7 @@ class ViewDraw:
     contrast_N: npt.NDArray[np.float32]
     saturation_N: npt.NDArray[np.float32]
     hue_N: npt.NDArray[np.float32]
+    order_N4: npt.NDArray[np.int8]
     gray_N: npt.NDArray[np.bool_]
     blur_sigma_N: npt.NDArray[np.float32]
     solarize_N: npt.NDArray[np.bool_]
@@ -108,7 +112,7 @@ def draw(
     words = _words(indices_N, seed=seed, epoch=epoch, stream=view, blocks=10)
     unit_NK: Floats = (words.astype(np.float64) + 0.5) / 2.0**32
     crop_u, other_u = unit_NK[:, : 2 * _TRIES + 2], unit_NK[:, 2 * _TRIES + 2 :]
-    place, jitter, gray, blur, sigma, solarize, flip = (
+    place, jitter, gray, blur, sigma, solarize, flip, order = (
         other_u[:, 0:5],
         other_u[:, 5:10],
         other_u[:, 10],
@@ -116,6 +120,7 @@ def draw(
         other_u[:, 12],
         other_u[:, 13],
         other_u[:, 14],
+        other_u[:, 15],
     )
     jittered = jitter[:, 0] < row.jitter_p
 
@@ -130,6 +135,7 @@ def draw(
         contrast_N=factor(row.contrast, jitter[:, 2]),
         saturation_N=factor(row.saturation, jitter[:, 3]),
         hue_N=np.where(jittered, _between((-row.hue, row.hue), jitter[:, 4]), 0).astype(np.float32),
+        order_N4=_ORDERS_24x4[(24 * order).astype(np.int64)],
         gray_N=gray < row.gray_p,
         blur_sigma_N=np.where(blur < row.blur_p, _between(row.blur_sigma, sigma), 0).astype(
             np.float32

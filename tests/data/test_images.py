@@ -47,6 +47,7 @@ def neutral(**changes: np.ndarray) -> ViewDraw:
         "contrast_N": ones,
         "saturation_N": ones,
         "hue_N": zeros,
+        "order_N4": np.tile(np.arange(4, dtype=np.int8), (N, 1)),
         "gray_N": no,
         "blur_sigma_N": zeros,
         "solarize_N": no,

@@ -1,0 +1,391 @@
+"""Both views of a batch from stored 8-bit images in Triton, one launch.
+
+`augment_reference` says what is computed. A program owns one view of one image and goes over it in
+blocks of pixels. What the next pass reads from other pixels (the rows that the resize has made,
+levels whose mean the contrast needs, the neighbours that a blur sees) waits in scratch memory that
+only this program touches; a barrier of its threads lies between. Shape letters as there, and I for
+the pixels of a block. Scratch is planar, (3, rows, S).
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .augment_reference import BLUR_REACH, COLUMNS, CUBIC_REACH
+
+_COLUMNS = tl.constexpr(len(COLUMNS))
+_TOP = tl.constexpr(COLUMNS.index("top"))
+_LEFT = tl.constexpr(COLUMNS.index("left"))
+_HEIGHT = tl.constexpr(COLUMNS.index("height"))
+_WIDTH = tl.constexpr(COLUMNS.index("width"))
+_FACTORS = tl.constexpr(COLUMNS.index("brightness"))
+_ORDER = tl.constexpr(COLUMNS.index("first"))
+_GRAY = tl.constexpr(COLUMNS.index("gray"))
+_SIGMA = tl.constexpr(COLUMNS.index("blur_sigma"))
+_SOLARIZE = tl.constexpr(COLUMNS.index("solarize_from"))
+_FLIP = tl.constexpr(COLUMNS.index("flip"))
+_CUBIC_REACH = tl.constexpr(CUBIC_REACH)
+_BLUR_REACH = tl.constexpr(BLUR_REACH)
+_BRIGHTNESS = tl.constexpr(0)
+_CONTRAST = tl.constexpr(1)
+_SATURATION = tl.constexpr(2)
+
+
+@triton.jit
+def _cubic(distance):
+    near = (1.5 * distance - 2.5) * distance * distance + 1.0
+    far = ((-0.5 * distance + 2.5) * distance - 4.0) * distance + 2.0
+    return tl.where(distance < 1.0, near, tl.where(distance < _CUBIC_REACH, far, 0.0))
+
+
+@triton.jit
+def _level(x):
+    """The nearest 8-bit level."""
+    return tl.minimum(tl.maximum(tl.floor(x + 0.5), 0.0), 255.0)
+
+
+@triton.jit
+def _resized(
+    line_ptr_I,
+    place_I,
+    length,
+    step,
+    plane,
+    mask_I,
+    S: tl.constexpr,
+    TAPS: tl.constexpr,
+):
+    """Pixel `place` of a line of `length` pixels, `step` apart, that is resized to S pixels."""
+    scale = length / S
+    filter_scale = tl.maximum(scale, 1.0)
+    center_I = (place_I.to(tl.float32) + 0.5) * scale
+    first_I = tl.maximum(tl.floor(center_I - _CUBIC_REACH * filter_scale + 0.5), 0.0)
+    total_I = tl.zeros_like(center_I)
+    r_I, g_I, b_I = total_I, total_I, total_I
+    for tap in tl.static_range(TAPS):
+        pixel_I = first_I + tap
+        inside_I = mask_I & (pixel_I < length)
+        weight_I = _cubic(tl.abs(pixel_I + 0.5 - center_I) / filter_scale)
+        weight_I = tl.where(inside_I, weight_I, 0.0)
+        ptr_I = line_ptr_I + pixel_I.to(tl.int32) * step
+        total_I += weight_I
+        r_I += weight_I * tl.load(ptr_I, mask=inside_I, other=0).to(tl.float32)
+        g_I += weight_I * tl.load(ptr_I + plane, mask=inside_I, other=0).to(tl.float32)
+        b_I += weight_I * tl.load(ptr_I + 2 * plane, mask=inside_I, other=0).to(tl.float32)
+    total_I = tl.where(mask_I, total_I, 1.0)
+    return _level(r_I / total_I), _level(g_I / total_I), _level(b_I / total_I)
+
+
+@triton.jit
+def _blurred(line_ptr_I, place_I, sigma, step, mask_I, S: tl.constexpr):
+    """Pixel `place` of a line of S pixels, `step` apart, blurred; float32, not rounded."""
+    inverse = tl.where(sigma > 0.0, 1.0 / tl.where(sigma > 0.0, sigma, 1.0), 0.0)
+    reach = _BLUR_REACH * sigma
+    radius = reach.to(tl.int32)
+    radius += (radius < reach).to(tl.int32)
+    total = 0.0
+    r_I = tl.zeros_like(place_I).to(tl.float32)
+    g_I, b_I = r_I, r_I
+    for tap in range(0, 2 * radius + 1):
+        x = (tap - radius) * inverse
+        weight = tl.exp(-0.5 * x * x)
+        # mirrored at the middle of the first and the last pixel
+        pixel_I = tl.abs(place_I + tap - radius)
+        pixel_I = S - 1 - tl.abs(S - 1 - pixel_I)
+        ptr_I = line_ptr_I + pixel_I * step
+        total += weight
+        r_I += weight * tl.load(ptr_I, mask=mask_I, other=0).to(tl.float32)
+        g_I += weight * tl.load(ptr_I + S * S, mask=mask_I, other=0).to(tl.float32)
+        b_I += weight * tl.load(ptr_I + 2 * S * S, mask=mask_I, other=0).to(tl.float32)
+    return r_I / total, g_I / total, b_I / total
+
+
+@triton.jit
+def _luma(r, g, b):
+    return (19595 * r + 38470 * g + 7471 * b + 32768) >> 16
+
+
+@triton.jit
+def _blend(below, level, factor):
+    x = below + factor * (level - below).to(tl.float32)
+    return tl.minimum(tl.maximum(x, 0.0), 255.0).to(tl.int32)
+
+
+@triton.jit
+def _turned(r, g, b, steps):
+    """The hue of 8-bit HSV turned by whole steps, all in integers."""
+    v = tl.maximum(r, tl.maximum(g, b))
+    spread = v - tl.minimum(r, tl.minimum(g, b))
+    divisor = tl.maximum(spread, 1)
+    sixth = tl.where(r == v, g - b, tl.where(g == v, 2 * divisor + b - r, 4 * divisor + r - g))
+    sixth = tl.where(sixth < 0, sixth + 6 * divisor, sixth)
+    h = tl.where(spread == 0, 0, 255 * sixth // (6 * divisor))
+    s = 255 * spread // tl.maximum(v, 1)
+
+    h = (h + steps) & 255
+    sector = 6 * h // 255 % 6
+    rest = 6 * h % 255
+    p = (2 * v * (255 - s) + 255) // 510
+    q = (2 * v * (65025 - s * rest) + 65025) // 130050
+    t = (2 * v * (65025 - s * (255 - rest)) + 65025) // 130050
+    even = (sector == 0) | (sector == 5)
+    r = tl.where(even, v, tl.where(sector == 1, q, tl.where(sector == 4, t, p)))
+    g = tl.where(
+        (sector == 1) | (sector == 2), v, tl.where(sector == 0, t, tl.where(sector == 3, q, p))
+    )
+    b = tl.where(
+        (sector == 3) | (sector == 4), v, tl.where(sector == 2, t, tl.where(sector == 5, q, p))
+    )
+    return r, g, b
+
+
+@triton.jit
+def _jittered(r, g, b, row_ptr, begin, end):
+    """The operations from place `begin` to `end` of the drawn order; none of them the contrast."""
+    for place in range(begin, end):
+        operation = tl.load(row_ptr + _ORDER + place).to(tl.int32)
+        factor = tl.load(row_ptr + _FACTORS + operation)
+        if operation == _BRIGHTNESS:
+            r, g, b = _blend(0, r, factor), _blend(0, g, factor), _blend(0, b, factor)
+        elif operation == _SATURATION:
+            below = _luma(r, g, b)
+            r, g, b = _blend(below, r, factor), _blend(below, g, factor), _blend(below, b, factor)
+        elif factor != 0.0:
+            r, g, b = _turned(r, g, b, (factor * 255.0).to(tl.int32))
+    return r, g, b
+
+
+@triton.jit
+def _load_levels(ptr_I, plane, mask_I):
+    r_I = tl.load(ptr_I, mask=mask_I, other=0).to(tl.int32)
+    g_I = tl.load(ptr_I + plane, mask=mask_I, other=0).to(tl.int32)
+    b_I = tl.load(ptr_I + 2 * plane, mask=mask_I, other=0).to(tl.int32)
+    return r_I, g_I, b_I
+
+
+@triton.jit
+def _store_rgb(ptr_I, plane, r_I, g_I, b_I, mask_I):
+    tl.store(ptr_I, r_I.to(ptr_I.dtype.element_ty), mask=mask_I)
+    tl.store(ptr_I + plane, g_I.to(ptr_I.dtype.element_ty), mask=mask_I)
+    tl.store(ptr_I + 2 * plane, b_I.to(ptr_I.dtype.element_ty), mask=mask_I)
+
+
+@triton.jit
+def _store_view(
+    out_ptr,
+    row_ptr,
+    pixel_I,
+    r_I,
+    g_I,
+    b_I,
+    mask_I,
+    mean_r,
+    mean_g,
+    mean_b,
+    inv_r,
+    inv_g,
+    inv_b,
+    S: tl.constexpr,
+):
+    """Solarize, flip, normalise, and write NHWC."""
+    solarize_from = tl.load(row_ptr + _SOLARIZE).to(tl.int32)
+    r_I = tl.where(r_I >= solarize_from, 255 - r_I, r_I).to(tl.float32)
+    g_I = tl.where(g_I >= solarize_from, 255 - g_I, g_I).to(tl.float32)
+    b_I = tl.where(b_I >= solarize_from, 255 - b_I, b_I).to(tl.float32)
+    x_I = pixel_I % S
+    mirrored_I = pixel_I - x_I + (S - 1 - x_I)
+    place_I = tl.where(tl.load(row_ptr + _FLIP) > 0.0, mirrored_I, pixel_I)
+    r_I, g_I, b_I = (r_I - mean_r) * inv_r, (g_I - mean_g) * inv_g, (b_I - mean_b) * inv_b
+    _store_rgb(out_ptr + place_I * 3, 1, r_I, g_I, b_I, mask_I)
+
+
+@triton.jit
+def _augment_kernel(
+    images_ptr,
+    index_ptr,
+    parameters_ptr,
+    levels_ptr,
+    blurred_ptr,
+    out_ptr,
+    mean_r,
+    mean_g,
+    mean_b,
+    inv_r,
+    inv_g,
+    inv_b,
+    H: tl.constexpr,
+    W: tl.constexpr,
+    S: tl.constexpr,
+    TAPS_Y: tl.constexpr,
+    TAPS_X: tl.constexpr,
+    BLUR: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Grid (B, V). Means and inverse deviations are those of levels."""
+    # 64 bits here, once: a store of images may pass 2^31 bytes, what one program sees does not
+    program = (tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)).to(tl.int64)
+    image_ptr = images_ptr + tl.load(index_ptr + tl.program_id(0)).to(tl.int64) * (H * W * 3)
+    row_ptr = parameters_ptr + program * _COLUMNS
+    lines_ptr = levels_ptr + program * (3 * S * (H + S))
+    levels_ptr = lines_ptr + 3 * S * H
+    out_ptr += program * (3 * S * S)
+    top, left = tl.load(row_ptr + _TOP).to(tl.int32), tl.load(row_ptr + _LEFT).to(tl.int32)
+    height, width = tl.load(row_ptr + _HEIGHT), tl.load(row_ptr + _WIDTH)
+    lane_I = tl.arange(0, BLOCK)
+
+    lines_pixels = height.to(tl.int32) * S
+    for start in range(0, lines_pixels, BLOCK):
+        pixel_I = start + lane_I
+        mask_I = pixel_I < lines_pixels
+        ptr_I = image_ptr + ((top + pixel_I // S) * W + left) * 3
+        r_I, g_I, b_I = _resized(ptr_I, pixel_I % S, width, 3, 1, mask_I, S, TAPS_X)
+        _store_rgb(lines_ptr + pixel_I, S * H, r_I, g_I, b_I, mask_I)
+    tl.debug_barrier()
+
+    # the contrast needs a mean over the image as it is when its turn comes
+    turn = 0
+    for place in tl.static_range(1, 4):
+        turn = tl.where(tl.load(row_ptr + _ORDER + place) == _CONTRAST, place, turn)
+    total = 0
+    for start in range(0, S * S, BLOCK):
+        pixel_I = start + lane_I
+        mask_I = pixel_I < S * S
+        ptr_I = lines_ptr + pixel_I % S
+        r_I, g_I, b_I = _resized(ptr_I, pixel_I // S, height, S, S * H, mask_I, S, TAPS_Y)
+        r_I, g_I, b_I = r_I.to(tl.int32), g_I.to(tl.int32), b_I.to(tl.int32)
+        r_I, g_I, b_I = _jittered(r_I, g_I, b_I, row_ptr, 0, turn)
+        total += tl.sum(tl.where(mask_I, _luma(r_I, g_I, b_I), 0), axis=0)
+        _store_rgb(levels_ptr + pixel_I, S * S, r_I, g_I, b_I, mask_I)
+    mean = (2 * total + S * S) // (2 * S * S)
+    contrast = tl.load(row_ptr + _FACTORS + _CONTRAST)
+    tl.debug_barrier()
+
+    for start in range(0, S * S, BLOCK):
+        pixel_I = start + lane_I
+        mask_I = pixel_I < S * S
+        r_I, g_I, b_I = _load_levels(levels_ptr + pixel_I, S * S, mask_I)
+        r_I = _blend(mean, r_I, contrast)
+        g_I = _blend(mean, g_I, contrast)
+        b_I = _blend(mean, b_I, contrast)
+        r_I, g_I, b_I = _jittered(r_I, g_I, b_I, row_ptr, turn + 1, 4)
+        if tl.load(row_ptr + _GRAY) > 0.0:
+            r_I = _luma(r_I, g_I, b_I)
+            g_I, b_I = r_I, r_I
+        if BLUR:
+            _store_rgb(levels_ptr + pixel_I, S * S, r_I, g_I, b_I, mask_I)
+        else:
+            _store_view(
+                out_ptr,
+                row_ptr,
+                pixel_I,
+                r_I,
+                g_I,
+                b_I,
+                mask_I,
+                mean_r,
+                mean_g,
+                mean_b,
+                inv_r,
+                inv_g,
+                inv_b,
+                S,
+            )
+
+    if BLUR:
+        sigma = tl.load(row_ptr + _SIGMA)
+        blurred_ptr += program * (3 * S * S)
+        tl.debug_barrier()
+        for start in range(0, S * S, BLOCK):
+            pixel_I = start + lane_I
+            mask_I = pixel_I < S * S
+            x_I = pixel_I % S
+            ptr_I = levels_ptr + pixel_I - x_I
+            r_I, g_I, b_I = _blurred(ptr_I, x_I, sigma, 1, mask_I, S)
+            _store_rgb(blurred_ptr + pixel_I, S * S, r_I, g_I, b_I, mask_I)
+        tl.debug_barrier()
+        for start in range(0, S * S, BLOCK):
+            pixel_I = start + lane_I
+            mask_I = pixel_I < S * S
+            ptr_I = blurred_ptr + pixel_I % S
+            r_I, g_I, b_I = _blurred(ptr_I, pixel_I // S, sigma, S, mask_I, S)
+            _store_view(
+                out_ptr,
+                row_ptr,
+                pixel_I,
+                _level(r_I),
+                _level(g_I),
+                _level(b_I),
+                mask_I,
+                mean_r,
+                mean_g,
+                mean_b,
+                inv_r,
+                inv_g,
+                inv_b,
+                S,
+            )
+
+
+def taps(stored: int, side: int) -> int:
+    """The most pixels that a resize from at most `stored` pixels to `side` looks at."""
+    return math.ceil(2 * CUBIC_REACH * max(1.0, stored / side))
+
+
+def tile_options(side: int) -> dict[str, int]:
+    """Pixels of a block and warps: 4 pixels a thread; with 8 the largest builds spill (aot.py)."""
+    return {
+        "BLOCK": min(512, triton.next_power_of_2(side * side)),
+        "num_warps": 4,
+        "num_stages": 1,
+    }
+
+
+def augment_launch(
+    images_NHW3: Tensor,
+    index_B: Tensor,
+    parameters_VBP: Tensor,
+    side: int,
+    mean: Sequence[float],
+    std: Sequence[float],
+    blur: bool,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Every view of a batch in one launch; arguments as in `isofast_kernels.augment_views`.
+
+    Returns:
+        views_VBSS3, (V, B, side, side, 3), `dtype`.
+    """
+    _, stored_height, stored_width, _ = images_NHW3.shape
+    views, batch, _ = parameters_VBP.shape
+    programs = views * batch
+    device = images_NHW3.device
+    scratch = 3 * side * (stored_height + side)
+    levels = torch.empty((programs, scratch), dtype=torch.uint8, device=device)
+    blurred = torch.empty(
+        (programs, 3 * side * side) if blur else (1,), dtype=torch.float32, device=device
+    )
+    views_VBSS3 = torch.empty((views, batch, side, side, 3), dtype=dtype, device=device)
+    _augment_kernel[(batch, views)](
+        images_NHW3,
+        index_B.contiguous(),
+        parameters_VBP.contiguous(),
+        levels,
+        blurred,
+        views_VBSS3,
+        *(255.0 * value for value in mean),
+        *(1.0 / (255.0 * value) for value in std),
+        H=stored_height,
+        W=stored_width,
+        S=side,
+        TAPS_Y=taps(stored_height, side),
+        TAPS_X=taps(stored_width, side),
+        BLUR=blur,
+        # a product and a sum are rounded one by one, as the reference does, on every device
+        enable_fp_fusion=False,
+        **tile_options(side),
+    )
+    return views_VBSS3
