@@ -6,10 +6,10 @@ Triton, CPU tensors the plain torch of `reference` and `augment_reference`. Need
 CUDA, triton.
 """
 
+from .augment_ops import augment_views
 from .ops import (
     asymmetric_loss,
     asymmetric_loss_pair,
-    augment_views,
     correlation_ema_,
     matrix_power,
     second_moment,

@@ -5,7 +5,7 @@
 prints a row a kernel and target: registers a thread, spilling instructions (LDL and STL in the
 machine code), stack and shared memory. Exits 1 when a kernel spills or asks for more shared
 memory than a block of its target has. Kernels are compiled as a launch would: with the tiles of
-`tile_options`, pointers aligned to 16 bytes, sizes fixed but for B, which is unknown.
+`tile_options`, pointers aligned to 16 bytes, sizes fixed and B unknown.
 """
 
 import argparse

@@ -2,51 +2,29 @@
 
 CUDA tensors run Triton, CPU tensors the reference. With TRITON_INTERPRET=1 in the environment
 before the import, CPU tensors of the kernels' dtypes run Triton's interpreter. Shape letters: B
-rows of a batch, D features, V directions, N = V B; those of the augmentation are explained in
-`augment_reference`.
+rows of a batch, D features, V directions, N = V B.
 """
 
-import importlib.util
 import math
-import os
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
 
-from . import augment_reference, reference
+from . import reference
 from .arguments import (
-    KERNEL_DTYPES,
     as_views,
-    check_augment_arguments,
     check_choice,
     check_loss_arguments,
     check_same_device,
     check_square,
 )
-
-HAS_TRITON = importlib.util.find_spec("triton") is not None
-INTERPRET = HAS_TRITON and os.environ.get("TRITON_INTERPRET", "0") == "1"
+from .dispatch import HAS_TRITON, device_of, runs_triton
 
 if HAS_TRITON:
     from .asymmetric_loss import asymmetric_loss_launch
-    from .augment import augment_launch
     from .correlation import correlation_launch
     from .matrix_power_triton import matrix_power_launch
-
-
-def _runs_triton(*tensors: Tensor) -> bool:
-    if not tensors[0].is_cuda:
-        return INTERPRET and all(tensor.dtype in KERNEL_DTYPES for tensor in tensors)
-    if not HAS_TRITON:
-        raise RuntimeError("CUDA tensors need Triton, which is not installed: pip install triton")
-    return True
-
-
-def _device_of(tensor: Tensor) -> AbstractContextManager[object]:
-    """Makes the tensor's GPU the current one: Triton launches there, wherever its data lie."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
 
 
 # Operations torch knows about
@@ -57,8 +35,8 @@ def _asymmetric_loss(
     zs: list[Tensor], targets: list[Tensor], w: Tensor, metric: str, isotropic: bool
 ) -> tuple[Tensor, Tensor]:
     """loss, (), and its gradient dz_VBD before the upstream gradient, in fp32 or float64."""
-    if _runs_triton(*zs, *targets, w):
-        with _device_of(w):
+    if runs_triton(*zs, *targets, w):
+        with device_of(w):
             return asymmetric_loss_launch(zs, targets, w, metric, isotropic)
     # both directions at once: at these sizes a CPU spends as long on calls as on numbers
     loss_N, dz_ND = reference.losses_and_gradients_reference(
@@ -104,8 +82,8 @@ _asymmetric_loss.register_autograd(_scale_gradient, setup_context=_save_gradient
 
 @torch.library.custom_op("isofast_kernels::correlation_ema_", mutates_args=("corr",))
 def _correlation_ema_(corr: Tensor, views: list[Tensor], decay: float) -> None:
-    if _runs_triton(corr, *views):
-        with _device_of(corr):
+    if runs_triton(corr, *views):
+        with device_of(corr):
             correlation_launch(corr, views, decay)
     else:
         reference.correlation_ema_reference_(corr, views, decay)
@@ -113,11 +91,11 @@ def _correlation_ema_(corr: Tensor, views: list[Tensor], decay: float) -> None:
 
 @torch.library.custom_op("isofast_kernels::second_moment", mutates_args=())
 def _second_moment(views: list[Tensor]) -> Tensor:
-    if not _runs_triton(*views):
+    if not runs_triton(*views):
         return reference.second_moment_reference(views)
     features = views[0].shape[1]
     moment_DD = torch.empty((features, features), dtype=torch.float32, device=views[0].device)
-    with _device_of(moment_DD):
+    with device_of(moment_DD):
         correlation_launch(moment_DD, views, None)
     return moment_DD
 
@@ -131,8 +109,8 @@ def _(views: list[Tensor]) -> Tensor:
 
 @torch.library.custom_op("isofast_kernels::matrix_power", mutates_args=())
 def _matrix_power(corr: Tensor, alpha: float, eps: float, normalize: str) -> Tensor:
-    if _runs_triton(corr):
-        with _device_of(corr):
+    if runs_triton(corr):
+        with device_of(corr):
             return matrix_power_launch(corr, alpha, eps, normalize)
     return reference.matrix_power_reference(corr, alpha, eps=eps, normalize=normalize)
 
@@ -140,42 +118,6 @@ def _matrix_power(corr: Tensor, alpha: float, eps: float, normalize: str) -> Ten
 @_matrix_power.register_fake
 def _(corr: Tensor, alpha: float, eps: float, normalize: str) -> Tensor:
     return corr.new_empty(corr.shape)
-
-
-@torch.library.custom_op("isofast_kernels::augment_views", mutates_args=())
-def _augment_views(
-    images: Tensor,
-    index: Tensor,
-    parameters: Tensor,
-    side: int,
-    mean: list[float],
-    std: list[float],
-    blur: bool,
-    dtype: torch.dtype,
-) -> Tensor:
-    """views_VBSS3; the pixels of a view lie together, as channels_last has them."""
-    if _runs_triton(parameters):
-        with _device_of(images):
-            return augment_launch(images, index, parameters, side, mean, std, blur, dtype)
-    if not blur:
-        parameters = augment_reference.without_blur(parameters)
-    return augment_reference.augment_views_reference(
-        images, index, parameters, side=side, mean=mean, std=std, dtype=dtype
-    )
-
-
-@_augment_views.register_fake
-def _(
-    images: Tensor,
-    index: Tensor,
-    parameters: Tensor,
-    side: int,
-    mean: list[float],
-    std: list[float],
-    blur: bool,
-    dtype: torch.dtype,
-) -> Tensor:
-    return images.new_empty((*parameters.shape[:2], side, side, 3), dtype=dtype)
 
 
 # Public
@@ -332,53 +274,3 @@ def matrix_power(
     if not 0 <= eps < math.inf:
         raise ValueError(f"eps is {eps}; it must be finite and at least 0.")
     return _matrix_power(corr_DD.detach(), float(alpha), float(eps), normalize)
-
-
-def augment_views(
-    images_NHW3: Tensor,
-    index_B: Tensor,
-    parameters_VBP: Tensor,
-    *,
-    side: int,
-    mean: Sequence[float],
-    std: Sequence[float],
-    blur: bool,
-    dtype: torch.dtype = torch.float32,
-) -> Tensor:
-    """Every view of a batch, made of stored 8-bit images in one launch.
-
-    A window is resized (bicubic, antialiased), its colours are jittered in the order drawn for
-    it, turned gray, blurred, solarized, flipped and normalised: torchvision's operations on Pillow
-    images, rounded to levels where those are. `isofast_kernels.augment_reference` spells them
-    out. Nothing is drawn here: the same arguments give the same bits.
-
-    Args:
-        images_NHW3: the stored images, (N, H, W, 3), uint8, RGB, contiguous.
-        index_B: which of them make the batch, (B,), int64, each from 0 to N - 1.
-        parameters_VBP: what to do to them, (V, B, 16), float32, V views; the columns are
-            `augment_reference.COLUMNS`. Windows lie within the stored image.
-        side: of a view, in pixels.
-        mean, std: of the three channels, for pixels in [0, 1].
-        blur: whether any row blurs at all; without, column blur_sigma is not looked at. A blur
-            reaches ceil(3 sigma) pixels, which must be less than `side`.
-        dtype: of the views: float32, float16 or bfloat16.
-
-    Returns:
-        views_VBCSS, (V, B, 3, side, side); each view is contiguous as channels_last.
-
-    Raises:
-        ValueError: a shape, dtype, device or size that is not allowed. Values on the device are
-            not looked at, which would wait for it: an index or a window outside is undefined.
-    """
-    check_augment_arguments(images_NHW3, index_B, parameters_VBP, side, mean, std, dtype)
-    views_VBSS3 = _augment_views(
-        images_NHW3,
-        index_B,
-        parameters_VBP,
-        side,
-        [float(value) for value in mean],
-        [float(value) for value in std],
-        blur,
-        dtype,
-    )
-    return views_VBSS3.permute(0, 1, 4, 2, 3)

@@ -16,8 +16,8 @@ from isofast_kernels import (
     reference,
     second_moment,
 )
+from isofast_kernels.dispatch import INTERPRET
 from isofast_kernels.matrix_power import power_by_products
-from isofast_kernels.ops import INTERPRET
 
 from .emulation import TorchSteps
 from .tolerances import assert_within_budget

@@ -1,0 +1,102 @@
+"""The augmentation as an operation: dispatch, shapes for tracing; `ops` has the others.
+
+CUDA tensors run Triton, CPU tensors `augment_reference`, which explains the shape letters.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from . import augment_reference
+from .arguments import check_augment_arguments
+from .dispatch import HAS_TRITON, device_of, runs_triton
+
+if HAS_TRITON:
+    from .augment import augment_launch
+
+
+@torch.library.custom_op("isofast_kernels::augment_views", mutates_args=())
+def _augment_views(
+    images: Tensor,
+    index: Tensor,
+    parameters: Tensor,
+    side: int,
+    mean: list[float],
+    std: list[float],
+    blur: bool,
+    dtype: torch.dtype,
+) -> Tensor:
+    """views_VBSS3; the pixels of a view lie together, as channels_last has them."""
+    if runs_triton(parameters):
+        with device_of(images):
+            return augment_launch(images, index, parameters, side, mean, std, blur, dtype)
+    if not blur:
+        parameters = augment_reference.without_blur(parameters)
+    return augment_reference.augment_views_reference(
+        images, index, parameters, side=side, mean=mean, std=std, dtype=dtype
+    )
+
+
+@_augment_views.register_fake
+def _(
+    images: Tensor,
+    index: Tensor,
+    parameters: Tensor,
+    side: int,
+    mean: list[float],
+    std: list[float],
+    blur: bool,
+    dtype: torch.dtype,
+) -> Tensor:
+    return images.new_empty((*parameters.shape[:2], side, side, 3), dtype=dtype)
+
+
+def augment_views(
+    images_NHW3: Tensor,
+    index_B: Tensor,
+    parameters_VBP: Tensor,
+    *,
+    side: int,
+    mean: Sequence[float],
+    std: Sequence[float],
+    blur: bool,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """Every view of a batch, made of stored 8-bit images in one launch.
+
+    A window is resized (bicubic, antialiased), its colours are jittered in the order drawn for
+    it, turned gray, blurred, solarized, flipped and normalised: torchvision's operations on Pillow
+    images, rounded to levels where those are. `isofast_kernels.augment_reference` spells them
+    out. Nothing is drawn here: the same arguments give the same bits.
+
+    Args:
+        images_NHW3: the stored images, (N, H, W, 3), uint8, RGB, contiguous.
+        index_B: which of them make the batch, (B,), int64, each from 0 to N - 1.
+        parameters_VBP: what to do to them, (V, B, 16), float32, V views; the columns are
+            `augment_reference.COLUMNS`. Windows lie within the stored image.
+        side: of a view, in pixels.
+        mean, std: of the three channels, for pixels in [0, 1].
+        blur: whether any row blurs at all; without, column blur_sigma is not looked at. A blur
+            reaches ceil(3 sigma) pixels, which must be less than `side`.
+        dtype: of the views: float32, float16 or bfloat16.
+
+    Returns:
+        views_VBCSS, (V, B, 3, side, side); each view is contiguous as channels_last.
+
+    Raises:
+        ValueError: a shape, dtype, device or size that is not allowed. Values on the device are
+            not looked at, which would wait for it: an index or a window outside is undefined.
+    """
+    check_augment_arguments(images_NHW3, index_B, parameters_VBP, side, mean, std, dtype)
+    views_VBSS3 = _augment_views(
+        images_NHW3,
+        index_B,
+        parameters_VBP,
+        side,
+        [float(value) for value in mean],
+        [float(value) for value in std],
+        blur,
+        dtype,
+    )
+    return views_VBSS3.permute(0, 1, 4, 2, 3)

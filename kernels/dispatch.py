@@ -1,0 +1,27 @@
+"""Which tensors run Triton, and where it launches."""
+
+import importlib.util
+import os
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor
+
+from .arguments import KERNEL_DTYPES
+
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+INTERPRET = HAS_TRITON and os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+def runs_triton(*tensors: Tensor) -> bool:
+    """Whether these tensors, all on one device, go to a Triton kernel."""
+    if not tensors[0].is_cuda:
+        return INTERPRET and all(tensor.dtype in KERNEL_DTYPES for tensor in tensors)
+    if not HAS_TRITON:
+        raise RuntimeError("CUDA tensors need Triton, which is not installed: pip install triton")
+    return True
+
+
+def device_of(tensor: Tensor) -> AbstractContextManager[object]:
+    """Makes the tensor's GPU the current one: Triton launches there, wherever its data lie."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
