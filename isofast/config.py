@@ -44,19 +44,18 @@ class DataConfig(_Section):
     on_bad_image: Literal["stop", "skip"] = "stop"
     """What to do about files found unreadable at the start: stop and name them, or train without
     them. A file that is lost later stops the run in any case."""
-    backend: Literal["auto", "dali"] = Field("auto", json_schema_extra=FREE)
-    """What decodes and augments: dali; auto takes the fastest that fits (today: dali)."""
+    backend: Literal["auto", "dali", "resident"] = Field("auto", json_schema_extra=FREE)
+    """What decodes and augments: dali, batch by batch, or resident, which decodes once and keeps
+    the images on the device (images of one size, recipes without affine maps). auto: resident on a
+    GPU where the set allows it and fits, else dali."""
+    resident_limit_gb: float = Field(8.0, gt=0, json_schema_extra=FREE)
+    """The most that resident images may take on each device, in 10^9 bytes."""
     crop: int | None = Field(None, ge=8)
     """Side of the square the network sees, in pixels; null takes the recipe's."""
     threads: int | None = Field(None, ge=1, json_schema_extra=FREE)
     """Decoding threads a rank; null shares the machine's cores among its ranks."""
     prefetch: int = Field(2, ge=1, le=16, json_schema_extra=FREE)
-    """Batches prepared ahead."""
-
-    @property
-    def loader(self) -> str:
-        """The backend in use, resolved."""
-        return "dali" if self.backend == "auto" else self.backend
+    """Batches prepared ahead by dali."""
 
 
 class EncoderConfig(_Section):

@@ -69,7 +69,6 @@ class Evaluator:
 
         def loader(images: ImageFolder, indices: np.ndarray) -> "EvalLoader":
             return make_eval_loader(
-                config.data.loader,
                 images,
                 recipe,
                 indices=indices[world.rank :: world.size],

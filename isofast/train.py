@@ -100,7 +100,7 @@ class _Run:
 
         threads = config.data.threads or _threads_per_rank(world)
         self.loader = make_train_loader(
-            config.data.loader,
+            config.data.backend,
             train,
             recipe,
             batch_size=config.batch_size_per_rank(world.size),
@@ -111,6 +111,8 @@ class _Run:
             start_step=self.step,
             threads=threads,
             prefetch=config.data.prefetch,
+            resident_limit_gb=config.data.resident_limit_gb,
+            dtype=self.state.online.branch.precision,
         )
         self.steps_per_epoch: int = self.loader.steps_per_epoch
         self.total_steps = config.train.epochs * self.steps_per_epoch
@@ -277,6 +279,7 @@ class _Run:
             f"{world.size} process(es), BatchNorm statistics {statistics}, "
             f"{self.steps_per_epoch} steps an epoch "
             f"({self.loader.dropped_per_epoch} images left out of each)",
+            self.loader.describe(),
             f"steps {self.step} to {self.last_step}, written to {self.run_dir}"
             if self.step < self.last_step
             else f"{self.run_dir} is at step {self.step} and has nothing left to do",

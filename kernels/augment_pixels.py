@@ -48,7 +48,7 @@ def resized(
     first_I = tl.maximum(tl.floor(center_I - _CUBIC_REACH * filter_scale + 0.5), 0.0)
     total_I = tl.zeros_like(center_I)
     r_I, g_I, b_I = total_I, total_I, total_I
-    for tap in tl.static_range(TAPS):
+    for tap in range(TAPS):
         pixel_I = first_I + tap
         inside_I = mask_I & (pixel_I < length)
         weight_I = _cubic(tl.abs(pixel_I + 0.5 - center_I) / filter_scale)

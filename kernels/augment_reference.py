@@ -67,7 +67,7 @@ def augment_views_reference(
     levels = _where(column["flip"] > 0, levels, lambda chosen, _: chosen.flip(2))
     mean_3, std_3 = (levels.new_tensor(values, dtype=torch.float32) for values in (mean, std))
     views_X = (levels - 255 * mean_3) / (255 * std_3)
-    return views_X.to(dtype).unflatten(0, (views, batch))
+    return views_X.to(dtype).contiguous().unflatten(0, (views, batch))
 
 
 def without_blur(parameters_VBP: Tensor) -> Tensor:

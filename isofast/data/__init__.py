@@ -3,8 +3,12 @@
 DALI is imported only when a loader is made: listing, checking and preparing data need none of it.
 """
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
+import torch
+
+from isofast.data.backend import BACKENDS, resolve_backend
 from isofast.data.datasets import ImageFolder, left_out_note, verify_images
 from isofast.data.listing import open_dataset
 from isofast.data.order import Batch
@@ -13,8 +17,14 @@ from isofast.errors import UserError
 
 if TYPE_CHECKING:
     from isofast.data.loaders import EvalLoader, TrainLoader
+    from isofast.data.resident import ResidentLoader
 
-BACKENDS = ("dali",)
+# where each class that needs DALI is
+_LAZY = {
+    "EvalLoader": "isofast.data.loaders",
+    "TrainLoader": "isofast.data.loaders",
+    "ResidentLoader": "isofast.data.resident",
+}
 
 __all__ = [
     "BACKENDS",
@@ -22,6 +32,7 @@ __all__ = [
     "EvalLoader",
     "ImageFolder",
     "Recipe",
+    "ResidentLoader",
     "TrainLoader",
     "ViewRecipe",
     "left_out_note",
@@ -34,47 +45,65 @@ __all__ = [
 
 
 def make_train_loader(
-    backend: str, dataset: ImageFolder, recipe: Recipe, **options: Any
-) -> "TrainLoader":
-    """Make the endless loader of augmented batches; options as for `TrainLoader`.
+    backend: str,
+    dataset: ImageFolder,
+    recipe: Recipe,
+    *,
+    device: torch.device,
+    resident_limit_gb: float = 8.0,
+    dtype: torch.dtype = torch.float32,
+    prefetch: int = 2,
+    **options: Any,
+) -> "TrainLoader | ResidentLoader":
+    """Make the endless loader of augmented batches.
+
+    Args:
+        backend: "auto", "dali" or "resident"; `resolve_backend` says what auto takes.
+        dataset: the training images; checked first where `verify_images` has not been called.
+        recipe: the augmentation.
+        device: where batches are made.
+        resident_limit_gb: the most that decoded images may take, in 10^9 bytes.
+        dtype: of the resident backend's views; DALI's are float32.
+        prefetch: batches that DALI makes ahead; a resident one is made when it is asked for.
+        options: as for `TrainLoader`.
 
     Raises:
-        UserError: the backend is unknown or not installed, and what `TrainLoader` raises.
+        UserError: the backend is unknown, not installed or cannot be used with this set and
+            recipe, and what the loaders raise.
     """
-    _check_backend(backend)
-    loader: TrainLoader = __getattr__("TrainLoader")(dataset, recipe, **options)
-    return loader
+    if backend != "dali":
+        dataset = dataset if dataset.sizes is not None else verify_images(dataset)
+        backend = resolve_backend(backend, dataset, recipe, device, resident_limit_gb)
+    if backend == "resident":
+        resident: type[ResidentLoader] = __getattr__("ResidentLoader")
+        return resident(dataset, recipe, device=device, dtype=dtype, **options)
+    dali: type[TrainLoader] = __getattr__("TrainLoader")
+    return dali(dataset, recipe, device=device, prefetch=prefetch, **options)
 
 
 def make_eval_loader(
-    backend: str, dataset: ImageFolder, recipe: Recipe, indices: Any, **options: Any
+    dataset: ImageFolder, recipe: Recipe, indices: Any, **options: Any
 ) -> "EvalLoader":
-    """Make the loader of clean images; indices and options as for `EvalLoader`.
+    """Make the loader of clean images, which is DALI's; indices and options as for `EvalLoader`.
 
     Raises:
-        UserError: the backend is unknown or not installed, and what `EvalLoader` raises.
+        UserError: DALI is not installed, and what `EvalLoader` raises.
     """
-    _check_backend(backend)
-    loader: EvalLoader = __getattr__("EvalLoader")(dataset, recipe, indices, **options)
-    return loader
-
-
-def _check_backend(backend: str) -> None:
-    if backend not in BACKENDS:
-        raise UserError(f"data.backend is {backend!r}; allowed is {' or '.join(BACKENDS)}")
+    loader: type[EvalLoader] = __getattr__("EvalLoader")
+    return loader(dataset, recipe, indices, **options)
 
 
 def __getattr__(name: str) -> Any:
     """Import the loaders, and DALI with them, on first use."""
-    if name not in ("EvalLoader", "TrainLoader"):
+    if name not in _LAZY:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     try:
-        from isofast.data import loaders
+        module = importlib.import_module(_LAZY[name])
     except ModuleNotFoundError as error:
         if error.name is None or not error.name.startswith("nvidia"):
             raise
         raise UserError(
-            "NVIDIA DALI is not installed, and data.backend 'dali' needs it (Linux only). "
+            "NVIDIA DALI is not installed, and every data.backend needs it (Linux only). "
             "Install it with `pip install nvidia-dali-cuda130` (nvidia-dali-cuda120 for CUDA 12)"
         ) from error
-    return getattr(loaders, name)
+    return getattr(module, name)

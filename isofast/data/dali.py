@@ -32,6 +32,8 @@ _FILES_A_TASK = 16
 
 CLEAN_ARGUMENTS = ("roi_start", "roi_end")
 
+_DTYPES = {types.FLOAT: torch.float32, types.UINT8: torch.uint8}
+
 
 class Stream:
     """A DALI pipeline that is fed batch by batch from Python.
@@ -40,7 +42,8 @@ class Stream:
         dataset: where the images and labels are.
         source: gives the next batch's image numbers and arguments; StopIteration ends the stream
             until `restart`. It is called ahead of `pull`.
-        graph: builds the outputs (HWC float32) from a decoded image and the named arguments.
+        graph: builds the outputs (HWC, float32 or uint8) from a decoded image and the named
+            arguments.
         arguments: names of what the source gives beside the numbers.
         batch_size: the largest batch.
         device: where the images are made.
@@ -153,7 +156,7 @@ class Stream:
         if self._device.type == "cpu":
             return from_dlpack(output)
         # DALI reuses freed GPU memory in the order of its own streams, not of torch's: copy
-        copy = torch.empty(output.shape(), dtype=torch.float32, device=self._device)
+        copy = torch.empty(output.shape(), dtype=_DTYPES[output.dtype], device=self._device)
         feed_ndarray(output, copy, torch.cuda.current_stream(self._device))
         return copy
 

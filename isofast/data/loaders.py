@@ -37,11 +37,14 @@ class TrainLoader:
 
     Attributes:
         steps_per_epoch, images_per_epoch, dropped_per_epoch: counted over all ranks.
+        backend: "dali".
 
     Raises:
         UserError: unreadable images, or fewer than one global batch.
         RunError: from next(), when an image can no longer be read.
     """
+
+    backend = "dali"
 
     def __init__(
         self,
@@ -60,6 +63,7 @@ class TrainLoader:
         dataset, self._sizes = _with_sizes(dataset)
         self._recipe = recipe
         self._seed = seed
+        self._on = f"DALI on the {'GPU' if device.type == 'cuda' else 'CPU'}"
         self._step = self._drawn = start_step
         self._order = BatchOrder(
             len(dataset), batch_size=batch_size, rank=rank, world_size=world_size, seed=seed
@@ -97,6 +101,10 @@ class TrainLoader:
     def state_dict(self) -> dict[str, int | str]:
         """Say where the stream is: "step" is the start_step that goes on from here."""
         return {"step": self._step, **self._identity}
+
+    def describe(self) -> str:
+        """Say in a line what makes the batches."""
+        return f"images decoded and augmented by {self._on}, batch by batch"
 
     def close(self) -> None:
         """Free DALI's threads and memory; the loader is of no use afterwards."""

@@ -236,7 +236,7 @@ def test_gray_files_become_three_equal_channels(photos: ImageFolder) -> None:
     grays = [index for index, mode in enumerate(modes) if mode == "L"]
     assert grays, "the archive has gray JPEGs"
     loader = make_eval_loader(
-        "dali", photos, BASE, grays, batch_size=64, device=torch.device("cpu"), threads=1
+        photos, BASE, grays, batch_size=64, device=torch.device("cpu"), threads=1
     )
     x = torch.cat([x for x, _ in loader])
     std, mean = torch.tensor(BASE.std).view(3, 1, 1), torch.tensor(BASE.mean).view(3, 1, 1)

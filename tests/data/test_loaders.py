@@ -223,7 +223,7 @@ def test_digits_views_are_affine_and_unmirrored(tmp_path: Path) -> None:
     )
     batch = next(loader)
     clean = make_eval_loader(
-        "dali", dataset, recipe, batch.y_B.numpy(), batch_size=32, device=CPU, threads=1
+        dataset, recipe, batch.y_B.numpy(), batch_size=32, device=CPU, threads=1
     )
     ((x, _),) = clean
     # half a level of rounding, over the smallest std
@@ -298,8 +298,8 @@ def test_too_few_images_and_unknown_backends_are_refused(
         TrainLoader(
             train_set, recipe, batch_size=3, rank=2, world_size=2, seed=0, device=CPU, threads=1
         )
-    with pytest.raises(UserError, match="'pil'; allowed is dali"):
-        make_train_loader("pil", train_set, recipe)
+    with pytest.raises(UserError, match="'pil'; allowed are auto, dali and resident"):
+        make_train_loader("pil", train_set, recipe, device=CPU)
     for indices in ([], [15], [-1]):
         with pytest.raises(ValueError, match="each from 0 to 14"):
             EvalLoader(val_set, recipe, indices, batch_size=2, device=CPU, threads=1)
@@ -312,7 +312,7 @@ def test_dali_is_imported_only_for_a_loader() -> None:
         "assert not any(name.startswith('nvidia') for name in sys.modules), 'DALI is imported'\n"
         "sys.modules['nvidia'] = None\n"
         "try:\n"
-        "    isofast.data.make_train_loader('dali', None, None)\n"
+        "    isofast.data.make_train_loader('dali', None, None, device=None)\n"
         "except isofast.errors.UserError as error:\n"
         "    assert 'pip install nvidia-dali-cuda130' in str(error), error\n"
         "else:\n"

@@ -15,6 +15,9 @@ SAMPLE = [
     "polynomial D=256",
     "product D=1024",
     "finish D=256",
+    "augment 64 to 64 bf16",
+    "augment 96 to 96 blur fp32",
+    "augment 256 to 224 fp16",
 ]
 
 
@@ -64,3 +67,5 @@ def test_every_kernel_dtype_and_tile_is_listed():
         for dtype in aot.DTYPES:
             assert f"asymmetric_loss iso cosine {dtype} D={features}" in names
             assert f"correlation ema {dtype} D={features}" in names
+    for dtype in aot.DTYPES:
+        assert f"augment 96 to 96 blur {dtype}" in names

@@ -1,4 +1,4 @@
-"""Runs test_triton.py under Triton's interpreter, which has to be chosen before the import."""
+"""Runs the tests of kernels under Triton's interpreter, to be chosen before the import."""
 
 import os
 import re
@@ -10,10 +10,13 @@ import pytest
 
 
 @pytest.mark.slow
-def test_kernels_in_the_interpreter():
+@pytest.mark.parametrize(
+    ("file", "at_least"), [("test_triton.py", 90), ("test_augment_triton.py", 25)]
+)
+def test_kernels_in_the_interpreter(file, at_least):
     here = Path(__file__).parent
     process = subprocess.run(
-        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", here / "test_triton.py"],
+        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", here / file],
         env={
             **os.environ,
             "TRITON_INTERPRET": "1",
@@ -28,4 +31,4 @@ def test_kernels_in_the_interpreter():
     output = process.stdout + process.stderr
     assert process.returncode == 0, output
     passed = re.search(r"(\d+) passed", output)
-    assert passed and int(passed[1]) >= 90, output
+    assert passed and int(passed[1]) >= at_least, output

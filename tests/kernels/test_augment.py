@@ -1,0 +1,245 @@
+"""The definition of the augmentation against torchvision, and the operation on the CPU.
+
+Distances are mean absolute differences of 8-bit levels, on the same photographs with the same
+parameters; each bound stands just above what was measured (NUMERICS.md). The definition follows
+torchvision on Pillow images; torchvision's tensor operations round elsewhere.
+"""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms.v2 import functional as F
+
+from isofast_kernels import augment_reference as reference
+from isofast_kernels import augment_views
+
+from .augment_problems import MEAN, STD, levels_of, noise, photos, random_rows, rows
+
+PHOTOS = photos()
+N = len(PHOTOS)
+RNG = np.random.default_rng(0)
+FACTOR = RNG.uniform(0.6, 1.4, N).astype(np.float32)
+HUE = RNG.uniform(-0.1, 0.1, N).astype(np.float32)
+SIGMA = RNG.uniform(0.1, 2.0, N).astype(np.float32)
+SIDES = RNG.integers(10, 65, (N, 2))
+WINDOWS = np.concatenate([(RNG.random((N, 2)) * (65 - SIDES)).astype(int), SIDES], axis=1)
+JITTER = ("adjust_brightness", "adjust_contrast", "adjust_saturation", "adjust_hue")
+
+
+def augment(images, index, parameters, side, **options):
+    options = {"mean": MEAN, "std": STD, "blur": True} | options
+    return augment_views(images, index, parameters, side=side, **options)
+
+
+def ours(side=64, **columns):
+    """Levels (N, side, side, 3) of the photographs under the given columns."""
+    table = rows(1, N, 64, 64, **columns)
+    views = augment(PHOTOS, torch.arange(N), table, side)
+    return levels_of(views[0]).permute(0, 2, 3, 1)
+
+
+def through_pillow(operation):
+    images = [operation(Image.fromarray(photo.numpy()), k) for k, photo in enumerate(PHOTOS)]
+    return torch.from_numpy(np.stack([np.asarray(image) for image in images])).double()
+
+
+def through_tensors(operation):
+    images = [operation(photo.permute(2, 0, 1), k) for k, photo in enumerate(PHOTOS)]
+    return torch.stack(images).permute(0, 2, 3, 1).double()
+
+
+def crop_to(side):
+    def crop(image, k):
+        window = [int(value) for value in WINDOWS[k]]
+        return F.resized_crop(image, *window, [side, side], InterpolationMode.BICUBIC)
+
+    return crop
+
+
+def blur(image, k):
+    side = int(2 * np.ceil(3 * SIGMA[k]) + 1)
+    return F.gaussian_blur(image, [side, side], [float(SIGMA[k])] * 2)
+
+
+WINDOW = dict(zip(("top", "left", "height", "width"), WINDOWS.T, strict=True))
+CASES = {
+    # columns, torchvision's operation, side, allowed distance to Pillow images and to tensors
+    "nothing": ({}, lambda image, k: image, 64, 0.0, 0.0),
+    "crop": (WINDOW, crop_to(64), 64, 2e-4, 0.004),
+    "crop, enlarged": (WINDOW, crop_to(100), 100, 2e-4, 0.004),
+    # Pillow 13 resizes rows before columns where that is cheaper, and so rounds elsewhere
+    "crop, reduced": (WINDOW, crop_to(24), 24, 0.05, 0.004),
+    "brightness": (
+        {"brightness": FACTOR},
+        lambda image, k: F.adjust_brightness(image, float(FACTOR[k])),
+        64,
+        0.0,
+        0.0,
+    ),
+    "contrast": (
+        {"contrast": FACTOR},
+        lambda image, k: F.adjust_contrast(image, float(FACTOR[k])),
+        64,
+        0.0,
+        0.15,
+    ),
+    "saturation": (
+        {"saturation": FACTOR},
+        lambda image, k: F.adjust_saturation(image, float(FACTOR[k])),
+        64,
+        0.0,
+        0.15,
+    ),
+    "hue": ({"hue": HUE}, lambda image, k: F.adjust_hue(image, float(HUE[k])), 64, 0.003, 0.5),
+    "gray": ({"gray": 1}, lambda image, k: F.to_grayscale(image, 3), 64, 0.0, 0.6),
+    "blur": ({"blur_sigma": SIGMA}, blur, 64, 5e-5, 5e-5),
+    "solarize": ({"solarize_from": 128}, lambda image, k: F.solarize(image, 128), 64, 0.0, 0.0),
+    "flip": ({"flip": 1}, lambda image, k: F.hflip(image), 64, 0.0, 0.0),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_distance_to_torchvision(name):
+    columns, operation, side, to_pillow, to_tensors = CASES[name]
+    got = ours(side, **columns)
+    # the normalisation there and back is float32
+    assert (got - got.round()).abs().max() < 1e-3
+    got = got.round()
+    assert (got - through_pillow(operation)).abs().mean() <= to_pillow
+    assert (got - through_tensors(operation)).abs().mean() <= to_tensors
+
+
+def whole_view(image, k, row):
+    """The whole recipe in torchvision, by the columns of a row of parameters."""
+    column = dict(zip(reference.COLUMNS, row.tolist(), strict=True))
+    window = [int(column[name]) for name in ("top", "left", "height", "width")]
+    image = F.resized_crop(image, *window, [64, 64], InterpolationMode.BICUBIC)
+    factors = [column[name] for name in ("brightness", "contrast", "saturation", "hue")]
+    if factors[0] != 1:
+        for place in ("first", "second", "third", "fourth"):
+            number = int(column[place])
+            image = getattr(F, JITTER[number])(image, factors[number])
+    if column["gray"]:
+        image = F.to_grayscale(image, 3)
+    if column["blur_sigma"] > 0:
+        side = int(2 * np.ceil(3 * np.float32(column["blur_sigma"])) + 1)
+        image = F.gaussian_blur(image, [side, side], [column["blur_sigma"]] * 2)
+    if column["solarize_from"] < 256:
+        image = F.solarize(image, column["solarize_from"])
+    return F.hflip(image) if column["flip"] else image
+
+
+@pytest.mark.parametrize("blurred", [False, True], ids=["no_blur", "blur"])
+def test_distance_of_the_whole_recipe(blurred):
+    table = random_rows(1, N, 64, 64, blur=blurred)
+    got = levels_of(augment(PHOTOS, torch.arange(N), table, 64, blur=blurred)[0]).round()
+    got = got.permute(0, 2, 3, 1)
+
+    def operation(image, k):
+        return whole_view(image, k, table[0, k])
+
+    assert (got - through_pillow(operation)).abs().mean() <= 0.01
+    # gray and hue are what differs, and at the threshold of solarize a level is a jump
+    assert (got - through_tensors(operation)).abs().mean() <= 0.7
+
+
+def test_the_order_of_the_jitter_matters_and_is_followed():
+    strong = {"brightness": 1.4, "contrast": 0.6, "saturation": 1.2, "hue": 0.1}
+    places = ("first", "second", "third", "fourth")
+    seen = []
+    for order in ((0, 1, 2, 3), (3, 2, 1, 0), (1, 0, 3, 2)):
+        got = ours(**strong, **dict(zip(places, order, strict=True))).round()
+
+        def operation(image, k, order=order):
+            for number in order:
+                image = getattr(F, JITTER[number])(image, list(strong.values())[number])
+            return image
+
+        assert (got - through_pillow(operation)).abs().mean() <= 0.05
+        assert all((got - other).abs().mean() > 1 for other in seen)
+        seen.append(got)
+
+
+def test_only_the_window_counts():
+    images = noise(5, 40, 30)
+    table = rows(1, 5, 20, 11, top=7, left=13, blur_sigma=1.0, contrast=0.7)
+    expected = augment(images, torch.arange(5), table, 16)
+    inside = images[:, 7:27, 13:24].clone()
+    images = 255 - images
+    images[:, 7:27, 13:24] = inside
+    assert torch.equal(augment(images, torch.arange(5), table, 16), expected)
+
+
+def test_an_image_s_views_do_not_depend_on_its_batch():
+    table = random_rows(2, N, 64, 64, blur=True)
+    whole = augment(PHOTOS, torch.arange(N), table, 32)
+    some = torch.tensor([40, 3, 17])
+    part = augment(PHOTOS, some, table[:, some], 32)
+    # a product over another batch may add in another order, and so round to another level
+    assert ((part - whole[:, some]).abs() > 1e-3).float().mean() < 1e-3
+
+
+def test_layout_dtype_and_repetition():
+    table = random_rows(2, N, 64, 64, blur=True)
+    views = augment(PHOTOS, torch.arange(N), table, 32)
+    assert views.shape == (2, N, 3, 32, 32) and views.dtype == torch.float32
+    for view in views:
+        assert view.is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(views, augment(PHOTOS, torch.arange(N), table, 32))
+    for dtype in (torch.float16, torch.bfloat16):
+        assert torch.equal(
+            augment(PHOTOS, torch.arange(N), table, 32, dtype=dtype), views.to(dtype)
+        )
+
+
+def test_without_blur_the_column_is_not_looked_at():
+    table = random_rows(1, N, 64, 64, blur=True)
+    got = augment(PHOTOS, torch.arange(N), table, 16, blur=False)
+    expected = augment(PHOTOS, torch.arange(N), reference.without_blur(table), 16)
+    assert torch.equal(got, expected)
+    assert not torch.equal(got, augment(PHOTOS, torch.arange(N), table, 16))
+
+
+def test_opcheck_and_compile():
+    images, index = noise(4, 12, 12), torch.tensor([2, 0, 3])
+    table = random_rows(2, 3, 12, 12, blur=True)
+    torch.library.opcheck(
+        torch.ops.isofast_kernels.augment_views.default,
+        (images, index, table, 9, list(MEAN), list(STD), True, torch.bfloat16),
+    )
+
+    def two(images, index, table):
+        x1, x2 = augment(images, index, table, 9)
+        return 2 * x1 + x2
+
+    compiled = torch.compile(two, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(images, index, table), two(images, index, table))
+
+
+IMAGES, INDEX, TABLE = noise(4, 8, 8), torch.tensor([1, 3]), rows(2, 2, 8, 8)
+
+
+@pytest.mark.parametrize(
+    ("call", "fragments"),
+    [
+        (lambda: augment(IMAGES[0], INDEX, TABLE, 8), ["images_NHW3", "(8, 8, 3)"]),
+        (lambda: augment(IMAGES.float(), INDEX, TABLE, 8), ["float32", "uint8"]),
+        (lambda: augment(IMAGES.mT, INDEX, TABLE, 8), ["(4, 8, 3, 8)", "(N, H, W, 3)"]),
+        (lambda: augment(IMAGES[:, ::2], INDEX, TABLE, 8), ["strides", "contiguous"]),
+        (lambda: augment(IMAGES, INDEX.int(), TABLE, 8), ["index_B", "int32", "int64"]),
+        (lambda: augment(IMAGES, INDEX[:0], TABLE[:, :0], 8), ["index_B", "(0,)"]),
+        (lambda: augment(IMAGES, INDEX, TABLE[:, :1], 8), ["(2, 1, 16)", "(V, 2, 16)"]),
+        (lambda: augment(IMAGES, INDEX, TABLE.double(), 8), ["float64", "float32"]),
+        (lambda: augment(IMAGES, INDEX, TABLE, 0), ["side", "0"]),
+        (lambda: augment(IMAGES, INDEX, TABLE, 8, dtype=torch.int8), ["int8", "bfloat16"]),
+        (lambda: augment(IMAGES, INDEX, TABLE, 8, std=(1, 0, 1)), ["std", "(1, 0, 1)"]),
+        (lambda: augment(IMAGES, INDEX, TABLE.to("meta"), 8), ["cpu, meta"]),
+    ],
+)
+def test_argument_errors_say_what_was_got_and_what_to_do(call, fragments):
+    with pytest.raises(ValueError) as caught:
+        call()
+    for fragment in fragments:
+        assert fragment in str(caught.value)

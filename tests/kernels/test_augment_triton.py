@@ -1,0 +1,170 @@
+"""The augmentation's kernel against its definition, on a GPU or in Triton's interpreter.
+
+`TRITON_INTERPRET=1 pytest tests/kernels/test_augment_triton.py` runs it without a GPU;
+test_interpreter.py does that within a plain run. Both round to levels after each operation, so a
+sum that adds in another order gives another level now and then: few of them may, by little.
+"""
+
+import pytest
+import torch
+
+from isofast_kernels import augment_views
+from isofast_kernels.augment_reference import augment_views_reference
+from isofast_kernels.dispatch import INTERPRET
+
+from .augment_problems import MEAN, STD, levels_of, noise, photos, random_rows, rows
+
+HAS_GPU = torch.cuda.is_available()
+DEVICE = "cuda" if HAS_GPU and not INTERPRET else "cpu"
+if DEVICE == "cuda":
+    pytestmark = pytest.mark.gpu
+elif not INTERPRET:
+    pytestmark = [
+        pytest.mark.gpu,
+        pytest.mark.skip(reason="no GPU; test_interpreter.py runs these in Triton's interpreter"),
+    ]
+
+# stored height, width, side: no power of two, one block and more, enlarged and reduced
+SHAPES = [(20, 20, 20), (37, 29, 15), (13, 11, 35), (64, 64, 64), (9, 50, 33)]
+
+
+def both(images, index, table, side, *, blur, dtype=torch.float32):
+    """What the kernel and what the definition make of the same arguments."""
+    kind = {"side": side, "mean": MEAN, "std": STD, "dtype": dtype}
+    got = augment_views(
+        images.to(DEVICE), index.to(DEVICE), table.to(DEVICE), blur=blur, **kind
+    ).cpu()
+    expected = augment_views_reference(images, index, table, **kind)
+    return got, expected.permute(0, 1, 4, 2, 3)
+
+
+def assert_same_levels(got, expected, share=2e-3):
+    difference = (levels_of(got) - levels_of(expected)).abs()
+    assert (difference > 0.5).double().mean() <= share
+    assert difference.mean() <= 0.01
+    # where the level is the same, so is the value, to the rounding of the normalisation
+    assert difference[difference < 0.5].max() < 1e-3
+
+
+@pytest.mark.usefixtures("poisoned_empty")
+@pytest.mark.parametrize("blur", [False, True], ids=["no_blur", "blur"])
+@pytest.mark.parametrize(("height", "width", "side"), SHAPES)
+def test_whole_views(guard_inputs, height, width, side, blur):
+    images, index = noise(3, height, width), torch.tensor([2, 0, 1, 2])
+    table = guard_inputs(random_rows(2, 4, height, width, blur=blur))
+    got, expected = both(images, index, table, side, blur=blur)
+    assert got.shape == (2, 4, 3, side, side)
+    assert_same_levels(got, expected)
+
+
+OPERATIONS = {
+    "nothing": {},
+    "window": {"top": 5, "left": 2, "height": 30, "width": 41},
+    "brightness": {"brightness": 1.3},
+    "contrast": {"contrast": 0.7},
+    "saturation": {"saturation": 1.2},
+    "hue": {"hue": 0.09},
+    "hue turned back": {"hue": -0.09},
+    "gray": {"gray": 1},
+    "blur": {"blur_sigma": 1.7},
+    "narrow blur": {"blur_sigma": 0.1},
+    "solarize": {"solarize_from": 100},
+    "flip": {"flip": 1},
+}
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_each_operation(name):
+    images, index = photos()[:3, :48, :48].contiguous(), torch.arange(3)
+    table = rows(1, 3, 48, 48, **OPERATIONS[name])
+    got, expected = both(images, index, table, 48, blur="blur" in name)
+    # only filters sum floats
+    share = 1e-3 if name in ("window", "blur", "narrow blur") else 0.0
+    assert_same_levels(got, expected, share)
+    plain, _ = both(images, index, rows(1, 3, 48, 48), 48, blur=False)
+    changed = (levels_of(got) - levels_of(plain)).abs().mean()
+    assert changed > 0.3 or name in ("nothing", "narrow blur")
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2, 3), (3, 2, 1, 0), (1, 3, 0, 2), (2, 0, 3, 1)], ids=str)
+def test_the_order_of_the_jitter(order):
+    places = dict(zip(("first", "second", "third", "fourth"), order, strict=True))
+    strong = {"brightness": 1.4, "contrast": 0.6, "saturation": 1.2, "hue": 0.1}
+    table = rows(1, 2, 32, 32, **strong, **places)
+    got, expected = both(photos(32)[:2], torch.arange(2), table, 32, blur=False)
+    assert_same_levels(got, expected, share=0.0)
+
+
+@pytest.mark.usefixtures("poisoned_empty")
+@pytest.mark.parametrize(
+    "dtype",
+    [
+        pytest.param(torch.float16, id="fp16"),
+        pytest.param(
+            torch.bfloat16,
+            id="bf16",
+            marks=pytest.mark.skipif(DEVICE == "cpu", reason="the interpreter has no bf16"),
+        ),
+    ],
+)
+def test_half_precision_views_are_the_rounded_ones(dtype):
+    images, index = noise(3, 20, 20), torch.tensor([2, 0, 1])
+    table = random_rows(2, 3, 20, 20, blur=True)
+    half, _ = both(images, index, table, 20, blur=True, dtype=dtype)
+    full, _ = both(images, index, table, 20, blur=True)
+    assert half.dtype == dtype
+    assert torch.equal(half, full.to(dtype))
+
+
+def test_the_same_inputs_give_the_same_bits_in_any_batch():
+    images, index = noise(3, 20, 20), torch.tensor([2, 0, 1])
+    table = random_rows(2, 3, 20, 20, blur=True)
+    whole, _ = both(images, index, table, 20, blur=True)
+    for _ in range(3):
+        assert torch.equal(both(images, index, table, 20, blur=True)[0], whole)
+    for k in range(3):
+        alone, _ = both(images, index[k : k + 1], table[:, k : k + 1], 20, blur=True)
+        assert torch.equal(alone, whole[:, k : k + 1])
+
+
+def test_only_the_window_counts():
+    images = noise(2, 40, 30)
+    table = rows(1, 2, 20, 11, top=7, left=13, blur_sigma=1.0, contrast=0.7)
+    expected, _ = both(images, torch.arange(2), table, 16, blur=True)
+    inside = images[:, 7:27, 13:24].clone()
+    images = 255 - images
+    images[:, 7:27, 13:24] = inside
+    got, _ = both(images, torch.arange(2), table, 16, blur=True)
+    assert torch.equal(got, expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device")
+def test_a_store_of_more_than_2_31_bytes():
+    images = torch.zeros(180_000, 64, 64, 3, dtype=torch.uint8, device=DEVICE)
+    last = noise(1, 64, 64)
+    images[-1] = last[0].to(DEVICE)
+    index = torch.tensor([len(images) - 1], device=DEVICE)
+    table = rows(1, 1, 64, 64)
+    kind = {"side": 64, "mean": MEAN, "std": STD}
+    got = augment_views(images, index, table.to(DEVICE), blur=False, **kind)
+    expected = augment_views_reference(last, torch.zeros(1, dtype=torch.int64), table, **kind)
+    assert_same_levels(got.cpu(), expected.permute(0, 1, 4, 2, 3), share=0.0)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device")
+def test_a_cuda_graph_replays_it():
+    """Capture fails on any host sync; new parameters in the same tensors give new views."""
+    images, index = noise(8, 32, 32).to(DEVICE), torch.arange(8, device=DEVICE)
+    tables = [random_rows(2, 8, 32, 32, blur=True, seed=s).to(DEVICE) for s in range(3)]
+    kind = {"side": 32, "mean": MEAN, "std": STD, "blur": True, "dtype": torch.bfloat16}
+    expected = [augment_views(images, index, table, **kind) for table in tables]
+    static = tables[0].clone()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        views = augment_views(images, index, static, **kind)
+    for table, want in zip(tables, expected, strict=True):
+        static.copy_(table)
+        graph.replay()
+        assert torch.equal(views, want)
