@@ -80,7 +80,7 @@ def without_blur(parameters_VBP: Tensor) -> Tensor:
 def resize(images_XHW3: Tensor, windows_X4: Tensor, side: int) -> Tensor:
     """Resize windows (top, left, height, width) to side x side, bicubic and antialiased.
 
-    As Pillow: columns first, each pass rounded to levels. No pixel outside the window counts.
+    Along x first, then along y, each pass rounded to levels. No pixel outside the window counts.
     """
     top, left, height, width = windows_X4.float().unbind(1)
     weights_XSH = cubic_weights(top, height, images_XHW3.shape[1], side)

@@ -77,7 +77,7 @@ def why_not_resident(dataset: ImageFolder, recipe: Recipe, limit_gb: float) -> s
     needed = resident_gb(len(dataset), int(sizes[0, 0]), int(sizes[0, 1]))
     if needed > limit_gb:
         return (
-            f"the {len(dataset):,} decoded images take {needed:.2f} GB and "
+            f"the {len(dataset):,} decoded images take {needed:.3g} GB and "
             f"data.resident_limit_gb is {limit_gb:g}; raise it if the device has the room"
         )
     return None

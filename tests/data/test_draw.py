@@ -1,12 +1,13 @@
 """The random numbers: known answers, promises about order, and distributions."""
 
 from dataclasses import fields, replace
+from itertools import permutations
 
 import numpy as np
 import pytest
 import torch
 from scipy import stats
-from torchvision.transforms import RandomResizedCrop
+from torchvision.transforms import ColorJitter, RandomResizedCrop
 
 from isofast.data.draw import clean_windows, colour_matrices, draw, epoch_order, philox
 from isofast.data.recipe import RECIPES, ViewRecipe, recipe_for
@@ -124,6 +125,53 @@ def test_crop_windows_follow_torchvision(size: tuple[int, int]) -> None:
         assert stats.ks_2samp(ours[:, k], theirs[:, k]).pvalue > P, name
     ratios = [w[:, 3] / w[:, 2] for w in (ours, theirs)]
     assert stats.ks_2samp(*ratios).pvalue > P
+    areas = [w[:, 3] * w[:, 2] for w in (ours, theirs)]
+    assert stats.ks_2samp(*areas).pvalue > P
+
+
+def test_jitter_follows_torchvision() -> None:
+    """Factors and the order of the operations, by torchvision's own draw."""
+    n = 6000
+    row = ViewRecipe(jitter_p=1.0)
+    recipe = replace(recipe_for("tinyimagenet"), view1=row)
+    view = draw(recipe, 1, np.full((n, 2), 64), np.arange(n), seed=2, epoch=0)
+    torch.manual_seed(0)
+    jitter = ColorJitter(row.brightness, row.contrast, row.saturation, row.hue)
+    params = (jitter.brightness, jitter.contrast, jitter.saturation, jitter.hue)
+    theirs = [ColorJitter.get_params(*params) for _ in range(n)]
+    ours = (view.brightness_N, view.contrast_N, view.saturation_N, view.hue_N)
+    for k, values in enumerate(ours):
+        assert stats.ks_2samp(values, [drawn[1 + k] for drawn in theirs]).pvalue > P
+
+    orders = list(permutations(range(4)))
+    counts = np.zeros((2, len(orders)))
+    for mine, drawn in zip(view.order_N4.tolist(), theirs, strict=True):
+        counts[0, orders.index(tuple(mine))] += 1
+        counts[1, orders.index(tuple(drawn[0].tolist()))] += 1
+    assert stats.chi2_contingency(counts).pvalue > P
+    assert stats.chisquare(counts[0]).pvalue > P
+    # neither the strengths nor the flags tell the order
+    first = view.order_N4[:, 0]
+    for values in (*ours, view.window_N4[:, 2]):
+        groups = [values[first == operation] for operation in range(4)]
+        assert stats.kruskal(*groups).pvalue > P
+    for flag in (view.gray_N, view.flip_N):
+        assert stats.chi2_contingency([np.bincount(first[flag == x]) for x in (0, 1)]).pvalue > P
+
+
+def test_no_number_has_moved() -> None:
+    """What an image went through once, it goes through again in the next release."""
+    view = draw(recipe_for("stl10"), 2, np.array([[96, 96]]), np.array([1234]), seed=7, epoch=3)
+    assert view.window_N4.tolist() == [[1, 6, 92, 89]]
+    assert view.order_N4.tolist() == [[3, 0, 2, 1]]
+    values = (view.brightness_N, view.contrast_N, view.saturation_N, view.hue_N)
+    assert np.allclose(
+        [value[0] for value in values],
+        [1.240372896, 1.317097425, 1.152617335, 0.058824949],
+        rtol=1e-6,
+    )
+    flags = (view.gray_N, view.blur_sigma_N > 0, view.solarize_N, view.flip_N)
+    assert [bool(flag[0]) for flag in flags] == [False, False, False, True]
 
 
 @pytest.mark.parametrize("size", [(10, 4000), (4000, 10), (1, 1), (1, 50)], ids=str)

@@ -69,7 +69,7 @@ CASES = {
     "nothing": ({}, lambda image, k: image, 64, 0.0, 0.0),
     "crop": (WINDOW, crop_to(64), 64, 2e-4, 0.004),
     "crop, enlarged": (WINDOW, crop_to(100), 100, 2e-4, 0.004),
-    # Pillow 13 resizes rows before columns where that is cheaper, and so rounds elsewhere
+    # Pillow 13 resizes along y before x where that is cheaper, and so rounds elsewhere
     "crop, reduced": (WINDOW, crop_to(24), 24, 0.05, 0.004),
     "brightness": (
         {"brightness": FACTOR},
