@@ -144,7 +144,7 @@ def compare(
             contender.name,
             rounds,
             statistics.median(contender.times_ms),
-            *_spread(contender.times_ms),
+            *spread(contender.times_ms),
             work.bytes,
             floor_ms,
             contender.note,
@@ -177,7 +177,8 @@ def limits() -> tuple[float, float]:
         torch.set_float32_matmul_precision(before)
 
 
-def _spread(times_ms: list[float]) -> tuple[float, float]:
+def spread(times_ms: list[float]) -> tuple[float, float]:
+    """The 10th and the 90th percentile."""
     deciles = statistics.quantiles(times_ms, n=10, method="inclusive")
     return deciles[0], deciles[-1]
 

@@ -202,7 +202,7 @@ def test_dali_sees_the_same_images_with_the_same_parameters(photo_set: ImageFold
             distance = ((a[view] - b[view]) * levels).abs()
             # rounding of the resize; at the threshold of solarize a level is a jump
             assert distance.median() <= 0.01
-            assert distance.mean() <= 1.0
+            assert distance.mean() <= 0.35
         other = ((a.x1_BCHW - a.x2_BCHW) * levels).abs().mean()
         assert other > 20, "another view is far away"
     for loader in loaders:
@@ -250,7 +250,7 @@ def test_auto_takes_resident_on_a_gpu_where_set_and_recipe_allow_it(
             "cifar10",
             None,
             1e-6,
-            r"51 decoded images take 9.43e-05 GB.*resident_limit_gb is 1e-06.*raise",
+            r"51 decoded images take 9.42e-05 GB.*resident_limit_gb is 1e-06.*raise",
         ),
         ("stl10", 6, 8.0, "sigma 2 reaches beyond a view of 6 pixels.*data.crop"),
     ],
