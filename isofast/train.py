@@ -96,6 +96,7 @@ class _Run:
             "training": train.fingerprint,
             "validation": None if val is None else val.fingerprint,
         }
+        self.backend_before: str | None = None
         self.step, totals, notes = self._resume()
 
         threads = config.data.threads or _threads_per_rank(world)
@@ -263,6 +264,7 @@ class _Run:
                     f"began with (names, classes or file sizes differ); put them back, or start "
                     f"over with --fresh"
                 )
+        self.backend_before = state["loader"].get("backend")
         self.state.restore(state, found.step)
         notes.append(f"continuing from {found.path}")
         return found.step, Totals(**state["totals"]), notes
@@ -284,6 +286,11 @@ class _Run:
             if self.step < self.last_step
             else f"{self.run_dir} is at step {self.step} and has nothing left to do",
         ]
+        if self.backend_before not in (None, self.loader.backend):
+            lines.append(
+                f"note: until here images were made by the {self.backend_before} backend, which "
+                f"jitters colours a little differently; keep data.backend to repeat a run exactly"
+            )
         if compiles(config, world.device.type == "cuda") and self.step < self.last_step:
             lines.append("compiling the networks; the first step takes a minute or two")
         return lines

@@ -349,3 +349,9 @@ def test_a_run_on_resident_images_continues_bit_for_bit(config_file: Write, tmp_
         done = run(command_of(config, parted, "--set", f"train.max_steps={steps}"))
         assert done.returncode == 0, done.stderr
     assert_same_run(whole, parted)
+
+    more = ("--set", "train.max_steps=7", "--set", "data.backend=dali")
+    done = run(command_of(config, parted, *more))
+    assert done.returncode == 0, done.stderr
+    assert "until here images were made by the resident backend" in done.stderr
+    assert "images decoded and augmented by DALI on the CPU" in done.stderr

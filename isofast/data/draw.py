@@ -35,7 +35,8 @@ class ViewDraw:
     affine_N23: float32, output to input, in pixels of the crop, (0, 0) the first pixel's corner.
     brightness_N, contrast_N, saturation_N: float32 factors, 1 where nothing changes.
     hue_N: float32, share of the colour circle. gray_N, solarize_N, flip_N: bool.
-    order_N4: int8, in which order brightness (0), contrast (1), saturation (2) and hue (3) come.
+    order_N4: int8, in which order brightness (0), contrast (1), saturation (2) and hue (3) come,
+        for a backend that takes them one by one.
     blur_sigma_N: float32, pixels of the crop, 0 where there is no blur.
     """
 

@@ -72,6 +72,7 @@ class TrainLoader:
         self.images_per_epoch = self._order.images_per_epoch
         self.dropped_per_epoch = self._order.dropped_per_epoch
         self._identity: dict[str, int | str] = {
+            "backend": self.backend,
             "seed": seed,
             "fingerprint": dataset.fingerprint,
             "batch_size": batch_size,

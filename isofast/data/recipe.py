@@ -2,7 +2,8 @@
 
 Nothing here touches an image. `isofast.data.draw` turns a row of the table into numbers for given
 images, and a backend executes those numbers. The order of operations is the same everywhere: crop,
-affine, colour (brightness, contrast, saturation, hue), gray, blur, solarize, flip, normalise.
+affine, colour (brightness, contrast, saturation and hue; one map for all of them in DALI, in the
+drawn order where images are resident), gray, blur, solarize, flip, normalise.
 """
 
 from dataclasses import dataclass, replace
