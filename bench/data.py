@@ -1,6 +1,6 @@
 """Times how fast augmented batches are made: source images a second, both views counted as one.
 
-    python bench/data.py [--root DIR] [--recipe tinyimagenet] [--rounds 11] [--seconds 2]
+    python bench/data.py [--root DIR] [--recipe tinyimagenet] [--rounds 9] [--seconds 1.5]
 
 Contenders, on the same files with the same recipe: torchvision's DataLoader with Pillow images and
 with the v2 transforms on tensors, DALI, and images that are resident; with a GPU also DALI and
@@ -251,8 +251,8 @@ def main() -> int:
     parser.add_argument("--recipe", default="tinyimagenet", help="which preset's augmentation")
     parser.add_argument("--batch", type=int, default=64, help="images of a batch")
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)))
-    parser.add_argument("--rounds", type=int, default=11, help="n")
-    parser.add_argument("--seconds", type=float, default=2.0, help="of a contender in a round")
+    parser.add_argument("--rounds", type=int, default=9, help="n")
+    parser.add_argument("--seconds", type=float, default=1.5, help="of a contender in a round")
     parser.add_argument("--dry", action="store_true", help="write no result")
     options = parser.parse_args()
     if not harness.tests_pass([f"tests/{path}" for path in TESTS]):
