@@ -29,6 +29,7 @@ schema: $(STAMP)
 bench: $(STAMP)
 	$(BIN)/python bench/kernels.py
 	$(BIN)/python bench/passes.py
+	$(BIN)/python bench/data.py
 
 clean:
 	rm -rf $(VENV) build *.egg-info

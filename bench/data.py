@@ -206,9 +206,19 @@ def timings_of(found: list[Feeder], question: str, batch: int, recipe: Recipe) -
     for feeder in found:
         median = statistics.median(feeder.times_ms)
         note = f"{1e3 * batch / median:,.0f} images/s" + (f"; {feeder.note}" if feeder.note else "")
-        spread = harness.spread(feeder.times_ms)
-        n = len(feeder.times_ms)
-        timings.append(Timing(question, feeder.name, n, median, *spread, made, note))
+        low, high = harness.spread(feeder.times_ms)
+        timings.append(
+            Timing(
+                question,
+                feeder.name,
+                n=len(feeder.times_ms),
+                median_ms=median,
+                low_ms=low,
+                high_ms=high,
+                bytes=made,
+                note=note,
+            )
+        )
     return timings
 
 
