@@ -333,25 +333,3 @@ def test_changed_images_are_noticed_on_resume(
     next((root / split / "0").iterdir()).unlink()
     done = run(command_of(config, run_dir, "--set", "train.max_steps=4"))
     assert done.returncode == 2 and "not those that the run began with" in done.stderr
-
-
-def test_a_run_on_resident_images_continues_bit_for_bit(config_file: Write, tmp_path: Path) -> None:
-    config = config_file(
-        data={"dataset": "cifar10", "crop": 16, "backend": "resident"},
-        train={"max_steps": 6},
-        checkpoint={"every_steps": 3},
-    )
-    whole, parted = tmp_path / "whole", tmp_path / "parted"
-    done = run(command_of(config, whole))
-    assert done.returncode == 0, done.stderr
-    assert "images resident on the device (0.00 GB of 8 x 8 pixels)" in done.stderr
-    for steps in (3, 6):
-        done = run(command_of(config, parted, "--set", f"train.max_steps={steps}"))
-        assert done.returncode == 0, done.stderr
-    assert_same_run(whole, parted)
-
-    more = ("--set", "train.max_steps=7", "--set", "data.backend=dali")
-    done = run(command_of(config, parted, *more))
-    assert done.returncode == 0, done.stderr
-    assert "until here images were made by the resident backend" in done.stderr
-    assert "images decoded and augmented by DALI on the CPU" in done.stderr
