@@ -202,6 +202,7 @@ def compare(found: list[Feeder], rounds: int, seconds: float) -> None:
 def timings_of(found: list[Feeder], question: str, batch: int, recipe: Recipe) -> list[Timing]:
     """As the harness writes them; the note has the images a second."""
     made = 2 * batch * 3 * recipe.crop**2 * 4
+    bytes_per_ms, _ = harness.limits()
     timings = []
     for feeder in found:
         median = statistics.median(feeder.times_ms)
@@ -216,6 +217,7 @@ def timings_of(found: list[Feeder], question: str, batch: int, recipe: Recipe) -
                 low_ms=low,
                 high_ms=high,
                 bytes=made,
+                floor_ms=made / bytes_per_ms,
                 note=note,
             )
         )

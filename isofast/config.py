@@ -47,7 +47,7 @@ class DataConfig(_Section):
     backend: Literal["auto", "dali", "resident"] = Field("auto", json_schema_extra=FREE)
     """What decodes and augments: dali, batch by batch, or resident, which decodes once and keeps
     the images on the device (images of one size, recipes without affine maps). auto: resident on a
-    GPU where the set allows it and fits, else dali."""
+    GPU where the set allows it and fits, else dali. A run keeps the one it began with."""
     resident_limit_gb: float = Field(8.0, gt=0, json_schema_extra=FREE)
     """The most that resident images may take on each device, in 10^9 bytes."""
     crop: int | None = Field(None, ge=8)

@@ -17,6 +17,7 @@ from isofast.data import (
     Recipe,
     make_train_loader,
     recipe_for,
+    resolve_backend,
 )
 from isofast.distributed import (
     World,
@@ -101,7 +102,7 @@ class _Run:
 
         threads = config.data.threads or _threads_per_rank(world)
         self.loader = make_train_loader(
-            config.data.backend,
+            self._backend(train, recipe),
             train,
             recipe,
             batch_size=config.batch_size_per_rank(world.size),
@@ -269,6 +270,20 @@ class _Run:
         notes.append(f"continuing from {found.path}")
         return found.step, Totals(**state["totals"]), notes
 
+    def _backend(self, train: ImageFolder, recipe: Recipe) -> str:
+        """What makes the training images: one and the same through the whole run."""
+        data = self.config.data
+        backend = resolve_backend(
+            data.backend, train, recipe, self.world.device, data.resident_limit_gb
+        )
+        if self.backend_before not in (None, backend):
+            raise UserError(
+                f"the run's images were made by the {self.backend_before} backend, and {backend} "
+                f"jitters colours a little differently; go on with "
+                f"--set data.backend={self.backend_before}, or start over with --fresh"
+            )
+        return backend
+
     def _plan(self, train: ImageFolder, device: str) -> list[str]:
         """What the run is about to do, line by line."""
         config, world, method = self.config, self.world, self.config.method
@@ -286,11 +301,6 @@ class _Run:
             if self.step < self.last_step
             else f"{self.run_dir} is at step {self.step} and has nothing left to do",
         ]
-        if self.backend_before not in (None, self.loader.backend):
-            lines.append(
-                f"note: until here images were made by the {self.backend_before} backend, which "
-                f"jitters colours a little differently; keep data.backend to repeat a run exactly"
-            )
         if compiles(config, world.device.type == "cuda") and self.step < self.last_step:
             lines.append("compiling the networks; the first step takes a minute or two")
         return lines

@@ -40,6 +40,7 @@ __all__ = [
     "make_train_loader",
     "open_dataset",
     "recipe_for",
+    "resolve_backend",
     "verify_images",
 ]
 
