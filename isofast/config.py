@@ -216,6 +216,9 @@ class LoggingConfig(_Section):
 
     every_steps: int = Field(50, ge=1, json_schema_extra=FREE)
     """Steps between records in metrics.jsonl; each is the step's only host synchronisation."""
+    spectrum_every_steps: int | None = Field(None, ge=1, json_schema_extra=FREE)
+    """Steps between further eigenvalues of C in spectrum.npz, which cost no synchronisation; every
+    record and every end of an epoch has its own. null: those alone."""
     tensorboard: bool = Field(True, json_schema_extra=FREE)
     """Also write TensorBoard event files."""
 

@@ -41,11 +41,3 @@ class Correlation:
             self.corr_DD, config.alpha, eps=config.eps, normalize=config.normalize
         )
         return w_DD
-
-    def eigenvalues(self) -> Tensor:
-        """C's eigenvalues (D,), descending, clamped at 0, on the CPU. Synchronises with the GPU."""
-        corr_DD = self.corr_DD.cpu().double()
-        if not torch.isfinite(corr_DD).all():
-            return torch.full((len(corr_DD),), torch.nan)
-        eigenvalues_D: Tensor = torch.linalg.eigvalsh(corr_DD)
-        return eigenvalues_D.flip(0).clamp(min=0).float()

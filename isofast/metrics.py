@@ -3,16 +3,16 @@
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 from zipfile import BadZipFile
 
 import numpy as np
-from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 from isofast.files import write_atomically
+from isofast.spectrum import Spectrum
 
 Record = dict[str, float | int | None]
 
@@ -25,6 +25,9 @@ class MetricsWriter:
         step: the step from which the run goes on; 0 for a new run (nothing is kept then).
         tensorboard: also write event files.
         report: is told of records that are damaged; they are kept beside the new file.
+
+    Attributes:
+        spectra: those of ``spectrum.npz``, by step, in order.
     """
 
     def __init__(
@@ -43,10 +46,11 @@ class MetricsWriter:
         write_atomically(self._path, lambda path: path.write_text(text, encoding="utf-8"))
         self._file = self._path.open("a", encoding="utf-8")
         try:
-            self._steps, self._eigenvalues = _read_spectrum(self._spectrum_path, step)
+            kept_spectra = read_spectra(self._spectrum_path) if step else {}
         except (ValueError, KeyError, EOFError, OSError, BadZipFile):
             report(_set_aside(self._spectrum_path))
-            self._steps, self._eigenvalues = [], []
+            kept_spectra = {}
+        self.spectra = {at: one for at, one in kept_spectra.items() if at <= step}
         self._board = (
             SummaryWriter(str(run_dir / "tensorboard"), purge_step=step + 1 if step else 0)
             if tensorboard
@@ -63,18 +67,14 @@ class MetricsWriter:
                 if name != "step" and value is not None:
                     self._board.add_scalar(name, value, record["step"])
 
-    def spectrum(self, step: int, eigenvalues_D: Tensor) -> None:
-        """Keeps C's eigenvalues (descending) for ``flush``."""
-        self._steps.append(step)
-        self._eigenvalues.append(eigenvalues_D.numpy())
+    def spectrum(self, step: int, spectrum: Spectrum) -> None:
+        """Keeps C's spectrum for ``flush``."""
+        self.spectra[step] = spectrum
 
     def flush(self) -> None:
         """Writes spectrum.npz and whatever is buffered to the disk."""
-        if self._steps:
-            arrays: dict[str, Any] = {
-                "step": np.array(self._steps, dtype=np.int64),
-                "eigenvalues": np.stack(self._eigenvalues).astype(np.float32),
-            }
+        if self.spectra:
+            arrays = _spectra_as_arrays(self.spectra)
             write_atomically(self._spectrum_path, lambda path: _save_npz(path, arrays))
         self._file.flush()
         os.fsync(self._file.fileno())
@@ -97,11 +97,24 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return [record for record in map(_record, lines) if record is not None]
 
 
-def effective_rank(eigenvalues_D: Tensor) -> float:
-    """Participation ratio (sum lambda)^2 / sum lambda^2: D if all are equal, 1 if one is left."""
-    total = eigenvalues_D.double().sum()
-    squares = eigenvalues_D.double().square().sum()
-    return float(total.square() / squares) if float(squares) != 0 else 0.0
+def read_spectra(path: Path) -> dict[int, Spectrum]:
+    """The spectra of a spectrum.npz by step, in order; none where there is no file.
+
+    Raises:
+        ValueError, KeyError, EOFError, OSError, BadZipFile: the file is damaged.
+    """
+    if not path.exists():
+        return {}
+    with np.load(path) as stored:
+        steps, eigenvalues = stored["step"].tolist(), stored["eigenvalues"].astype(np.float32)
+        # runs without a linear predictor have none
+        alignments = (
+            stored["alignment"].astype(np.float32) if "alignment" in stored else [None] * len(steps)
+        )
+    return {
+        step: Spectrum(eigenvalues_D, alignment_D)
+        for step, eigenvalues_D, alignment_D in zip(steps, eigenvalues, alignments, strict=True)
+    }
 
 
 def _record(line: str) -> dict[str, Any] | None:
@@ -132,9 +145,15 @@ def _save_npz(path: Path, arrays: dict[str, Any]) -> None:
         np.savez_compressed(file, **arrays)
 
 
-def _read_spectrum(path: Path, step: int) -> tuple[list[int], list[Any]]:
-    if step == 0 or not path.exists():
-        return [], []
-    with np.load(path) as stored:
-        keep = stored["step"] <= step
-        return list(stored["step"][keep]), list(stored["eigenvalues"][keep])
+def _spectra_as_arrays(spectra: Mapping[int, Spectrum]) -> dict[str, Any]:
+    """What spectrum.npz holds: step (T,), eigenvalues (T, D) and, where there is any, alignment."""
+    arrays: dict[str, Any] = {
+        "step": np.array([*spectra], dtype=np.int64),
+        "eigenvalues": np.stack([spectrum.eigenvalues_D for spectrum in spectra.values()]),
+    }
+    if any(spectrum.alignment_D is not None for spectrum in spectra.values()):
+        unknown = np.full_like(arrays["eigenvalues"][0], np.nan)
+        arrays["alignment"] = np.stack(
+            [unknown if s.alignment_D is None else s.alignment_D for s in spectra.values()]
+        )
+    return arrays

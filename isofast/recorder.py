@@ -2,19 +2,24 @@
 
 import math
 import time
+from concurrent.futures import Future
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from isofast.background import Background, HostCopy
+from isofast.collapse import CollapseWatch, Finding
 from isofast.config import Config, to_json
 from isofast.distributed import World
 from isofast.evaluate import Evaluation
 from isofast.files import write_atomically
-from isofast.metrics import MetricsWriter, Record, effective_rank
+from isofast.metrics import MetricsWriter, Record
 from isofast.progress import Progress
 from isofast.rundir import write_json
+from isofast.spectrum import Spectrum, measure
 from isofast.summary import Summary, results_table
 
 
@@ -28,6 +33,7 @@ class Totals:
     knn_top1: float | None = None
     knn_top1_initial: float | None = None
     knn_top1_pixels: float | None = None
+    collapse: str | None = None
 
 
 @dataclass
@@ -71,6 +77,10 @@ class Recorder:
         self._batch_size = config.train.batch_size
         self._steps_per_epoch = steps_per_epoch
         self.progress = Progress(last_step, min(step, last_step), world.is_main)
+        self._background = Background()
+        self._spectrum: Future[Spectrum] | None = None
+        self._finding: Future[Finding | None] | None = None
+        self._watch = CollapseWatch(config, steps_per_epoch)
         self._writer: MetricsWriter | None = None
         if world.is_main:
             text = to_json(config)
@@ -83,6 +93,8 @@ class Recorder:
             self._writer = MetricsWriter(
                 run_dir, step, config.logging.tensorboard, self.progress.say
             )
+            for at, spectrum in self._writer.spectra.items():
+                self._watch.seen(at, spectrum)
         self._began = time.perf_counter()
         self._lap = _Lap()
 
@@ -105,8 +117,35 @@ class Recorder:
             self.totals.train_s += self._lap.began - lap.began
         return lap
 
-    def training(self, step: int, values: Record, eigenvalues_D: Tensor) -> None:
-        """Writes and shows a step's record: ``values`` with the speed since the last one."""
+    def spectrum(self, step: int, corr_DD: Tensor, w_DD: Tensor | None) -> None:
+        """Keeps the spectrum of C at this step, of a linear predictor's W as well.
+
+        The matrices are copied off their device and decomposed beside the loop, which waits for
+        neither.
+
+        Args:
+            step: steps taken.
+            corr_DD: C, (D, D).
+            w_DD: the weight of a trained linear predictor; None without one.
+        """
+        if self._writer is None:
+            return
+        writer, corr = self._writer, HostCopy(corr_DD)
+        w = None if w_DD is None else HostCopy(w_DD)
+
+        def work() -> Spectrum:
+            spectrum = measure(corr.get(), None if w is None else w.get())
+            writer.spectrum(step, spectrum)
+            self._watch.seen(step, spectrum)
+            return spectrum
+
+        self._spectrum = self._background.do(work)
+
+    def training(self, step: int, values: Record) -> None:
+        """Writes and shows a step's record: ``values`` with the speed since the last one.
+
+        The step's ``spectrum`` comes before, and what it says is part of the record.
+        """
         lap = self.stop_clock()
         elapsed = self._lap.began - lap.began
         images_per_s = lap.steps * self._batch_size / elapsed
@@ -117,11 +156,10 @@ class Recorder:
             **values,
             "images_per_s": images_per_s,
             "data_wait": data_wait,
-            "effective_rank": effective_rank(eigenvalues_D),
         }
-        if self._writer is not None:
-            self._writer.write(record)
-            self._writer.spectrum(step, eigenvalues_D)
+        if self._writer is not None and self._spectrum is not None:
+            spectrum = self._spectrum
+            self._finding = self._background.do(lambda: self._write(record, spectrum.result()))
         shown = {
             "images/s": f"{images_per_s:,.0f}",
             "loss": f"{values['loss']:.3f}",
@@ -136,24 +174,36 @@ class Recorder:
         if step == 0:
             self.totals.knn_top1_initial = result.knn_top1
         if self._writer is not None:
-            self._writer.write({"step": step, "epoch": self.epoch(step), **asdict(result)})
+            record: Record = {"step": step, "epoch": self.epoch(step), **asdict(result)}
+            self._background.do(partial(self._writer.write, record))
         self.progress.say(
             f"epoch {self.epoch(step):g}: validation top-1 {result.val_top1:.3f}, "
             f"k-NN {result.knn_top1:.3f}"
         )
 
+    def finding(self) -> Finding | None:
+        """What the last record says has collapsed; waits for it. None on all ranks but the first.
+
+        Asked for at the next record, it has long been found.
+        """
+        return None if self._finding is None else self._finding.result()
+
+    def note_collapse(self, message: str) -> None:
+        """The run ends by a collapse; summary.json will say so."""
+        self._background.wait()
+        self.totals.collapse = message
+
     def flush(self) -> Totals:
-        """Brings all records to the disk; gives the totals up to now."""
+        """Brings all records to the disk, those on their way as well; the totals up to now."""
+        self._background.wait()
         if self._writer is not None:
             self._writer.flush()
         return Totals(**(asdict(self.totals) | {"wall_s": self._wall_s()}))
 
-    def summary(
-        self, step: int, eigenvalues_D: Tensor, dropped: int, failure: str | None
-    ) -> Summary:
+    def summary(self, step: int, corr_DD: Tensor, dropped: int, failure: str | None) -> Summary:
         """Writes summary.json; a run without ``failure`` is completed and its table printed."""
-        totals = self.totals
-        rank = effective_rank(eigenvalues_D)
+        totals = self.flush()
+        rank = measure(corr_DD.cpu()).effective_rank
         summary: Summary = {
             "completed": failure is None,
             "failure": failure,
@@ -165,10 +215,10 @@ class Recorder:
             "knn_top1_pixels": totals.knn_top1_pixels,
             "effective_rank": rank if math.isfinite(rank) else None,
             "images_per_s": step * self._batch_size / totals.train_s if totals.train_s else None,
-            "wall_s": self._wall_s(),
+            "wall_s": totals.wall_s,
             "dropped_images_per_epoch": dropped,
+            "collapse": totals.collapse,
         }
-        self.flush()
         if self._writer is not None:
             write_json(self._run_dir / "summary.json", summary)
         self.progress.close()
@@ -182,10 +232,25 @@ class Recorder:
         return round(step / self._steps_per_epoch, 4)
 
     def close(self) -> None:
-        """Closes the files and the bar."""
+        """Closes the files and the bar; ends what runs beside the loop."""
         self.progress.close()
+        self._background.close()
         if self._writer is not None:
             self._writer.close()
+
+    def _write(self, record: Record, spectrum: Spectrum) -> Finding | None:
+        """Writes a step's record with what its spectrum says; gives what has collapsed."""
+        assert self._writer is not None
+        record["effective_rank"] = spectrum.effective_rank
+        record["effective_rank_entropy"] = spectrum.effective_rank_entropy
+        if spectrum.predictor_alignment is not None:
+            record["predictor_alignment"] = spectrum.predictor_alignment
+        self._writer.write(record)
+        step, spread = record["step"], record["embedding_std"]
+        assert isinstance(step, int) and spread is not None
+        finding = self._watch.judge(step, spread, spectrum)
+        self.totals.collapse = None if finding is None else finding.message
+        return finding
 
     def _wall_s(self) -> float:
         return self.totals.wall_s + time.perf_counter() - self._began

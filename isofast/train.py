@@ -1,6 +1,5 @@
 """fit(): a run from its config to its summary, the loop from top to bottom."""
 
-import math
 import os
 import time
 from contextlib import ExitStack, closing
@@ -10,6 +9,7 @@ from pathlib import Path
 import torch
 
 from isofast.checkpoint import newest_checkpoint, save_checkpoint
+from isofast.collapse import Finding, remedies
 from isofast.config import Config
 from isofast.data import (
     Batch,
@@ -38,9 +38,6 @@ from isofast.recorder import Recorder, Totals
 from isofast.rundir import describe_environment, open_run_dir
 from isofast.state import TrainState, build, compiles
 from isofast.summary import Summary
-
-# Healthy embeddings spread by 1/sqrt(D) in each dimension; under this share they have collapsed.
-_COLLAPSED_SPREAD = 0.01
 
 
 def fit(config: Config, run_dir: Path) -> Summary:
@@ -137,7 +134,7 @@ class _Run:
         self.recorder.progress.say("\n".join(notes))
         self.ema_weight = torch.zeros((), device=world.device)
         self.all_finite = torch.ones((), dtype=torch.bool, device=world.device)
-        self.collapse_was_told = False
+        self.told: set[str] = set()
 
     def train(self) -> None:
         """The loop."""
@@ -163,7 +160,11 @@ class _Run:
             recorder.stepped()
 
             at_end = self.step == self.last_step
-            if at_end or self.step % config.logging.every_steps == 0:
+            record_is_due = at_end or self.step % config.logging.every_steps == 0
+            if record_is_due or self._spectrum_is_due():
+                w_DD = output.w_DD if config.method.predictor == "linear" else None
+                recorder.spectrum(self.step, state.correlation.corr_DD, w_DD)
+            if record_is_due:
                 self.log(output, lr)
             else:
                 recorder.progress.advance(self.step)
@@ -174,6 +175,8 @@ class _Run:
 
     def log(self, output: StepOutput, lr: float) -> None:
         """Records this step; the only place where the loop waits for the GPU."""
+        # of the record before, which is long written; the other ranks learn of it with the numbers
+        finding = self.recorder.finding()
         scalars = torch.stack(
             [
                 output.loss.detach(),
@@ -182,9 +185,11 @@ class _Run:
                 output.embedding_std(),
                 output.alignment(),
                 self.all_finite.float(),
+                torch.full_like(output.probe.top1, float(finding is not None)),
             ]
         )
-        loss, probe_loss, top1, spread, alignment, finite = mean_over_ranks_(scalars).tolist()
+        means = mean_over_ranks_(scalars).tolist()
+        loss, probe_loss, top1, spread, alignment, finite, collapsed = means
         values: Record = {
             "loss": loss,
             "lr": lr,
@@ -193,14 +198,16 @@ class _Run:
             "embedding_std": spread,
             "alignment": alignment,
         }
-        self.recorder.training(self.step, values, self.state.correlation.eigenvalues())
+        self.recorder.training(self.step, values)
         if finite < 1:
-            raise RunError(
-                f"the loss became NaN or infinite before step {self.step}. The last checkpoint "
-                f"is from before; start over with a lower optimizer.lr or a longer "
-                f"schedule.warmup_epochs"
+            message = (
+                f"the loss became NaN or infinite before step {self.step}. The last checkpoint is "
+                f"from before; start over with {' or '.join(remedies(self.config, 'blow-up'))}"
             )
-        self._watch_for_collapse(spread)
+            self.recorder.note_collapse(message)
+            raise RunError(message)
+        if collapsed > 0:
+            self._tell_collapse(finding)
 
     def evaluate(self) -> None:
         """Clean top-1 and k-NN, where there is a validation set; not counted as training time."""
@@ -239,9 +246,8 @@ class _Run:
         """Writes the summary; ``failure`` says why the run could not go on."""
         if failure is None and self.config.evaluation.knn_pixels and self.evaluator is not None:
             self.recorder.totals.knn_top1_pixels = self.evaluator.pixels()
-        eigenvalues_D = self.state.correlation.eigenvalues()
         dropped = self.loader.dropped_per_epoch
-        return self.recorder.summary(self.step, eigenvalues_D, dropped, failure)
+        return self.recorder.summary(self.step, self.state.correlation.corr_DD, dropped, failure)
 
     def close(self) -> None:
         """Closes files and the loader."""
@@ -315,19 +321,19 @@ class _Run:
         every = self.config.evaluation.every_epochs
         return every > 0 and self.step % (every * self.steps_per_epoch) == 0
 
-    def _watch_for_collapse(self, spread: float) -> None:
-        healthy = 1 / math.sqrt(self.config.projector.output)
-        if spread >= _COLLAPSED_SPREAD * healthy or self.collapse_was_told:
-            return
-        message = (
-            f"the embeddings have collapsed: their spread is {spread:.2g} at step {self.step}, "
-            f"{healthy:.2g} is healthy. Try method.name isoloss, method.ema true or a lower "
-            f"optimizer.lr"
-        )
+    def _spectrum_is_due(self) -> bool:
+        """Whether C's eigenvalues are wanted at a step without a record."""
+        every = self.config.logging.spectrum_every_steps
+        return self.step % self.steps_per_epoch == 0 or bool(every and self.step % every == 0)
+
+    def _tell_collapse(self, finding: Finding | None) -> None:
+        """Says once what has collapsed, or stops; all ranks but the first do not know what."""
+        message = finding.message if finding else "the first process reports a collapse"
         if self.config.train.on_collapse == "stop":
             raise RunError(message)
-        self.collapse_was_told = True
-        self.recorder.progress.say(f"warning: {message}")
+        if finding is not None and finding.kind not in self.told:
+            self.told.add(finding.kind)
+            self.recorder.progress.say(f"warning: {message}")
 
 
 def _threads_per_rank(world: World) -> int:

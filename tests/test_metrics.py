@@ -6,16 +6,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
-from isofast.metrics import MetricsWriter, effective_rank, read_metrics
+from isofast.metrics import MetricsWriter, read_metrics
+from isofast.spectrum import Spectrum
 
 
 def _write(run_dir: Path, start: int, steps: range) -> None:
     with closing(MetricsWriter(run_dir, start, tensorboard=False)) as writer:
         for step in steps:
             writer.write({"step": step, "loss": 0.5 * step})
-            writer.spectrum(step, torch.arange(3.0).flip(0) * step)
+            writer.spectrum(step, Spectrum(np.float32([2, 1, 0]) * step))
 
 
 def test_a_resumed_run_drops_what_was_written_after_its_checkpoint(tmp_path: Path) -> None:
@@ -57,7 +57,7 @@ def test_a_damaged_spectrum_is_set_aside_and_told(tmp_path: Path, content: bytes
     (tmp_path / "spectrum.npz").write_bytes(content)
     told: list[str] = []
     with closing(MetricsWriter(tmp_path, 4, tensorboard=False, report=told.append)) as writer:
-        writer.spectrum(5, torch.ones(3))
+        writer.spectrum(5, Spectrum(np.ones(3, np.float32)))
     assert len(told) == 1 and "spectrum.npz.damaged" in told[0]
     with np.load(tmp_path / "spectrum.npz") as spectrum:
         assert spectrum["step"].tolist() == [5]
@@ -73,13 +73,3 @@ def test_nan_becomes_null(tmp_path: Path) -> None:
     with closing(MetricsWriter(tmp_path, 0, tensorboard=False)) as writer:
         writer.write({"step": 1, "loss": float("nan"), "lr": float("inf")})
     assert read_metrics(tmp_path / "metrics.jsonl") == [{"step": 1, "loss": None, "lr": None}]
-
-
-@pytest.mark.parametrize(
-    ("eigenvalues", "expected"),
-    [([1.0] * 8, 8.0), ([3.0, 0, 0], 1.0), ([0.0, 0.0], 0.0), ([2.0, 1.0], 9 / 5)],
-)
-def test_effective_rank_is_the_participation_ratio(
-    eigenvalues: list[float], expected: float
-) -> None:
-    assert effective_rank(torch.tensor(eigenvalues)) == pytest.approx(expected)

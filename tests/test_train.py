@@ -165,6 +165,7 @@ def _check_run_dir(run_dir: Path, printed: str) -> None:
         "images_per_s",
         "data_wait",
         "effective_rank",
+        "effective_rank_entropy",
         "embedding_std",
         "alignment",
     }

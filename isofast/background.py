@@ -1,0 +1,67 @@
+"""Work beside the training loop: one thread, everything in the order in which it was given."""
+
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+_Result = TypeVar("_Result")
+# More than this many jobs behind, the loop waits for the oldest: memory stays bounded.
+_MOST_PENDING = 16
+
+
+class Background:
+    """One worker thread; jobs run one after the other, in order.
+
+    An error in a job is raised by the next call of ``do`` or ``wait``.
+    """
+
+    def __init__(self) -> None:
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="isofast-background")
+        self._pending: deque[Future[object]] = deque()
+
+    def do(self, job: Callable[[], _Result]) -> "Future[_Result]":
+        """Runs ``job`` later, after all that was given before; returns at once."""
+        while self._pending and (self._pending[0].done() or len(self._pending) >= _MOST_PENDING):
+            self._pending.popleft().result()
+        future = self._pool.submit(job)
+        self._pending.append(future)  # type: ignore[arg-type]
+        return future
+
+    def wait(self) -> None:
+        """Waits until everything that was given is done."""
+        while self._pending:
+            self._pending.popleft().result()
+
+    def close(self) -> None:
+        """Finishes what was given and ends the thread. Raises nothing."""
+        self._pool.shutdown(wait=True)
+        self._pending.clear()
+
+
+class HostCopy:
+    """A tensor as it is at this point of the device's stream, on its way to the CPU.
+
+    On a GPU the copy goes to pinned memory without the loop waiting for it; what changes the tensor
+    afterwards is queued behind it. On a CPU the copy is there at once.
+    """
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._event: torch.cuda.Event | None = None
+        if tensor.device.type != "cuda":
+            self._host = tensor.detach().clone()
+            return
+        self._host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+        self._host.copy_(tensor.detach(), non_blocking=True)
+        # blocking: the thread that waits sleeps instead of burning a core
+        self._event = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
+        self._event.record(torch.cuda.current_stream(tensor.device))
+
+    def get(self) -> Tensor:
+        """The copy, on the CPU; waits for it."""
+        if self._event is not None:
+            self._event.synchronize()
+        return self._host
