@@ -7,6 +7,7 @@ from pathlib import Path
 from isofast.data.prepare import NAMES, prepare
 from isofast.data.preview import check_preview_path, write_preview
 from isofast.errors import exit_code_of
+from isofast.figures_cli import add_figures
 from isofast.theory_cli import add_theory
 
 
@@ -47,6 +48,7 @@ def _parser() -> argparse.ArgumentParser:
     prep.add_argument("--debug", action="store_true", help="show tracebacks of user errors too")
     prep.set_defaults(run=_prepare)
     add_theory(commands)
+    add_figures(commands)
     return parser
 
 

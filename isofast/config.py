@@ -300,7 +300,7 @@ def schema_json() -> str:
 
 def changed_keys(old: Config, new: Config) -> list[str]:
     """What differs between two configs and changes the result, as ``key: old -> new``."""
-    before, after = dict(_leaves(old)), dict(_leaves(new))
+    before, after = dict(leaves(old)), dict(leaves(new))
     return [
         f"{key}: {before.get(key)!r} -> {after.get(key)!r}"
         for key in sorted({*before, *after})
@@ -308,10 +308,11 @@ def changed_keys(old: Config, new: Config) -> list[str]:
     ]
 
 
-def _leaves(model: BaseModel, prefix: str = "") -> Iterator[tuple[str, Any]]:
+def leaves(model: BaseModel, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Every key on which a result depends, as ``section.key``, with its value."""
     for name, field in type(model).model_fields.items():
         value = getattr(model, name)
         if isinstance(value, BaseModel):
-            yield from _leaves(value, f"{prefix}{name}.")
+            yield from leaves(value, f"{prefix}{name}.")
         elif field.json_schema_extra != FREE:
             yield f"{prefix}{name}", value
