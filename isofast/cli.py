@@ -8,6 +8,7 @@ from isofast.data.prepare import NAMES, prepare
 from isofast.data.preview import check_preview_path, write_preview
 from isofast.errors import exit_code_of
 from isofast.figures_cli import add_figures
+from isofast.reproduce_cli import add_reproduce
 from isofast.theory_cli import add_theory
 
 
@@ -49,6 +50,7 @@ def _parser() -> argparse.ArgumentParser:
     prep.set_defaults(run=_prepare)
     add_theory(commands)
     add_figures(commands)
+    add_reproduce(commands)
     return parser
 
 

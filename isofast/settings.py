@@ -1,5 +1,6 @@
 """Reading a configuration: a JSON file, --set overrides, errors that name the remedy."""
 
+import copy
 import difflib
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -32,9 +33,19 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
         ) from None
     if not isinstance(raw, dict):
         raise UserError(f"{path} must hold a JSON object of sections, got {type(raw).__name__}")
+    return resolve(raw, overrides)
+
+
+def resolve(raw: Mapping[str, Any], overrides: Sequence[str] = ()) -> Config:
+    """The config of a tree of sections with ``--set`` overrides on top; ``raw`` is not changed.
+
+    Raises:
+        UserError: a key or value is not allowed.
+    """
+    tree = copy.deepcopy(dict(raw))
     for override in overrides:
-        _apply_override(raw, override)
-    return validate(raw)
+        _apply_override(tree, override)
+    return validate(tree)
 
 
 def validate(raw: Mapping[str, Any]) -> Config:

@@ -1,0 +1,286 @@
+"""`isofast reproduce`: the runs of one of the paper's tables, planned, started, gone on with.
+
+Each run is launch/train.py in processes of its own, so one that fails leaves the others alone; what
+is finished is known by its summary.json, and what was stopped goes on from its checkpoint.
+"""
+
+import json
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any, Literal
+
+from isofast.config import SCHEMA_KEY, Config, changed_keys
+from isofast.errors import UserError
+from isofast.files import write_atomically
+from isofast.paper import DATASETS, TABLES, Row
+from isofast.presets import merge
+from isofast.settings import resolve, validate
+
+State = Literal["new", "stopped", "finished", "crashed"]
+TRAIN_SCRIPT = Path(__file__).resolve().parent.parent / "launch" / "train.py"
+# The shipped config of each data set, beside the train script. Digits have no place in the paper:
+# they show in a minute that everything works.
+SHIPPED = {"digits": "quickstart.json"} | {name: f"{name}.json" for name in DATASETS}
+# What the table decides, and so no --set.
+_OWN_KEYS = {"seed", "train.epochs", "data.root", "data.dataset"}
+_OWN_KEYS |= {"method.name", "method.alpha", "method.ema"}
+# An interrupted launcher gets this long to end its processes.
+_PATIENCE_S = 10.0
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the user asks for; see `isofast reproduce --help`."""
+
+    table: str
+    datasets: Sequence[str]
+    root: Path
+    runs: Path
+    seeds: int = 5
+    epochs: int | None = None
+    methods: Sequence[str] = ()
+    overrides: Sequence[str] = ()
+    launcher: Sequence[str] = (sys.executable,)
+    train_script: Path = TRAIN_SCRIPT
+
+    @property
+    def folder(self) -> Path:
+        """Where the table's runs are, and the table."""
+        return self.runs / self.table
+
+
+@dataclass(frozen=True)
+class PlannedRun:
+    """One seed of one cell of the table."""
+
+    dataset: str
+    row: Row
+    seed: int
+    run_dir: Path
+    settings: dict[str, Any]
+    """What its config file holds."""
+    config: Config
+    """The same with presets and --set."""
+    command: tuple[str, ...]
+
+    @property
+    def title(self) -> str:
+        """For a person."""
+        alpha = "" if self.row.alpha is None else f" alpha {self.row.alpha:g}"
+        ema = "EMA" if self.row.ema else "no EMA"
+        return f"{self.dataset}, {self.row.title}{alpha}, {ema}, seed {self.seed}"
+
+    @property
+    def config_path(self) -> Path:
+        """Its config file, beside the run dir."""
+        return self.run_dir.with_suffix(".json")
+
+    def summary(self) -> dict[str, Any] | None:
+        """What is in summary.json; None while there is none."""
+        path = self.run_dir / "summary.json"
+        try:
+            summary: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError) as error:
+            raise UserError(f"cannot read {path}: {error}; remove it to go on") from None
+        return summary
+
+    def state(self) -> State:
+        """How far the run is; crashed is one that ended by a collapse, which is a result."""
+        stored = self.stored_config()
+        if stored is None:
+            return "new"
+        summary = self.summary()
+        if summary is None or stored.train.max_steps != self.config.train.max_steps:
+            return "stopped"
+        if summary["completed"]:
+            return "finished"
+        return "crashed" if summary.get("collapse") else "stopped"
+
+    def stored_config(self) -> Config | None:
+        """The config of the run on the disk; None where there is no run."""
+        path = self.run_dir / "config.json"
+        try:
+            return validate(json.loads(path.read_text(encoding="utf-8")))
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError) as error:
+            raise UserError(f"cannot read {path}: {error}; name another --runs") from None
+
+
+def plan(request: Request) -> list[PlannedRun]:
+    """All runs of a request, validated; nothing is started or written.
+
+    Raises:
+        UserError: an unknown table, data set or method, a key that the table decides, a missing
+            train script, or a run on the disk of another configuration.
+    """
+    for key in (override.partition("=")[0] for override in request.overrides):
+        if key in _OWN_KEYS:
+            raise UserError(
+                f"--set {key} is what the table decides; use --seeds, --epochs, --root, "
+                "--datasets or --methods"
+            )
+    rows = [row for row in TABLES[request.table] if row.method in (request.methods or [row.method])]
+    if not rows:
+        known = dict.fromkeys(row.method for row in TABLES[request.table])
+        raise UserError(
+            f"{request.table} has no {' or '.join(request.methods)}; it has {', '.join(known)}"
+        )
+    if not request.train_script.is_file():
+        raise UserError(
+            f"there is no train script {request.train_script}: isofast is run from a checkout, "
+            "which has launch/train.py. Name it with --train-script"
+        )
+    runs = [
+        _planned(request, dataset, row, seed)
+        for dataset in request.datasets
+        for row in rows
+        for seed in range(request.seeds)
+    ]
+    _refuse_other_configs(runs)
+    return runs
+
+
+def check_data(request: Request) -> None:
+    """Raises a UserError that names the data sets still to prepare, and the command for each."""
+    missing = [
+        f"isofast prepare {dataset} --root {request.root / dataset}"
+        for dataset in request.datasets
+        if not all((request.root / dataset / split).is_dir() for split in ("train", "val"))
+    ]
+    if missing:
+        raise UserError(
+            f"data sets are missing under --root {request.root}. Prepare them (with --archive "
+            "where the data set comes in a file of yours):\n  " + "\n  ".join(missing)
+        )
+
+
+def execute(runs: Sequence[PlannedRun], say: Callable[[str], None]) -> list[PlannedRun]:
+    """Starts what is not finished, one run after the other; gives those that failed.
+
+    A crashed run has not failed: its accuracy is in the table. An interruption ends the run that
+    is going on and is raised again.
+    """
+    failed = []
+    for number, run in enumerate(runs, 1):
+        place = f"[{number}/{len(runs)}] {run.title}"
+        state = run.state()
+        if state in ("finished", "crashed"):
+            say(f"{place}: {state} before")
+            continue
+        say(f"{place}: {'starts' if state == 'new' else 'goes on'}, in {run.run_dir}")
+        run.run_dir.parent.mkdir(parents=True, exist_ok=True)
+        text = json.dumps(run.settings, indent=2) + "\n"
+        write_atomically(run.config_path, _writer(text))
+        code = _run_to_its_end(run.command)
+        if run.state() == "crashed":
+            say(f"{place}: crashed")
+        elif code != 0 or run.state() != "finished":
+            say(f"{place}: FAILED with exit code {code}; the others go on")
+            failed.append(run)
+    return failed
+
+
+def _planned(request: Request, dataset: str, row: Row, seed: int) -> PlannedRun:
+    run_dir = request.folder / dataset / row.folder / f"seed-{seed}"
+    config_path = run_dir.with_suffix(".json")
+    settings = _settings(request, dataset, row, seed)
+    command = [*request.launcher, str(request.train_script), "--config", str(config_path)]
+    command += ["--run-dir", str(run_dir)]
+    command += [word for override in request.overrides for word in ("--set", override)]
+    config = resolve(settings, request.overrides)
+    return PlannedRun(dataset, row, seed, run_dir, settings, config, tuple(command))
+
+
+def _settings(request: Request, dataset: str, row: Row, seed: int) -> dict[str, Any]:
+    """The shipped config of the data set with the table's method on top."""
+    path = request.train_script.parent / SHIPPED[dataset]
+    try:
+        shipped: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read the config of {dataset}, {path}: {error}") from None
+    shipped.pop(SCHEMA_KEY, None)
+    method = shipped.pop("method", {})
+    # the decay of C that was chosen for an EMA target fits no other
+    kept = {"decay": method["decay"]} if row.ema and "decay" in method else {}
+    return merge(
+        shipped,
+        {
+            "seed": seed,
+            "data": {"root": str(request.root / dataset)},
+            "method": kept | row.settings,
+            "train": {} if request.epochs is None else {"epochs": request.epochs},
+            # the table is of the end of each run
+            "evaluation": {"at_start": False, "knn_pixels": False},
+        },
+    )
+
+
+def _refuse_other_configs(runs: Sequence[PlannedRun]) -> None:
+    for run in runs:
+        stored = run.stored_config()
+        changes = [] if stored is None else changed_keys(stored, run.config)
+        if changes:
+            raise UserError(
+                f"{run.run_dir} holds a run of another configuration:\n  "
+                + "\n  ".join(changes)
+                + "\nGive the old values back, or name another --runs"
+            )
+
+
+def _run_to_its_end(command: Sequence[str]) -> int:
+    """Starts ``command`` and waits; when interrupted, sees to it that nothing is left running.
+
+    Raises:
+        UserError: the launcher cannot be started.
+        KeyboardInterrupt: by Ctrl-C, which the command has got as well, or by SIGTERM.
+    """
+    try:
+        process = subprocess.Popen(command)
+    except OSError as error:
+        raise UserError(f"cannot start {command[0]}: {error.strerror}; check --launcher") from None
+    with _sigterm_interrupts():
+        try:
+            return process.wait()
+        except KeyboardInterrupt as interruption:
+            # a terminal's Ctrl-C reaches the command as well, which then stops by itself
+            _stop(process, first_wait=not isinstance(interruption, _Terminated))
+            raise
+
+
+def _stop(process: "subprocess.Popen[bytes]", first_wait: bool) -> None:
+    for stop in [*([] if not first_wait else [lambda: None]), process.terminate, process.kill]:
+        stop()
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(timeout=_PATIENCE_S)
+            return
+
+
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM has come to this process, and perhaps to no other."""
+
+
+@contextmanager
+def _sigterm_interrupts() -> Iterator[None]:
+    """A scheduler's SIGTERM ends the command as Ctrl-C does."""
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        raise _Terminated
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _writer(text: str) -> Callable[[Path], object]:
+    return lambda part: part.write_text(text, encoding="utf-8")

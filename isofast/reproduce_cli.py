@@ -1,0 +1,115 @@
+"""`isofast reproduce`: its arguments, and what it prints."""
+
+import argparse
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+TABLES = ("table2", "table3")
+DATASETS = ("cifar10", "cifar100", "stl10", "tinyimagenet", "digits")
+
+
+def add_reproduce(commands: Any) -> None:
+    """Adds the command to the subparsers of `isofast`."""
+    parser = commands.add_parser(
+        "reproduce",
+        help="train the runs of one of the paper's tables, and print it beside the paper's",
+        description="Trains every method of the table with several seeds, one run after the "
+        "other. The same command skips what is finished and goes on with what was stopped.",
+    )
+    parser.add_argument(
+        "table",
+        choices=TABLES,
+        help="table2: byol, simsiam and alpha 0.5 (directpred, isoloss); "
+        "table3: alpha 1 (directcopy, isoloss)",
+    )
+    parser.add_argument(
+        "--datasets",
+        type=_words,
+        nargs="+",
+        default=[DATASETS[:-1]],
+        metavar="NAME",
+        help=f"some of {', '.join(DATASETS)} (default: all but digits)",
+    )
+    parser.add_argument(
+        "--methods", type=_words, nargs="+", default=[], metavar="NAME", help="only these"
+    )
+    parser.add_argument("--seeds", type=_count, default=5, metavar="N", help="seeds 0 to N-1 (5)")
+    parser.add_argument(
+        "--epochs", type=_count, metavar="N", help="default: the data set's shipped config"
+    )
+    parser.add_argument(
+        "--root", type=Path, required=True, metavar="DIR", help="holds each data set as DIR/NAME"
+    )
+    parser.add_argument(
+        "--runs", type=Path, default=Path("runs/reproduce"), metavar="DIR", help="where runs go"
+    )
+    parser.add_argument(
+        "--launcher",
+        metavar="COMMAND",
+        help="what stands before launch/train.py, such as 'deepspeed --num_gpus 4' or 'srun "
+        ".venv/bin/python' (default: this Python)",
+    )
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="override one key in every run; may be repeated",
+    )
+    parser.add_argument("--train-script", type=Path, metavar="FILE", help="launch/train.py")
+    parser.add_argument("--dry-run", action="store_true", help="print the commands, start nothing")
+    parser.add_argument("--debug", action="store_true", help="show tracebacks of user errors too")
+    parser.set_defaults(run=_reproduce)
+
+
+def _reproduce(args: argparse.Namespace) -> None:
+    from isofast.errors import RunError, UserError
+    from isofast.files import write_atomically
+    from isofast.reproduce import TRAIN_SCRIPT, Request, check_data, execute, plan
+    from isofast.reproduce_table import markdown_table
+
+    datasets = list(dict.fromkeys(name for names in args.datasets for name in names))
+    unknown = sorted({*datasets} - {*DATASETS})
+    if unknown:
+        raise UserError(f"unknown data set {', '.join(unknown)}; allowed: {', '.join(DATASETS)}")
+    request = Request(
+        table=args.table,
+        datasets=datasets,
+        root=args.root,
+        runs=args.runs,
+        seeds=args.seeds,
+        epochs=args.epochs,
+        methods=[name for names in args.methods for name in names],
+        overrides=args.set,
+        launcher=shlex.split(args.launcher or "") or [sys.executable],
+        train_script=args.train_script or TRAIN_SCRIPT,
+    )
+    runs = plan(request)
+    if args.dry_run:
+        for run in runs:
+            print(f"{run.title} ({run.state()}):\n  {shlex.join(run.command)}")
+        return
+    check_data(request)
+    failed = execute(runs, lambda text: print(text, flush=True))
+    table = markdown_table(args.table, runs)
+    path = request.folder / "table.md"
+    write_atomically(path, lambda part: part.write_text(table, encoding="utf-8"))
+    print(f"\n{table}\n{path}")
+    if failed:
+        raise RunError(
+            f"{len(failed)} of {len(runs)} runs failed, for the reasons above: "
+            f"{'; '.join(run.title for run in failed)}. The same command goes on with them"
+        )
+
+
+def _words(text: str) -> list[str]:
+    """ "a,b" as ["a", "b"]."""
+    return [word for word in text.split(",") if word]
+
+
+def _count(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"a whole number of at least 1 is wanted, got {text!r}")
+    return int(text)
