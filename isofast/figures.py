@@ -188,7 +188,8 @@ def _ema_pairs(runs: Sequence[Run]) -> list[tuple[Run, Run]]:
 
 
 def _spectra_above_accuracy(runs: Sequence[Run], names: Sequence[str]) -> Figure:
-    columns = min(_COLUMNS, len(runs))
+    # four runs make a square
+    columns = 2 if len(runs) == 4 else min(_COLUMNS, len(runs))
     rows = -(-len(runs) // columns)
     width, height = _PANEL_INCHES
     size = (max(columns, 2) * width + 0.8, (rows + 1) * height)

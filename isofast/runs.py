@@ -25,8 +25,8 @@ TITLES = {
     "simsiam": "SimSiam",
     "linear": "linear predictor",
 }
-# What a reader looks for first; other keys follow as the config has them.
-_FIRST_KEYS = ("method.name", "method.metric", "method.alpha", "method.ema")
+# What a reader wants to know of runs that differ in it; of other keys only what tells runs apart.
+_ALWAYS_KEYS = ("method.metric", "method.ema")
 _WORDS = {
     "method.name": TITLES,
     "method.metric": {"cosine": "cosine", "euclidean": "Euclidean"},
@@ -103,9 +103,10 @@ def labels(runs: Sequence[Run], first: Sequence[str] = ()) -> list[str]:
         first: keys to name in any case, such as optimizer.weight_decay.
     """
     settings = [dict(leaves(run.config)) for run in runs]
-    wanted = list(dict.fromkeys(["method.name", *first]))
+    differing = [key for key in _ALWAYS_KEYS if len({_key(one, [key]) for one in settings}) > 1]
+    wanted = list(dict.fromkeys(["method.name", *first, *differing]))
     distinct = len({_key(setting, wanted) for setting in settings})
-    for key in dict.fromkeys([*_FIRST_KEYS, *settings[0]]):
+    for key in dict.fromkeys(["method.alpha", *settings[0]]):
         split = len({_key(setting, [*wanted, key]) for setting in settings})
         if split > distinct:
             wanted.append(key)

@@ -94,7 +94,9 @@ def effective_rank(eigenvalues_D: npt.ArrayLike) -> float:
     """Participation ratio (sum lambda)^2 / sum lambda^2: D if all are equal, 1 if one is left."""
     values_D = np.asarray(eigenvalues_D, dtype=np.float64)
     squares = np.square(values_D).sum()
-    return float(np.square(values_D.sum()) / squares) if squares != 0 else 0.0
+    # infinite / infinite is NaN, as it should be
+    with np.errstate(invalid="ignore"):
+        return float(np.square(values_D.sum()) / squares) if squares != 0 else 0.0
 
 
 def effective_rank_entropy(eigenvalues_D: npt.ArrayLike) -> float:
@@ -103,7 +105,7 @@ def effective_rank_entropy(eigenvalues_D: npt.ArrayLike) -> float:
     Small eigenvalues count for more here than in the participation ratio, which is never larger.
     """
     values_D = np.asarray(eigenvalues_D, dtype=np.float64)
-    if np.isnan(values_D).any():
+    if not np.isfinite(values_D).all():
         return float("nan")
     used = values_D[values_D > 0]
     if not len(used):

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import multiprocessing
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -72,6 +73,43 @@ def config_file(tmp_path: Path, small: Callable[..., dict[str, Any]]) -> Callabl
         return path
 
     return write
+
+
+@pytest.fixture(scope="session")
+def spectrum_runs(
+    digits: Path, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, tuple[dict[str, Any], Path]]:
+    """Finished runs by name, just over an epoch long (22 steps): their settings and folders."""
+    own: dict[str, dict[str, Any]] = {
+        "linear": {"method": {"name": "linear"}, "logging": {"spectrum_every_steps": 8}},
+        "ema": {},
+        "no ema": {"method": {"ema": False}, "optimizer": {"weight_decay": 0.05}},
+    }
+    shared = {
+        "data": {"root": str(digits)},
+        "train": {"max_steps": 24},
+        "checkpoint": {"every_steps": 12},
+        "logging": {"every_steps": 10},
+    }
+    runs = {}
+    # a process for each: DeepSpeed allows one run in each
+    processes = multiprocessing.get_context("forkserver")
+    processes.set_forkserver_preload(["isofast.train", "deepspeed"])
+    for name, sections in own.items():
+        settings = merge(merge(SMALL, shared), sections)
+        run_dir = tmp_path_factory.mktemp("runs") / name.replace(" ", "-")
+        process = processes.Process(target=_fit, args=(settings, run_dir))
+        process.start()
+        process.join(timeout=200)
+        assert process.exitcode == 0
+        runs[name] = (settings, run_dir)
+    return runs
+
+
+def _fit(settings: dict[str, Any], run_dir: Path) -> None:
+    from isofast.train import fit
+
+    fit(validate(settings), run_dir)
 
 
 @pytest.fixture(scope="session")

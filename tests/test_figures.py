@@ -1,0 +1,138 @@
+"""Figures from real runs, and what is said where there is nothing to draw."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from isofast.cli import main
+from isofast.figures import figure3, figure4, figure7, figure8
+from isofast.runs import labels, read_run
+
+Runs = dict[str, tuple[dict[str, Any], Path]]
+
+
+@pytest.mark.parametrize(
+    ("number", "names"),
+    [
+        ("3", ["ema", "no ema", "linear"]),
+        ("4", ["linear"]),
+        ("7", ["no ema", "linear", "ema"]),
+        ("8", ["ema", "no ema"]),
+    ],
+)
+def test_a_figure_is_drawn_as_png_and_svg(
+    number: str,
+    names: list[str],
+    spectrum_runs: Runs,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    folders = [str(spectrum_runs[name][1]) for name in names]
+    output = tmp_path / "new" / "folder"
+    assert main(["figures", number, *folders, "--output", str(output)]) == 0
+    paths = [output / f"figure{number}.{kind}" for kind in ("png", "svg")]
+    assert capsys.readouterr().out.split() == [str(path) for path in paths]
+    with Image.open(paths[0]) as image:
+        assert image.width > 600 and image.height > 400
+        assert len(np.unique(np.asarray(image.convert("L")))) > 20
+    assert paths[1].read_text().rstrip().endswith("</svg>")
+
+
+def test_lines_are_the_runs_numbers(spectrum_runs: Runs) -> None:
+    runs = [read_run(spectrum_runs[name][1]) for name in ("ema", "no ema")]
+    figure = figure3(runs)
+    for axis, run in zip(figure.axes, runs, strict=False):
+        first = axis.collections[0].get_segments()[0]
+        assert first[:, 0] == pytest.approx([10 / 22, 20 / 22, 1, 24 / 22], rel=1e-3)
+        assert first[:, 1] == pytest.approx(run.eigenvalues_TD[:, 0])
+        assert axis.get_yscale() == "log"
+    accuracy = figure.axes[-2 if figure.axes[-1].get_ylabel() != "top-1, training views" else -1]
+    assert [line.get_label() for line in accuracy.lines] == labels(runs)
+    assert accuracy.lines[0].get_ydata() == pytest.approx(
+        [r["probe_top1"] for r in runs[0].records]
+    )
+
+
+def test_figure_4_shows_the_alignment(spectrum_runs: Runs) -> None:
+    run = read_run(spectrum_runs["linear"][1])
+    assert run.alignment_TD is not None
+    above = figure4([run]).axes[0]
+    assert above.collections[0].get_segments()[3][:, 1] == pytest.approx(run.alignment_TD[:, 3])
+    known = [record["predictor_alignment"] for record in run.records]
+    assert above.lines[0].get_ydata()[[1, 3, 5]] == pytest.approx(known, rel=1e-4)
+
+
+def test_figure_7_puts_the_ema_run_first_and_figure_8_the_larger_decay(
+    spectrum_runs: Runs,
+) -> None:
+    runs = [read_run(spectrum_runs[name][1]) for name in ("no ema", "ema")]
+    titles = [axis.get_title() for axis in figure7(runs).axes[:2]]
+    assert ["no EMA" in title for title in titles] == [False, True]
+    titles = [axis.get_title() for axis in figure8(runs[::-1]).axes[:2]]
+    assert "weight decay 0.05" in titles[0] and "weight decay 0.0001" in titles[1]
+
+
+def test_labels_say_what_differs_and_no_more(spectrum_runs: Runs, tmp_path: Path) -> None:
+    ema, no_ema, linear = (read_run(spectrum_runs[n][1]) for n in ("ema", "no ema", "linear"))
+    assert labels([ema]) == ["IsoLoss"]
+    assert labels([ema, no_ema]) == ["IsoLoss, EMA", "IsoLoss, no EMA"]
+    assert labels([ema, linear]) == ["IsoLoss", "linear predictor"]
+    assert labels([ema, ema]) == ["IsoLoss (ema)", "IsoLoss (ema)"]
+    seed = _copy(ema.path, tmp_path / "other", seed=3)
+    assert labels([ema, read_run(seed)]) == ["IsoLoss, seed 0", "IsoLoss, seed 3"]
+
+
+def _copy(run: Path, to: Path, **settings: Any) -> Path:
+    shutil.copytree(run, to)
+    config = json.loads((run / "config.json").read_text())
+    (to / "config.json").write_text(json.dumps(config | settings))
+    return to
+
+
+def _refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    assert main(["figures", *arguments]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == "" and "Traceback" not in captured.err
+    return captured.err
+
+
+def test_what_cannot_be_drawn_is_told(
+    spectrum_runs: Runs, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ema, linear = (str(spectrum_runs[name][1]) for name in ("ema", "linear"))
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    bare = _copy(Path(ema), tmp_path / "bare")
+    (bare / "metrics.jsonl").write_text("")
+    blind = _copy(Path(ema), tmp_path / "blind")
+    (blind / "spectrum.npz").unlink()
+    torn = _copy(Path(ema), tmp_path / "torn")
+    (torn / "spectrum.npz").write_bytes(b"PK\x03\x04cut")
+    old = _copy(Path(linear), tmp_path / "old")
+    with np.load(old / "spectrum.npz") as stored:
+        kept = {name: stored[name] for name in ("step", "eigenvalues")}
+    np.savez(old / "spectrum.npz", **kept)
+    (tmp_path / "file").write_text("")
+    out = ["--output", str(tmp_path / "figures")]
+    for arguments, words in (
+        (["5", ema, *out], ["no figure 5", "3, 4, 7, 8"]),
+        (["3", str(tmp_path / "nowhere"), *out], ["nowhere is no run", "not a folder"]),
+        (["3", ema, str(empty), *out], ["empty is no run", "config.json", "--run-dir"]),
+        (["3", str(bare), *out], ["no records in metrics.jsonl"]),
+        (["3", str(blind), *out], ["no eigenvalues in spectrum.npz"]),
+        (["3", str(torn), *out], ["cannot read the run", "torn"]),
+        (["4", ema, linear, *out], ["has isoloss", "--set method.name=linear"]),
+        (["4", str(old), *out], ["no alignment", "older"]),
+        (["7", ema, linear, *out], ["one without", "--set method.ema=false", "IsoLoss"]),
+        (["8", ema, linear, *out], ["all have", "--set optimizer.weight_decay"]),
+        (["3", ema, "--output", str(tmp_path / "file")], ["cannot write", "--output"]),
+    ):
+        message = _refused(arguments, capsys)
+        for word in words:
+            assert word in message, (word, message)
+    assert not (tmp_path / "figures").exists()
