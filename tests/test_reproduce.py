@@ -1,0 +1,248 @@
+"""`isofast reproduce`: planned, killed, gone on with, printed."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from isofast import reproduce_cli
+from isofast.cli import main
+from isofast.metrics import read_metrics
+from isofast.paper import TABLES
+from isofast.reproduce import PlannedRun, Request, plan
+from isofast.reproduce_table import markdown_table
+
+# a small network and short runs on the digits
+SMALL = [
+    *("encoder.width=4", "projector.hidden=32", "projector.output=16", "data.threads=1"),
+    *("checkpoint.every_steps=3", "logging.every_steps=1", "logging.tensorboard=false"),
+    *("evaluation.knn_images=100",),
+]
+
+
+def command(root: Path, runs: Path, *more: str, small: bool = True) -> list[str]:
+    """`isofast reproduce table2 --datasets digits ...` in the digits' data root."""
+    settings = [word for setting in SMALL if small for word in ("--set", setting)]
+    where = ["--root", str(root.parent), "--runs", str(runs)]
+    start = [sys.executable, "-m", "isofast.cli", "reproduce", "table2", "--datasets", "digits"]
+    return [*start, *where, *settings, *more]
+
+
+def start(arguments: list[str]) -> "subprocess.Popen[str]":
+    """In a process group of its own, on the CPU."""
+    return subprocess.Popen(
+        arguments,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+    )
+
+
+def run(arguments: list[str]) -> tuple[int, str, str]:
+    process = start(arguments)
+    out, err = process.communicate(timeout=300)
+    return process.returncode, out, err
+
+
+def wait_until(holds: Callable[[], Any], process: "subprocess.Popen[str]") -> None:
+    while not holds():
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.02)
+
+
+def test_a_killed_table_goes_on_and_is_printed(digits: Path, tmp_path: Path) -> None:
+    arguments = command(digits, tmp_path, "--methods", "simsiam", "--seeds", "2", "--epochs", "2")
+    first = tmp_path / "table2" / "digits" / "simsiam" / "seed-0"
+    victim = start(arguments)
+    wait_until(lambda: len(read_metrics(first / "metrics.jsonl")) > 5, victim)
+    os.killpg(victim.pid, signal.SIGKILL)
+    printed, _ = victim.communicate()
+    assert "[1/2] digits, SimSiam, no EMA, seed 0: starts" in printed and "[2/2]" not in printed
+    assert not (first / "summary.json").exists()
+
+    code, out, err = run(arguments)
+    assert code == 0, err
+    assert "[1/2] digits, SimSiam, no EMA, seed 0: goes on" in out and "continuing from" in err
+    assert "[2/2] digits, SimSiam, no EMA, seed 1: starts" in out
+    top1 = []
+    for seed in (0, 1):
+        folder = first.with_name(f"seed-{seed}")
+        summary = json.loads((folder / "summary.json").read_text())
+        config = json.loads((folder / "config.json").read_text())
+        assert summary["completed"] and summary["epochs"] == 2 and summary["steps"] == 44
+        assert config["seed"] == seed and config["encoder"]["width"] == 4
+        assert config["method"]["name"] == "simsiam" and not config["method"]["ema"]
+        top1.append(100 * summary["val_top1"])
+    mean, spread = sum(top1) / 2, abs(top1[0] - top1[1]) / 2**0.5
+    row = f"| SimSiam | - | no | {mean:.1f} +- {spread:.1f} (n = 2) | - |"
+    table = (tmp_path / "table2" / "table.md").read_text()
+    assert row in table.splitlines() and table in out
+
+    # nothing is left to do
+    code, again, _ = run(arguments)
+    assert code == 0 and again.count("finished before") == 2 and table in again
+    # what was asked for is not what is there
+    code, _, err = run([*arguments, "--set", "train.batch_size=32"])
+    assert code == 2 and "train.batch_size: 64 -> 32" in err and "--runs" in err
+
+
+def test_a_run_that_blows_up_is_a_result(digits: Path, tmp_path: Path) -> None:
+    blown = ("optimizer.name=sgd", "optimizer.lr=1e30", "schedule.warmup_epochs=0")
+    more = [word for setting in blown for word in ("--set", setting)]
+    arguments = command(digits, tmp_path, *more, "--methods", "simsiam", "--seeds", "1")
+    code, out, err = run(arguments)
+    assert code == 0, err
+    assert "seed 0: crashed" in out and "NaN or infinite" in err
+    assert "| SimSiam | - | no | no accuracy (n = 1, 1 crashed) | - |" in out
+    assert "seed 0: crashed before" in run(arguments)[1]
+
+
+def test_failed_runs_do_not_stop_the_others(digits: Path, tmp_path: Path) -> None:
+    launcher = f"{sys.executable} -c 'import sys; sys.exit(3)'"
+    arguments = command(digits, tmp_path, "--launcher", launcher, "--seeds", "1")
+    code, out, err = run(arguments)
+    assert code == 1
+    assert out.count("FAILED with exit code 3") == len(TABLES["table2"]) == 6
+    assert "| IsoLoss | 0.5 | no | - | - |" in out and "6 of 6 runs failed" in err
+
+
+def test_an_interruption_leaves_nothing_running(digits: Path, tmp_path: Path) -> None:
+    note = tmp_path / "pid"
+    script = f"import os, time; open({str(note)!r}, 'w').write(str(os.getpid())); time.sleep(100)"
+    arguments = command(digits, tmp_path, "--launcher", f'{sys.executable} -c "{script}"')
+    process = start(arguments)
+    wait_until(lambda: note.exists() and note.read_text(), process)
+    child = int(note.read_text())
+    os.kill(process.pid, signal.SIGTERM)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130 and "the same command goes on" in err
+    with pytest.raises(ProcessLookupError):
+        os.kill(child, 0)
+
+
+@pytest.fixture
+def request_of(digits: Path, tmp_path: Path) -> Callable[..., Request]:
+    """A request for table 2 on the digits; keyword arguments change it."""
+
+    def make(**changes: Any) -> Request:
+        given = {"table": "table2", "datasets": ["digits"], "root": digits.parent}
+        return Request(**(given | {"runs": tmp_path / "runs"} | changes))
+
+    return make
+
+
+def test_the_plan_is_the_table(request_of: Callable[..., Request]) -> None:
+    datasets = ["cifar10", "cifar100", "stl10", "tinyimagenet"]
+    runs = plan(request_of(datasets=datasets, seeds=5, epochs=7, launcher=["deepspeed", "-x"]))
+    assert len(runs) == 4 * 6 * 5 == len({run.run_dir for run in runs})
+    for planned in runs:
+        method, row = planned.config.method, planned.row
+        assert (method.name, method.ema) == (row.method, row.ema)
+        assert row.alpha is None or method.alpha == row.alpha
+        assert planned.config.train.epochs == 7 and planned.config.seed == planned.seed
+        assert planned.config.data.dataset == planned.dataset
+        # the paper's: 0.998 with EMA, 0.5 without, and 0.99 where the predictor is trained
+        decay = 0.99 if row.alpha is None else 0.998 if row.ema else 0.5
+        assert method.decay == decay
+        assert planned.command[:2] == ("deepspeed", "-x")
+        assert planned.command[2].endswith("launch/train.py")
+    shipped = plan(request_of(table="table3", datasets=["stl10"], seeds=1))
+    assert [(run.config.method.alpha, run.config.method.eps) for run in shipped] == [(1, 0.25)] * 4
+    assert {run.config.train.epochs for run in shipped} == {1000}
+
+
+def test_the_command_line_knows_the_tables() -> None:
+    assert set(reproduce_cli.TABLES) == set(TABLES)
+    known = {name for rows in TABLES.values() for row in rows for name in row.reported}
+    assert known == set(reproduce_cli.DATASETS) - {"digits"}
+    assert TABLES["table2"][3].reported["cifar10"].startswith("12.1")
+
+
+def test_a_dry_run_prints_commands_and_writes_nothing(
+    digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = ["reproduce", "table3", "--datasets", "cifar10,digits", "--seeds", "1", "--dry-run"]
+    runs = tmp_path / "runs"
+    more = [
+        "--root",
+        "data",
+        "--runs",
+        str(runs),
+        "--methods",
+        "isoloss",
+        "--set",
+        "train.epochs=1",
+    ]
+    assert main([*given, *more, "--launcher", "srun -n 4 python"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2 * 2 * 2 and "IsoLoss alpha 1, EMA, seed 0 (new)" in lines[0]
+    assert lines[1].startswith("  srun -n 4 python ") and "seed-0.json --run-dir" in lines[1]
+    assert not runs.exists()
+    assert main([*given, *more, "--set", "train.epochs=1"]) == 2
+    assert "use --seeds, --epochs" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--datasets", "digits,mnist"], ["mnist", "tinyimagenet"]),
+        (["--datasets", "cifar10", "digits"], ["isofast prepare cifar10 --root", "/cifar10"]),
+        (["--datasets", "digits", "--methods", "directcopy"], ["table2 has no directcopy", "byol"]),
+        (["--datasets", "digits", "--set", "encoder.widht=8"], ["Did you mean encoder.width"]),
+        (["--datasets", "digits", "--train-script", "no.py"], ["no.py", "--train-script"]),
+        (["--datasets", "digits", "--launcher", "no-such-program"], ["--launcher"]),
+    ],
+)
+def test_mistakes_are_told_before_anything_runs(
+    arguments: list[str],
+    words: list[str],
+    digits: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    where = ["--root", str(digits.parent), "--runs", str(tmp_path / "runs"), "--seeds", "1"]
+    assert main(["reproduce", "table2", *where, *arguments]) == 2
+    error = capsys.readouterr().err
+    assert "Traceback" not in error
+    for word in words:
+        assert word in error
+
+
+def test_a_cell_is_of_the_seeds_that_have_ended(request_of: Callable[..., Request]) -> None:
+    runs = plan(request_of(seeds=4, methods=["directpred"]))
+    with_ema, without = runs[:4], runs[4:]
+    for planned, top1 in zip(with_ema, (0.5, 0.6, 0.7), strict=False):
+        _leave(planned, completed=True, val_top1=top1, collapse=None)
+    _leave(without[0], completed=True, val_top1=0.1, collapse="few dimensions")
+    _leave(without[1], completed=False, val_top1=None, collapse="the loss became NaN")
+    _leave(without[2], completed=False, val_top1=0.9, collapse=None)
+    (without[1].run_dir / "metrics.jsonl").write_text('{"step": 1, "epoch": 1, "val_top1": 0.3}\n')
+    assert [planned.state() for planned in without] == ["finished", "crashed", "stopped", "new"]
+    table = markdown_table("table2", runs)
+    assert "| DirectPred | 0.5 | yes | 60.0 +- 10.0 (n = 3) | - |" in table
+    assert "| DirectPred | 0.5 | no | 20.0 +- 14.1 (n = 2, 2 crashed) | - |" in table
+
+
+def _leave(run: PlannedRun, **summary: Any) -> None:
+    """What a run leaves in its folder."""
+    run.run_dir.mkdir(parents=True)
+    (run.run_dir / "config.json").write_text(run.config.model_dump_json())
+    (run.run_dir / "summary.json").write_text(json.dumps(summary))
+
+
+def test_raised_steps_are_trained(request_of: Callable[..., Request]) -> None:
+    methods = ["simsiam"]
+    (short,) = plan(request_of(seeds=1, methods=methods, overrides=["train.max_steps=5"]))
+    _leave(short, completed=True, val_top1=0.2, collapse=None)
+    assert short.state() == "finished"
+    (longer,) = plan(request_of(seeds=1, methods=methods))
+    assert longer.state() == "stopped"
