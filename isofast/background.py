@@ -32,9 +32,11 @@ class Background:
         return future
 
     def wait(self) -> None:
-        """Waits until everything that was given is done."""
-        while self._pending:
-            self._pending.popleft().result()
+        """Waits until everything that was given is done; then raises the first error there was."""
+        pending, self._pending = self._pending, deque()
+        errors = [error for future in pending if (error := future.exception()) is not None]
+        if errors:
+            raise errors[0]
 
     def close(self) -> None:
         """Finishes what was given and ends the thread. Raises nothing."""

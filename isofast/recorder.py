@@ -224,7 +224,8 @@ class Recorder:
         self.progress.close()
         if failure is None:
             table = results_table(self._run_dir, summary, self._environment)
-            self.progress.say(f"\n{self._run_dir}: completed\n\n{table}\n")
+            warning = f"warning: {totals.collapse}\n" if totals.collapse else ""
+            self.progress.say(f"\n{self._run_dir}: completed\n\n{table}\n{warning}")
         return summary
 
     def epoch(self, step: int) -> float:
