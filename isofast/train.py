@@ -330,6 +330,7 @@ class _Run:
         """Says once what has collapsed, or stops; all ranks but the first do not know what."""
         message = finding.message if finding else "the first process reports a collapse"
         if self.config.train.on_collapse == "stop":
+            self.recorder.note_collapse(message)
             raise RunError(message)
         if finding is not None and finding.kind not in self.told:
             self.told.add(finding.kind)

@@ -71,8 +71,12 @@ def test_figure_7_puts_the_ema_run_first_and_figure_8_the_larger_decay(
     spectrum_runs: Runs,
 ) -> None:
     runs = [read_run(spectrum_runs[name][1]) for name in ("no ema", "ema")]
-    titles = [axis.get_title() for axis in figure7(runs).axes[:2]]
-    assert ["no EMA" in title for title in titles] == [False, True]
+    panels = figure7(runs).axes[:2]
+    assert ["no EMA" in axis.get_title() for axis in panels] == [False, True]
+    for axis, run in zip(panels, runs[::-1], strict=True):
+        assert axis.collections[0].get_segments()[0][:, 1] == pytest.approx(
+            run.eigenvalues_TD[:, 0]
+        )
     titles = [axis.get_title() for axis in figure8(runs[::-1]).axes[:2]]
     assert "weight decay 0.05" in titles[0] and "weight decay 0.0001" in titles[1]
 

@@ -172,16 +172,7 @@ def test_a_dry_run_prints_commands_and_writes_nothing(
 ) -> None:
     given = ["reproduce", "table3", "--datasets", "cifar10,digits", "--seeds", "1", "--dry-run"]
     runs = tmp_path / "runs"
-    more = [
-        "--root",
-        "data",
-        "--runs",
-        str(runs),
-        "--methods",
-        "isoloss",
-        "--set",
-        "train.epochs=1",
-    ]
+    more = ["--root", "data", "--runs", str(runs), "--methods", "isoloss"]
     assert main([*given, *more, "--launcher", "srun -n 4 python"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 2 * 2 * 2 and "IsoLoss alpha 1, EMA, seed 0 (new)" in lines[0]

@@ -113,8 +113,8 @@ def test_a_matrix_that_is_lost_gives_nan_and_no_error() -> None:
     assert math.isnan(spectrum.effective_rank) and math.isnan(spectrum.effective_rank_entropy)
 
 
-def test_the_background_runs_in_order_and_the_caller_goes_on() -> None:
-    gate, done = threading.Event(), []
+def test_the_background_runs_in_order_and_the_caller_goes_on(gate: threading.Event) -> None:
+    done: list[int] = []
     background = Background()
     background.do(gate.wait)
     futures = [background.do(lambda n=n: done.append(n)) for n in range(5)]
@@ -156,6 +156,14 @@ def test_a_host_copy_of_a_gpu_tensor_is_of_its_moment_and_is_not_waited_for() ->
 
 
 @pytest.fixture
+def gate() -> Iterator[threading.Event]:
+    """What holds up the thread beside the loop, until it is set or the test is over."""
+    event = threading.Event()
+    yield event
+    event.set()
+
+
+@pytest.fixture
 def recorder(small_config: Callable[..., Config], tmp_path: Path) -> Iterator[Recorder]:
     """Of a new run."""
     world = World(rank=0, size=1, local_rank=0, device=torch.device("cpu"))
@@ -174,9 +182,8 @@ def recorder(small_config: Callable[..., Config], tmp_path: Path) -> Iterator[Re
 
 
 def test_the_loop_waits_for_no_spectrum_and_records_keep_their_order(
-    recorder: Recorder, tmp_path: Path
+    recorder: Recorder, gate: threading.Event, tmp_path: Path
 ) -> None:
-    gate = threading.Event()
     recorder._background.do(gate.wait)
     for step in (1, 2, 3):
         recorder.stepped()

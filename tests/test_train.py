@@ -303,7 +303,8 @@ def test_collapse_stops_where_it_is_told_to(config_file: Write, tmp_path: Path) 
     assert done.returncode == 1, done.stderr
     assert "collapsed" in done.stderr and "Traceback" not in done.stderr
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
-    assert summary["completed"] is False and "collapsed" in summary["failure"]
+    assert summary["completed"] is False and "collapsed completely" in summary["failure"]
+    assert summary["collapse"] == summary["failure"]
 
 
 def test_two_runs_in_one_folder_are_refused(config_file: Write, tmp_path: Path) -> None:
