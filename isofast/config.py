@@ -94,8 +94,8 @@ class MethodConfig(_Section):
     alpha: float | None = Field(0.5, gt=0)
     """Power of the correlation matrix; null (no other value) where the predictor is trained."""
     eps: float | None = Field(0.0, ge=0)
-    """Shift of the (normalised) eigenvalues before the power; preset: 0.25 at alpha 1, else 0; null
-    where the predictor is trained."""
+    """Shift of the (normalised) eigenvalues before the power; preset: 0.25 at alpha 1 where they
+    are normalised, else 0; null where the predictor is trained."""
     normalize: Literal["spectral", "none"] | None = "spectral"
     """Division of C by its largest eigenvalue; preset: none for the Euclidean metric; null where
     the predictor is trained."""

@@ -67,13 +67,16 @@ def preset(raw: Mapping[str, Any]) -> Tree:
 def _of_c(method: Mapping[str, Any], ema: bool) -> Tree:
     """How a closed form makes W of C."""
     alpha = method.get("alpha", 1.0 if method.get("name") == "directcopy" else 0.5)
+    # Spectral normalisation fixes W's largest eigenvalue at 1, which leaves the Euclidean losses
+    # ("around one") without meaning.
+    implied = "none" if method.get("metric") == "euclidean" else "spectral"
+    normalize = method.get("normalize", implied)
     return {
         "alpha": alpha,
-        # The released code shifts the spectrum by 0.25 at alpha 1 and not at all at alpha 0.5.
-        "eps": 0.25 if alpha == 1 else 0.0,
-        # Spectral normalisation fixes W's largest eigenvalue at 1, which leaves the Euclidean
-        # losses ("around one") without meaning.
-        "normalize": "none" if method.get("metric") == "euclidean" else "spectral",
+        # The released code shifts the spectrum by 0.25 at alpha 1 and not at all at alpha 0.5. The
+        # paper's Eq. 1 has no shift: without normalisation "around one" would be around 0.75.
+        "eps": 0.25 if alpha == 1 and normalize != "none" else 0.0,
+        "normalize": normalize,
         # The paper gives 0.998; the released code uses 0.5 in its runs without EMA.
         "decay": 0.998 if ema else 0.5,
     }

@@ -21,6 +21,11 @@ DATA = {"data": {"root": "somewhere"}}
         ({"ema": False}, {"alpha": 0.5, "eps": 0.0, "decay": 0.5}),
         ({"alpha": 1.0}, {"eps": 0.25}),
         ({"name": "directcopy"}, {"alpha": 1.0, "eps": 0.25}),
+        ({"alpha": 1.0, "normalize": "none"}, {"eps": 0.0, "normalize": "none"}),
+        (
+            {"alpha": 1.0, "metric": "euclidean", "normalize": "spectral"},
+            {"eps": 0.25, "normalize": "spectral"},
+        ),
         ({"metric": "euclidean"}, {"normalize": "none"}),
         ({"ema": False, "decay": 0.9, "eps": 0.1}, {"decay": 0.9, "eps": 0.1}),
     ],
@@ -51,7 +56,7 @@ def test_each_method_has_the_tables_settings(name: str, metric: str) -> None:
     config = validate({**DATA, "method": {"name": name, "metric": metric}})
     expected = dict(PRESETS[name])
     if metric == "euclidean" and expected["normalize"] is not None:
-        expected["normalize"] = "none"
+        expected |= {"normalize": "none", "eps": 0.0}
     got = config.method.model_dump(include=set(expected))
     assert got == expected
     assert config.isotropic == (name == "isoloss")
