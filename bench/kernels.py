@@ -204,6 +204,10 @@ def main() -> int:
         print(f"{key}: {value}")
     if not torch.cuda.is_available():
         print("there is no GPU: what follows are times of the CPU path")
+    if options.rounds < 2:
+        parser.error(f"--rounds is {options.rounds}; a spread needs at least 2")
+    if not any(options.only in name for name in QUESTIONS):
+        parser.error(f"--only {options.only!r} names none of {', '.join(QUESTIONS)}")
     problem = Problem(options.batch, options.features)
     timings, refused = [], False
     for name, (question, contenders_of) in QUESTIONS.items():

@@ -101,6 +101,8 @@ def main() -> int:
     parser.add_argument("--width", type=int, default=64, help="channels of the first stage")
     parser.add_argument("--rounds", type=int, default=31, help="n")
     options = parser.parse_args()
+    if options.rounds < 2:
+        parser.error(f"--rounds is {options.rounds}; a spread needs at least 2")
     for key, value in harness.environment().items():
         print(f"{key}: {value}")
     if not harness.tests_pass(TESTS):

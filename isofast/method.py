@@ -15,6 +15,7 @@ from isofast.config import Config
 from isofast.correlation import Correlation
 from isofast.data import Batch
 from isofast.networks import Branch, ViewOutput
+from isofast.passes import lerp_
 from isofast.probe import ProbeOutput, probe_loss
 from isofast_kernels import asymmetric_loss_pair
 
@@ -133,8 +134,4 @@ def move_target_(target: Branch, online: Branch, weight: Tensor) -> None:
         weight: 1 - tau, 0-dimensional, on their device, where alone it is read. Not tau itself:
             near 1 float32 has few digits for what is left.
     """
-    targets: list[Tensor] = list(target.parameters())
-    onlines: list[Tensor] = list(online.parameters())
-    # one pass over each tensor, the weight stretched over it without memory of its own
-    weights: list[Tensor] = [weight.expand_as(tensor) for tensor in targets]
-    torch._foreach_lerp_(targets, onlines, weights)
+    lerp_(list(target.parameters()), list(online.parameters()), weight)

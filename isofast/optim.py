@@ -10,6 +10,7 @@ from torch.optim import SGD, AdamW, Optimizer
 
 from isofast.config import Config
 from isofast.networks import Online
+from isofast.passes import add_each_scaled_, add_scaled_
 
 REFERENCE_BATCH = 256
 
@@ -71,7 +72,7 @@ class LARS(Optimizer):
             else:
                 self._add_plain(velocities, params, grads, group["weight_decay"])
             lr = torch.as_tensor(group["lr"], dtype=params[0].dtype, device=params[0].device)
-            torch._foreach_addcmul_(params, velocities, _like(params, [lr] * len(params)), value=-1)
+            add_scaled_(params, velocities, lr, value=-1)
 
     @staticmethod
     def _add_plain(
@@ -97,17 +98,8 @@ class LARS(Optimizer):
         trust = group["eta"] * p_norm / (g_norm + wd * p_norm + 1e-8)
         scale = torch.where(applies, (trust / lr).clamp(max=1), 1.0)
         decay = torch.where(applies, wd * scale, 0.0)
-        torch._foreach_addcmul_(velocities, grads, _like(grads, scale.unbind()))
-        torch._foreach_addcmul_(velocities, params, _like(params, decay.unbind()))
-
-
-def _like(tensors: Sequence[Tensor], scalars: Sequence[Tensor]) -> list[Tensor]:
-    """A factor for each tensor, stretched over it without memory of its own.
-
-    One pass over each tensor; a product with the scalars first would be a second one, with
-    temporaries as large as the parameters.
-    """
-    return [x.expand_as(tensor) for x, tensor in zip(scalars, tensors, strict=True)]
+        add_each_scaled_(velocities, grads, scale.unbind())
+        add_each_scaled_(velocities, params, decay.unbind())
 
 
 def make_optimizer(online: Online, config: Config) -> Optimizer:

@@ -15,6 +15,7 @@ from isofast.errors import UserError
 from isofast.method import Method
 from isofast.networks import Branch, Online, feature_dim, make_predictor, make_target
 from isofast.optim import load_optimizer_state, make_optimizer
+from isofast_kernels.arguments import MAX_FEATURES
 
 State = dict[str, Any]
 
@@ -82,9 +83,17 @@ def build(config: Config, world: World, classes: int, batch_norm: str) -> TrainS
         world: this process among its peers.
         classes: outputs of the probe.
         batch_norm: "local" or "synchronised".
+
+    Raises:
+        UserError: the embeddings are wider than the kernels take.
     """
     torch.manual_seed(config.seed)
     cuda = world.device.type == "cuda"
+    if cuda and config.projector.output > MAX_FEATURES:
+        raise UserError(
+            f"projector.output is {config.projector.output}; on a GPU the losses take at most "
+            f"{MAX_FEATURES}. Set projector.output to that or less (the paper has 256)"
+        )
     torch.backends.cudnn.benchmark = cuda
     branch = Branch(config.encoder, config.projector, _precision(config, cuda))
     probe = nn.Linear(feature_dim(config.encoder), classes)

@@ -31,6 +31,7 @@ from .augment import _augment_kernel, taps
 from .augment import tile_options as augment_tiles
 from .correlation import _correlation_kernel
 from .correlation import tile_options as correlation_tiles
+from .dispatch import INTERPRET
 from .matrix_power import SQUARINGS
 from .matrix_power_triton import (
     _finish_kernel,
@@ -46,6 +47,9 @@ SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 
 FEATURES = (32, 64, 128, 256, 512, 1024)
 """One D for every tile that a launch may choose."""
+
+RAGGED = (37, 250, 528)
+"""Some D that no tile divides; above 512 a launch pads rows to a multiple of 16."""
 
 DTYPES = ("fp32", "fp16", "bf16")
 
@@ -106,6 +110,10 @@ def builds() -> Iterator[Build]:
             yield from _loss_builds(features, dtype)
             yield from _correlation_builds(features, dtype)
         yield from _power_builds(features)
+    for dtype in DTYPES:
+        yield from _correlation_builds(256, dtype, views=1)
+        for features in RAGGED:
+            yield from _loss_builds(features, dtype)
     for stored, side, blur in VIEWS:
         for dtype in DTYPES:
             yield _augment_build(stored, side, blur, dtype)
@@ -124,14 +132,15 @@ def _loss_builds(features: int, dtype: str) -> Iterator[Build]:
             )
 
 
-def _correlation_builds(features: int, dtype: str) -> Iterator[Build]:
+def _correlation_builds(features: int, dtype: str, views: int = 2) -> Iterator[Build]:
     types = {"corr_ptr": "*fp32", "z1_ptr": f"*{dtype}", "z2_ptr": f"*{dtype}"}
     scalars = {"decay": "fp32", "scale": "fp32", "B1": "i32", "B2": "i32"}
     for ema in (True, False):
         yield _build(
-            f"correlation {'ema ' if ema else ''}{dtype} D={features}",
+            f"correlation {'ema ' if ema else ''}{dtype} D={features}"
+            + (" one view" if views == 1 else ""),
             {**types, **scalars},
-            {"D": features, "EMA": ema, "VIEWS": 2, **correlation_tiles(features)},
+            {"D": features, "EMA": ema, "VIEWS": views, **correlation_tiles(features)},
         )
 
 
@@ -260,6 +269,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--only", default="", help="compile only kernels whose name has this text")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes")
     options = parser.parse_args(arguments)
+    if INTERPRET:
+        parser.error("TRITON_INTERPRET=1 leaves nothing to compile; unset it")
+    if options.jobs < 1:
+        parser.error(f"--jobs is {options.jobs}; it must be at least 1")
     known = {f"sm_{capability}": capability for capability in SHARED_LIMIT}
     targets = options.targets.split(",")
     unknown = sorted(set(targets) - set(known))

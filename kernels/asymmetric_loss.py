@@ -9,10 +9,12 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.nn import functional
 
 from .reference import NORM_FLOOR
 
-MAX_FEATURES = 1024
+RAGGED_FEATURES = 512
+"""Above, rows are padded to a multiple of 16 features."""
 _NORM_FLOOR = tl.constexpr(NORM_FLOOR)
 
 
@@ -186,16 +188,16 @@ def asymmetric_loss_launch(
     Returns:
         loss, (), the sum over directions of the mean over B, and dz_VBD, (V, B, D), its gradient
         in each z; both float32.
-
-    Raises:
-        ValueError: D is larger than a block of registers holds.
     """
     rows, features = zs[0].shape
-    if features > MAX_FEATURES:
-        raise ValueError(
-            f"D is {features}; the Triton kernel takes at most {MAX_FEATURES} features. Use "
-            "isofast_kernels.reference.losses_reference for wider embeddings."
-        )
+    if features > RAGGED_FEATURES and features % 16:
+        # unaligned rows of this width would spill; zeros change no norm and no product
+        width = -features % 16
+        zs = [functional.pad(z_BD, (0, width)) for z_BD in zs]
+        targets = [functional.pad(target_BD, (0, width)) for target_BD in targets]
+        w_DD = functional.pad(w_DD, (0, width, 0, width))
+        loss, dz_VBD = asymmetric_loss_launch(zs, targets, w_DD, metric, isotropic)
+        return loss, dz_VBD[..., :features].contiguous()
     directions = len(zs)
     zs = [z_BD.contiguous() for z_BD in zs]
     targets = [target_BD.contiguous() for target_BD in targets]

@@ -14,9 +14,14 @@ INTERPRET = HAS_TRITON and os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
 def runs_triton(*tensors: Tensor) -> bool:
-    """Whether these tensors, all on one device, go to a Triton kernel."""
+    """Whether these tensors, all on one device, go to a Triton kernel.
+
+    The interpreter takes no bfloat16: its products of it are wrong by orders of magnitude.
+    """
     if not tensors[0].is_cuda:
-        return INTERPRET and all(tensor.dtype in KERNEL_DTYPES for tensor in tensors)
+        return INTERPRET and all(
+            tensor.dtype in KERNEL_DTYPES and tensor.dtype != torch.bfloat16 for tensor in tensors
+        )
     if not HAS_TRITON:
         raise RuntimeError("CUDA tensors need Triton, which is not installed: pip install triton")
     return True

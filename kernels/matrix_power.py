@@ -10,7 +10,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-SQUARINGS = 8
+SQUARINGS = 10
 
 Coefficients = tuple[tuple[float, float, float], ...]
 

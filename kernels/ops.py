@@ -109,6 +109,7 @@ def _(views: list[Tensor]) -> Tensor:
 
 @torch.library.custom_op("isofast_kernels::matrix_power", mutates_args=())
 def _matrix_power(corr: Tensor, alpha: float, eps: float, normalize: str) -> Tensor:
+    corr = corr.contiguous()
     if runs_triton(corr):
         with device_of(corr):
             return matrix_power_launch(corr, alpha, eps, normalize)
@@ -135,8 +136,9 @@ def asymmetric_loss(
 
     cosine: -p.t / (|p| |t|) (P L^cos); iso cosine: P Eq. 17; euclidean: |p - t|^2 / 2; iso
     euclidean: P Eq. 15, of the same value. The iso cosine's value means nothing, its gradient
-    does. Norms are clamped at 1e-8, so a collapsed batch gives finite numbers. The formulas and
-    gradients are spelled out in `isofast_kernels.reference`.
+    does. Norms are clamped at 1e-8, so a collapsed batch gives finite numbers (but for float16,
+    where a gradient of the order of 1e8 at p = 0 becomes infinite). The formulas and gradients are
+    spelled out in `isofast_kernels.reference`.
 
     Args:
         z_BD: embeddings, (B, D), float32, float16 or bfloat16, not normalised. The only argument
@@ -245,6 +247,11 @@ def matrix_power(
     With normalize="spectral" s is divided by its largest value; eps is added after that and before
     the power. alpha = 1 is DirectCopy's C / lambda_max + eps I. C = 0 gives eps^alpha I; a NaN or
     infinity in C makes all of W NaN and raises nothing.
+
+    On CUDA alpha = 1/2, 1 and 2, and 1/4 where s is normalised and eps >= 0.1, are made of products
+    in a fixed number of launches, without waiting for the device, so that a CUDA graph can capture
+    them. Any other power goes through torch.linalg.eigh, which waits, cannot be captured, and
+    multiplies as torch's global switches say.
 
     C is taken to be what `correlation_ema_` makes: symmetric, which is not checked, and positive
     semi-definite up to rounding (about 1e-7 of its largest eigenvalue). The CPU clamps s at 0

@@ -9,6 +9,7 @@ from torch import nn
 from torch.optim import SGD
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from isofast import passes
 from isofast.config import Config, EncoderConfig, ProjectorConfig
 from isofast.method import ema_decay_at, move_target_
 from isofast.networks import Branch, Online, make_predictor, make_target
@@ -28,6 +29,13 @@ def _lars_by_hand(
     return p - lr * v, v
 
 
+@pytest.fixture(params=[False, True], ids=["one-pass", "few-launches"])
+def either_form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What CPUs run, and what GPUs run, on a CPU."""
+    monkeypatch.setattr(passes, "few_launches", lambda tensors: request.param)
+
+
+@pytest.mark.usefixtures("either_form")
 @pytest.mark.parametrize("kind", [float, torch.tensor], ids=["number", "tensor"])
 @pytest.mark.parametrize("lr", [1.0, 0.003], ids=["trust-limited", "clipped"])
 def test_lars_follows_its_formula(lr: float, kind: type) -> None:
@@ -144,6 +152,7 @@ def test_the_first_target_decay_is_the_base_to_the_bit(base: float) -> None:
         assert ema_decay_at(0, steps, base) == base
 
 
+@pytest.mark.usefixtures("either_form")
 def test_target_moves_parameters_and_not_buffers() -> None:
     online = _online().branch
     target = make_target(online)
@@ -171,6 +180,7 @@ def test_the_watch_for_host_reads_sees_one() -> None:
         torch.ones(()).item()
 
 
+@pytest.mark.usefixtures("either_form")
 @pytest.mark.parametrize("name", ["lars", "sgd", "adamw"])
 def test_a_step_reads_no_tensor_on_the_host(name: str) -> None:
     online = _online()
@@ -205,6 +215,7 @@ def test_the_rate_counts_that_the_tensor_holds(name: str) -> None:
     assert moved == [id(p) in in_first for p in online.parameters()]
 
 
+@pytest.mark.usefixtures("either_form")
 def test_the_last_move_of_the_target_moves_nothing() -> None:
     online = _online().branch
     target = make_target(online)

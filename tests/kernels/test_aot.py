@@ -7,6 +7,7 @@ from isofast_kernels import aot
 SAMPLE = [
     "asymmetric_loss cosine fp32 D=256",
     "asymmetric_loss iso cosine bf16 D=256",
+    "asymmetric_loss cosine fp32 D=528",
     "asymmetric_loss iso euclidean fp16 D=1024",
     "correlation ema bf16 D=256",
     "correlation fp32 D=32",
@@ -49,13 +50,29 @@ def test_a_spill_is_seen():
     assert usage.spills > 0 and not usage.within_budget
 
 
-def test_the_table_and_its_exit_code(capsys, monkeypatch):
+def test_the_table_and_its_exit_code(capsys):
     assert aot.main(["--targets", "sm_90", "--only", "finish D=32", "--jobs", "1"]) == 0
     assert "finish D=32" in capsys.readouterr().out
     with pytest.raises(SystemExit) as stopped:
         aot.main(["--targets", "sm_42"])
     assert stopped.value.code == 2
     assert "sm_42" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as stopped:
+        aot.main(["--jobs", "0"])
+    assert stopped.value.code == 2
+
+
+@pytest.mark.parametrize("over", ["shared memory", "a spill"])
+def test_what_is_over_budget_exits_with_1(over, capsys, monkeypatch):
+    name = "correlation fp32 D=32"
+    if over == "shared memory":
+        monkeypatch.setitem(aot.SHARED_LIMIT, 90, 0)
+    else:
+        spilled = aot.Usage(name, 90, registers=255, spills=3, stack=16, shared=0)
+        monkeypatch.setattr(aot, "measure", lambda build, capability: spilled)
+    assert aot.main(["--targets", "sm_90", "--only", name, "--jobs", "1"]) == 1
+    printed = capsys.readouterr().out
+    assert "OVER" in printed and "1 over budget" in printed
 
 
 def test_every_kernel_dtype_and_tile_is_listed():

@@ -173,7 +173,9 @@ def test_opcheck_statistics(make_problem):
     z1, z2, *_, w = make_problem(6, 9, dtype=torch.float32)
     torch.library.opcheck(OPS.correlation_ema_.default, (w.clone(), [z1, z2], 0.9))
     torch.library.opcheck(OPS.second_moment.default, ([z1, z2],))
-    torch.library.opcheck(OPS.matrix_power.default, (w, 0.5, 0.1, "spectral"))
+    for corr in (w, w.T):
+        for alpha, normalize in ((0.5, "spectral"), (1.0, "spectral"), (1.0, "none")):
+            torch.library.opcheck(OPS.matrix_power.default, (corr, alpha, 0.1, normalize))
 
 
 def step(corr, z1, z2, t1, t2, decay=0.9, eps=0.1, **loss):

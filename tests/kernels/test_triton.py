@@ -165,6 +165,12 @@ def test_second_moment(guard_inputs, rows, features, dtype):
     assert_within_budget("moment", got, own, exact)
 
 
+@pytest.mark.skipif(DEVICE == "cuda", reason="about the interpreter")
+def test_the_interpreter_is_not_asked_for_bf16():
+    z = torch.randn(64, 64, generator=torch.Generator().manual_seed(0)).bfloat16()
+    assert torch.equal(second_moment(z), reference.second_moment_reference([z]))
+
+
 gpu_only = pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device")
 
 
@@ -223,7 +229,9 @@ def test_the_same_inputs_give_the_same_bits_ten_times(make_problem):
     def run():
         loss = asymmetric_loss_pair(z1, z2, t1, t2, w, metric="cosine", isotropic=False)
         corr = correlation_ema_(w.clone(), [z1, z2], 0.5)
-        return loss.detach(), *torch.autograd.grad(loss, leaves), corr
+        power = matrix_power(corr, 0.5)
+        moment = second_moment([z1, z2])
+        return loss.detach(), *torch.autograd.grad(loss, leaves), corr, power, moment
 
     first = run()
     for _ in range(9):
@@ -239,6 +247,7 @@ def test_the_same_inputs_give_the_same_bits_ten_times(make_problem):
         (37, 0.5, 0.25, "spectral"),
         (37, 0.5, 0.25, "none"),
         (37, 0.25, 0.25, "spectral"),
+        (37, 1.0, 0.25, "spectral"),
         (37, 2.0, 0.1, "spectral"),
         (37, 2.0, 0.1, "none"),
     ],
@@ -281,6 +290,35 @@ def training_step(corr, z1, z2, t1, t2):
     w = matrix_power(corr, 0.5)
     loss = asymmetric_loss_pair(z1, z2, t1, t2, w)
     return loss, *torch.autograd.grad(loss, (z1, z2))
+
+
+@gpu_only
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows", [512, 2048])
+def test_the_correlation_of_whole_batches_is_within_budget(rows, dtype):
+    """Tensor cores add fp16 and bf16 products in their own accumulators, over all rows."""
+    z = torch.randn(rows, 256, generator=torch.Generator().manual_seed(0)).to(DEVICE, dtype)
+    exact = reference.second_moment_reference([z.double()])
+    own = reference.second_moment_reference([z])
+    assert_within_budget("moment", second_moment(z), own, exact)
+
+
+@gpu_only
+@pytest.mark.gpu
+def test_the_compiled_step_is_one_graph(make_problem):
+    z1, z2, t1, t2, _ = make_problem(256, 256, dtype=torch.bfloat16, device=DEVICE)
+    z1.requires_grad_()
+    z2.requires_grad_()
+
+    def forward(corr):
+        correlation_ema_(corr, [z1.detach(), z2.detach()], 0.9)
+        return asymmetric_loss_pair(z1, z2, t1, t2, matrix_power(corr, 0.5))
+
+    loss = torch.compile(forward, fullgraph=True)(torch.zeros(256, 256, device=DEVICE))
+    got = loss, *torch.autograd.grad(loss, (z1, z2))
+    expected = training_step(torch.zeros(256, 256, device=DEVICE), z1, z2, t1, t2)
+    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
 
 
 @gpu_only
