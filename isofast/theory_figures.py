@@ -14,7 +14,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from isofast.errors import UserError
 from isofast.files import write_atomically
-from isofast.theory import Trajectory
+from isofast.theory import SHORTEST, Trajectory
 from isofast.theory_panels import (
     INITIALISATIONS,
     METRICS,
@@ -42,6 +42,14 @@ NOTE = (
     "Under the true one the trace stays\n"
     "and dimensions collapse; the\n"
     "paper's diverges (mind its axes)."
+)
+RELU_NOTE = (
+    "\n\nWith a ReLU the means of two cosine\n"
+    "gradients need a bound on lengths.\n"
+    f"IsoLoss: views below {SHORTEST:g} of their root\n"
+    "mean square are left out. Paper's\n"
+    "derivative: has none, so its plane\n"
+    "shows the leaps of single samples."
 )
 # of Okabe and Ito's palette, told apart by colour-blind readers
 START, END, LINE = "#D55E00", "#0072B2", "#9A9A9A"
@@ -111,7 +119,8 @@ def _losses(panels: list[Panel], trajectories: Mapping[str, Trajectory]) -> Figu
             if plane is None or spectrum is None:
                 above.set_axis_off()
                 below.set_axis_off()
-                note = above.text(-0.2, 1.0, NOTE, va="top", fontsize=9, transform=above.transAxes)
+                text = NOTE + RELU_NOTE if relu else NOTE
+                note = above.text(-0.2, 1.0, text, va="top", fontsize=9, transform=above.transAxes)
                 note.set_in_layout(False)
                 _legend(below)
                 continue

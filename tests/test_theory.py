@@ -241,6 +241,29 @@ def test_the_relu_networks_drift_without_predictor_is_the_populations() -> None:
     assert (sampled - found).abs().max() < 3e-3
 
 
+def test_the_relu_iso_cosine_of_two_outputs_ends_alike_on_any_samples() -> None:
+    """From one V, its end trace over four draws of the samples is the same to 2 %.
+
+    Its mean gradient exists by the bound on lengths alone: without it single samples decide.
+    """
+    toy = Toy(loss="iso_cosine", relu=True, inputs=6, outputs=2, lr=0.01, samples=500)
+    start = initial_weights(toy)
+    ends = [
+        simulate(changed(toy, seed=seed), start).weight_eigenvalues[-1, 0].sum()
+        for seed in range(4)
+    ]
+    np.testing.assert_allclose(ends, np.mean(ends), rtol=0.02)
+    assert start.square().sum() < min(ends) < 1.2 * start.square().sum()
+
+
+def test_what_the_relu_iso_cosine_leaves_out_does_not_hang_on_the_scale() -> None:
+    """g is homogeneous of degree -3 in V, as W = V V^T; an absolute bound would end that."""
+    toy = Toy(loss="iso_cosine", relu=True, inputs=6, outputs=2)
+    v_SMN = initial_weights(toy)
+    small, large = (sampled_gradient(toy, v * v_SMN, stream(0, 1)) for v in (0.1, 10.0))
+    torch.testing.assert_close(small, 1e6 * large, rtol=1e-9, atol=0)
+
+
 def test_a_row_of_zeros_is_no_trouble() -> None:
     v_SMN = torch.zeros(1, 2, 3, dtype=torch.float64)
     for toy in (Toy(relu=True), Toy(loss="cosine", relu=True), Toy(loss="cosine")):
