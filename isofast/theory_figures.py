@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from tempfile import NamedTemporaryFile
 from typing import Any
 
 import numpy as np
@@ -80,23 +81,39 @@ def write_figure(
         The two files written.
 
     Raises:
-        UserError: a value that `Toy` refuses, or a folder that cannot be made.
+        UserError: a value that `Toy` refuses, or a folder that cannot be made or written to.
         RunError: a simulation left the finite numbers.
     """
     panels = panels_of(figure, **changes)
     # before the minutes of simulation, not after
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"output: {folder} is no folder to write to: {error.strerror}") from error
+    _make_writable(folder)
     trajectories = run_panels(panels, workers=workers, done=done)
     picture = _starts(trajectories) if figure == "figure5" else _losses(panels, trajectories)
     paths = [folder / f"{figure}.png", folder / f"{figure}.npz"]
     FigureCanvasAgg(picture)
-    write_atomically(paths[0], lambda path: picture.savefig(path, dpi=150, format="png"))
     arrays = arrays_of(trajectories)
-    write_atomically(paths[1], lambda path: _save(path, arrays))
+    try:
+        write_atomically(paths[0], lambda path: picture.savefig(path, dpi=150, format="png"))
+        write_atomically(paths[1], lambda path: _save(path, arrays))
+    except OSError as error:
+        raise UserError(
+            f"output: {figure}.png and {figure}.npz cannot be written to {folder}: "
+            f"{error.strerror}; choose another folder with --output"
+        ) from error
     return paths
+
+
+def _make_writable(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        # a folder may exist and take no file, on a read-only disk even from root
+        with NamedTemporaryFile(dir=folder, prefix=".probe-"):
+            pass
+    except OSError as error:
+        raise UserError(
+            f"output: {folder} is no folder to write to: {error.strerror}; choose another "
+            "with --output"
+        ) from error
 
 
 def _save(path: Path, arrays: Mapping[str, Any]) -> None:
