@@ -33,7 +33,12 @@ def add_theory(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
             description=f"P Fig. {name[-1]}: {text}. The planes take ten times --samples.",
         )
         figure.add_argument("--output", type=Path, required=True, help="folder for PNG and NPZ")
-        figure.add_argument("--workers", type=int, help="processes (default: one a core)")
+        figure.add_argument(
+            "--workers",
+            type=int,
+            help="processes of up to 600 MB (default: one a core, up to where the longest "
+            "simulation alone decides the time; 1 for a few seconds' work)",
+        )
         figure.set_defaults(run=_figure)
         _add_common(figure)
 

@@ -1,5 +1,6 @@
 """The simulations behind the paper's Fig. 2, 5 and 6, each by a name that is also its NPZ key."""
 
+import math
 import multiprocessing
 import os
 from collections.abc import Callable, Iterator, Mapping
@@ -29,6 +30,8 @@ SPECTRUM: dict[str, Any] = {"inputs": 15, "outputs": 10}
 PLANE: dict[str, Any] = {"inputs": 6, "outputs": 2, "lr": 0.01}
 INITIALISATIONS = ("V0", "2 V0", "randn / 2")
 RECORDS = 301
+SMALL_WORK = 200_000
+"""In the units of `_work`, about ten seconds: up to here one process does it all."""
 POINTS, CANDIDATES = 20, 5000
 """Points followed in the plane: the longest of so many, as they show the motion best."""
 
@@ -84,16 +87,15 @@ def run_panels(
 
     Args:
         panels: from `panels_of`.
-        workers: processes, one core each; if left out as many as there are cores, and one alone
-            where no panel takes long.
+        workers: processes, of one thread and up to 600 MB each. If left out one a core, up to
+            the number of panels and to where the longest panel alone decides the time; a single
+            one for a few seconds' work.
         done: told the name of each panel that is ready.
 
     Returns:
         A trajectory by the panel's name, in the order of ``panels``.
     """
-    if workers is None:
-        # a process takes seconds to start
-        workers = min(_cores(), sum(panel.toy.default_steps >= 10_000 for panel in panels))
+    workers = _useful_workers(panels, _cores()) if workers is None else workers
     # the longest first, so that no core ends up waiting for one that began late
     longest_first = sorted(panels, key=_work, reverse=True)
     found: dict[str, Trajectory] = {}
@@ -147,8 +149,17 @@ def _run(panel: Panel) -> Trajectory:
     )
 
 
+def _useful_workers(panels: list[Panel], cores: int) -> int:
+    work = [_work(panel) for panel in panels]
+    # a process takes seconds to start
+    if sum(work) < SMALL_WORK:
+        return 1
+    # while the longest panel runs on one core, so many in all have time for the rest
+    return min(cores, len(panels), math.ceil(sum(work) / max(work)))
+
+
 def _work(panel: Panel) -> float:
-    """Something like the time it takes."""
+    """Something like the time it takes, in units of 30 to 60 microseconds."""
     toy = panel.toy
     return toy.default_steps * (1 if toy.exact else 5 + toy.samples * toy.inputs / 1000)
 

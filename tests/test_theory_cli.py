@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from isofast.cli import main
-from isofast.theory_panels import arrays_of, panels_of, run_panels
+from isofast.theory_panels import _useful_workers, arrays_of, panels_of, run_panels
 
 SHORT = ("--steps", "3", "--samples", "20")
 VARIANTS = {
@@ -175,6 +175,38 @@ def test_an_output_that_is_a_file_is_refused_before_anything_is_simulated(
     assert main(["theory", "figure5", "--output", str(tmp_path / "taken")]) == 2
     shown = capsys.readouterr().err
     assert "taken is no folder to write to: File exists" in shown and "simulated" not in shown
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="no /proc: not Linux")
+def test_a_folder_that_takes_no_file_is_refused_before_anything_is_simulated(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """/proc is a folder in which root himself makes no file."""
+    assert main(["theory", "figure5", "--output", "/proc", *SHORT]) == 2
+    shown = capsys.readouterr().err
+    assert "/proc is no folder to write to" in shown and "another with --output" in shown
+    assert "simulated" not in shown
+
+
+def test_a_file_that_cannot_be_replaced_ends_with_a_message(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "figure5.npz").mkdir()
+    assert main(["theory", "figure5", "--output", str(tmp_path), *SHORT]) == 2
+    shown = capsys.readouterr().err
+    assert "figure5.npz cannot be written" in shown and "Traceback" not in shown
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["figure5.npz", "figure5.png"]
+
+
+def test_no_more_processes_than_have_work_to_do() -> None:
+    """Of a figure's panels the 100,000 steps of one take longer than all others together."""
+    assert _useful_workers(panels_of("figure5"), cores=16) == 1
+    assert _useful_workers(panels_of("figure2", steps=3), cores=16) == 1
+    assert _useful_workers(panels_of("figure2"), cores=16) == 2
+    assert _useful_workers(panels_of("figure2"), cores=1) == 1
+    alike = panels_of("figure6", steps=1500)
+    assert _useful_workers(alike, cores=4) == 4
+    assert 4 < _useful_workers(alike, cores=64) <= len(alike)
 
 
 def test_the_number_of_processes_changes_nothing() -> None:
