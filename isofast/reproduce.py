@@ -5,14 +5,10 @@ is finished is known by its summary.json, and what was stopped goes on from its 
 """
 
 import json
-import signal
-import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Any, Literal
 
 from isofast.config import SCHEMA_KEY, Config, changed_keys
@@ -20,6 +16,7 @@ from isofast.errors import UserError
 from isofast.files import write_atomically
 from isofast.paper import DATASETS, TABLES, Row
 from isofast.presets import merge
+from isofast.processes import run_to_its_end
 from isofast.settings import resolve, validate
 
 State = Literal["new", "stopped", "finished", "crashed"]
@@ -30,8 +27,6 @@ SHIPPED = {"digits": "quickstart.json"} | {name: f"{name}.json" for name in DATA
 # What the table decides, and so no --set.
 _OWN_KEYS = {"seed", "train.epochs", "data.root", "data.dataset"}
 _OWN_KEYS |= {"method.name", "method.alpha", "method.ema"}
-# An interrupted launcher gets this long to end its processes.
-_PATIENCE_S = 10.0
 
 
 @dataclass(frozen=True)
@@ -180,7 +175,7 @@ def execute(runs: Sequence[PlannedRun], say: Callable[[str], None]) -> list[Plan
         run.run_dir.parent.mkdir(parents=True, exist_ok=True)
         text = json.dumps(run.settings, indent=2) + "\n"
         write_atomically(run.config_path, _writer(text))
-        code = _run_to_its_end(run.command)
+        code = run_to_its_end(run.command)
         if run.state() == "crashed":
             say(f"{place}: crashed")
         elif code != 0 or run.state() != "finished":
@@ -234,52 +229,6 @@ def _refuse_other_configs(runs: Sequence[PlannedRun]) -> None:
                 + "\n  ".join(changes)
                 + "\nGive the old values back, or name another --runs"
             )
-
-
-def _run_to_its_end(command: Sequence[str]) -> int:
-    """Starts ``command`` and waits; when interrupted, sees to it that nothing is left running.
-
-    Raises:
-        UserError: the launcher cannot be started.
-        KeyboardInterrupt: by Ctrl-C, which the command has got as well, or by SIGTERM.
-    """
-    try:
-        process = subprocess.Popen(command)
-    except OSError as error:
-        raise UserError(f"cannot start {command[0]}: {error.strerror}; check --launcher") from None
-    with _sigterm_interrupts():
-        try:
-            return process.wait()
-        except KeyboardInterrupt as interruption:
-            # a terminal's Ctrl-C reaches the command as well, which then stops by itself
-            _stop(process, first_wait=not isinstance(interruption, _Terminated))
-            raise
-
-
-def _stop(process: "subprocess.Popen[bytes]", first_wait: bool) -> None:
-    for stop in [*([] if not first_wait else [lambda: None]), process.terminate, process.kill]:
-        stop()
-        with suppress(subprocess.TimeoutExpired):
-            process.wait(timeout=_PATIENCE_S)
-            return
-
-
-class _Terminated(KeyboardInterrupt):
-    """SIGTERM has come to this process, and perhaps to no other."""
-
-
-@contextmanager
-def _sigterm_interrupts() -> Iterator[None]:
-    """A scheduler's SIGTERM ends the command as Ctrl-C does."""
-
-    def interrupt(number: int, frame: FrameType | None) -> None:
-        raise _Terminated
-
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def _writer(text: str) -> Callable[[Path], object]:

@@ -16,6 +16,7 @@ from isofast import reproduce_cli
 from isofast.cli import main
 from isofast.metrics import read_metrics
 from isofast.paper import TABLES
+from isofast.processes import groups_of
 from isofast.reproduce import PlannedRun, Request, plan
 from isofast.reproduce_table import markdown_table
 
@@ -64,7 +65,8 @@ def test_a_killed_table_goes_on_and_is_printed(digits: Path, tmp_path: Path) -> 
     first = tmp_path / "table2" / "digits" / "simsiam" / "seed-0"
     victim = start(arguments)
     wait_until(lambda: len(read_metrics(first / "metrics.jsonl")) > 5, victim)
-    os.killpg(victim.pid, signal.SIGKILL)
+    for group in groups_of(victim.pid):
+        os.killpg(group, signal.SIGKILL)
     printed, _ = victim.communicate()
     assert "[1/2] digits, SimSiam, no EMA, seed 0: starts" in printed and "[2/2]" not in printed
     assert not (first / "summary.json").exists()
@@ -115,18 +117,70 @@ def test_failed_runs_do_not_stop_the_others(digits: Path, tmp_path: Path) -> Non
     assert "| IsoLoss | 0.5 | no | - | - |" in out and "6 of 6 runs failed" in err
 
 
-def test_an_interruption_leaves_nothing_running(digits: Path, tmp_path: Path) -> None:
-    note = tmp_path / "pid"
-    script = f"import os, time; open({str(note)!r}, 'w').write(str(os.getpid())); time.sleep(100)"
-    arguments = command(digits, tmp_path, "--launcher", f'{sys.executable} -c "{script}"')
-    process = start(arguments)
-    wait_until(lambda: note.exists() and note.read_text(), process)
+# A launcher that passes no signal on, and whose process takes no notice of SIGINT and SIGTERM.
+DEAF = """
+import os, pathlib, signal, subprocess, sys, time
+if sys.argv[1] == "launcher":
+    own_session = sys.argv[2] == "own-session"
+    subprocess.Popen([sys.executable, __file__, "rank"], start_new_session=own_session).wait()
+else:
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    note = pathlib.Path(__file__).with_name("part")
+    note.write_text(str(os.getpid()))
+    note.rename(note.with_name("pid"))
+    time.sleep(100)
+"""
+
+
+@pytest.mark.parametrize(
+    ("number", "session"), [(signal.SIGINT, "own-session"), (signal.SIGTERM, "same-session")]
+)
+def test_an_interruption_leaves_nothing_running(
+    number: signal.Signals, session: str, digits: Path, tmp_path: Path
+) -> None:
+    script, note = tmp_path / "launcher.py", tmp_path / "pid"
+    script.write_text(DEAF)
+    launcher = f"{sys.executable} {script} launcher {session}"
+    process = start(command(digits, tmp_path, "--launcher", launcher))
+    wait_until(note.exists, process)
     child = int(note.read_text())
-    os.kill(process.pid, signal.SIGTERM)
+    # the second and third, of one who does not want to wait, come to SIGTERM and SIGKILL at once
+    for _ in range(3):
+        process.send_signal(number)
+        time.sleep(0.5)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130 and "the same command goes on" in err
-    with pytest.raises(ProcessLookupError):
-        os.kill(child, 0)
+    assert not is_running(child)
+
+
+def test_what_is_interrupted_may_stop_by_itself(digits: Path, tmp_path: Path) -> None:
+    script, note = tmp_path / "launcher.py", tmp_path / "pid"
+    told = tmp_path / "told"
+    script.write_text(
+        "import pathlib, sys, time\n"
+        "try:\n"
+        f"    pathlib.Path({str(note)!r}).touch()\n"
+        "    time.sleep(100)\n"
+        "except KeyboardInterrupt:\n"
+        "    time.sleep(1)\n"
+        f"    pathlib.Path({str(told)!r}).touch()\n"
+    )
+    process = start(command(digits, tmp_path, "--launcher", f"{sys.executable} {script}"))
+    wait_until(note.exists, process)
+    # of a terminal that is closed
+    process.send_signal(signal.SIGHUP)
+    process.communicate(timeout=60)
+    assert process.returncode == 130 and told.exists()
+
+
+def is_running(pid: int) -> bool:
+    """What has ended is none, whether its parent has asked for its exit code or not."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return False
+    return stat.rpartition(")")[2].split()[0] not in "ZX"
 
 
 @pytest.fixture
