@@ -5,6 +5,7 @@ import time
 from contextlib import ExitStack, closing
 from dataclasses import asdict
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 
@@ -200,12 +201,7 @@ class _Run:
         }
         self.recorder.training(self.step, values)
         if finite < 1:
-            message = (
-                f"the loss became NaN or infinite before step {self.step}. The last checkpoint is "
-                f"from before; start over with {' or '.join(remedies(self.config, 'blow-up'))}"
-            )
-            self.recorder.note_collapse(message)
-            raise RunError(message)
+            self._blow_up("the loss")
         if collapsed > 0:
             self._tell_collapse(finding)
 
@@ -222,10 +218,7 @@ class _Run:
         """Saves everything that training has changed, if it is sound."""
         self.recorder.stop_clock()
         if not self.state.is_finite():
-            raise RunError(
-                f"a parameter became NaN or infinite before step {self.step}. The last checkpoint "
-                f"is from before; start over with a lower optimizer.lr"
-            )
+            self._blow_up("a parameter")
         state = self.state.capture()
         if self.world.is_main:
             # first what the checkpoint takes for granted, then the checkpoint
@@ -325,6 +318,14 @@ class _Run:
         """Whether C's eigenvalues are wanted at a step without a record."""
         every = self.config.logging.spectrum_every_steps
         return self.step % self.steps_per_epoch == 0 or bool(every and self.step % every == 0)
+
+    def _blow_up(self, what: str) -> NoReturn:
+        message = (
+            f"{what} became NaN or infinite before step {self.step}. The last checkpoint is "
+            f"from before; start over with {' or '.join(remedies(self.config, 'blow-up'))}"
+        )
+        self.recorder.note_collapse(message)
+        raise RunError(message)
 
     def _tell_collapse(self, finding: Finding | None) -> None:
         """Says once what has collapsed, or stops; all ranks but the first do not know what."""

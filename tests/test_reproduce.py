@@ -97,13 +97,23 @@ def test_a_killed_table_goes_on_and_is_printed(digits: Path, tmp_path: Path) -> 
     assert code == 2 and "train.batch_size: 64 -> 32" in err and "--runs" in err
 
 
-def test_a_run_that_blows_up_is_a_result(digits: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("found_first", "what"),
+    [
+        (["logging.every_steps=1"], "the loss became NaN"),
+        (["checkpoint.every_steps=3", "logging.every_steps=50"], "a parameter became NaN"),
+    ],
+    ids=["record", "checkpoint"],
+)
+def test_a_run_that_blows_up_is_a_result(
+    found_first: list[str], what: str, digits: Path, tmp_path: Path
+) -> None:
     blown = ("optimizer.name=sgd", "optimizer.lr=1e30", "schedule.warmup_epochs=0")
-    more = [word for setting in blown for word in ("--set", setting)]
+    more = [word for setting in (*blown, *found_first) for word in ("--set", setting)]
     arguments = command(digits, tmp_path, *more, "--methods", "simsiam", "--seeds", "1")
     code, out, err = run(arguments)
     assert code == 0, err
-    assert "seed 0: crashed" in out and "NaN or infinite" in err
+    assert "seed 0: crashed" in out and what in err and "optimizer.lr below 1e+30" in err
     assert "| SimSiam | - | no | no accuracy (n = 1, 1 crashed) | - |" in out
     assert "seed 0: crashed before" in run(arguments)[1]
 
