@@ -6,9 +6,11 @@ is finished is known by its summary.json, and what was stopped goes on from its 
 
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any, Literal
 
 from isofast.config import SCHEMA_KEY, Config, changed_keys
@@ -25,8 +27,13 @@ TRAIN_SCRIPT = Path(__file__).resolve().parent.parent / "launch" / "train.py"
 # they show in a minute that everything works.
 SHIPPED = {"digits": "quickstart.json"} | {name: f"{name}.json" for name in DATASETS}
 # What the table decides, and so no --set.
-_OWN_KEYS = {"seed", "train.epochs", "data.root", "data.dataset"}
-_OWN_KEYS |= {"method.name", "method.alpha", "method.ema"}
+_OWN_KEYS = {
+    key: attrgetter(key)
+    for key in (
+        *("seed", "train.epochs", "data.root", "data.dataset"),
+        *("method.name", "method.alpha", "method.ema"),
+    )
+}
 
 
 @dataclass(frozen=True)
@@ -117,18 +124,12 @@ def plan(request: Request) -> list[PlannedRun]:
         UserError: an unknown table, data set or method, a key that the table decides, a missing
             train script, or a run on the disk of another configuration.
     """
-    for key in (override.partition("=")[0] for override in request.overrides):
-        if key in _OWN_KEYS:
-            raise UserError(
-                f"--set {key} is what the table decides; use --seeds, --epochs, --root, "
-                "--datasets or --methods"
-            )
-    rows = [row for row in TABLES[request.table] if row.method in (request.methods or [row.method])]
-    if not rows:
-        known = dict.fromkeys(row.method for row in TABLES[request.table])
-        raise UserError(
-            f"{request.table} has no {' or '.join(request.methods)}; it has {', '.join(known)}"
-        )
+    _refuse_own_keys(override.partition("=")[0] for override in request.overrides)
+    known = dict.fromkeys(row.method for row in TABLES[request.table])
+    unknown = [method for method in request.methods if method not in known]
+    if unknown:
+        raise UserError(f"{request.table} has no {' or '.join(unknown)}; it has {', '.join(known)}")
+    rows = [row for row in TABLES[request.table] if row.method in (request.methods or known)]
     if not request.train_script.is_file():
         raise UserError(
             f"there is no train script {request.train_script}: isofast is run from a checkout, "
@@ -156,6 +157,18 @@ def check_data(request: Request) -> None:
             f"data sets are missing under --root {request.root}. Prepare them (with --archive "
             "where the data set comes in a file of yours):\n  " + "\n  ".join(missing)
         )
+
+
+def make_folder(request: Request) -> None:
+    """Makes the folder of the runs; raises a UserError where nothing can be written there."""
+    try:
+        request.folder.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=request.folder):
+            pass
+    except OSError as error:
+        raise UserError(
+            f"cannot write to {request.folder}: {error.strerror}; name another --runs"
+        ) from None
 
 
 def execute(runs: Sequence[PlannedRun], say: Callable[[str], None]) -> list[PlannedRun]:
@@ -192,6 +205,9 @@ def _planned(request: Request, dataset: str, row: Row, seed: int) -> PlannedRun:
     command += ["--run-dir", str(run_dir)]
     command += [word for override in request.overrides for word in ("--set", override)]
     config = resolve(settings, request.overrides)
+    # a whole section may be overridden as well, such as method={"name": "isoloss"}
+    decided = resolve(settings)
+    _refuse_own_keys(key for key, get in _OWN_KEYS.items() if get(config) != get(decided))
     return PlannedRun(dataset, row, seed, run_dir, settings, config, tuple(command))
 
 
@@ -217,6 +233,16 @@ def _settings(request: Request, dataset: str, row: Row, seed: int) -> dict[str, 
             "evaluation": {"at_start": False, "knn_pixels": False},
         },
     )
+
+
+def _refuse_own_keys(keys: Iterable[str]) -> None:
+    """Raises a UserError where ``keys`` of --set have one that the table decides."""
+    for key in keys:
+        if key in _OWN_KEYS:
+            raise UserError(
+                f"--set {key} is what the table decides; use --seeds, --epochs, --root, "
+                "--datasets or --methods"
+            )
 
 
 def _refuse_other_configs(runs: Sequence[PlannedRun]) -> None:

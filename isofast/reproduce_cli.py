@@ -67,7 +67,7 @@ def add_reproduce(commands: Any) -> None:
 def _reproduce(args: argparse.Namespace) -> None:
     from isofast.errors import RunError, UserError
     from isofast.files import write_atomically
-    from isofast.reproduce import TRAIN_SCRIPT, Request, check_data, execute, plan
+    from isofast.reproduce import TRAIN_SCRIPT, Request, check_data, execute, make_folder, plan
     from isofast.reproduce_table import markdown_table
 
     datasets = list(dict.fromkeys(name for names in args.datasets for name in names))
@@ -92,6 +92,7 @@ def _reproduce(args: argparse.Namespace) -> None:
             print(f"{run.title} ({run.state()}):\n  {shlex.join(run.command)}")
         return
     check_data(request)
+    make_folder(request)
     failed = execute(runs, lambda text: print(text, flush=True))
     table = markdown_table(args.table, runs)
     path = request.folder / "table.md"
@@ -106,7 +107,10 @@ def _reproduce(args: argparse.Namespace) -> None:
 
 def _words(text: str) -> list[str]:
     """ "a,b" as ["a", "b"]."""
-    return [word for word in text.split(",") if word]
+    words = [word for word in text.split(",") if word]
+    if not words:
+        raise argparse.ArgumentTypeError(f"at least one name is wanted, got {text!r}")
+    return words
 
 
 def _count(text: str) -> int:

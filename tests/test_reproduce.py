@@ -14,6 +14,7 @@ import pytest
 
 from isofast import reproduce_cli
 from isofast.cli import main
+from isofast.errors import UserError
 from isofast.metrics import read_metrics
 from isofast.paper import TABLES
 from isofast.processes import groups_of
@@ -252,6 +253,9 @@ def test_a_dry_run_prints_commands_and_writes_nothing(
         (["--datasets", "digits,mnist"], ["mnist", "tinyimagenet"]),
         (["--datasets", "cifar10", "digits"], ["isofast prepare cifar10 --root", "/cifar10"]),
         (["--datasets", "digits", "--methods", "directcopy"], ["table2 has no directcopy", "byol"]),
+        (["--datasets", "digits", "--methods", "byol,moco"], ["table2 has no moco;", "directpred"]),
+        (["--datasets", "digits", "--runs", "/proc/x"], ["cannot write to /proc/x", "--runs"]),
+        (["--datasets", "digits", "--runs", "/dev/null"], ["/dev/null", "--runs"]),
         (["--datasets", "digits", "--set", "encoder.widht=8"], ["Did you mean encoder.width"]),
         (["--datasets", "digits", "--train-script", "no.py"], ["no.py", "--train-script"]),
         (["--datasets", "digits", "--launcher", "no-such-program"], ["--launcher"]),
@@ -270,6 +274,39 @@ def test_mistakes_are_told_before_anything_runs(
     assert "Traceback" not in error
     for word in words:
         assert word in error
+
+
+@pytest.mark.parametrize("option", ["--datasets", "--methods"])
+def test_a_list_without_names_is_refused(option: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["reproduce", "table2", "--root", "data", option, ","])
+    assert ended.value.code == 2
+    assert f"argument {option}: at least one name is wanted, got ','" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("override", "key"),
+    [
+        ("method.alpha=1", "method.alpha"),
+        ('method={"name": "isoloss"}', "method.name"),
+        ('method={"name": "byol", "ema": false}', "method.ema"),
+        ('train={"epochs": 3}', "train.epochs"),
+        ('data={"dataset": "digits", "root": "/other"}', "data.root"),
+    ],
+)
+def test_what_the_table_decides_is_not_overridden(
+    override: str, key: str, request_of: Callable[..., Request]
+) -> None:
+    with pytest.raises(UserError, match=rf"--set {key} is what the table decides"):
+        plan(request_of(methods=["byol"], overrides=[override]))
+
+
+def test_a_section_that_agrees_with_the_table_is_taken(
+    request_of: Callable[..., Request],
+) -> None:
+    override = 'method={"name": "byol", "ema_base": 0.98}'
+    (run, *_) = plan(request_of(methods=["byol"], overrides=[override]))
+    assert (run.config.method.name, run.config.method.ema_base) == ("byol", 0.98)
 
 
 def test_a_cell_is_of_the_seeds_that_have_ended(request_of: Callable[..., Request]) -> None:
