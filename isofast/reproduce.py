@@ -26,6 +26,7 @@ TRAIN_SCRIPT = Path(__file__).resolve().parent.parent / "launch" / "train.py"
 # The shipped config of each data set, beside the train script. Digits have no place in the paper:
 # they show in a minute that everything works.
 SHIPPED = {"digits": "quickstart.json"} | {name: f"{name}.json" for name in DATASETS}
+PAPER_SEEDS = 5
 # What the table decides, and so no --set.
 _OWN_KEYS = {
     key: attrgetter(key)
@@ -44,7 +45,7 @@ class Request:
     datasets: Sequence[str]
     root: Path
     runs: Path
-    seeds: int = 5
+    seeds: int = PAPER_SEEDS
     epochs: int | None = None
     methods: Sequence[str] = ()
     overrides: Sequence[str] = ()
@@ -55,6 +56,19 @@ class Request:
     def folder(self) -> Path:
         """Where the table's runs are, and the table."""
         return self.runs / self.table
+
+    @property
+    def table_path(self) -> Path:
+        """The table's file, named by what was asked for, so that a part replaces no whole table."""
+        parts = ["table"]
+        if {*self.datasets} != {*DATASETS}:
+            parts += [name for name in SHIPPED if name in self.datasets]
+        known = dict.fromkeys(row.method for row in TABLES[self.table])
+        if self.methods and {*self.methods} != {*known}:
+            parts += [name for name in known if name in self.methods]
+        if self.seeds != PAPER_SEEDS:
+            parts.append(f"seeds-{self.seeds}")
+        return self.folder / f"{'-'.join(parts)}.md"
 
 
 @dataclass(frozen=True)

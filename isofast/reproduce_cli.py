@@ -95,7 +95,7 @@ def _reproduce(args: argparse.Namespace) -> None:
     make_folder(request)
     failed = execute(runs, lambda text: print(text, flush=True))
     table = markdown_table(args.table, runs)
-    path = request.folder / "table.md"
+    path = request.table_path
     write_atomically(path, lambda part: part.write_text(table, encoding="utf-8"))
     print(f"\n{table}\n{path}")
     if failed:

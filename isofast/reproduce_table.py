@@ -45,12 +45,18 @@ def markdown_table(table: str, runs: Sequence[PlannedRun]) -> str:
 
 def _notes(runs: Sequence[PlannedRun]) -> list[str]:
     epochs = sorted({run.config.train.epochs for run in runs})
+    byol_on_cifar = any(
+        run.row.method == "byol" and run.dataset.startswith("cifar") for run in runs
+    )
     return [
         "Top-1 in percent of the online linear probe on the validation images at the end of "
         f"{' or '.join(map(str, epochs))} epochs: mean +- standard deviation over n seeds.",
         "Crashed: the embeddings had collapsed at the end, or ended the run by it; the accuracy "
         "is the last one.",
-        "The paper's numbers are of five seeds and 1,000 epochs.",
+        "The paper's numbers are of five seeds and 1,000 epochs"
+        + ("; its numbers of BYOL on CIFAR are solo-learn's." if byol_on_cifar else "."),
+        "The paper's two tables are split by alpha here: table2 has the trained predictors and "
+        "alpha 0.5, table3 has alpha 1.",
         *_machines(runs),
     ]
 

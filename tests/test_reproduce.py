@@ -16,7 +16,7 @@ from isofast import reproduce_cli
 from isofast.cli import main
 from isofast.errors import UserError
 from isofast.metrics import read_metrics
-from isofast.paper import TABLES
+from isofast.paper import DATASETS, TABLES
 from isofast.processes import groups_of
 from isofast.reproduce import PlannedRun, Request, plan
 from isofast.reproduce_table import markdown_table
@@ -87,7 +87,7 @@ def test_a_killed_table_goes_on_and_is_printed(digits: Path, tmp_path: Path) -> 
         top1.append(100 * summary["val_top1"])
     mean, spread = sum(top1) / 2, abs(top1[0] - top1[1]) / 2**0.5
     row = f"| SimSiam | - | no | {mean:.1f} +- {spread:.1f} (n = 2) | - |"
-    table = (tmp_path / "table2" / "table.md").read_text()
+    table = (tmp_path / "table2" / "table-digits-simsiam-seeds-2.md").read_text()
     assert row in table.splitlines() and table in out
 
     # nothing is left to do
@@ -307,6 +307,27 @@ def test_a_section_that_agrees_with_the_table_is_taken(
     override = 'method={"name": "byol", "ema_base": 0.98}'
     (run, *_) = plan(request_of(methods=["byol"], overrides=[override]))
     assert (run.config.method.name, run.config.method.ema_base) == ("byol", 0.98)
+
+
+def test_a_part_of_the_table_has_a_file_of_its_own(request_of: Callable[..., Request]) -> None:
+    paper = [*DATASETS]
+    for changes, name in (
+        ({"datasets": paper[::-1]}, "table.md"),
+        ({"datasets": paper, "methods": ["isoloss", "byol"]}, "table-byol-isoloss.md"),
+        ({"datasets": ["stl10", "digits"]}, "table-digits-stl10.md"),
+        ({"datasets": paper, "seeds": 1}, "table-seeds-1.md"),
+    ):
+        request = request_of(**changes)
+        assert request.table_path == request.folder / name
+
+
+def test_notes_say_whose_numbers_the_papers_are(request_of: Callable[..., Request]) -> None:
+    def table(*datasets: str, **changes: Any) -> str:
+        return markdown_table("table2", plan(request_of(datasets=datasets, seeds=1, **changes)))
+
+    assert "table2 has the trained predictors and alpha 0.5, table3 has alpha 1" in table("digits")
+    assert "BYOL on CIFAR are solo-learn's" in table("cifar100")
+    assert "solo-learn" not in table("stl10") + table("cifar10", methods=["isoloss"])
 
 
 def test_a_cell_is_of_the_seeds_that_have_ended(request_of: Callable[..., Request]) -> None:
