@@ -21,6 +21,7 @@ from matplotlib.figure import Figure
 from matplotlib.gridspec import GridSpec
 from matplotlib.ticker import MaxNLocator
 
+from isofast.config import leaves
 from isofast.errors import UserError
 from isofast.files import write_atomically
 from isofast.runs import Array, Run, labels, read_run
@@ -34,6 +35,12 @@ _PANEL_INCHES = (3.3, 2.5)
 _MOST_LINES, _MOST_POINTS = 48, 500
 # Eigenvalues below this share of the largest are rounding.
 _LEAST_SHARE = 1e-8
+# What may differ between a run with an EMA target and the one beside it: EMA, and what the presets
+# choose by it.
+_EMA_KEYS = {
+    *("method.ema", "method.ema_base", "method.decay"),
+    *("optimizer.name", "optimizer.lr"),
+}
 _STYLE: Any = {
     "font.size": 9,
     "axes.titlesize": 9,
@@ -109,7 +116,10 @@ def figure4(runs: Sequence[Run]) -> Figure:
             linewidth=2,
             label="mean, weighted by the eigenvalues",
         )
-        above.set(title=name, ylim=(min(-0.05, np.nanmin(run.alignment_TD)) - 0.02, 1.04))
+        above.set(
+            title=name,
+            ylim=(min(-0.05, np.nanmin(run.alignment_TD)) - 0.02, 1.04),
+        )
         above.axhline(1, color="0.8", linewidth=0.8, zorder=0)
         _eigenvalues(below, run)
         below.set_xlabel("epoch")
@@ -130,7 +140,7 @@ def figure7(runs: Sequence[Run]) -> Figure:
         accuracy = _accuracy_name(pair)
         for column, (run, kind) in enumerate(zip(pair, ("EMA", "no EMA"), strict=True)):
             _eigenvalues(axes[row][column], run)
-            axes[row][column].set_title(f"{name.removesuffix(', EMA')}, {kind}{_rank(run)}")
+            axes[row][column].set_title(f"{name}, {kind}{_rank(run)}")
             _plot_accuracy(axes[row][2], run, accuracy, kind, column)
         axes[row][0].set_ylabel(r"eigenvalues $\lambda_i$ of $C$")
         axes[row][2].set_ylabel(_ACCURACIES[accuracy])
@@ -168,23 +178,34 @@ _ACCURACIES = {
 
 
 def _ema_pairs(runs: Sequence[Run]) -> list[tuple[Run, Run]]:
-    """Pairs (with EMA, without) of equal method and data, in the order of the runs given."""
-    kinds: dict[Any, dict[bool, list[Run]]] = defaultdict(lambda: defaultdict(list))
+    """Pairs (with EMA, without) that are equal otherwise, in the order of the runs given."""
+    kinds: dict[str, dict[bool, list[Run]]] = defaultdict(lambda: defaultdict(list))
     for run in runs:
-        method = run.config.method
-        # SimSiam is BYOL without EMA
-        name = "byol" if method.name == "simsiam" else method.name
-        key = (name, method.metric, method.alpha, run.config.data.dataset, run.config.seed)
-        kinds[key][method.ema].append(run)
-    pairs = [pair for kind in kinds.values() for pair in zip(kind[True], kind[False], strict=False)]
-    if pairs:
+        kinds[_beside_ema(run)][run.config.method.ema].append(run)
+    pairs, left_over = [], []
+    for kind in kinds.values():
+        if len(kind[True]) == len(kind[False]) == 1:
+            pairs.append((kind[True][0], kind[False][0]))
+        else:
+            left_over += kind[True] + kind[False]
+    if not left_over:
         return pairs
-    given = "; ".join(f"{run.path}: {name}" for run, name in zip(runs, labels(runs), strict=True))
+    names = {run.path: name for run, name in zip(runs, labels(runs), strict=True)}
     raise UserError(
-        "figure 7 needs a run with an EMA target and one without, of one method, metric, alpha, "
-        f"data set and seed. Given: {given}. Train the other one with --set method.ema=false "
-        "or true"
+        "figure 7 needs for each run with an EMA target exactly one without, of the same "
+        "settings and seed but for EMA, optimizer and learning rate. Not so for "
+        f"{'; '.join(f'{run.path}: {names[run.path]}' for run in left_over)}. Leave them out, or "
+        "train what is missing with --set method.ema=false or true"
     )
+
+
+def _beside_ema(run: Run) -> str:
+    """The settings of a run but for EMA and what the presets choose by it."""
+    settings = dict(leaves(run.config))
+    # SimSiam is BYOL without EMA
+    if settings["method.name"] == "simsiam":
+        settings["method.name"] = "byol"
+    return repr(sorted((key, value) for key, value in settings.items() if key not in _EMA_KEYS))
 
 
 def _spectra_above_accuracy(runs: Sequence[Run], names: Sequence[str]) -> Figure:

@@ -81,9 +81,13 @@ def spectrum_runs(
 ) -> dict[str, tuple[dict[str, Any], Path]]:
     """Finished runs by name, just over an epoch long (22 steps): their settings and folders."""
     own: dict[str, dict[str, Any]] = {
-        "linear": {"method": {"name": "linear"}, "logging": {"spectrum_every_steps": 8}},
+        "linear": {
+            "method": {"name": "linear"},
+            "optimizer": {"weight_decay": 0.05},
+            "logging": {"spectrum_every_steps": 8},
+        },
         "ema": {},
-        "no ema": {"method": {"ema": False}, "optimizer": {"weight_decay": 0.05}},
+        "no ema": {"method": {"ema": False}},
     }
     shared = {
         "data": {"root": str(digits)},

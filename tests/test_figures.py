@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from isofast.cli import main
+from isofast.errors import UserError
 from isofast.figures import figure3, figure4, figure7, figure8
 from isofast.runs import labels, read_run
 
@@ -21,8 +22,8 @@ Runs = dict[str, tuple[dict[str, Any], Path]]
     [
         ("3", ["ema", "no ema", "linear"]),
         ("4", ["linear"]),
-        ("7", ["no ema", "linear", "ema"]),
-        ("8", ["ema", "no ema"]),
+        ("7", ["no ema", "ema"]),
+        ("8", ["ema", "linear"]),
     ],
 )
 def test_a_figure_is_drawn_as_png_and_svg(
@@ -77,8 +78,38 @@ def test_figure_7_puts_the_ema_run_first_and_figure_8_the_larger_decay(
         assert axis.collections[0].get_segments()[0][:, 1] == pytest.approx(
             run.eigenvalues_TD[:, 0]
         )
-    titles = [axis.get_title() for axis in figure8(runs[::-1]).axes[:2]]
+    linear = read_run(spectrum_runs["linear"][1])
+    titles = [axis.get_title() for axis in figure8([runs[1], linear]).axes[:2]]
     assert "weight decay 0.05" in titles[0] and "weight decay 0.0001" in titles[1]
+
+
+def test_figure_7_pairs_what_differs_in_ema_alone(spectrum_runs: Runs, tmp_path: Path) -> None:
+    ema, no_ema = (spectrum_runs[name][1] for name in ("ema", "no ema"))
+    both = [read_run(ema), read_run(no_ema)]
+    config = both[1].config.model_dump(mode="json")
+    # the presets choose these by EMA
+    chosen = config["optimizer"] | {"name": "sgd", "lr": 0.1}
+    with_sgd = read_run(_copy(no_ema, tmp_path / "sgd", optimizer=chosen))
+    assert len(figure7([both[0], with_sgd]).axes) == 4
+    others = {
+        "decay": {"optimizer": config["optimizer"] | {"weight_decay": 0.05}},
+        "epochs": {"train": config["train"] | {"epochs": 3}},
+        "width": {"encoder": config["encoder"] | {"width": 8}},
+        "seed": {"seed": 1},
+    }
+    for name, changes in others.items():
+        other = read_run(_copy(no_ema, tmp_path / name, **changes))
+        # neither paired, nor left out without a word
+        for runs in ([both[0], other], [*both, other]):
+            with pytest.raises(UserError, match=f"figure 7 needs .*{other.path}"):
+                figure7(runs)
+    again = read_run(_copy(no_ema, tmp_path / "again"))
+    with pytest.raises(UserError, match="exactly one without"):
+        figure7([*both, again])
+    # a pair of each seed
+    seeds = [read_run(_copy(run, tmp_path / f"1-{run.name}", seed=1)) for run in (ema, no_ema)]
+    rows = figure7([both[0], *seeds[::-1], both[1]]).axes[:6]
+    assert "seed 0, EMA" in rows[0].get_title() and "seed 1, no EMA" in rows[4].get_title()
 
 
 def test_labels_say_what_differs_and_no_more(spectrum_runs: Runs, tmp_path: Path) -> None:
@@ -108,7 +139,7 @@ def _refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
 def test_what_cannot_be_drawn_is_told(
     spectrum_runs: Runs, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    ema, linear = (str(spectrum_runs[name][1]) for name in ("ema", "linear"))
+    ema, no_ema, linear = (str(spectrum_runs[name][1]) for name in ("ema", "no ema", "linear"))
     empty = tmp_path / "empty"
     empty.mkdir()
     bare = _copy(Path(ema), tmp_path / "bare")
@@ -133,7 +164,7 @@ def test_what_cannot_be_drawn_is_told(
         (["4", ema, linear, *out], ["has isoloss", "--set method.name=linear"]),
         (["4", str(old), *out], ["no alignment", "older"]),
         (["7", ema, linear, *out], ["one without", "--set method.ema=false", "IsoLoss"]),
-        (["8", ema, linear, *out], ["all have", "--set optimizer.weight_decay"]),
+        (["8", ema, no_ema, *out], ["all have", "--set optimizer.weight_decay"]),
         (["3", ema, "--output", str(tmp_path / "file")], ["cannot write", "--output"]),
     ):
         message = _refused(arguments, capsys)
