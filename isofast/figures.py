@@ -117,7 +117,7 @@ def figure4(runs: Sequence[Run]) -> Figure:
             label="mean, weighted by the eigenvalues",
         )
         above.set(
-            title=name,
+            title=f"{name}{_blow_up(run)}",
             ylim=(min(-0.05, np.nanmin(run.alignment_TD)) - 0.02, 1.04),
         )
         above.axhline(1, color="0.8", linewidth=0.8, zorder=0)
@@ -127,6 +127,7 @@ def figure4(runs: Sequence[Run]) -> Figure:
     _legend(figure, axes[0][0], 1)
     axes[1][0].set_ylabel(r"eigenvalues $\lambda_i$ of $C$")
     _same_limits(axes[1])
+    _same_epochs(axes[0] + axes[1], runs)
     _colorbar(figure, axes[0] + axes[1])
     return figure
 
@@ -145,6 +146,7 @@ def figure7(runs: Sequence[Run]) -> Figure:
         axes[row][0].set_ylabel(r"eigenvalues $\lambda_i$ of $C$")
         axes[row][2].set_ylabel(_ACCURACIES[accuracy])
         _same_limits(axes[row][:2])
+        _same_epochs(axes[row], pair)
     for axis in axes[-1]:
         axis.set_xlabel("epoch")
     _legend(figure, axes[0][2], 2)
@@ -233,6 +235,7 @@ def _spectra_above_accuracy(runs: Sequence[Run], names: Sequence[str]) -> Figure
     for place, (run, name) in enumerate(zip(runs, names, strict=True)):
         _plot_accuracy(below, run, accuracy, name, place)
     below.set(xlabel="epoch", ylabel=_ACCURACIES[accuracy])
+    _same_epochs([*panels, below], runs)
     _legend(figure, below, columns)
     return figure
 
@@ -289,8 +292,22 @@ def _same_limits(axes: Sequence[Axes]) -> None:
         axis.set_ylim(min(low for low, _ in limits), max(high for _, high in limits))
 
 
+def _same_epochs(axes: Sequence[Axes], runs: Sequence[Run]) -> None:
+    """One scale of epochs, to the end of the longest run, be its last numbers NaN."""
+    last = max(max(run.epochs_T[-1], run.records[-1]["epoch"]) for run in runs)
+    for axis in axes:
+        axis.set_xlim(-0.02 * last, 1.02 * last)
+
+
 def _rank(run: Run) -> str:
-    return f"\neffective rank {effective_rank(run.eigenvalues_TD[-1]):.1f}"
+    """The effective rank at the end, for a title."""
+    return _blow_up(run) or f"\neffective rank {effective_rank(run.eigenvalues_TD[-1]):.1f}"
+
+
+def _blow_up(run: Run) -> str:
+    """Since when C has been NaN or infinite, for a title; empty where it is sound."""
+    unsound = ~np.isfinite(run.eigenvalues_TD).all(1)
+    return f"\nNaN from epoch {run.epochs_T[unsound.argmax()]:.3g}" if unsound.any() else ""
 
 
 def _accuracy_name(runs: Sequence[Run]) -> str:

@@ -2,17 +2,19 @@
 
 import json
 import shutil
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 from PIL import Image
 
 from isofast.cli import main
 from isofast.errors import UserError
 from isofast.figures import figure3, figure4, figure7, figure8
-from isofast.runs import labels, read_run
+from isofast.runs import Run, labels, read_run
 
 Runs = dict[str, tuple[dict[str, Any], Path]]
 
@@ -110,6 +112,26 @@ def test_figure_7_pairs_what_differs_in_ema_alone(spectrum_runs: Runs, tmp_path:
     seeds = [read_run(_copy(run, tmp_path / f"1-{run.name}", seed=1)) for run in (ema, no_ema)]
     rows = figure7([both[0], *seeds[::-1], both[1]]).axes[:6]
     assert "seed 0, EMA" in rows[0].get_title() and "seed 1, no EMA" in rows[4].get_title()
+
+
+@pytest.mark.parametrize("draw", [figure3, figure4])
+def test_a_run_that_blew_up_says_so_on_the_same_epochs(
+    draw: Callable[[Sequence[Run]], Figure], spectrum_runs: Runs, tmp_path: Path
+) -> None:
+    sound = spectrum_runs["linear"][1]
+    blown = _copy(sound, tmp_path / "blown", seed=1)
+    with np.load(blown / "spectrum.npz") as stored:
+        spectra = dict(stored)
+    for name in ("eigenvalues", "alignment"):
+        spectra[name][2:] = np.nan
+    np.savez(blown / "spectrum.npz", **spectra)
+    runs = [read_run(sound), read_run(blown)]
+    panels = [axis for axis in draw(runs).axes if axis.get_label() != "<colorbar>"]
+    titles = [axis.get_title() for axis in panels[:2]]
+    since = runs[1].epochs_T[2]
+    assert "NaN" not in titles[0] and f"NaN from epoch {since:.3g}" in titles[1]
+    assert len({axis.get_xlim() for axis in panels}) == 1
+    assert panels[0].get_xlim()[1] > 24 / 22
 
 
 def test_labels_say_what_differs_and_no_more(spectrum_runs: Runs, tmp_path: Path) -> None:
