@@ -64,7 +64,7 @@ def make_train_loader(
         recipe: the augmentation.
         device: where batches are made.
         resident_limit_gb: the most that decoded images may take, in 10^9 bytes.
-        dtype: of the resident backend's views; DALI's are float32.
+        dtype: of the views.
         prefetch: batches that DALI makes ahead; a resident one is made when it is asked for.
         options: as for `TrainLoader`.
 
@@ -79,7 +79,7 @@ def make_train_loader(
         resident: type[ResidentLoader] = __getattr__("ResidentLoader")
         return resident(dataset, recipe, device=device, dtype=dtype, **options)
     dali: type[TrainLoader] = __getattr__("TrainLoader")
-    return dali(dataset, recipe, device=device, prefetch=prefetch, **options)
+    return dali(dataset, recipe, device=device, dtype=dtype, prefetch=prefetch, **options)
 
 
 def make_eval_loader(

@@ -49,6 +49,7 @@ class Stream:
         device: where the images are made.
         threads: CPU threads.
         prefetch: batches made ahead.
+        dtype: what float outputs are handed over in; integer ones stay as they are.
     """
 
     def __init__(
@@ -62,11 +63,13 @@ class Stream:
         device: torch.device,
         threads: int,
         prefetch: int = 2,
+        dtype: torch.dtype = torch.float32,
     ) -> None:
         self._dataset = dataset
         self._source = source
         self._arguments = tuple(arguments)
         self._device = device
+        self._dtype = dtype
         self._readers = ThreadPoolExecutor(threads, "isofast-read")
         self._fed: deque[Ints] = deque()
         self._started = False
@@ -154,11 +157,12 @@ class Stream:
 
     def _to_torch(self, output: Any) -> torch.Tensor:
         if self._device.type == "cpu":
-            return from_dlpack(output)
-        # DALI reuses freed GPU memory in the order of its own streams, not of torch's: copy
-        copy = torch.empty(output.shape(), dtype=_DTYPES[output.dtype], device=self._device)
-        feed_ndarray(output, copy, torch.cuda.current_stream(self._device))
-        return copy
+            made: torch.Tensor = from_dlpack(output)
+        else:
+            # DALI reuses freed GPU memory in the order of its own streams, not of torch's: copy
+            made = torch.empty(output.shape(), dtype=_DTYPES[output.dtype], device=self._device)
+            feed_ndarray(output, made, torch.cuda.current_stream(self._device))
+        return made.to(self._dtype) if made.is_floating_point() else made
 
 
 def view_arguments(recipe: Recipe) -> list[str]:

@@ -34,6 +34,7 @@ class TrainLoader:
         start_step: the global step of the first batch.
         threads: DALI's CPU threads.
         prefetch: batches made ahead.
+        dtype: of the views; DALI works in levels of 8 bits and in float32 until they are cast.
 
     Attributes:
         steps_per_epoch, images_per_epoch, dropped_per_epoch: counted over all ranks.
@@ -59,6 +60,7 @@ class TrainLoader:
         start_step: int = 0,
         threads: int,
         prefetch: int = 2,
+        dtype: torch.dtype = torch.float32,
     ) -> None:
         dataset, self._sizes = _with_sizes(dataset)
         self._recipe = recipe
@@ -87,6 +89,7 @@ class TrainLoader:
             device=device,
             threads=threads,
             prefetch=prefetch,
+            dtype=dtype,
         )
 
     def __iter__(self) -> "TrainLoader":

@@ -12,7 +12,8 @@ from isofast.errors import UserError
 class Batch(NamedTuple):
     """Two augmented views of the same images, on the device.
 
-    x1_BCHW, x2_BCHW: float32, normalised, channels_last in memory. y_B: int64 labels.
+    x1_BCHW, x2_BCHW: normalised, channels_last in memory, in the dtype that the loader was given.
+    y_B: int64 labels.
     """
 
     x1_BCHW: torch.Tensor

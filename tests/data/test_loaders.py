@@ -126,6 +126,18 @@ def test_batches_have_the_promised_layout(make_loader: MakeLoader, recipe: Recip
     assert not torch.equal(batch.x1_BCHW, batch.x2_BCHW)
 
 
+def test_views_come_in_the_dtype_of_training(make_loader: MakeLoader) -> None:
+    """Rounded once, from the float32 views of the same step; still channels_last."""
+    whole = take(make_loader(), 3)
+    for dtype in (torch.bfloat16, torch.float16):
+        for ours, theirs in zip(take(make_loader(dtype=dtype), 3), whole, strict=True):
+            for x, x_float in zip(ours[:2], theirs[:2], strict=True):
+                assert x.dtype == dtype
+                assert x.is_contiguous(memory_format=torch.channels_last)
+                assert torch.equal(x, x_float.to(dtype))
+            assert torch.equal(ours.y_B, theirs.y_B)
+
+
 def test_kept_batches_stay_as_they_were(make_loader: MakeLoader) -> None:
     """The tensors are torch's: neither later batches nor closing the loader write into them."""
     loader = make_loader()

@@ -209,6 +209,25 @@ def test_dali_sees_the_same_images_with_the_same_parameters(photo_set: ImageFold
         loader.close()
 
 
+@pytest.mark.parametrize("backend", ["dali", "resident"])
+def test_either_backend_makes_views_of_the_asked_dtype(
+    photo_set: ImageFolder, recipe: Recipe, backend: str
+) -> None:
+    loader = make_train_loader(
+        backend,
+        photo_set,
+        recipe,
+        batch_size=4,
+        seed=0,
+        device=CPU,
+        threads=1,
+        dtype=torch.bfloat16,
+    )
+    batch = next(loader)
+    assert batch.x1_BCHW.dtype == batch.x2_BCHW.dtype == torch.bfloat16
+    loader.close()
+
+
 def test_rows_hold_what_was_drawn() -> None:
     recipe = recipe_for("stl10")
     sizes, indices = np.full((500, 2), 96), np.arange(500)
