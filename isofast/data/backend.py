@@ -8,11 +8,10 @@ import torch
 from isofast.data.datasets import ImageFolder, verify_images
 from isofast.data.recipe import Recipe
 from isofast.errors import UserError
+from isofast_kernels.augment_reference import BLUR_REACH
 
 BACKENDS = ("auto", "dali", "resident")
 CHANNELS = 3
-BLUR_REACH = 3.0
-"""Standard deviations that a blur sees to each side."""
 
 
 def resolve_backend(

@@ -21,6 +21,7 @@ from isofast.data.datasets import ImageFolder, read_files
 from isofast.data.draw import Ints, ViewDraw, colour_matrices
 from isofast.data.recipe import Recipe, ViewRecipe
 from isofast.errors import RunError
+from isofast_kernels.augment_reference import BLUR_REACH
 
 Arrays = dict[str, npt.NDArray[Any]]
 # DALI's graph nodes carry no types
@@ -215,7 +216,7 @@ def _operand_values(view: ViewDraw) -> Arrays:
     colour_N33, colour_of_mean_N33 = colour_matrices(view)
     blurred = view.blur_sigma_N > 0
     # a window of one pixel leaves the image as it is, whatever the sigma
-    window_N = np.where(blurred, 2 * np.ceil(3 * view.blur_sigma_N) + 1, 1)
+    window_N = np.where(blurred, 2 * np.ceil(BLUR_REACH * view.blur_sigma_N) + 1, 1)
     return {
         "start": view.window_N4[:, :2],
         "shape": view.window_N4[:, 2:],
