@@ -19,6 +19,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -44,8 +45,6 @@ from isofast.data import (
 
 TESTS = ["kernels/test_augment.py", "kernels/test_augment_triton.py", "data/test_resident.py"]
 GENERATED = 3000
-# more than any contender makes ahead
-_DRAINED = 8
 _PAUSE_S = 1.0
 
 
@@ -184,19 +183,30 @@ def _wait() -> None:
         torch.cuda.synchronize()
 
 
-def compare(found: list[Feeder], rounds: int, seconds: float) -> None:
+def compare(found: list[Feeder], rounds: int, seconds: float, workers: int) -> None:
     """Fill in the feeders' times."""
+    # more than is made ahead: a DataLoader makes two batches a worker, DALI two in all. Resident
+    # makes none, but may have the parameters of 4,096 images drawn, which is 25 ms of a core's work
+    drained = max(8, 2 * workers + 1)
     counts = []
     for feeder in found:
         # workers start, and kernels are compiled, in the first; the next are made ahead
-        time_batches(feeder, _DRAINED)
-        counts.append(max(2, round(1e3 * seconds / time_batches(feeder, _DRAINED))))
+        time_batches(feeder, drained)
+        counts.append(max(2, round(1e3 * seconds / time_batches(feeder, drained))))
     for turn in range(rounds):
         for offset in range(len(found)):
             index = (turn + offset) % len(found)
             time.sleep(_PAUSE_S)
-            time_batches(found[index], _DRAINED)
+            time_batches(found[index], drained)
             found[index].times_ms.append(time_batches(found[index], counts[index]))
+
+
+def versions() -> dict[str, str]:
+    """Of the packages that the contenders are made of, beside what the harness names."""
+    # DALI's package is named after its CUDA
+    dali = [d.version for d in metadata.distributions() if d.name.startswith("nvidia-dali-cuda")]
+    named = {name: metadata.version(name) for name in ("torchvision", "pillow")}
+    return {"dali": " and ".join(dali) or "absent", **named}
 
 
 def timings_of(found: list[Feeder], question: str, batch: int, recipe: Recipe) -> list[Timing]:
@@ -283,16 +293,16 @@ def main() -> int:
             f"two views of a batch of {options.batch}, {recipe.name} recipe, {len(dataset):,} "
             f"{kind}, {height} x {width}"
         )
-        for key, value in harness.environment().items():
+        for key, value in (harness.environment() | versions()).items():
             print(f"{key}: {value}")
         if not torch.cuda.is_available():
             print("there is no GPU: resident is the kernel's reference in torch on the CPU")
         found = feeders(dataset, recipe, options.batch, options.workers, stack)
-        compare(found, options.rounds, options.seconds)
+        compare(found, options.rounds, options.seconds, options.workers)
         print(f"\n{question} (n = {options.rounds})\n{show(found, options.batch)}")
     if not options.dry:
         timings = timings_of(found, question, options.batch, recipe)
-        print(*harness.write("data", timings), sep="\n")
+        print(*harness.write("data", timings, **versions()), sep="\n")
     return 0
 
 

@@ -207,8 +207,14 @@ def tests_pass(paths: list[str]) -> bool:
     return process.returncode == 0
 
 
-def write(name: str, timings: list[Timing]) -> list[Path]:
-    """Writes results/NAME.csv and .png; an earlier result is never overwritten."""
+def write(name: str, timings: list[Timing], **versions: str) -> list[Path]:
+    """Writes results/NAME.csv and .png; an earlier result is never overwritten.
+
+    Args:
+        name: of the files, before their number.
+        timings: the rows.
+        versions: of what the contenders are made of, beside the `environment`.
+    """
     RESULTS.mkdir(exist_ok=True)
     stem = next(
         candidate
@@ -217,7 +223,13 @@ def write(name: str, timings: list[Timing]) -> list[Path]:
     )
     bytes_per_ms, flop_per_ms = limits()
     reached = f"{bytes_per_ms / 1e6:.1f} GB/s moved, {flop_per_ms / 1e6:.1f} GFLOP/s multiplied"
-    about = {**environment(), "limits": reached, "date": time.strftime("%Y-%m-%d"), "load": _load()}
+    about = {
+        **environment(),
+        **versions,
+        "limits": reached,
+        "date": time.strftime("%Y-%m-%d"),
+        "load": _load(),
+    }
     table = stem.with_suffix(".csv")
     with table.open("w", newline="") as file:
         for key, value in about.items():
