@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from tqdm import tqdm
 
 _LINE_EVERY_S = 15.0
+# what fits 80 columns; tqdm's own leaves no room for the values
+_BAR = "{percentage:3.0f}% {n_fmt}/{total_fmt} {elapsed}<{remaining}{postfix}"
 
 
 class Progress:
@@ -29,6 +31,7 @@ class Progress:
             initial=start,
             unit="step",
             dynamic_ncols=True,
+            bar_format=_BAR,
             disable=not (speak and terminal),
         )
 
@@ -37,12 +40,12 @@ class Progress:
         self._bar.update(1)
         if values is None:
             return
-        self._bar.set_postfix(values)
+        shown = "  ".join(f"{name} {value}" for name, value in values.items())
+        self._bar.set_postfix_str(shown)
         now = time.monotonic()
         if self._lines and (now - self._last_line > _LINE_EVERY_S or done == self._total):
             self._last_line = now
             left = (now - self._began) / max(done - self._start, 1) * (self._total - done)
-            shown = "  ".join(f"{name} {value}" for name, value in values.items())
             self.say(f"step {done}/{self._total}  {shown}  left {duration(left)}")
 
     def say(self, text: str) -> None:

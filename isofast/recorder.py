@@ -163,8 +163,8 @@ class Recorder:
         shown = {
             "images/s": f"{images_per_s:,.0f}",
             "loss": f"{values['loss']:.3f}",
-            "top-1": f"{values['probe_top1']:.3f}",
-            "data wait": f"{data_wait:.0%}",
+            "probe": f"{values['probe_top1']:.3f}",
+            "wait": f"{data_wait:.0%}",
         }
         self.progress.advance(step, shown)
 
