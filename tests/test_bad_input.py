@@ -16,6 +16,8 @@ import pytest
 from isofast.config import Config
 from isofast.rundir import open_run_dir
 
+from .launcher import launcher_of
+
 ROOT = Path(__file__).resolve().parent.parent
 Write = Callable[..., Path]
 
@@ -100,7 +102,7 @@ def test_batch_that_does_not_divide(
 
 
 def test_the_launcher_passes_the_exit_code_on(config_file: Write, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_accelerators", "2"]
+    command = [sys.executable, *launcher_of(2)]
     command += [str(ROOT / "launch/train.py"), "--config", str(config_file())]
     command += ["--set", "train.batch_size=63", "--run-dir", str(tmp_path / "run")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)

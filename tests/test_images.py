@@ -15,6 +15,8 @@ import pytest
 from isofast.config import changed_keys
 from isofast.settings import validate
 
+from .launcher import launcher_of
+
 ROOT = Path(__file__).resolve().parent.parent
 Write = Callable[..., Path]
 
@@ -52,8 +54,7 @@ def test_half_labelled_digits_train_on_two_ranks(
         data={"root": str(half_labelled), "on_bad_image": "skip"},
         evaluation={"every_epochs": 1, "knn_images": 2000},
     )
-    launcher = ("-m", "deepspeed.launcher.runner", "--num_accelerators=2")
-    printed, records, summary = train(config, tmp_path / "run", *launcher)
+    printed, records, summary = train(config, tmp_path / "run", *launcher_of(2))
     assert printed.count("1 of 1442 train images cannot be read: unlabeled/7-000.png") == 1
     unlabelled = len(list((half_labelled / "unlabeled").iterdir())) - 1
     assert f"1,441 images ({unlabelled:,} without a label) of 5 classes" in printed

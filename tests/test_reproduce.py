@@ -268,7 +268,8 @@ def test_mistakes_are_told_before_anything_runs(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    where = ["--root", str(digits.parent), "--runs", str(tmp_path / "runs"), "--seeds", "1"]
+    where = ["--root", str(digits.parent), "--runs", str(tmp_path / "runs")]
+    where += ["--seeds", "1", "--epochs", "1"]
     assert main(["reproduce", "table2", *where, *arguments]) == 2
     error = capsys.readouterr().err
     assert "Traceback" not in error

@@ -20,6 +20,8 @@ from isofast.checkpoint import newest_checkpoint
 from isofast.data.prepare import prepare
 from isofast.metrics import read_metrics
 
+from .launcher import launcher_of
+
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ROOT.parent / "shared" / "data" / "tiny-imagenet-20-classes.zip"
 Write = Callable[..., Path]
@@ -29,7 +31,7 @@ TIMED = ("images_per_s", "data_wait", "wall_s")
 
 def command_of(config: Path, run_dir: Path, *more: str, ranks: int = 0) -> list[str]:
     """`python launch/train.py ...`, or through DeepSpeed's launcher with ``ranks`` processes."""
-    launcher = ["-m", "deepspeed.launcher.runner", f"--num_accelerators={ranks}"] if ranks else []
+    launcher = launcher_of(ranks) if ranks else []
     program = [str(ROOT / "launch" / "train.py"), "--config", str(config)]
     return [sys.executable, *launcher, *program, "--run-dir", str(run_dir), *more]
 
