@@ -17,7 +17,7 @@ from nvidia.dali import Pipeline, fn, types
 from nvidia.dali.plugin.pytorch import feed_ndarray
 from torch.utils.dlpack import from_dlpack
 
-from isofast.data.datasets import ImageFolder, read_files
+from isofast.data.datasets import ImageFolder, read_files, remember_bad
 from isofast.data.draw import Ints, ViewDraw, colour_matrices
 from isofast.data.recipe import Recipe, ViewRecipe
 from isofast.errors import RunError
@@ -30,6 +30,7 @@ Nodes = dict[str, Node]
 
 # enough to make up for handing a task to a thread, few enough to share out a small batch
 _FILES_A_TASK = 16
+_SHOWN = 5
 
 CLEAN_ARGUMENTS = ("roi_start", "roi_end")
 
@@ -74,27 +75,12 @@ class Stream:
         self._readers = ThreadPoolExecutor(threads, "isofast-read")
         self._fed: deque[Ints] = deque()
         self._started = False
-        cuda = device.type == "cuda"
-        index = torch.cuda.current_device() if cuda and device.index is None else device.index
-        self._pipeline: Pipeline | None = Pipeline(
-            batch_size=batch_size,
-            num_threads=threads,
-            device_id=index if cuda else None,
-            prefetch_queue_depth=prefetch,
-            # outputs stay valid while referred to, and a mean found on the GPU can be an argument
-            exec_dynamic=True,
-        )
+        self._pipeline: Pipeline | None = _pipeline(batch_size, device, threads, prefetch)
         with self._pipeline:
             encoded, *values = fn.external_source(
                 source=self._feed, num_outputs=1 + len(self._arguments), batch=True
             )
-            # the orientation tag is ignored, as torchvision does: sizes are those of the file
-            image = fn.decoders.image(
-                encoded,
-                device="mixed" if cuda else "cpu",
-                output_type=types.RGB,
-                adjust_orientation=False,
-            )
+            image = _decoded(encoded, device)
             outputs = graph(image, dict(zip(self._arguments, values, strict=True)))
             self._pipeline.set_outputs(*outputs)
         self._pipeline.build()
@@ -117,13 +103,10 @@ class Stream:
             self.close()
             raise
         except RuntimeError as error:
+            fed = [int(index) for batch in self._fed for index in batch]
             # a DALI pipeline that has failed once is of no further use
-            paths = [self._dataset.paths[index] for batch in self._fed for index in batch]
             self.close()
-            raise RunError(
-                f"DALI could not make a batch of {len(paths)} images in {self._dataset.root} "
-                f"({', '.join(paths[:5])}, ...), though all of them were read before: {error}"
-            ) from error
+            raise RunError(self._blame(fed, error)) from error
         images = [self._to_torch(output.as_tensor()).permute(0, 3, 1, 2) for output in outputs]
         labels = torch.from_numpy(self._dataset.labels[self._fed.popleft()])
         return images, labels.to(self._device)
@@ -156,6 +139,26 @@ class Stream:
         self._fed.append(indices)
         return [encoded, *(np.ascontiguousarray(values[name]) for name in self._arguments)]
 
+    def _blame(self, fed: list[int], error: RuntimeError) -> str:
+        """Say which of the files that were fed DALI refuses, and have them remembered as bad."""
+        fed = sorted(set(fed))
+        refused = _undecodable(self._dataset, fed, self._device)
+        root = self._dataset.root
+        # where not even one can be decoded, it is the device that fails
+        if not refused or len(refused) == len(fed) > 1:
+            return (
+                f"DALI could not make a batch of images in {root}. It was given {len(fed)} that it "
+                f"had not done with, and no single one of them is to blame: {error}"
+            )
+        remember_bad(self._dataset, dict.fromkeys(refused, "DALI cannot decode it"))
+        shown = ", ".join(str(root / self._dataset.paths[index]) for index in refused[:_SHOWN])
+        more = f", and {len(refused) - _SHOWN} more" if len(refused) > _SHOWN else ""
+        return (
+            f"DALI cannot decode {len(refused)} of the {len(fed)} images that it was working on, "
+            f"though Pillow can: {shown}{more}. Replace or delete what is named, or have it left "
+            "out with data.on_bad_image=skip, then start again"
+        )
+
     def _to_torch(self, output: Any) -> torch.Tensor:
         if self._device.type == "cpu":
             made: torch.Tensor = from_dlpack(output)
@@ -164,6 +167,49 @@ class Stream:
             made = torch.empty(output.shape(), dtype=_DTYPES[output.dtype], device=self._device)
             feed_ndarray(output, made, torch.cuda.current_stream(self._device))
         return made.to(self._dtype) if made.is_floating_point() else made
+
+
+def _decoded(encoded: Node, device: torch.device) -> Node:
+    return fn.decoders.image(
+        encoded,
+        device="mixed" if device.type == "cuda" else "cpu",
+        output_type=types.RGB,
+        # the orientation tag is ignored, as torchvision does: sizes are those of the file
+        adjust_orientation=False,
+    )
+
+
+def _pipeline(batch_size: int, device: torch.device, threads: int, prefetch: int) -> Pipeline:
+    cuda = device.type == "cuda"
+    index = torch.cuda.current_device() if cuda and device.index is None else device.index
+    return Pipeline(
+        batch_size=batch_size,
+        num_threads=threads,
+        device_id=index if cuda else None,
+        prefetch_queue_depth=prefetch,
+        # outputs stay valid while referred to, and a mean found on the GPU can be an argument
+        exec_dynamic=True,
+    )
+
+
+def _undecodable(dataset: ImageFolder, indices: Sequence[int], device: torch.device) -> list[int]:
+    """Those of the images that DALI refuses, each given to it alone."""
+    refused: list[int] = []
+    alone: Pipeline | None = None
+    for index in indices:
+        if alone is None:
+            alone = _pipeline(1, device, threads=1, prefetch=1)
+            with alone:
+                alone.set_outputs(_decoded(fn.external_source(name="file", batch=True), device))
+            alone.build()
+        alone.feed_input("file", [np.frombuffer(read_files(dataset, [index])[0], np.uint8)])
+        try:
+            alone.run()
+        except RuntimeError:
+            refused.append(index)
+            # of no further use
+            alone = None
+    return refused
 
 
 def view_arguments(recipe: Recipe) -> list[str]:

@@ -15,12 +15,15 @@ import numpy.typing as npt
 from PIL import Image
 from tqdm import tqdm
 
+from isofast.data.png import png_problem
 from isofast.errors import RunError, UserError
 from isofast.files import write_atomically
 
 # MPO is a JPEG with further pictures behind the first, as many cameras write it
 _FORMATS = ("PNG", "JPEG", "MPO")
 _SHOWN = 5
+# raised when more is looked at than before, so that what passed an earlier check is read again
+_CHECK = 2
 
 OnBad = Literal["stop", "skip"]
 # size in bytes and time of change tell whether a file is the one that was checked
@@ -74,6 +77,9 @@ def verify_images(
     time of change, so only new or changed files are read the next time. A root that cannot be
     written to is checked each time.
 
+    A PNG that is damaged anywhere is found by its checksums. JPEG has none: one that is damaged in
+    the middle is a picture to every decoder, with a warning at most, and passes.
+
     Args:
         dataset: what to check.
         on_bad: "stop" refuses a data set with files that cannot be read as images; "skip" leaves
@@ -84,7 +90,7 @@ def verify_images(
         UserError: files that cannot be read as images, named; with "skip" only where that leaves a
             class, or everything, without an image.
     """
-    memory = dataset.root / f".isofast-checked-{dataset.split}.json"
+    memory = _memory_of(dataset)
     known = _read_memory(memory)
     found = _Findings({}, {})
     bad: dict[str, str] = {}
@@ -121,6 +127,23 @@ def left_out_note(dataset: ImageFolder) -> str:
     if not dataset.left_out:
         return ""
     return f"{_bad_files(dataset, dataset.left_out, Path())}. They are left out"
+
+
+def remember_bad(dataset: ImageFolder, reasons: Mapping[int, str]) -> None:
+    """Note that images which have passed the check are bad after all: "skip" leaves them out.
+
+    Args:
+        dataset: as `verify_images` has given it.
+        reasons: what is wrong, by the number of the image.
+    """
+    assert dataset.stamps is not None
+    memory = _memory_of(dataset)
+    known = _read_memory(memory)
+    for index, reason in reasons.items():
+        path = dataset.paths[index]
+        known.good.pop(path, None)
+        known.bad[path] = (*dataset.stamps[index], reason)
+    _write_memory(memory, known)
 
 
 def read_files(dataset: ImageFolder, indices: Iterable[int]) -> list[bytes]:
@@ -204,7 +227,8 @@ def _image_problem(path: Path) -> _Look:
             if image.format not in _FORMATS:
                 return _Look(f"{image.format}, not PNG or JPEG")
             image.load()
-            return _Look("", image.height, image.width)
+            problem = png_problem(path.read_bytes()) if image.format == "PNG" else ""
+            return _Look(problem, image.height, image.width)
     # Pillow raises nearly anything for damaged files (SyntaxError for PNG, struct.error, ...)
     except Exception as error:
         if isinstance(error, OSError) and error.errno is not None:
@@ -247,9 +271,15 @@ def _bad_files(dataset: ImageFolder, bad: Mapping[str, str], root: Path) -> str:
     return f"{len(bad)} of {total} {dataset.split} images cannot be read: {shown}{more}"
 
 
+def _memory_of(dataset: ImageFolder) -> Path:
+    return dataset.root / f".isofast-checked-{dataset.split}.json"
+
+
 def _read_memory(path: Path) -> _Findings:
     try:
         content = json.loads(path.read_text())
+        if content["check"] != _CHECK:
+            return _Findings({}, {})
         good = {
             name: (int(a), int(b), int(c), int(d))
             for name, (a, b, c, d) in content["files"].items()
@@ -263,7 +293,7 @@ def _read_memory(path: Path) -> _Findings:
 
 def _write_memory(path: Path, found: _Findings) -> None:
     fields = {"files": "bytes, mtime_ns, height, width", "bad": "bytes, mtime_ns, what is wrong"}
-    content = json.dumps({"fields": fields, "files": found.good, "bad": found.bad})
+    content = json.dumps({"check": _CHECK, "fields": fields, "files": found.good, "bad": found.bad})
     # a read-only or full data root only costs the check at the next start
     with contextlib.suppress(OSError):
         write_atomically(path, lambda part: part.write_text(content))
