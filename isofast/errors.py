@@ -5,6 +5,8 @@ import sys
 import traceback
 from collections.abc import Callable
 
+GOES_ON = "the same command goes on from what is complete"
+
 
 class UserError(ValueError):
     """Something the user gave is wrong; the message says what, what is allowed, what to do.
@@ -21,13 +23,16 @@ class RunError(RuntimeError):
     """A run cannot go on (non-finite loss, collapse, lost data); commands end with exit code 1."""
 
 
-def exit_code_of(command: Callable[[], None], *, debug: bool, rank: int = 0) -> int:
+def exit_code_of(
+    command: Callable[[], None], *, debug: bool, rank: int = 0, interrupted: str = GOES_ON
+) -> int:
     """Runs ``command``; returns 0, or prints its error and returns that error's exit code.
 
     Args:
         command: what to run.
         debug: show tracebacks of the user's mistakes as well.
         rank: of this process in its group. Only the first tells what all of them find.
+        interrupted: what the same command does after Ctrl-C.
     """
     try:
         command()
@@ -47,6 +52,6 @@ def exit_code_of(command: Callable[[], None], *, debug: bool, rank: int = 0) -> 
         return 1
     except KeyboardInterrupt:
         if rank == 0:
-            sys.stderr.write("\ninterrupted; the same command goes on from what is complete\n")
+            sys.stderr.write(f"\ninterrupted; {interrupted}\n")
         return 130
     return 0

@@ -3,7 +3,7 @@
 from typing import NamedTuple
 
 from isofast.config import Config
-from isofast.data import ImageFolder, left_out_note, open_dataset, verify_images
+from isofast.data import ImageFolder, left_out_note, open_dataset, overlooked_note, verify_images
 from isofast.distributed import World, gather_objects
 from isofast.errors import RankError, UserError
 from isofast.probe import UNLABELLED
@@ -16,8 +16,13 @@ class Images(NamedTuple):
     val: ImageFolder | None
 
     def notes(self) -> list[str]:
-        """What there is to say about files that are left out."""
-        notes = (left_out_note(images) for images in self if images is not None)
+        """What there is to say about files that are left out, or not taken for images."""
+        notes = (
+            note(images)
+            for note in (left_out_note, overlooked_note)
+            for images in self
+            if images is not None
+        )
         return [note for note in notes if note]
 
 

@@ -10,7 +10,7 @@ import torch
 
 from isofast.data.backend import BACKENDS, resolve_backend
 from isofast.data.datasets import ImageFolder, left_out_note, verify_images
-from isofast.data.listing import open_dataset
+from isofast.data.listing import open_dataset, overlooked_note
 from isofast.data.order import Batch
 from isofast.data.recipe import Recipe, ViewRecipe, recipe_for
 from isofast.errors import UserError
@@ -39,6 +39,7 @@ __all__ = [
     "make_eval_loader",
     "make_train_loader",
     "open_dataset",
+    "overlooked_note",
     "recipe_for",
     "resolve_backend",
     "verify_images",

@@ -24,6 +24,8 @@ _FORMATS = ("PNG", "JPEG", "MPO")
 _SHOWN = 5
 # raised when more is looked at than before, so that what passed an earlier check is read again
 _CHECK = 2
+# images, at least, between two writings of what was found
+_KEEP_EVERY = 2000
 
 OnBad = Literal["stop", "skip"]
 # size in bytes and time of change tell whether a file is the one that was checked
@@ -40,6 +42,7 @@ class ImageFolder:
         paths: paths relative to root, with "/".
         labels: int64; -1 where an image has none.
         fingerprint: sha256 over the paths, labels and file sizes.
+        overlooked: files that look like pictures but are not taken for images, sorted.
         left_out: unreadable files that `verify_images` was told to skip, with what is wrong.
         sizes: (N, 2) int64, height and width in pixels as stored; None before `verify_images`.
         stamps: bytes and time of change (ns) of each file as checked; None before `verify_images`.
@@ -54,6 +57,7 @@ class ImageFolder:
     sizes: npt.NDArray[np.int64] | None = None
     stamps: tuple[_Stamp, ...] | None = None
     left_out: Mapping[str, str] = field(default_factory=dict)
+    overlooked: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         """Give the number of images."""
@@ -75,7 +79,8 @@ def verify_images(
 
     What was found is kept in the data root (`.isofast-checked-SPLIT.json`) by path, file size and
     time of change, so only new or changed files are read the next time. A root that cannot be
-    written to is checked each time.
+    written to is checked each time. It is kept now and then while files are being read, so a check
+    that was stopped goes on from there.
 
     A PNG that is damaged anywhere is found by its checksums. JPEG has none: one that is damaged in
     the middle is a picture to every decoder, with a warning at most, and passes.
@@ -109,9 +114,11 @@ def verify_images(
             found.bad[path] = known.bad[path]
         else:
             pending.append((path, stamp))
-    _look_at(dataset, pending, found, bad, progress)
-    if found != known:
-        _write_memory(memory, found)
+    try:
+        _look_at(dataset, pending, found, bad, progress)
+    finally:
+        if found != known:
+            _write_memory(memory, found)
     bad |= {path: reason for path, (_, _, reason) in found.bad.items()}
     if bad and on_bad == "stop":
         raise UserError(
@@ -126,7 +133,9 @@ def left_out_note(dataset: ImageFolder) -> str:
     """Say in one line what a check has left out; "" where nothing was."""
     if not dataset.left_out:
         return ""
-    return f"{_bad_files(dataset, dataset.left_out, Path())}. They are left out"
+    note = f"{_bad_files(dataset, dataset.left_out, Path())}. They are left out"
+    # what the file system takes as a name need not be text
+    return note.encode("utf-8", "backslashreplace").decode()
 
 
 def remember_bad(dataset: ImageFolder, reasons: Mapping[int, str]) -> None:
@@ -201,8 +210,11 @@ def _look_at(
     progress: bool,
 ) -> None:
     """Decode the pending files, and sort them into what is found and what is bad for now."""
+    memory = _memory_of(dataset)
+    written = len(found.good) + len(found.bad)
     # decoding releases the interpreter's lock, so threads do scale here
-    with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
+    pool = ThreadPoolExecutor(min(16, os.cpu_count() or 1))
+    try:
         looks = pool.map(lambda item: _image_problem(dataset.root / item[0]), pending)
         bar = tqdm(
             zip(pending, looks, strict=True),
@@ -219,6 +231,14 @@ def _look_at(
                 found.bad[path] = (*stamp, look.problem)
             else:
                 bad[path] = look.problem
+            count = len(found.good) + len(found.bad)
+            # all of it is written each time: in steps that grow, or a large set would take for ever
+            if count - written >= max(_KEEP_EVERY, count // 8):
+                _write_memory(memory, found)
+                written = count
+    finally:
+        # who stops a check does not wait for the rest of it
+        pool.shutdown(cancel_futures=True)
 
 
 def _image_problem(path: Path) -> _Look:

@@ -22,6 +22,8 @@ _SILENCE_S = 60.0
 def fetch(source: Source, folder: Path) -> Path:
     """Give the verified archive, downloaded where it is not in ``folder``, nor beside it.
 
+    A download that is cut starts over; one that came whole is kept until the data set is in place.
+
     Args:
         source: address, file name and md5.
         folder: where the archive goes; made where it is missing, and removed again where nothing
@@ -37,8 +39,8 @@ def fetch(source: Source, folder: Path) -> Path:
     archive = folder / source.filename
     archive.unlink(missing_ok=True)
     remedy = (
-        f"Try again later, or get {source.filename} in another way (a browser, another machine) "
-        "and give it as --archive FILE"
+        f"Try again later (it starts over), or get {source.filename} in another way "
+        "(a browser, another machine) and give it as --archive FILE"
     )
     tqdm.write(f"downloading {source.url}", file=sys.stderr)
     try:

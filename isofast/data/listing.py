@@ -17,6 +17,19 @@ from isofast.probe import UNLABELLED
 SPLITS = ("train", "val")
 UNLABELED = "unlabeled"
 EXTENSIONS = (".png", ".jpg", ".jpeg")
+_OTHER_EXTENSIONS = (
+    ".webp",
+    ".bmp",
+    ".gif",
+    ".tif",
+    ".tiff",
+    ".jpe",
+    ".jfif",
+    ".jp2",
+    ".ppm",
+    ".heic",
+    ".avif",
+)
 _SHOWN = 5
 
 
@@ -36,9 +49,9 @@ def open_dataset(root: Path | str, split: str) -> ImageFolder:
             f"`isofast prepare NAME --root {root}` (NAME: digits, cifar10, cifar100, stl10, "
             "tinyimagenet) or point data.root at a folder with train/CLASS and val/CLASS"
         )
-    unlabeled = split == "train" and (root / UNLABELED).is_dir()
+    unlabeled = split == "train" and _is_folder(root / UNLABELED)
     # pictures without labels need no classes beside them
-    classes = () if unlabeled and not (root / split).exists() else _class_names(root, split)
+    classes = () if unlabeled and not os.path.lexists(root / split) else _class_names(root, split)
     if split == "val" and any((root / name).is_dir() for name in ("train", UNLABELED)):
         _same_classes(root, classes)
     folders = [(f"{split}/{name}", label) for label, name in enumerate(classes)]
@@ -47,6 +60,7 @@ def open_dataset(root: Path | str, split: str) -> ImageFolder:
     paths: list[str] = []
     labels: list[int] = []
     sizes: list[int] = []
+    overlooked = list(_pictures_beside(root, split)) if classes else []
     for folder, label in folders:
         found = sorted(_images_in(root / folder))
         if not found:
@@ -58,6 +72,7 @@ def open_dataset(root: Path | str, split: str) -> ImageFolder:
         paths += [f"{folder}/{filename}" for filename, _ in found]
         labels += [label] * len(found)
         sizes += [size for _, size in found]
+        overlooked += _overlooked_in(root, folder)
     return ImageFolder(
         root,
         split,
@@ -65,12 +80,13 @@ def open_dataset(root: Path | str, split: str) -> ImageFolder:
         tuple(paths),
         np.array(labels, np.int64),
         fingerprint_of(paths, labels, sizes),
+        overlooked=tuple(sorted(overlooked)),
     )
 
 
 def _class_names(root: Path, split: str) -> tuple[str, ...]:
     folder = root / split
-    if not folder.is_dir():
+    if not _is_folder(folder):
         raise UserError(
             f"{root} has no folder {split!r}; a data root has train/CLASS/ and val/CLASS/ with "
             "the images of each class. Move the images there, or give another data.root"
@@ -81,13 +97,25 @@ def _class_names(root: Path, split: str) -> tuple[str, ...]:
             )
         )
     with os.scandir(folder) as entries:
-        names = sorted(e.name for e in entries if e.is_dir() and not e.name.startswith("."))
+        names = sorted(
+            e.name for e in entries if not e.name.startswith(".") and _is_folder(Path(e))
+        )
     if not names:
         raise UserError(
             f"{folder} has no class folder; put each class's images into a folder of its own, "
             f"{folder}/CLASS/"
         )
     return tuple(names)
+
+
+def _is_folder(path: Path) -> bool:
+    """Whether a path is one, where a link that leads nowhere is not quietly no folder."""
+    if path.is_symlink() and not path.exists():
+        raise UserError(
+            f"{path} is a link that leads nowhere ({os.readlink(path)}), so it cannot be told "
+            "which images are missing. Bring back what it leads to, or remove the link"
+        )
+    return path.is_dir()
 
 
 def _same_classes(root: Path, val: tuple[str, ...]) -> None:
@@ -102,6 +130,47 @@ def _same_classes(root: Path, val: tuple[str, ...]) -> None:
         + (f"; only in val: {', '.join(only_val)}" if only_val else "")
         + ". Both splits need the same classes"
     )
+
+
+def overlooked_note(dataset: ImageFolder) -> str:
+    """Say in one line which pictures are not taken for images; "" where there are none."""
+    if not dataset.overlooked:
+        return ""
+    shown = ", ".join(dataset.overlooked[:_SHOWN])
+    count = len(dataset.overlooked)
+    more = f" and {count - _SHOWN:,} more" if count > _SHOWN else ""
+    note = (
+        f"{count:,} {dataset.split} file(s) look like pictures and are not used: {shown}{more}. "
+        f"Images are named *{', *'.join(EXTENSIONS)} and lie directly in their class's folder"
+    )
+    return note.encode("utf-8", "backslashreplace").decode()
+
+
+def _pictures_beside(root: Path, split: str) -> Iterator[str]:
+    """Pictures that lie beside the class folders."""
+    with os.scandir(root / split) as entries:
+        yield from (f"{split}/{e.name}" for e in entries if _is_picture(e.name) and e.is_file())
+
+
+def _overlooked_in(root: Path, folder: str) -> Iterator[str]:
+    """Pictures of other formats in a folder of images, and pictures of any in its subfolders."""
+    with os.scandir(root / folder) as entries:
+        for entry in entries:
+            if entry.is_dir():
+                if not entry.name.startswith("."):
+                    yield from _pictures_below(root, f"{folder}/{entry.name}")
+            elif _is_picture(entry.name) and not entry.name.lower().endswith(EXTENSIONS):
+                yield f"{folder}/{entry.name}"
+
+
+def _pictures_below(root: Path, folder: str) -> Iterator[str]:
+    for place, _, names in os.walk(root / folder):
+        below = os.path.relpath(place, root)
+        yield from (f"{below}/{name}" for name in names if _is_picture(name))
+
+
+def _is_picture(name: str) -> bool:
+    return name.lower().endswith(EXTENSIONS + _OTHER_EXTENSIONS) and not name.startswith(".")
 
 
 def _images_in(folder: Path) -> Iterator[tuple[str, int]]:

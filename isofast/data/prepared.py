@@ -9,7 +9,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from isofast.data.datasets import ImageFolder, OnBad, left_out_note, verify_images
-from isofast.data.listing import SPLITS, UNLABELED, open_dataset
+from isofast.data.listing import SPLITS, UNLABELED, open_dataset, overlooked_note
 from isofast.errors import UserError
 from isofast.files import write_atomically
 from isofast.probe import UNLABELLED
@@ -25,7 +25,8 @@ class PreparedCounts:
         name: of the data set. root: where it is.
         classes: number of classes. train: training images, with and without a label.
         val: validation images. unlabeled: how many training images have no label.
-        left_out: a line for each split that has unreadable files, which are not counted.
+        left_out: a line for each split that has unreadable files, and one for each that has files
+            which look like pictures and are not taken for images; neither are counted.
     """
 
     name: str
@@ -66,7 +67,12 @@ def count_images(
     val: ImageFolder | None = None
     if train.classes or (root / "val").exists():
         val = verify_images(open_dataset(root, "val"), on_bad=on_bad)
-    notes = (left_out_note(split) for split in (train, val) if split is not None)
+    notes = (
+        note(split)
+        for note in (left_out_note, overlooked_note)
+        for split in (train, val)
+        if split is not None
+    )
     return PreparedCounts(
         name,
         root,
@@ -145,13 +151,21 @@ def check_prepared(name: str, root: Path) -> PreparedCounts:
 
 def _class_digests(root: Path) -> dict[str, str]:
     """sha256 of each folder's names and contents, by "split/class" or "unlabeled"."""
-    folders = sorted(folder for split in SPLITS for folder in (root / split).iterdir())
+    # what file managers put beside the images (.DS_Store) is none of them
+    folders = sorted(
+        folder
+        for split in SPLITS
+        for folder in (root / split).iterdir()
+        if not folder.name.startswith(".")
+    )
     if (root / UNLABELED).is_dir():
         folders.append(root / UNLABELED)
     digests = {}
     for folder in tqdm(folders, desc="checksums", unit="class", leave=False, disable=None):
         digest = hashlib.sha256()
         for path in sorted(folder.iterdir()):
+            if path.name.startswith("."):
+                continue
             digest.update(os.fsencode(path.name))
             digest.update(hashlib.sha256(path.read_bytes()).digest())
         digests[str(folder.relative_to(root))] = digest.hexdigest()

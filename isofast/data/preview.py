@@ -1,4 +1,4 @@
-"""A picture of what a recipe does: originals and both views, made by the loader of training."""
+"""A picture of what a recipe does: originals and both views, drawn by DALI."""
 
 from collections.abc import Iterator
 from dataclasses import replace

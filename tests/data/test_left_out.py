@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -222,3 +223,72 @@ def test_images_of_odd_sizes_are_trained_and_evaluated_on(
     ((x, _),) = EvalLoader(val, recipe, [0], batch_size=1, device=CPU, threads=1)
     levels = x[0].permute(1, 2, 0).numpy() * np.array(recipe.std) + np.array(recipe.mean)
     assert np.abs(255 * levels - [200, 100, 50]).max() < 1
+
+
+def test_the_name_of_a_file_that_is_left_out_need_not_be_text(
+    root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = os.fsencode(root / "train" / "class0")
+    with open(os.path.join(folder, b"\xff.png"), "wb") as file:
+        file.write(b"no picture")
+    assert main(["prepare", "imagefolder", "--root", str(root), "--on-bad-image", "skip"]) == 0
+    assert r"train/class0/\udcff.png (cannot identify" in capsys.readouterr().out
+
+
+def test_a_check_that_was_stopped_goes_on(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    look = datasets._image_problem
+    opened: list[str] = []
+
+    def counting(path: Path) -> object:
+        opened.append(path.name)
+        return look(path)
+
+    def stopping(path: Path) -> object:
+        if len(opened) == 30:
+            raise KeyboardInterrupt
+        return counting(path)
+
+    monkeypatch.setattr(os, "cpu_count", lambda: 1)
+    monkeypatch.setattr(datasets, "_image_problem", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        verify_images(open_dataset(root, "train"), progress=False)
+    opened.clear()
+    monkeypatch.setattr(datasets, "_image_problem", counting)
+    assert len(verify_images(open_dataset(root, "train"), progress=False)) == 51
+    assert len(opened) == 21
+
+
+def test_who_stops_a_check_does_not_wait_for_its_end(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened: list[str] = []
+
+    def stopping(path: Path) -> object:
+        opened.append(path.name)
+        if len(opened) == 1:
+            raise KeyboardInterrupt
+        time.sleep(0.05)
+        return datasets._Look("", 1, 1)
+
+    monkeypatch.setattr(os, "cpu_count", lambda: 1)
+    monkeypatch.setattr(datasets, "_image_problem", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        verify_images(open_dataset(root, "train"), progress=False)
+    assert len(opened) < 40
+
+
+def test_what_is_checked_is_written_while_the_check_goes_on(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For a process that is killed, which can write nothing more."""
+    written: list[int] = []
+    write = datasets._write_memory
+
+    def noting(path: Path, found: datasets._Findings) -> None:
+        write(path, found)
+        written.append(len(json.loads(path.read_text())["files"]))
+
+    monkeypatch.setattr(datasets, "_write_memory", noting)
+    monkeypatch.setattr(datasets, "_KEEP_EVERY", 10)
+    verify_images(open_dataset(root, "train"), progress=False)
+    assert written == [10, 20, 30, 40, 50, 51]
