@@ -1,5 +1,6 @@
 """Reading the official archives of data sets, trusting nothing that is written in them."""
 
+import contextlib
 import stat
 import zipfile
 import zlib
@@ -28,15 +29,41 @@ def extract_tinyimagenet(archive: Path, folder: Path) -> None:
     Raises:
         UserError: the file is missing, no zip, cut short, damaged, unsafe or of another layout.
     """
-    if not archive.is_file():
-        raise UserError(f"there is no archive {archive}; give the zip's path as --archive FILE")
     try:
-        with zipfile.ZipFile(archive) as opened:
+        with contextlib.ExitStack() as stack:
+            with reading(archive):
+                if not archive.is_file():
+                    raise UserError(
+                        f"there is no archive {archive}; give the zip's path as --archive FILE"
+                    )
+                # zipfile takes what cannot be read for no zip
+                with archive.open("rb") as file:
+                    file.read(1)
+                opened = stack.enter_context(zipfile.ZipFile(archive))
             _extract(opened, archive, folder)
     except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError) as error:
         raise UserError(
             f"{archive} is not a whole zip file ({error}); it was cut short or damaged. "
             "Download it again"
+        ) from error
+
+
+@contextlib.contextmanager
+def reading(archive: Path) -> Iterator[None]:
+    """Let what the system says when an archive is read be told apart from a full data root.
+
+    Raises:
+        UserError: the archive cannot be read, and why.
+    """
+    try:
+        yield
+    except OSError as error:
+        # errors of decompression have no number
+        if error.errno is None:
+            raise
+        raise UserError(
+            f"cannot read the archive {archive}: {error.strerror or error}. Give a file that you "
+            "may read, on a disk that works, as --archive FILE"
         ) from error
 
 
@@ -118,7 +145,7 @@ def _safe_members(opened: zipfile.ZipFile, archive: Path) -> list[zipfile.ZipInf
 
 
 def _content(opened: zipfile.ZipFile, info: zipfile.ZipInfo, archive: Path) -> bytes:
-    with opened.open(info) as file:
+    with reading(archive), opened.open(info) as file:
         content = file.read(_MAX_FILE_BYTES + 1)
     if len(content) > _MAX_FILE_BYTES:
         raise UserError(

@@ -5,6 +5,7 @@ was stopped leaves nothing half-written: given again it starts over, or finishes
 """
 
 import contextlib
+import errno
 import fcntl
 import os
 import shutil
@@ -125,37 +126,52 @@ def prepare_imagefolder(root: Path, *, on_bad: OnBad = "stop") -> PreparedCounts
 
 
 def _prepare(name: str, root: Path, build: Callable[[Path], None], on_bad: OnBad) -> PreparedCounts:
-    made = not root.exists()
+    missing: list[Path] = []
     try:
+        missing += [folder for folder in (root, *root.parents) if not folder.exists()]
         root.mkdir(parents=True, exist_ok=True)
         with _locked(root):
             return _prepare_locked(name, root, build, on_bad)
     except OSError as error:
-        built = (root / _PARTIAL / MANIFEST).exists()
+        raise UserError(_failure(name, root, error)) from error
+    finally:
+        with contextlib.suppress(OSError):
+            for folder in missing:
+                # only succeeds where nothing was put into it
+                folder.rmdir()
+
+
+def _failure(name: str, root: Path, error: OSError) -> str:
+    """What the system refused, in what state that leaves the root, and what helps."""
+    reason = error.strerror or str(error)
+    if error.filename is not None:
+        reason += f": {os.fsdecode(error.filename)}"
+    # in a folder that may not be searched nothing exists
+    if os.path.exists(root / _PARTIAL / MANIFEST):
         remedy = (
             "All is built and waits to be moved into place; give the same command again to finish"
-            if built
-            else "Nothing half-written was left; free space or give another --root, then give the "
-            "same command again"
         )
-        if (root / _DOWNLOAD).exists():
-            remedy += f". The downloaded archive is kept in {root / _DOWNLOAD}"
-        raise UserError(
-            f"cannot prepare {name} in {root}: {error.strerror or error}. {remedy}"
-        ) from error
-    finally:
-        if made:
-            with contextlib.suppress(OSError):
-                # only succeeds where nothing was put into it
-                root.rmdir()
+    else:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        remedy = (
+            f"Nothing half-written was left; {'free space' if full else 'mend that'} or give "
+            "another --root, then give the same command again"
+        )
+    if os.path.exists(root / _DOWNLOAD):
+        remedy += f". The downloaded archive is kept in {root / _DOWNLOAD}"
+    return f"cannot prepare {name} in {root}: {reason}. {remedy}"
 
 
 def _prepare_locked(
     name: str, root: Path, build: Callable[[Path], None], on_bad: OnBad
 ) -> PreparedCounts:
-    if (root / MANIFEST).exists():
-        return check_prepared(name, root)
     partial = root / _PARTIAL
+    if (root / MANIFEST).exists():
+        counts = check_prepared(name, root)
+        # of a command that was stopped after its last move
+        shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(root / _DOWNLOAD, ignore_errors=True)
+        return counts
     # a finished build has its manifest: what was stopped is the move alone
     if not (partial / MANIFEST).exists():
         shutil.rmtree(partial, ignore_errors=True)

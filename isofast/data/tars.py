@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
+from isofast.data.archives import reading
 from isofast.errors import UserError
 
 # some times what STL-10, the largest, holds (3.1 GB in 9 files)
@@ -87,8 +88,9 @@ def tar_members(archive: Path, folder: str, wanted: Mapping[str, str]) -> Iterat
     Raises:
         UserError: no archive, a damaged or unsafe one, or one that lacks a wanted file.
     """
-    if not archive.is_file():
-        raise UserError(f"there is no archive {archive}; give its path as --archive FILE")
+    with reading(archive):
+        if not archive.is_file():
+            raise UserError(f"there is no archive {archive}; give its path as --archive FILE")
     missing = dict(wanted)
     with contextlib.ExitStack() as stack:
         with _damage_named(archive):
@@ -157,11 +159,10 @@ def _safe_members(opened: tarfile.TarFile, archive: Path) -> Iterator[tarfile.Ta
 @contextlib.contextmanager
 def _damage_named(archive: Path) -> Iterator[None]:
     try:
-        yield
+        # the disk's fault is not the archive's
+        with reading(archive):
+            yield
     except (tarfile.TarError, EOFError, lzma.LZMAError, zlib.error, OSError) as error:
-        if isinstance(error, OSError) and error.errno is not None:
-            # the disk's fault, not the archive's
-            raise
         raise UserError(
             f"{archive} is not a whole tar file ({error}); it was cut short or damaged. "
             "Download it again"
