@@ -233,6 +233,14 @@ def test_the_name_of_a_file_that_is_left_out_need_not_be_text(
         file.write(b"no picture")
     assert main(["prepare", "imagefolder", "--root", str(root), "--on-bad-image", "skip"]) == 0
     assert r"train/class0/\udcff.png (cannot identify" in capsys.readouterr().out
+    # a run says it too
+    kept = verify_images(open_dataset(root, "train"), on_bad="skip", progress=False)
+    assert b"class0/\\udcff.png" in left_out_note(kept).encode("utf-8")
+    # and the root itself may have such a name
+    os.rename(root, os.fsencode(root) + b"\xff")
+    there = os.fsdecode(os.fsencode(root) + b"\xff")
+    assert main(["prepare", "imagefolder", "--root", there, "--on-bad-image", "skip"]) == 0
+    assert r"data\udcff" in capsys.readouterr().out
 
 
 def test_a_check_that_was_stopped_goes_on(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -261,17 +269,21 @@ def test_a_check_that_was_stopped_goes_on(root: Path, monkeypatch: pytest.Monkey
 def test_who_stops_a_check_does_not_wait_for_its_end(
     root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Ctrl-C comes while the first findings are being written down."""
     opened: list[str] = []
 
-    def stopping(path: Path) -> object:
+    def slow(path: Path) -> object:
         opened.append(path.name)
-        if len(opened) == 1:
-            raise KeyboardInterrupt
         time.sleep(0.05)
         return datasets._Look("", 1, 1)
 
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
     monkeypatch.setattr(os, "cpu_count", lambda: 1)
-    monkeypatch.setattr(datasets, "_image_problem", stopping)
+    monkeypatch.setattr(datasets, "_image_problem", slow)
+    monkeypatch.setattr(datasets, "_KEEP_EVERY", 1)
+    monkeypatch.setattr(datasets, "_write_memory", stop)
     with pytest.raises(KeyboardInterrupt):
         verify_images(open_dataset(root, "train"), progress=False)
     assert len(opened) < 40
