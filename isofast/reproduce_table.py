@@ -50,7 +50,8 @@ def _notes(runs: Sequence[PlannedRun]) -> list[str]:
     )
     return [
         "Top-1 in percent of the online linear probe on the validation images at the end of "
-        f"{' or '.join(map(str, epochs))} epochs: mean +- standard deviation over n seeds.",
+        f"{' or '.join(map(str, epochs))} epoch{'s' * (epochs != [1])}: mean +- standard "
+        "deviation over n seeds.",
         "Crashed: the embeddings had collapsed at the end, or ended the run by it; the accuracy "
         "is the last one.",
         "The paper's numbers are of five seeds and 1,000 epochs"

@@ -84,8 +84,13 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
     write_atomically(path, lambda part: part.write_text(text, encoding="utf-8"))
 
 
-def describe_environment(world: World, batch_norm: str) -> dict[str, Any]:
-    """Versions, device, commit: what a reader needs to place a run's numbers."""
+def describe_environment(world: World, **resolved: str) -> dict[str, Any]:
+    """Versions, device, commit: what a reader needs to place a run's numbers.
+
+    Args:
+        world: this process among its peers.
+        resolved: what "auto" in the config has become, by name.
+    """
     device = world.device
     return {
         "versions": {name: _version(name) for name in _PACKAGES},
@@ -95,7 +100,7 @@ def describe_environment(world: World, batch_norm: str) -> dict[str, Any]:
         "cuda": torch.version.cuda if device.type == "cuda" else None,
         "torch_threads": torch.get_num_threads(),
         "ranks": world.size,
-        "batch_norm": batch_norm,
+        **resolved,
         "commit": _commit(),
         "command": sys.argv,
     }

@@ -12,14 +12,7 @@ import torch
 from isofast.checkpoint import newest_checkpoint, save_checkpoint
 from isofast.collapse import Finding, remedies
 from isofast.config import Config
-from isofast.data import (
-    Batch,
-    ImageFolder,
-    Recipe,
-    make_train_loader,
-    recipe_for,
-    resolve_backend,
-)
+from isofast.data import Batch, ImageFolder, Recipe, make_train_loader, recipe_for, resolve_backend
 from isofast.distributed import (
     World,
     barrier,
@@ -120,7 +113,9 @@ class _Run:
         self.evaluator = (
             None if val is None else Evaluator(config, train, val, recipe, world, threads)
         )
-        environment = describe_environment(world, self.batch_norm)
+        precision = str(self.state.online.branch.precision).removeprefix("torch.")
+        resolved = {"backend": self.loader.backend, "precision": precision}
+        environment = describe_environment(world, batch_norm=self.batch_norm, **resolved)
         self.recorder = Recorder(
             run_dir,
             config,
@@ -252,6 +247,8 @@ class _Run:
         notes: list[str] = []
         found = newest_checkpoint(self.run_dir / "checkpoints", notes.append)
         if found is None:
+            if (self.run_dir / "metrics.jsonl").exists():
+                notes.append(f"no checkpoint in {self.run_dir} yet: beginning again at step 0")
             return 0, Totals(), notes
         state = found.load()
         for kind, fingerprint in self.fingerprints.items():

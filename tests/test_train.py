@@ -184,6 +184,7 @@ def _check_run_dir(run_dir: Path, printed: str) -> None:
     environment_json = json.loads((run_dir / "environment.json").read_text())
     assert environment_json["versions"]["torch"] == torch.__version__.partition("+")[0]
     assert environment_json["ranks"] == 1 and environment_json["device"]
+    assert (environment_json["backend"], environment_json["precision"]) == ("dali", "float32")
     checkpoints = sorted(path.name for path in (run_dir / "checkpoints").iterdir())
     assert checkpoints == ["step_00000028", "step_00000030"]
     encoder = load_file(run_dir / "checkpoints" / checkpoints[-1] / "encoder.safetensors")
