@@ -7,6 +7,7 @@ import time
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from threading import Event
 from types import FrameType
 
 from isofast.errors import UserError
@@ -74,20 +75,27 @@ def _end(process: "subprocess.Popen[bytes]") -> None:
 
     A further interruption, as of someone pressing Ctrl-C again, comes to the next signal at once.
     """
+    hurried = Event()
+    # no exception from here on: it could come between finding processes and remembering them
+    before = signal.signal(signal.SIGINT, lambda number, frame: hurried.set())
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, lambda number, frame: hurried.set())
     groups: set[int] = set()
     for number in _SIGNALS:
-        with suppress(KeyboardInterrupt):
+        hurried.clear()
+        groups = groups_of(process.pid, groups)
+        for group in groups:
+            with suppress(ProcessLookupError, PermissionError):
+                os.killpg(group, number)
+        until = time.monotonic() + _PATIENCE_S
+        while groups and time.monotonic() < until and not hurried.is_set():
+            time.sleep(_POLL_S)
             groups = groups_of(process.pid, groups)
-            for group in groups:
-                with suppress(ProcessLookupError, PermissionError):
-                    os.killpg(group, number)
-            until = time.monotonic() + _PATIENCE_S
-            while groups and time.monotonic() < until:
-                time.sleep(_POLL_S)
-                groups = groups_of(process.pid, groups)
-            if not groups:
-                break
+        if not groups:
+            break
     process.poll()
+    signal.signal(signal.SIGINT, before)
 
 
 @contextmanager
