@@ -45,10 +45,15 @@ def start(arguments: list[str]) -> "subprocess.Popen[str]":
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
-        # what a shell starts in the background ignores SIGINT, and so does what it starts in turn
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        preexec_fn=_hear_signals,
         env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
     )
+
+
+def _hear_signals() -> None:
+    """What a shell or nohup has started in the background ignores these, and all it starts too."""
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
 
 
 def run(arguments: list[str]) -> tuple[int, str, str]:
