@@ -111,9 +111,12 @@ def builds() -> Iterator[Build]:
             yield from _correlation_builds(features, dtype)
         yield from _power_builds(features)
     for dtype in DTYPES:
-        yield from _correlation_builds(256, dtype, views=1)
         for features in RAGGED:
             yield from _loss_builds(features, dtype)
+            yield from _correlation_builds(features, dtype)
+        # one a tile, and those whose rows are not aligned
+        for features in (256, 1024, *RAGGED):
+            yield from _correlation_builds(features, dtype, views=1)
     for stored, side, blur in VIEWS:
         for dtype in DTYPES:
             yield _augment_build(stored, side, blur, dtype)
@@ -140,7 +143,7 @@ def _correlation_builds(features: int, dtype: str, views: int = 2) -> Iterator[B
             f"correlation {'ema ' if ema else ''}{dtype} D={features}"
             + (" one view" if views == 1 else ""),
             {**types, **scalars},
-            {"D": features, "EMA": ema, "VIEWS": views, **correlation_tiles(features)},
+            {"D": features, "EMA": ema, "VIEWS": views, **correlation_tiles(features, views)},
         )
 
 
@@ -287,15 +290,19 @@ def main(arguments: list[str] | None = None) -> int:
     if not pairs:
         parser.error(f"no kernel's name has {options.only!r} in it")
     print(f"{'kernel':44} {'target':6} {'registers':>9} {'spills':>6} {'stack':>5} {'shared':>7}")
-    over = 0
+    over = []
     for usage in _measure_all(pairs, options.jobs):
-        over += not usage.within_budget
-        print(
+        row = (
             f"{usage.name:44} sm_{usage.target:<3} {usage.registers:9} {usage.spills:6} "
-            f"{usage.stack:5} {usage.shared:7}{'' if usage.within_budget else '  OVER'}",
-            flush=True,
+            f"{usage.stack:5} {usage.shared:7}"
         )
-    print(f"{len(pairs)} kernels compiled, {over} over budget")
+        if not usage.within_budget:
+            row += "  OVER"
+            over.append(row)
+        print(row, flush=True)
+    print(f"{len(pairs)} kernels compiled, {len(over)} over budget")
+    # again at the end, where one looks
+    print(*over, sep="\n", end="\n" if over else "")
     return 1 if over else 0
 
 

@@ -11,6 +11,7 @@ SAMPLE = [
     "asymmetric_loss iso euclidean fp16 D=1024",
     "correlation ema bf16 D=256",
     "correlation fp32 D=32",
+    "correlation ema fp16 D=37 one view",
     "square quotient D=256",
     "shift spectral bounded D=256",
     "polynomial D=256",
@@ -36,9 +37,10 @@ def test_no_spills_on_sm_90(name):
     assert usage.within_budget
 
 
+@pytest.mark.parametrize("views", ["", " one view"])
 @pytest.mark.parametrize("capability", [80, 100])
-def test_other_targets(capability):
-    usage = aot.measure(build_named("correlation ema bf16 D=256"), capability)
+def test_other_targets(capability, views):
+    usage = aot.measure(build_named("correlation ema bf16 D=256" + views), capability)
     assert usage.target == capability and usage.within_budget
 
 
@@ -72,7 +74,9 @@ def test_what_is_over_budget_exits_with_1(over, capsys, monkeypatch):
         monkeypatch.setattr(aot, "measure", lambda build, capability: spilled)
     assert aot.main(["--targets", "sm_90", "--only", name, "--jobs", "1"]) == 1
     printed = capsys.readouterr().out
-    assert "OVER" in printed and "1 over budget" in printed
+    *_, summary, again = printed.splitlines()
+    assert "1 over budget" in summary and again.endswith("OVER") and name in again
+    assert printed.count(again) == 2
 
 
 def test_every_kernel_dtype_and_tile_is_listed():
@@ -84,5 +88,7 @@ def test_every_kernel_dtype_and_tile_is_listed():
         for dtype in aot.DTYPES:
             assert f"asymmetric_loss iso cosine {dtype} D={features}" in names
             assert f"correlation ema {dtype} D={features}" in names
+        for features in (256, 1024, *aot.RAGGED):
+            assert f"correlation ema {dtype} D={features} one view" in names
     for dtype in aot.DTYPES:
         assert f"augment 96 to 96 blur {dtype}" in names
