@@ -231,6 +231,22 @@ def test_only_the_files_that_were_checked_are_read(root: Path) -> None:
     assert len(datasets.read_files(dataset, [0, 1, 2])) == 3
 
 
+def test_a_file_that_comes_in_parts_is_read_to_its_end(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dataset = verify_images(open_dataset(root, "val"), progress=False)
+    path = root / dataset.paths[0]
+    whole, read = path.read_bytes(), os.read
+    monkeypatch.setattr(os, "read", lambda descriptor, size: read(descriptor, min(size, 50)))
+    assert len(whole) > 100 and datasets.read_files(dataset, [0]) == [whole]
+    stamp = path.stat().st_mtime_ns
+    for changed in (whole[:-1], whole + b"x"):
+        path.write_bytes(changed)
+        os.utime(path, ns=(stamp, stamp))
+        with pytest.raises(RunError, match="has changed"):
+            datasets.read_files(dataset, [0])
+
+
 def test_a_link_that_leads_nowhere_is_named(tmp_path: Path) -> None:
     root = tmp_path / "digits"
     prepare_digits(root)
