@@ -28,8 +28,8 @@ from isofast_kernels import (
 
 ALPHA, DECAY = 0.5, 0.998
 KIND = {"metric": "cosine", "isotropic": True}
-# what may not be red when an operation is timed; test_triton.py skips itself without a GPU
-FILES = [f"tests/kernels/test_{name}.py" for name in ("reference", "ops", "triton")]
+# what may not be red when an operation is timed; the last two skip themselves without a GPU
+FILES = [f"tests/kernels/test_{name}.py" for name in ("reference", "ops", "triton", "step")]
 TESTS = {
     "correlation": [*FILES, "-k", "correlation or moment or statistics or same_bits"],
     "matrix power": [*FILES, "tests/kernels/test_matrix_power.py", "-k", "power or same_bits"],
