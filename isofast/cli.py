@@ -12,8 +12,8 @@ from isofast.reproduce_cli import add_reproduce
 from isofast.theory_cli import add_theory
 
 _PREPARE_INTERRUPTED = (
-    "the same command starts over, but for a download or a build that is complete and, in a folder "
-    "of your own, the images that have been checked"
+    "the same command starts over, but for what was downloaded, a build that is complete and, in a "
+    "folder of your own, the images that have been checked"
 )
 
 

@@ -1,7 +1,8 @@
 """`isofast prepare`: put a data set on disk as root/train/CLASS/ and root/val/CLASS/, whole or not.
 
 Everything is built and checked in root/.partial and moved into place at the end, so a command that
-was stopped leaves nothing half-written: given again it starts over, or finishes the move.
+was stopped leaves nothing half-written but a download: given again it goes on with that, starts
+over, or finishes the move.
 """
 
 import contextlib
@@ -158,7 +159,7 @@ def _failure(name: str, root: Path, error: OSError) -> str:
             "another --root, then give the same command again"
         )
     if os.path.exists(root / _DOWNLOAD):
-        remedy += f". The downloaded archive is kept in {root / _DOWNLOAD}"
+        remedy += f". What was downloaded is kept in {root / _DOWNLOAD}"
     return f"cannot prepare {name} in {root}: {reason}. {remedy}"
 
 

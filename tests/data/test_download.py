@@ -43,7 +43,12 @@ class Server(http.server.ThreadingHTTPServer):
 
     content = OFFICIAL
     sent = len(OFFICIAL)
+    ranges = True
     requests = 0
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.asked: list[str | None] = []
 
     @property
     def source(self) -> Source:
@@ -60,10 +65,21 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if "missing" in self.path:
             self.send_error(404)
             return
-        self.send_response(200)
-        self.send_header("Content-Length", str(len(self.server.content)))
+        self.server.asked.append(self.headers["Range"])
+        content = self.server.content
+        first = 0
+        if self.server.ranges and self.headers["Range"]:
+            first = int(self.headers["Range"].removeprefix("bytes=").removesuffix("-"))
+            if first >= len(content):
+                self.send_error(416)
+                return
+            self.send_response(206)
+            self.send_header("Content-Range", f"bytes {first}-{len(content) - 1}/{len(content)}")
+        else:
+            self.send_response(200)
+        self.send_header("Content-Length", str(len(content) - first))
         self.end_headers()
-        self.wfile.write(self.server.content[: self.server.sent])
+        self.wfile.write(content[first : first + self.server.sent])
 
     def log_message(self, *_: object) -> None:
         pass
@@ -71,7 +87,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
 @pytest.fixture
 def server() -> Iterator[Server]:
-    with Server(("127.0.0.1", 0), Handler) as running:
+    with Server() as running:
         thread = threading.Thread(target=running.serve_forever, kwargs={"poll_interval": 0.01})
         thread.start()
         yield running
@@ -95,14 +111,56 @@ def test_a_data_set_is_downloaded_and_made(tmp_path: Path, server: Server) -> No
     assert server.requests == before > 0
 
 
-def test_a_cut_connection_leaves_nothing(tmp_path: Path, server: Server) -> None:
-    server.sent = len(server.content) // 2
-    size = f"{server.sent:,} bytes"
-    with pytest.raises(UserError, match=f"127.0.0.1.*{size}.*connection was cut.*--archive FILE"):
+@pytest.mark.parametrize("ranges", [True, False], ids=["ranges", "no ranges"])
+def test_a_cut_download_goes_on(tmp_path: Path, server: Server, ranges: bool) -> None:
+    root, half = tmp_path / "root", len(server.content) // 2
+    server.sent, server.ranges = half, ranges
+    with pytest.raises(UserError, match=rf"127\.0\.0\.1.* cut after {half:,} of .*--archive FILE"):
+        prepare("tinyimagenet", root, source=server.source)
+    (part,) = (root / ".download").iterdir()
+    assert part.read_bytes() == server.content[:half] and list(root.iterdir()) == [part.parent]
+    server.sent = len(server.content)
+    assert prepare("tinyimagenet", root, source=server.source).train == 2
+    assert server.asked == [None, f"bytes={half}-"]
+    assert not part.parent.exists()
+
+
+def test_a_whole_part_is_not_downloaded_again(tmp_path: Path, server: Server) -> None:
+    part = tmp_path / f"{server.source.filename}.part"
+    part.write_bytes(server.content)
+    assert fetch(server.source, tmp_path).read_bytes() == server.content
+    assert server.asked == [f"bytes={len(server.content)}-"] and not part.exists()
+
+
+@pytest.mark.parametrize("have", ["another file", "more than there is"])
+def test_a_part_of_something_else_is_given_up(tmp_path: Path, server: Server, have: str) -> None:
+    part = tmp_path / "folder" / f"{server.source.filename}.part"
+    part.parent.mkdir()
+    if have == "another file":
+        part.write_bytes(b"?" * 100)
+        with pytest.raises(UserError, match="not TinyImageNet's official archive"):
+            fetch(server.source, part.parent)
+        assert not part.parent.exists()
+    else:
+        part.write_bytes(server.content + b"?")
+    assert fetch(server.source, part.parent).read_bytes() == server.content
+    assert [path.name for path in part.parent.iterdir()] == [server.source.filename]
+
+
+def test_an_answer_without_a_byte_leaves_nothing(tmp_path: Path, server: Server) -> None:
+    server.sent = 0
+    with pytest.raises(UserError, match=r"cut after 0 of .* Nothing came; try again later"):
         prepare("tinyimagenet", tmp_path / "root", source=server.source)
     assert list(tmp_path.iterdir()) == []
-    server.sent = len(server.content)
-    assert prepare("tinyimagenet", tmp_path / "root", source=server.source).train == 2
+
+
+def test_a_full_disk_keeps_no_part(tmp_path: Path, server: Server) -> None:
+    part = tmp_path / "folder" / f"{server.source.filename}.part"
+    part.parent.mkdir()
+    part.symlink_to("/dev/full")
+    with pytest.raises(OSError, match="No space left"):
+        fetch(server.source, part.parent)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_wrong_checksum_leaves_nothing(tmp_path: Path, server: Server) -> None:
@@ -123,7 +181,7 @@ def test_a_verified_archive_is_not_downloaded_again(
 
     with monkeypatch.context() as patch:
         patch.setattr("isofast.data.prepare.extract_tinyimagenet", full)
-        with pytest.raises(UserError, match=r"No space left.*archive is kept in .*\.download"):
+        with pytest.raises(UserError, match=r"No space left.*downloaded is kept in .*\.download"):
             prepare("tinyimagenet", root, source=server.source)
     kept = root / ".download" / server.source.filename
     assert kept.read_bytes() == server.content

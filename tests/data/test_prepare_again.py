@@ -65,5 +65,5 @@ def test_ctrl_c_says_what_is_kept(
 
     monkeypatch.setattr(module, "_write_digits", stop)
     assert main(["prepare", "digits", "--root", str(tmp_path / "root")]) == 130
-    assert "starts over, but for a download or a build that is complete" in capsys.readouterr().err
+    assert "starts over, but for what was downloaded, a build" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
