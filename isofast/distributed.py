@@ -38,6 +38,16 @@ def launched_world_size() -> int:
     return int(os.environ.get("SLURM_STEP_NUM_TASKS" if under_srun() else "WORLD_SIZE", "1"))
 
 
+def cores_of_rank(world: World) -> int:
+    """How many cores a process may use, shared with its neighbours where a launcher did not."""
+    if "SLURM_STEP_NUM_TASKS" in os.environ:
+        sharing = 1
+    else:
+        known = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE")
+        sharing = int(known or world.size)
+    return max(1, len(os.sched_getaffinity(0)) // sharing)
+
+
 def mean_over_ranks_(tensor: Tensor) -> Tensor:
     """Replaces ``tensor`` on every rank by its mean over the ranks."""
     if dist.is_initialized() and dist.get_world_size() > 1:

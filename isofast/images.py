@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 from isofast.config import Config
 from isofast.data import ImageFolder, left_out_note, open_dataset, overlooked_note, verify_images
+from isofast.data.prepared import prepared_name
 from isofast.distributed import World, gather_objects
 from isofast.errors import RankError, UserError
 from isofast.probe import UNLABELLED
@@ -74,6 +75,18 @@ def agree_on_images(config: Config, world: World, images: Images) -> Images:
             "them the same files, and let them read all of these"
         )
     return images
+
+
+def data_set_notes(config: Config) -> list[str]:
+    """What there is to say of a root that holds another data set than ``data.dataset``."""
+    root, name = config.data.root, config.data.dataset
+    prepared = prepared_name(root)
+    if prepared in (None, name) or name == "imagefolder":
+        return []
+    return [
+        f"note: {root} holds {prepared}, and data.dataset is {name}: augmentation and network are "
+        f"those of {name}"
+    ]
 
 
 def describe_images(train: ImageFolder) -> str:

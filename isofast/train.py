@@ -1,6 +1,5 @@
 """fit(): a run from its config to its summary, the loop from top to bottom."""
 
-import os
 import time
 from contextlib import ExitStack, closing
 from dataclasses import asdict
@@ -16,6 +15,7 @@ from isofast.data import Batch, ImageFolder, Recipe, make_train_loader, recipe_f
 from isofast.distributed import (
     World,
     barrier,
+    cores_of_rank,
     launched_rank,
     launched_world_size,
     mean_of_buffers_over_ranks_,
@@ -24,7 +24,14 @@ from isofast.distributed import (
 from isofast.engine import check_pass_through, close_world, init_world, resolve_batch_norm
 from isofast.errors import RunError, UserError
 from isofast.evaluate import Evaluator
-from isofast.images import Images, agree_on_images, check_images, describe_images, list_images
+from isofast.images import (
+    Images,
+    agree_on_images,
+    check_images,
+    data_set_notes,
+    describe_images,
+    list_images,
+)
 from isofast.method import StepOutput, ema_decay_at, move_target_
 from isofast.metrics import Record
 from isofast.optim import set_lr
@@ -91,7 +98,7 @@ class _Run:
         self.backend_before: str | None = None
         self.step, totals, notes = self._resume()
 
-        threads = config.data.threads or _threads_per_rank(world)
+        threads = config.data.threads or cores_of_rank(world)
         self.loader = make_train_loader(
             self._backend(train, recipe),
             train,
@@ -126,7 +133,8 @@ class _Run:
             last_step=self.last_step,
             steps_per_epoch=self.steps_per_epoch,
         )
-        notes += images.notes() + self._plan(train, environment["device"])
+        notes += images.notes() + data_set_notes(config)
+        notes += self._plan(train, environment["device"])
         self.recorder.progress.say("\n".join(notes))
         self.ema_weight = torch.zeros((), device=world.device)
         self.all_finite = torch.ones((), dtype=torch.bool, device=world.device)
@@ -333,13 +341,3 @@ class _Run:
         if finding is not None and finding.kind not in self.told:
             self.told.add(finding.kind)
             self.recorder.progress.say(f"warning: {message}")
-
-
-def _threads_per_rank(world: World) -> int:
-    """The cores this process may use, shared with its neighbours where a launcher did not."""
-    if "SLURM_STEP_NUM_TASKS" in os.environ:
-        sharing = 1
-    else:
-        known = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE")
-        sharing = int(known or world.size)
-    return max(1, len(os.sched_getaffinity(0)) // sharing)

@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 
 from isofast.config import changed_keys
-from isofast.settings import validate
+from isofast.images import data_set_notes
+from isofast.settings import load_config, validate
 
 from .launcher import launcher_of
 
@@ -95,6 +96,24 @@ def test_without_validation_images_the_way_out_is_said(
     message = capsys.readouterr().err
     assert "7-000.png" in message and "data.on_bad_image=skip" in message
     assert not (tmp_path / "run" / "config.json").exists()
+
+
+def test_a_root_of_another_data_set_is_noted(
+    digits: Path, config_file: Write, tmp_path: Path
+) -> None:
+    """Said and not refused: a recipe may be tried on other images."""
+    other = load_config(config_file(data={"dataset": "cifar10", "crop": 16}), [])
+    (note,) = data_set_notes(other)
+    assert f"{digits} holds digits, and data.dataset is cifar10" in note
+    for name in ("digits", "imagefolder"):
+        assert data_set_notes(load_config(config_file(data={"dataset": name}), [])) == []
+    (tmp_path / ".isofast-prepared.json").write_text("{")
+    assert data_set_notes(load_config(config_file(data={"root": str(tmp_path)}), [])) == []
+    printed, *_ = train(
+        config_file(data={"dataset": "cifar10", "crop": 16}, train={"max_steps": 1}),
+        tmp_path / "run",
+    )
+    assert printed.count(note) == 1
 
 
 def test_what_is_done_about_bad_images_belongs_to_the_result() -> None:

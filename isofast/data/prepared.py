@@ -106,6 +106,14 @@ def write_manifest(name: str, folder: Path, on_bad: OnBad) -> None:
     write_atomically(folder / MANIFEST, lambda part: part.write_text(text))
 
 
+def prepared_name(root: Path) -> str | None:
+    """Name the data set that `isofast prepare` made in root; None where it did not."""
+    try:
+        return str(json.loads((root / MANIFEST).read_text())["name"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
 def read_counts(name: str, root: Path, *, already_there: bool) -> PreparedCounts:
     """Give the counts of a root as they were written down."""
     manifest = json.loads((root / MANIFEST).read_text())
