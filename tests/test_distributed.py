@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from isofast.distributed import World, cores_of_rank
+
 SCRIPT = Path(__file__).resolve().parent / "two_ranks.py"
 
 
@@ -103,3 +105,26 @@ def test_state_in_a_group_of_one(
     results: Callable[[int], dict[str, torch.Tensor]], claim: str
 ) -> None:
     assert results(1)[claim]
+
+
+@pytest.mark.parametrize(
+    ("environment", "share"),
+    [
+        ({}, 2),
+        ({"LOCAL_WORLD_SIZE": "4"}, 4),
+        ({"LOCAL_SIZE": "16"}, 1),
+        ({"LOCAL_WORLD_SIZE": "64"}, 1),
+        # Slurm has bound the process to its own cores
+        ({"SLURM_STEP_NUM_TASKS": "8", "LOCAL_WORLD_SIZE": "8"}, 16),
+    ],
+)
+def test_cores_are_shared_with_the_neighbours(
+    environment: dict[str, str], share: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "SLURM_STEP_NUM_TASKS"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(16)))
+    world = World(rank=0, size=8, local_rank=0, device=torch.device("cpu"))
+    assert cores_of_rank(world) == share
