@@ -10,12 +10,14 @@ import errno
 import fcntl
 import os
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image
+from tqdm import tqdm
 
 from isofast.data.archives import extract_tinyimagenet
 from isofast.data.datasets import OnBad
@@ -127,19 +129,11 @@ def prepare_imagefolder(root: Path, *, on_bad: OnBad = "stop") -> PreparedCounts
 
 
 def _prepare(name: str, root: Path, build: Callable[[Path], None], on_bad: OnBad) -> PreparedCounts:
-    missing: list[Path] = []
     try:
-        missing += [folder for folder in (root, *root.parents) if not folder.exists()]
-        root.mkdir(parents=True, exist_ok=True)
         with _locked(root):
             return _prepare_locked(name, root, build, on_bad)
     except OSError as error:
         raise UserError(_failure(name, root, error)) from error
-    finally:
-        with contextlib.suppress(OSError):
-            for folder in missing:
-                # only succeeds where nothing was put into it
-                folder.rmdir()
 
 
 def _failure(name: str, root: Path, error: OSError) -> str:
@@ -199,15 +193,48 @@ def _prepare_locked(
 
 @contextlib.contextmanager
 def _locked(root: Path) -> Iterator[None]:
-    """Let one process at a time prepare a root; the others wait and find it done."""
-    descriptor = os.open(root, os.O_RDONLY)
-    try:
-        # some network file systems have no locks; then nobody waits
-        with contextlib.suppress(OSError):
+    """Make a root and let one process at a time prepare it; the others wait and find it done.
+
+    The folders that were made for it go again where nothing was put into them.
+    """
+    made: set[Path] = set()
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.callback(os.close, _lock(root, made))
+            yield
+        finally:
+            # before the lock is given up: whoever waits for it then sees that the root is gone
+            for folder in sorted(made, key=lambda path: len(path.parts), reverse=True):
+                # only succeeds where it is empty
+                with contextlib.suppress(OSError):
+                    folder.rmdir()
+
+
+def _lock(root: Path, made: set[Path]) -> int:
+    """Give a descriptor that has the root locked, and note the folders that were missing."""
+    while True:
+        made |= {folder for folder in (root, *root.parents) if not folder.exists()}
+        root.mkdir(parents=True, exist_ok=True)
+        with contextlib.ExitStack() as stack:
+            descriptor = os.open(root, os.O_RDONLY)
+            stack.callback(os.close, descriptor)
+            _wait_for(descriptor, root)
+            # a command that has failed removes the root that it made, and so what was locked here
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(descriptor), os.stat(root)):
+                    stack.pop_all()
+                    return descriptor
+
+
+def _wait_for(descriptor: int, root: Path) -> None:
+    # some network file systems have no locks; then nobody waits
+    with contextlib.suppress(OSError):
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            note = f"another isofast prepare works on {root}; waiting for it to end"
+            tqdm.write(note, file=sys.stderr)
             fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)
 
 
 def _write_digits(folder: Path) -> None:
