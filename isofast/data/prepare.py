@@ -27,6 +27,7 @@ from isofast.data.prepared import (
     PreparedCounts,
     check_prepared,
     count_images,
+    prepared_name,
     read_counts,
     write_manifest,
 )
@@ -168,7 +169,13 @@ def _prepare_locked(
         shutil.rmtree(root / _DOWNLOAD, ignore_errors=True)
         return counts
     # a finished build has its manifest: what was stopped is the move alone
-    if not (partial / MANIFEST).exists():
+    finished = prepared_name(partial)
+    if finished not in (None, name):
+        raise UserError(
+            f"{root} holds {finished}, half moved into place; finish that with `isofast prepare "
+            f"{finished} --root {root}`, or give another --root for {name}"
+        )
+    if finished is None:
         shutil.rmtree(partial, ignore_errors=True)
         present = [split for split in (*SPLITS, UNLABELED) if (root / split).exists()]
         if present:

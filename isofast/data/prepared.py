@@ -15,6 +15,7 @@ from isofast.files import write_atomically
 from isofast.probe import UNLABELLED
 
 MANIFEST = ".isofast-prepared.json"
+_SHOWN = 5
 
 
 @dataclass(frozen=True)
@@ -133,7 +134,7 @@ def check_prepared(name: str, root: Path) -> PreparedCounts:
     """Compare a prepared root with its checksums.
 
     Raises:
-        UserError: it holds another data set, or has changed since.
+        UserError: it holds another data set, has changed since, or something was put into it.
     """
     remedy = f"Delete {root} and prepare it again"
     try:
@@ -145,6 +146,13 @@ def check_prepared(name: str, root: Path) -> PreparedCounts:
     if found_name != name:
         raise UserError(f"{root} holds {found_name}, not {name}; give another --root")
     try:
+        if strays := _strays(root):
+            shown = ", ".join(str(path) for path in strays[:_SHOWN])
+            more = f" and {len(strays) - _SHOWN:,} more" if len(strays) > _SHOWN else ""
+            raise UserError(
+                f"{root} holds what `isofast prepare` has not put there: {shown}{more}. Remove "
+                f"{'it' if len(strays) == 1 else 'them'}, then give the same command again"
+            )
         found = _class_digests(root)
     except OSError as error:
         raise UserError(f"{root} is no longer whole: {error}. {remedy}") from error
@@ -152,13 +160,13 @@ def check_prepared(name: str, root: Path) -> PreparedCounts:
     if changed:
         raise UserError(
             f"{name} in {root} has changed since it was prepared: {len(changed)} class folder(s), "
-            f"{', '.join(changed[:5])}. {remedy}"
+            f"{', '.join(changed[:_SHOWN])}. {remedy}"
         )
     return read_counts(name, root, already_there=True)
 
 
-def _class_digests(root: Path) -> dict[str, str]:
-    """sha256 of each folder's names and contents, by "split/class" or "unlabeled"."""
+def _class_folders(root: Path) -> list[Path]:
+    """What lies in the splits, and the folder of images without a label."""
     # what file managers put beside the images (.DS_Store) is none of them
     folders = sorted(
         folder
@@ -168,6 +176,27 @@ def _class_digests(root: Path) -> dict[str, str]:
     )
     if (root / UNLABELED).is_dir():
         folders.append(root / UNLABELED)
+    return folders
+
+
+def _strays(root: Path) -> list[Path]:
+    """Files among the class folders, and what is no file in one."""
+    folders = _class_folders(root)
+    strays = [folder for folder in folders if not folder.is_dir()]
+    for folder in folders:
+        if folder.is_dir():
+            with os.scandir(folder) as entries:
+                strays += [
+                    Path(entry)
+                    for entry in entries
+                    if not entry.name.startswith(".") and not entry.is_file()
+                ]
+    return sorted(strays)
+
+
+def _class_digests(root: Path) -> dict[str, str]:
+    """sha256 of each folder's names and contents, by "split/class" or "unlabeled"."""
+    folders = _class_folders(root)
     digests = {}
     for folder in tqdm(folders, desc="checksums", unit="class", leave=False, disable=None):
         digest = hashlib.sha256()

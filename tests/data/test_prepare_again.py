@@ -67,3 +67,59 @@ def test_ctrl_c_says_what_is_kept(
     assert main(["prepare", "digits", "--root", str(tmp_path / "root")]) == 130
     assert "starts over, but for what was downloaded, a build" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_move_that_was_stopped_is_finished_under_its_own_name_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = tmp_path / "root"
+    rename = Path.rename
+
+    def stop_at_val(self: Path, target: Path) -> Path:
+        if self.name == "val":
+            raise KeyboardInterrupt
+        return rename(self, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", stop_at_val)
+        with pytest.raises(KeyboardInterrupt):
+            prepare("digits", root)
+    before = sorted(root.rglob("*"))
+    with pytest.raises(UserError) as caught:
+        prepare("stl10", root)
+    assert str(caught.value) == (
+        f"{root} holds digits, half moved into place; finish that with `isofast prepare digits "
+        f"--root {root}`, or give another --root for stl10"
+    )
+    assert sorted(root.rglob("*")) == before
+    assert str(prepare("digits", root)).startswith("digits ready: 10 classes, 1,442 train")
+
+
+@pytest.mark.parametrize("name", ["train/notes.txt", "train/3/notes", "train/3/x.png"])
+def test_what_was_put_into_a_prepared_root_is_to_be_removed(tmp_path: Path, name: str) -> None:
+    root = tmp_path / "root"
+    prepare("digits", root)
+    if name.endswith(".txt"):
+        (root / name).write_text("x")
+    elif name.endswith(".png"):
+        (root / name).symlink_to(root / "nowhere")
+    else:
+        (root / name).mkdir()
+    with pytest.raises(UserError) as caught:
+        prepare("digits", root)
+    assert str(caught.value) == (
+        f"{root} holds what `isofast prepare` has not put there: {root / name}. Remove it, then "
+        "give the same command again"
+    )
+
+
+def test_a_renamed_image_is_a_change(tmp_path: Path) -> None:
+    """Also where the order stays, and so the contents one after the other."""
+    root = tmp_path / "root"
+    prepare("digits", root)
+    folder = root / "train" / "3"
+    last = max(folder.iterdir())
+    last.rename(last.with_name("999.png"))
+    assert max(folder.iterdir()).name == "999.png"
+    with pytest.raises(UserError, match=r"has changed since .* 1 class folder\(s\), train/3\."):
+        prepare("digits", root)
