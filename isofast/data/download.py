@@ -1,12 +1,12 @@
 """Fetching an official archive: verified as a whole, and gone on with where it was cut."""
 
 import contextlib
-import ssl
 import sys
+from collections.abc import Iterator
 from http.client import HTTPException, HTTPResponse
 from pathlib import Path
 from typing import cast
-from urllib.error import HTTPError, URLError
+from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
 from torchvision.datasets.utils import calculate_md5, check_integrity
@@ -20,18 +20,8 @@ _CHUNK = 1 << 18
 _RANGE_NOT_SATISFIABLE = 416
 
 
-class _CutError(Exception):
-    """The connection ended before the file did."""
-
-
-_NETWORK_ERRORS = (
-    _CutError,
-    URLError,
-    HTTPException,
-    ConnectionError,
-    TimeoutError,
-    ssl.SSLError,
-)
+class _NetworkError(Exception):
+    """The connection failed, or ended before the file did."""
 
 
 def fetch(source: Source, folder: Path) -> Path:
@@ -62,7 +52,7 @@ def fetch(source: Source, folder: Path) -> Path:
     )
     try:
         _transfer(source, part)
-    except _NETWORK_ERRORS as error:
+    except (_NetworkError, HTTPError) as error:
         kept = _size(part)
         state = f"{kept:,} bytes are kept in {part}, and the same command goes on from there"
         raise UserError(
@@ -94,9 +84,10 @@ def _transfer(source: Source, part: Path) -> None:
     tqdm.write(f"downloading {source.url}{where}", file=sys.stderr)
     headers = {"User-Agent": "isofast"} | ({"Range": f"bytes={have}-"} if have else {})
     try:
-        response = cast(
-            HTTPResponse, urlopen(Request(source.url, headers=headers), timeout=_SILENCE_S)
-        )
+        with _network():
+            response = cast(
+                HTTPResponse, urlopen(Request(source.url, headers=headers), timeout=_SILENCE_S)
+            )
     except HTTPError as error:
         if error.code != _RANGE_NOT_SATISFIABLE or not have:
             raise
@@ -114,11 +105,27 @@ def _transfer(source: Source, part: Path) -> None:
         # disable=None: only on terminals
         bar = tqdm(desc=name, total=whole, initial=begun, unit="B", unit_scale=True, disable=None)
         with bar, part.open("ab" if begun else "wb") as file:
-            while chunk := response.read(_CHUNK):
+            while chunk := _read(response):
                 file.write(chunk)
                 bar.update(len(chunk))
     if (size := _size(part)) < (whole or 1):
-        raise _CutError(f"the connection was cut after {size:,} of {whole or 1:,} bytes")
+        raise _NetworkError(f"the connection was cut after {size:,} of {whole or 1:,} bytes")
+
+
+def _read(response: HTTPResponse) -> bytes:
+    with _network():
+        return response.read(_CHUNK)
+
+
+@contextlib.contextmanager
+def _network() -> Iterator[None]:
+    """Let errors of the network, many of which are plain OSErrors, be told from the disk's."""
+    try:
+        yield
+    except HTTPError:
+        raise
+    except (OSError, HTTPException) as error:
+        raise _NetworkError(str(error) or type(error).__name__) from error
 
 
 def _size(path: Path) -> int:

@@ -1,6 +1,7 @@
 """Downloads, from a real server on this machine: verified, not repeated, or nothing at all."""
 
 import hashlib
+import http.client
 import http.server
 import io
 import socket
@@ -161,6 +162,33 @@ def test_a_full_disk_keeps_no_part(tmp_path: Path, server: Server) -> None:
     with pytest.raises(OSError, match="No space left"):
         fetch(server.source, part.parent)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("begun", [False, True], ids=["no answer", "in the middle"])
+def test_an_error_of_the_network_without_a_class_of_its_own_keeps_the_part(
+    tmp_path: Path, server: Server, monkeypatch: pytest.MonkeyPatch, begun: bool
+) -> None:
+    read, half = http.client.HTTPResponse.read, len(server.content) // 2
+    part = tmp_path / f"{server.source.filename}.part"
+    reads: list[int] = []
+
+    def fail(*_: object) -> bytes:
+        raise OSError(113, "No route to host")
+
+    def read_once(self: http.client.HTTPResponse, _: int) -> bytes:
+        reads.append(half)
+        return read(self, half) if len(reads) == 1 else fail()
+
+    if begun:
+        monkeypatch.setattr(http.client.HTTPResponse, "read", read_once)
+    else:
+        part.write_bytes(server.content[:half])
+        monkeypatch.setattr(http.client.HTTPConnection, "getresponse", fail)
+    message = rf"cannot download .*No route to host\. {half:,} bytes are kept in .*goes on from"
+    with pytest.raises(UserError, match=message):
+        fetch(server.source, tmp_path)
+    monkeypatch.undo()
+    assert fetch(server.source, tmp_path).read_bytes() == server.content
 
 
 def test_a_wrong_checksum_leaves_nothing(tmp_path: Path, server: Server) -> None:
