@@ -88,7 +88,12 @@ def _spread_out(dataset: ImageFolder) -> ImageFolder:
 def _original(path: Path, side: int) -> Image.Image:
     """The stored image as it is, whole, in a square."""
     with Image.open(path) as stored:
-        image = stored.convert("RGB")
+        # gray of 16 bits, which Pillow would clip
+        if stored.mode.startswith("I"):
+            levels = np.rint(np.asarray(stored) / 257).astype(np.uint8)
+            image = Image.fromarray(levels).convert("RGB")
+        else:
+            image = stored.convert("RGB")
     zoom = side / max(image.size)
     size = [max(1, round(length * zoom)) for length in image.size]
     smooth = _SHARP if zoom >= 1 else Image.Resampling.LANCZOS

@@ -120,3 +120,36 @@ def test_normalisation_is_undone() -> None:
     pixels = preview._pixels((levels - mean) / std, recipe)
     assert pixels.shape == (1, 1, 256, 3)
     assert (pixels[0, 0] == np.arange(256)[:, None]).all()
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+def test_the_original_is_as_bright_as_its_views(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: type[np.integer]
+) -> None:
+    """Gray of 8 and of 16 bits, of which Pillow keeps the low end and calls the rest white."""
+    folder = tmp_path / "train" / "a"
+    folder.mkdir(parents=True)
+    levels = (0, 40, 130, 255)
+    for level in levels:
+        value = level * np.iinfo(dtype).max // 255
+        Image.fromarray(np.full((32, 32), value, dtype)).save(folder / f"{level:03d}.png")
+    still = replace(RECIPES["cifar10"].view1, jitter_p=0.0)
+    monkeypatch.setitem(RECIPES, "cifar10", replace(RECIPES["cifar10"], view1=still, view2=still))
+    rows = shown(monkeypatch, "cifar10", tmp_path)
+    for row, level in zip(rows, levels, strict=True):
+        for tile in row:
+            assert np.abs(tile.astype(int) - level).max() <= 1
+
+
+def test_what_cannot_be_read_is_left_out_of_the_preview(
+    tmp_path: Path, pictures: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root, path = tmp_path / "root", tmp_path / "views.png"
+    shutil.copytree(pictures, root, ignore=shutil.ignore_patterns(".isofast*"))
+    (root / "train" / "class0" / "000.jpg").write_text("no picture")
+    command = ["prepare", "imagefolder", "--root", str(root), "--preview", str(path)]
+    assert main(command) == 2 and not path.exists()
+    capsys.readouterr()
+    assert main([*command, "--on-bad-image", "skip"]) == 0, capsys.readouterr().err
+    with Image.open(path) as image:
+        assert image.format == "PNG"
