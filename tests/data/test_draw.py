@@ -11,7 +11,6 @@ from torchvision.transforms import ColorJitter, RandomResizedCrop
 
 from isofast.data.draw import clean_windows, colour_matrices, draw, epoch_order, philox
 from isofast.data.recipe import RECIPES, ViewRecipe, recipe_for
-from isofast.errors import UserError
 
 # significance of every statistical test here; the draws are fixed, so none of them is flaky
 P = 1e-3
@@ -185,7 +184,10 @@ def test_thin_images_get_the_central_window(size: tuple[int, int]) -> None:
     assert tuple(view.window_N4[0]) == tuple(theirs)
 
 
-@pytest.mark.parametrize("size", [(64, 64), (300, 200), (231, 500), (10, 4000), (3, 5)], ids=str)
+# 67 - 64 is odd: the middle of 64 of 67 pixels is rounded, and not always down
+@pytest.mark.parametrize(
+    "size", [(64, 64), (64, 67), (300, 200), (231, 500), (10, 4000), (3, 5)], ids=str
+)
 @pytest.mark.parametrize("name", ["tinyimagenet", "imagefolder"])
 def test_clean_windows_are_resize_and_center_crop(name: str, size: tuple[int, int]) -> None:
     """Against torchvision's own arithmetic, on an image whose pixels say where they are."""
@@ -212,26 +214,3 @@ def test_colour_matrices_keep_white_and_gray() -> None:
     assert np.allclose((colour + of_mean) @ gray, expected, atol=1e-5)
     rows = colour[view.gray_N]
     assert np.allclose(rows, rows[:, :1], atol=1e-6), "gray images have three equal channels"
-
-
-def test_presets_are_the_papers() -> None:
-    for name, crop in (("cifar10", 32), ("cifar100", 32), ("stl10", 96), ("tinyimagenet", 64)):
-        recipe = recipe_for(name)
-        assert recipe.crop == recipe.resize_short == crop
-        assert (recipe.view1.solarize_p, recipe.view2.solarize_p) == (0.0, 0.2)
-    assert [recipe_for("stl10").view1.blur_p, recipe_for("stl10").view2.blur_p] == [1.0, 0.1]
-    assert recipe_for("imagefolder", crop=112).resize_short == 128
-    with pytest.raises(UserError, match="'mnist'; allowed are digits, cifar10"):
-        recipe_for("mnist")
-    with pytest.raises(UserError, match="crop is 0"):
-        recipe_for("digits", crop=0)
-
-
-@pytest.mark.parametrize(
-    "wrong",
-    [{"flip_p": 1.5}, {"crop_scale": (0.0, 1.0)}, {"crop_scale": (0.5, 2.0)}, {"hue": 0.7}],
-    ids=str,
-)
-def test_impossible_recipes_are_refused(wrong: dict[str, float]) -> None:
-    with pytest.raises(ValueError, match=next(iter(wrong))):
-        ViewRecipe(**wrong)

@@ -1,0 +1,87 @@
+"""The augmentation table against the paper's, number by number, and what it refuses."""
+
+from dataclasses import asdict
+
+import pytest
+
+from isofast.data.recipe import RECIPES, ViewRecipe, recipe_for
+from isofast.errors import UserError
+
+# the first view of CIFAR and TinyImageNet; written out, so that no default can drift
+VIEW = {
+    "crop_scale": (0.08, 1.0),
+    "crop_ratio": (3 / 4, 4 / 3),
+    "degrees": 0.0,
+    "translate": 0.0,
+    "scale": (1.0, 1.0),
+    "shear": 0.0,
+    "jitter_p": 0.8,
+    "brightness": 0.4,
+    "contrast": 0.4,
+    "saturation": 0.2,
+    "hue": 0.1,
+    "gray_p": 0.2,
+    "blur_p": 0.0,
+    "blur_sigma": (0.1, 2.0),
+    "solarize_p": 0.0,
+    "solarize_threshold": 128,
+    "flip_p": 0.5,
+}
+DIGIT_VIEW = VIEW | {
+    "crop_scale": (1.0, 1.0),
+    "crop_ratio": (1.0, 1.0),
+    "degrees": 12.0,
+    "translate": 0.08,
+    "scale": (0.85, 1.15),
+    "shear": 8.0,
+    "saturation": 0.0,
+    "hue": 0.0,
+    "gray_p": 0.0,
+    "flip_p": 0.0,
+}
+SOLARIZED = VIEW | {"solarize_p": 0.2}
+IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+# crop, short side of clean images, mean, std, first view, second view
+TABLE = {
+    "digits": (16, 16, (0.305, 0.305, 0.305), (0.376, 0.376, 0.376), DIGIT_VIEW, DIGIT_VIEW),
+    "cifar10": (32, 32, (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616), VIEW, SOLARIZED),
+    "cifar100": (32, 32, (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762), VIEW, SOLARIZED),
+    "stl10": (
+        96,
+        96,
+        (0.4914, 0.4823, 0.4466),
+        (0.247, 0.243, 0.261),
+        VIEW | {"blur_p": 1.0},
+        SOLARIZED | {"blur_p": 0.1},
+    ),
+    "tinyimagenet": (64, 64, *IMAGENET, VIEW, SOLARIZED),
+    "imagefolder": (224, 256, *IMAGENET, VIEW, SOLARIZED),
+}
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_presets_are_the_papers(name: str) -> None:
+    keys = ("name", "crop", "resize_short", "mean", "std", "view1", "view2")
+    assert asdict(recipe_for(name)) == dict(zip(keys, (name, *TABLE[name]), strict=True))
+
+
+def test_another_crop_keeps_the_proportion_of_the_resize() -> None:
+    recipe = recipe_for("imagefolder", crop=112)
+    assert (recipe.crop, recipe.resize_short) == (112, 128)
+
+
+def test_unknown_names_and_empty_crops_are_refused() -> None:
+    with pytest.raises(UserError, match="'mnist'; allowed are digits, cifar10"):
+        recipe_for("mnist")
+    with pytest.raises(UserError, match="crop is 0"):
+        recipe_for("digits", crop=0)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"flip_p": 1.5}, {"crop_scale": (0.0, 1.0)}, {"crop_scale": (0.5, 2.0)}, {"hue": 0.7}],
+    ids=str,
+)
+def test_impossible_recipes_are_refused(wrong: dict[str, float]) -> None:
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        ViewRecipe(**wrong)
