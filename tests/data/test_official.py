@@ -27,24 +27,25 @@ from isofast.errors import UserError
 
 Files = dict[str, bytes]
 RNG = np.random.default_rng(0)
+FINE_NAMES = {"fine_label_names": ["aquarium_fish", "bed", "cup"]}
 
 
 def md5(content: bytes) -> str:
     return hashlib.md5(content, usedforsecurity=False).hexdigest()
 
 
-def cifar_part(labels: list[int], key: str) -> bytes:
+def cifar_part(labels: list[int], key: str, **more: list[int]) -> bytes:
     data = RNG.integers(0, 256, (len(labels), 3072), dtype=np.uint8)
     # protocol 2 is what the official files have
-    return pickle.dumps({"data": data, key: labels, "batch_label": "part"}, protocol=2)
+    return pickle.dumps(more | {"data": data, key: labels, "batch_label": "part"}, protocol=2)
 
 
 def cifar100_files() -> tuple[Files, Source]:
     source = source_of("cifar100")
     files = {
-        "train": cifar_part([2, 0, 1, 1, 0, 2, 0], "fine_labels"),
-        "test": cifar_part([1, 0, 2, 2], "fine_labels"),
-        "meta": pickle.dumps({"fine_label_names": ["aquarium_fish", "bed", "cup"]}, protocol=2),
+        "train": cifar_part([2, 0, 1, 1, 0, 2, 0], "fine_labels", coarse_labels=[0, 1] * 3 + [1]),
+        "test": cifar_part([1, 0, 2, 2], "fine_labels", coarse_labels=[0, 1, 1, 0]),
+        "meta": pickle.dumps({"coarse_label_names": ["fish", "things"]} | FINE_NAMES, protocol=2),
         "file.txt~": b"not wanted",
     }
     return files, certified(source, files)
