@@ -51,12 +51,15 @@ def train(config: Path, run_dir: Path, *launcher: str) -> tuple[str, list[Any], 
 def test_half_labelled_digits_train_on_two_ranks(
     config_file: Write, half_labelled: Path, tmp_path: Path
 ) -> None:
+    (half_labelled / "val" / "3" / "004.png").write_text("no picture")
     config = config_file(
         data={"root": str(half_labelled), "on_bad_image": "skip"},
         evaluation={"every_epochs": 1, "knn_images": 2000},
     )
     printed, records, summary = train(config, tmp_path / "run", *launcher_of(2))
     assert printed.count("1 of 1442 train images cannot be read: unlabeled/7-000.png") == 1
+    val = len(list((half_labelled / "val").glob("?/*.png")))
+    assert printed.count(f"1 of {val} val images cannot be read: val/3/004.png") == 1
     unlabelled = len(list((half_labelled / "unlabeled").iterdir())) - 1
     assert f"1,441 images ({unlabelled:,} without a label) of 5 classes" in printed
     assert summary["completed"] is True

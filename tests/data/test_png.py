@@ -95,6 +95,24 @@ def test_interlaced_pngs(tmp_path: Path) -> None:
             Image.open(io.BytesIO(text)).load()
 
 
+def test_interlaced_pngs_without_some_of_the_passes() -> None:
+    """Columns x rows of the seven passes; one without columns or rows has no byte at all."""
+    passes = {
+        (4, 4): [(1, 1), (1, 1), (2, 1), (2, 2), (4, 2)],
+        (13, 11): [(2, 2), (2, 2), (4, 1), (3, 3), (7, 3), (6, 6), (13, 5)],
+        (1, 1): [(1, 1)],
+    }
+    for (width, height), sizes in passes.items():
+        data = bytes(sum(down * (1 + 3 * across) for across, down in sizes))
+        for content, whole_one in ((data, True), (data[:-1], False)):
+            header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 1)
+            text = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header)
+            text += chunk(b"IDAT", zlib.compress(content)) + chunk(b"IEND", b"")
+            assert (png_problem(text) == "") is whole_one, (width, height)
+            if whole_one:
+                Image.open(io.BytesIO(text)).load()
+
+
 def test_what_passed_an_earlier_check_is_read_again(tmp_path: Path) -> None:
     folder = tmp_path / "train" / "a"
     folder.mkdir(parents=True)

@@ -228,6 +228,15 @@ def test_either_backend_makes_views_of_the_asked_dtype(
     loader.close()
 
 
+@pytest.mark.parametrize("blurred", ["view1", "view2"])
+def test_a_blur_of_one_view_alone_is_done(make_resident: MakeLoader, blurred: str) -> None:
+    sharp = recipe_for("tinyimagenet", crop=24)
+    soft = replace(sharp, **{blurred: replace(getattr(sharp, blurred), blur_p=1.0)})
+    (a,), (b,) = (take(make_resident(row=row), 1) for row in (sharp, soft))
+    assert torch.equal(a.x1_BCHW, b.x1_BCHW) is (blurred == "view2")
+    assert torch.equal(a.x2_BCHW, b.x2_BCHW) is (blurred == "view1")
+
+
 def test_rows_hold_what_was_drawn() -> None:
     recipe = recipe_for("stl10")
     sizes, indices = np.full((500, 2), 96), np.arange(500)
