@@ -187,7 +187,7 @@ def compare(found: list[Feeder], rounds: int, seconds: float, workers: int) -> N
     """Fill in the feeders' times."""
     # more than is made ahead: a DataLoader makes two batches a worker, DALI two in all. Resident
     # makes none, but may have the parameters of 4,096 images drawn, which is 25 ms of a core's work
-    drained = max(8, 2 * workers + 1)
+    drained = max(3, 2 * workers + 1)
     counts = []
     for feeder in found:
         # workers start, and kernels are compiled, in the first; the next are made ahead
@@ -210,13 +210,16 @@ def versions() -> dict[str, str]:
 
 
 def timings_of(found: list[Feeder], question: str, batch: int, recipe: Recipe) -> list[Timing]:
-    """As the harness writes them; the note has the images a second."""
+    """As the harness writes them; notes have images a second, and how many times the first's."""
     made = 2 * batch * 3 * recipe.crop**2 * 4
     bytes_per_ms, _ = harness.limits()
     timings = []
     for feeder in found:
         median = statistics.median(feeder.times_ms)
-        note = f"{1e3 * batch / median:,.0f} images/s" + (f"; {feeder.note}" if feeder.note else "")
+        note = f"{1e3 * batch / median:,.0f} images/s"
+        if feeder is not found[0]:
+            note += f"; {times_as_fast(feeder, found[0])} of {found[0].name} (paired)"
+        note += f"; {feeder.note}" if feeder.note else ""
         low, high = harness.spread(feeder.times_ms)
         timings.append(
             Timing(
@@ -234,18 +237,23 @@ def timings_of(found: list[Feeder], question: str, batch: int, recipe: Recipe) -
     return timings
 
 
+def times_as_fast(feeder: Feeder, other: Feeder) -> str:
+    """How many times the other's images a second, round by round: the median and its spread."""
+    times = [a / b for a, b in zip(other.times_ms, feeder.times_ms, strict=True)]
+    low, high = harness.spread(times)
+    return f"x{statistics.median(times):.2f} [{low:.2f}, {high:.2f}]"
+
+
 def show(found: list[Feeder], batch: int) -> str:
     """Images a second with their spread, and how many times the first contender's."""
     lines = []
     for feeder in found:
         slow, fast = harness.spread(feeder.times_ms)[::-1]
-        times = [a / b for a, b in zip(found[0].times_ms, feeder.times_ms, strict=True)]
-        low, high = harness.spread(times)
         median = statistics.median(feeder.times_ms)
         lines.append(
             f"  {feeder.name:38} {1e3 * batch / median:10,.0f} images/s "
             f"[{1e3 * batch / slow:,.0f}, {1e3 * batch / fast:,.0f}]  "
-            f"x{statistics.median(times):.2f} [{low:.2f}, {high:.2f}]  {feeder.note}"
+            f"{times_as_fast(feeder, found[0])}  {feeder.note}"
         )
     return "\n".join(lines)
 
@@ -258,7 +266,9 @@ def generate(root: Path, side: int) -> None:
     draws = torch.Generator().manual_seed(0)
     for k in range(GENERATED):
         photo = photos[k % 2]
-        size = int(torch.randint(side, 4 * side, (), generator=draws))
+        # a small photograph has smaller squares, which are made larger
+        most = min(4 * side, *photo.size)
+        size = int(torch.randint(min(side, most - 1), most, (), generator=draws))
         left = int(torch.randint(photo.width - size, (), generator=draws))
         top = int(torch.randint(photo.height - size, (), generator=draws))
         square = photo.crop((left, top, left + size, top + size)).resize((side, side))
@@ -271,7 +281,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--root", type=Path, help="prepared images of one size; default: generated")
     parser.add_argument("--recipe", default="tinyimagenet", help="which preset's augmentation")
-    parser.add_argument("--batch", type=int, default=64, help="images of a batch")
+    parser.add_argument("--batch", type=int, default=256, help="images of a batch; presets: 256")
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--rounds", type=int, default=9, help="n")
     parser.add_argument("--seconds", type=float, default=1.5, help="of a contender in a round")
