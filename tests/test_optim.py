@@ -116,6 +116,24 @@ def test_groups_cover_every_parameter_once(name: str, method: str) -> None:
         assert adapted == network - vectors
 
 
+@pytest.mark.parametrize("name", ["lars", "sgd", "adamw"])
+def test_every_setting_reaches_every_group(name: str) -> None:
+    """None of these is a default of torch's, of ours, or of a preset's."""
+    settings = {"name": name, "lr": 1.0, "probe_lr": 0.1, "momentum": 0.8, "weight_decay": 0.03}
+    if name == "lars":
+        settings["eta"] = 0.05
+    config = validate({"data": {"root": "x"}, "optimizer": settings, "train": {"batch_size": 512}})
+    *network, probe = make_optimizer(_online("byol"), config).param_groups
+    for group in (*network, probe):
+        assert group.get("momentum", group.get("betas", (0,))[0]) == 0.8
+        assert group.get("eta") == settings.get("eta")
+    assert [group["peak_lr"] for group in network] == [2.0] * (1 if name == "sgd" else 2)
+    assert [group["weight_decay"] for group in (*network, probe)] == (
+        [0.03, 0.0] if name == "sgd" else [0.03, 0.0, 0.0]
+    )
+    assert probe["peak_lr"] == pytest.approx(0.2)
+
+
 def test_learning_rate_at_its_corners() -> None:
     def at(step: int) -> float:
         return lr_at(step, 2.0, total_steps=100, warmup_steps=10, warmup_start=0.5)
