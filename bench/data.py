@@ -42,6 +42,7 @@ from isofast.data import (
     recipe_for,
     verify_images,
 )
+from isofast_kernels.dispatch import INTERPRET
 
 TESTS = ["kernels/test_augment.py", "kernels/test_augment_triton.py", "data/test_resident.py"]
 GENERATED = 3000
@@ -277,7 +278,7 @@ def generate(root: Path, side: int) -> None:
         square.save(folder / f"{k:05}.jpg", quality=90)
 
 
-def main() -> int:
+def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--root", type=Path, help="prepared images of one size; default: generated")
     parser.add_argument("--recipe", default="tinyimagenet", help="which preset's augmentation")
@@ -286,7 +287,9 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=9, help="n")
     parser.add_argument("--seconds", type=float, default=1.5, help="of a contender in a round")
     parser.add_argument("--dry", action="store_true", help="write no result")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
+    if INTERPRET:
+        parser.error("TRITON_INTERPRET=1 times the interpreter; unset it")
     if not harness.tests_pass([f"tests/{path}" for path in TESTS]):
         print("not timed: its tests fail (above)")
         return 1

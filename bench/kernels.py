@@ -25,6 +25,7 @@ from isofast_kernels import (
     matrix_power,
     reference,
 )
+from isofast_kernels.dispatch import INTERPRET
 
 ALPHA, DECAY = 0.5, 0.998
 KIND = {"metric": "cosine", "isotropic": True}
@@ -193,21 +194,23 @@ QUESTIONS = {
 }
 
 
-def main() -> int:
+def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--batch", type=int, default=256, help="rows of a view")
     parser.add_argument("--features", type=int, default=256, help="D")
     parser.add_argument("--rounds", type=int, default=31, help="n")
     parser.add_argument("--only", default="", help="only operations whose name has this text")
-    options = parser.parse_args()
-    for key, value in harness.environment().items():
-        print(f"{key}: {value}")
-    if not torch.cuda.is_available():
-        print("there is no GPU: what follows are times of the CPU path")
+    options = parser.parse_args(arguments)
+    if INTERPRET:
+        parser.error("TRITON_INTERPRET=1 times the interpreter; unset it")
     if options.rounds < 2:
         parser.error(f"--rounds is {options.rounds}; a spread needs at least 2")
     if not any(options.only in name for name in QUESTIONS):
         parser.error(f"--only {options.only!r} names none of {', '.join(QUESTIONS)}")
+    for key, value in harness.environment().items():
+        print(f"{key}: {value}")
+    if not torch.cuda.is_available():
+        print("there is no GPU: what follows are times of the CPU path")
     problem = Problem(options.batch, options.features)
     timings, refused = [], False
     for name, (question, contenders_of) in QUESTIONS.items():
