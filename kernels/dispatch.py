@@ -1,7 +1,6 @@
 """Which tensors run Triton, and where it launches."""
 
 import importlib.util
-import os
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -10,7 +9,13 @@ from torch import Tensor
 from .arguments import KERNEL_DTYPES
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
-INTERPRET = HAS_TRITON and os.environ.get("TRITON_INTERPRET", "0") == "1"
+if HAS_TRITON:
+    import triton
+
+    # Triton's own reading of TRITON_INTERPRET, which knows more words than 1
+    INTERPRET = triton.knobs.runtime.interpret
+else:
+    INTERPRET = False
 
 
 def runs_triton(*tensors: Tensor) -> bool:

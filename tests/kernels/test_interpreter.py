@@ -1,5 +1,6 @@
 """Runs the tests of kernels under Triton's interpreter, to be chosen before the import."""
 
+import importlib.util
 import os
 import re
 import subprocess
@@ -7,6 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
+
+from isofast_kernels import dispatch
 
 
 @pytest.mark.slow
@@ -32,3 +35,19 @@ def test_kernels_in_the_interpreter(file, at_least):
     assert process.returncode == 0, output
     passed = re.search(r"(\d+) passed", output)
     assert passed and int(passed[1]) >= at_least, output
+
+
+@pytest.mark.parametrize("word", ["1", "true", "ON", "yes", "0", "false", "2", ""])
+def test_what_asks_for_the_interpreter_is_what_triton_takes(word, monkeypatch):
+    triton = pytest.importorskip("triton")
+    from triton.runtime.interpreter import InterpretedFunction
+
+    def kernel():
+        pass
+
+    monkeypatch.setenv("TRITON_INTERPRET", word)
+    # a copy: the module itself was imported under another word
+    spec = importlib.util.spec_from_file_location("isofast_kernels.another", dispatch.__file__)
+    another = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(another)
+    assert another.INTERPRET is isinstance(triton.jit(kernel), InterpretedFunction)
