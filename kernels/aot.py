@@ -277,7 +277,7 @@ def main(arguments: list[str] | None = None) -> int:
     if options.jobs < 1:
         parser.error(f"--jobs is {options.jobs}; it must be at least 1")
     known = {f"sm_{capability}": capability for capability in SHARED_LIMIT}
-    targets = options.targets.split(",")
+    targets = [target.strip() for target in options.targets.split(",")]
     unknown = sorted(set(targets) - set(known))
     if unknown:
         parser.error(f"unknown target {', '.join(unknown)}; choose among {', '.join(known)}")
