@@ -1,6 +1,6 @@
 """Times how fast augmented batches are made: source images a second, both views counted as one.
 
-    python bench/data.py [--root DIR] [--recipe tinyimagenet] [--rounds 9] [--seconds 1.5]
+    python bench/data.py [--root DIR] [--recipe tinyimagenet] [--rounds 9] [--seconds 3]
 
 Contenders, on the same files with the same recipe: torchvision's DataLoader with Pillow images and
 with the v2 transforms on tensors, DALI, and images that are resident; with a GPU also DALI and
@@ -25,7 +25,7 @@ from typing import Any
 
 import harness
 import torch
-from harness import Timing
+from harness import Timing, at_least
 from PIL import Image
 from torch.utils.data import DataLoader
 from torchvision import transforms as v1
@@ -282,10 +282,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--root", type=Path, help="prepared images of one size; default: generated")
     parser.add_argument("--recipe", default="tinyimagenet", help="which preset's augmentation")
-    parser.add_argument("--batch", type=int, default=256, help="images of a batch; presets: 256")
-    parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)))
-    parser.add_argument("--rounds", type=int, default=9, help="n")
-    parser.add_argument("--seconds", type=float, default=1.5, help="of a contender in a round")
+    batch_help = "images of a batch; presets: 256"
+    parser.add_argument("--batch", type=at_least(1), default=256, help=batch_help)
+    parser.add_argument("--workers", type=at_least(1), default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--rounds", type=at_least(2), default=9, help="n")
+    parser.add_argument("--seconds", type=float, default=3.0, help="of a contender in a round")
     parser.add_argument("--dry", action="store_true", help="write no result")
     options = parser.parse_args(arguments)
     if INTERPRET:

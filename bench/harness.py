@@ -6,6 +6,7 @@ all alike. CUDA contenders are timed by events around a batch of calls, CPU cont
 wall clock.
 """
 
+import argparse
 import csv
 import functools
 import os
@@ -22,6 +23,21 @@ import torch
 
 RESULTS = Path(__file__).parent / "results"
 ROOT = Path(__file__).parents[1]
+
+
+def at_least(least: int) -> Callable[[str], int]:
+    """The type of a command-line option: a whole number from ``least`` on."""
+
+    def parse(text: str) -> int:
+        try:
+            number = int(text)
+        except ValueError:
+            number = least - 1
+        if number < least:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least {least}")
+        return number
+
+    return parse
 
 
 @dataclass(frozen=True)
@@ -84,16 +100,18 @@ def environment() -> dict[str, str]:
         versions["triton"] = triton.__version__
     except ModuleNotFoundError:
         versions["triton"] = "absent"
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True
-    ).stdout.strip()
-    changed = subprocess.run(
-        ["git", "status", "--porcelain", "--", ".", ":!bench/results"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    ).stdout.strip()
-    return {"device": device, **versions, "commit": (commit or "unknown") + "+" * bool(changed)}
+    commit = _git("rev-parse", "--short", "HEAD") or "unknown"
+    changed = _git("status", "--porcelain", "--", ".", ":!bench/results")
+    return {"device": device, **versions, "commit": commit + "+" * bool(changed)}
+
+
+def _git(*arguments: str) -> str:
+    """What git prints; nothing where there is no git, or no repository."""
+    try:
+        process = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True)
+    except OSError:
+        return ""
+    return process.stdout.strip()
 
 
 def _cpu_name() -> str:

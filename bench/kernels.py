@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 
 import harness
 import torch
-from harness import Contender, Work
+from harness import Contender, Work, at_least
 from torch import Tensor
 
 from isofast_kernels import (
@@ -196,15 +196,13 @@ QUESTIONS = {
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--batch", type=int, default=256, help="rows of a view")
-    parser.add_argument("--features", type=int, default=256, help="D")
-    parser.add_argument("--rounds", type=int, default=31, help="n")
+    parser.add_argument("--batch", type=at_least(1), default=256, help="rows of a view")
+    parser.add_argument("--features", type=at_least(1), default=256, help="D")
+    parser.add_argument("--rounds", type=at_least(2), default=31, help="n")
     parser.add_argument("--only", default="", help="only operations whose name has this text")
     options = parser.parse_args(arguments)
     if INTERPRET:
         parser.error("TRITON_INTERPRET=1 times the interpreter; unset it")
-    if options.rounds < 2:
-        parser.error(f"--rounds is {options.rounds}; a spread needs at least 2")
     if not any(options.only in name for name in QUESTIONS):
         parser.error(f"--only {options.only!r} names none of {', '.join(QUESTIONS)}")
     for key, value in harness.environment().items():

@@ -13,7 +13,7 @@ import sys
 
 import harness
 import torch
-from harness import Contender, Work
+from harness import Contender, Work, at_least
 from torch import Tensor
 from torch.optim import SGD
 from torch.optim.swa_utils import get_ema_multi_avg_fn
@@ -96,13 +96,11 @@ def target_contenders(width: int) -> tuple[list[Contender], Work]:
     ], Work(3 * sum(t.numel() * t.element_size() for t, _ in pairs))
 
 
-def main() -> int:
+def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--width", type=int, default=64, help="channels of the first stage")
-    parser.add_argument("--rounds", type=int, default=31, help="n")
-    options = parser.parse_args()
-    if options.rounds < 2:
-        parser.error(f"--rounds is {options.rounds}; a spread needs at least 2")
+    parser.add_argument("--width", type=at_least(4), default=64, help="channels of the first stage")
+    parser.add_argument("--rounds", type=at_least(2), default=31, help="n")
+    options = parser.parse_args(arguments)
     for key, value in harness.environment().items():
         print(f"{key}: {value}")
     if not harness.tests_pass(TESTS):
