@@ -130,6 +130,16 @@ def test_one_tensor_and_a_sequence_of_its_parts_give_one_moment():
     torch.testing.assert_close(corr, 0.9 * torch.eye(8, dtype=torch.float64) + 0.1 * whole)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["fp32", "fp64"])
+def test_of_the_state_the_lower_triangle_counts(dtype):
+    z = torch.randn(30, 8, dtype=dtype)
+    state = second_moment(torch.randn(30, 8, dtype=dtype))
+    corr = state.masked_fill(torch.ones(8, 8, dtype=torch.bool).triu(1), float("nan"))
+    correlation_ema_(corr, z, 0.5)
+    assert torch.equal(corr, corr.T)
+    assert torch.equal(corr, correlation_ema_(state, z, 0.5))
+
+
 def test_statistics_take_no_part_in_autograd():
     z = torch.randn(5, 6, requires_grad=True)
     corr = torch.zeros(6, 6)

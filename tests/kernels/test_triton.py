@@ -195,6 +195,18 @@ def test_a_weight_of_zero_forgets_even_nan(guard_inputs):
     assert torch.equal(corr, second_moment(views))
 
 
+def test_of_the_state_the_lower_triangle_counts(guard_inputs):
+    generator = torch.Generator().manual_seed(0)
+    views = [torch.randn(20, 70, generator=generator).to(DEVICE) for _ in range(2)]
+    state = reference.second_moment_reference([torch.randn(200, 70, generator=generator)])
+    expected = correlation_ema_(state.to(DEVICE).clone(), views, 0.5)
+    above = torch.ones(70, 70, dtype=torch.bool).triu(1)
+    corr = guard_inputs(state.masked_fill(above, float("nan")).to(DEVICE))
+    correlation_ema_(corr, views, 0.5)
+    assert torch.equal(corr, expected)
+    assert torch.equal(corr, corr.T)
+
+
 def test_a_stream_of_updates_stays_symmetric_and_positive():
     corr = torch.zeros(70, 70, device=DEVICE)
     for seed in range(5):
