@@ -257,6 +257,8 @@ Z, W = torch.randn(4, 6), torch.eye(6)
         (lambda: correlation_ema_(W.clone(), [Z, Z[:, :5]], 0.5), ["z_BD[1]", "(B, 5)"]),
         (lambda: second_moment([Z, Z.half()]), ["z_BD[1]", "float16"]),
         (lambda: second_moment([Z, Z[0]]), ["z_BD[1]", "(6,)"]),
+        (lambda: second_moment([Z, Z.to("meta")]), ["cpu, meta", ".to(device)"]),
+        (lambda: correlation_ema_(W.clone(), Z.to("meta"), 0.5), ["cpu, meta", ".to(device)"]),
         (lambda: matrix_power(W[:5], 0.5), ["corr_DD", "(5, 6)"]),
         (lambda: matrix_power(W, 0.0), ["alpha", "0.0", "identity"]),
         (lambda: matrix_power(W, float("inf")), ["alpha", "inf"]),
