@@ -262,7 +262,10 @@ Z, W = torch.randn(4, 6), torch.eye(6)
         (lambda: matrix_power(W[:5], 0.5), ["corr_DD", "(5, 6)"]),
         (lambda: matrix_power(W, 0.0), ["alpha", "0.0", "identity"]),
         (lambda: matrix_power(W, float("inf")), ["alpha", "inf"]),
+        (lambda: matrix_power(W, float("nan")), ["alpha", "nan", "finite"]),
         (lambda: matrix_power(W, 0.5, eps=-0.1), ["eps", "-0.1", "at least 0"]),
+        (lambda: matrix_power(W, 0.5, eps=float("inf")), ["eps", "inf", "finite"]),
+        (lambda: matrix_power(W, 0.5, eps=float("nan")), ["eps", "nan", "finite"]),
         (lambda: matrix_power(W, 0.5, normalize="max"), ["'max'", "'spectral'", "'none'"]),
     ],
 )
