@@ -164,9 +164,10 @@ def test_the_same_inputs_give_the_same_bits_ten_times(make_problem):
         assert all(torch.equal(a, b) for a, b in zip(first, run(), strict=True))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["fp32", "fp64"])
 @pytest.mark.parametrize(("metric", "isotropic"), LOSSES)
-def test_opcheck_loss(make_problem, metric, isotropic):
-    z1, z2, t1, t2, w = make_problem(6, 9, dtype=torch.float32)
+def test_opcheck_loss(make_problem, metric, isotropic, dtype):
+    z1, z2, t1, t2, w = make_problem(6, 9, dtype=dtype)
     z1.requires_grad_()
     z2.requires_grad_()
     # The op's second result, the gradient itself, is not differentiable, which opcheck's AOT
