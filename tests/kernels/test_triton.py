@@ -5,6 +5,8 @@ test_interpreter.py does that within a plain run. bf16 is left to GPUs: the inte
 products are wrong.
 """
 
+import importlib
+
 import pytest
 import torch
 
@@ -146,6 +148,26 @@ def test_strided_arguments_are_taken(make_problem):
     got = asymmetric_loss(z[:, ::2], t[:, 33:], half)
     expected = asymmetric_loss(z[:, ::2].contiguous(), t[:, 33:].contiguous(), half.contiguous())
     assert torch.equal(got, expected)
+
+
+def test_wide_rows_are_padded_to_aligned_ones(make_problem, monkeypatch):
+    """Unpadded they give the same numbers, from a build that spills."""
+    # the package's attribute of this name is the function
+    module = importlib.import_module("isofast_kernels.asymmetric_loss")
+    kernel, widths = module._asymmetric_loss_kernel, []
+
+    class Spy:
+        def __getitem__(self, grid):
+            def launch(*arguments, D, **options):
+                widths.append(D)
+                return kernel[grid](*arguments, D=D, **options)
+
+            return launch
+
+    monkeypatch.setattr(module, "_asymmetric_loss_kernel", Spy())
+    z, _, _, t, w = make_problem(2, 600, dtype=torch.float32, device=DEVICE)
+    asymmetric_loss(z, t, w)
+    assert widths == [608]
 
 
 @pytest.mark.usefixtures("poisoned_empty")
