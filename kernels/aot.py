@@ -1,11 +1,11 @@
 """Compiles every kernel for given GPUs on a machine without one, and checks what it costs.
 
-    python -m isofast_kernels.aot [--targets sm_80,sm_90,sm_100] [--only TEXT]
+    python -m isofast_kernels.aot [--targets sm_80,sm_90,sm_100] [--only TEXT] [--all-widths]
 
 prints a row a kernel and target: registers a thread, spilling instructions (LDL and STL in the
-machine code), stack and shared memory. Exits 1 when a kernel spills or asks for more shared
-memory than a block of its target has. Kernels are compiled as a launch would: with the tiles of
-`tile_options`, pointers aligned to 16 bytes, sizes fixed and B unknown.
+machine code), stack and shared memory. Exits 1 when a kernel spills, has a stack or asks for more
+shared memory than a block of its target has. Kernels are compiled as a launch would: with the
+tiles of `tile_options`, pointers aligned to 16 bytes, sizes fixed and B unknown.
 """
 
 import argparse
@@ -14,7 +14,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from multiprocessing import get_context
@@ -49,7 +49,13 @@ FEATURES = (32, 64, 128, 256, 512, 1024)
 """One D for every tile that a launch may choose."""
 
 RAGGED = (37, 250, 528)
-"""Some D that no tile divides; above 512 a launch pads rows to a multiple of 16."""
+"""Some D of the losses that no tile divides; above 512 a launch pads rows to a multiple of 16."""
+
+WIDTHS = (*range(32, 512, 32), *range(512, 1025, 64))
+"""Every D of the correlation and the matrix power: a launch pads others to the next of these."""
+
+SOME_WIDTHS = (*FEATURES, 96, 480, 576, 960)
+"""Those of them that are compiled without --all-widths."""
 
 DTYPES = ("fp32", "fp16", "bf16")
 
@@ -82,7 +88,7 @@ class Usage:
 
     @property
     def within_budget(self) -> bool:
-        return self.spills == 0 and self.shared <= SHARED_LIMIT[self.target]
+        return self.spills == self.stack == 0 and self.shared <= SHARED_LIMIT[self.target]
 
 
 KERNELS = {
@@ -103,23 +109,18 @@ def _build(name: str, types: dict[str, str], constants: dict[str, Any]) -> Build
     return Build(name, types, constants, num_warps, num_stages)
 
 
-def builds() -> Iterator[Build]:
-    """Every kernel with every dtype, tile and flag."""
-    for features in FEATURES:
-        for dtype in DTYPES:
-            yield from _loss_builds(features, dtype)
-            yield from _correlation_builds(features, dtype)
-        yield from _power_builds(features)
+def builds(widths: Sequence[int] = SOME_WIDTHS) -> Iterator[Build]:
+    """Every kernel with every dtype, tile and flag, and `widths` where all D are known."""
     for dtype in DTYPES:
-        for features in RAGGED:
+        for features in (*FEATURES, *RAGGED):
             yield from _loss_builds(features, dtype)
-            yield from _correlation_builds(features, dtype)
-        # one a tile, and those whose rows are not aligned
-        for features in (256, 1024, *RAGGED):
-            yield from _correlation_builds(features, dtype, views=1)
-    for stored, side, blur in VIEWS:
-        for dtype in DTYPES:
+        for features in widths:
+            for views in (1, 2):
+                yield from _correlation_builds(features, dtype, views)
+        for stored, side, blur in VIEWS:
             yield _augment_build(stored, side, blur, dtype)
+    for features in widths:
+        yield from _power_builds(features)
 
 
 def _loss_builds(features: int, dtype: str) -> Iterator[Build]:
@@ -135,7 +136,7 @@ def _loss_builds(features: int, dtype: str) -> Iterator[Build]:
             )
 
 
-def _correlation_builds(features: int, dtype: str, views: int = 2) -> Iterator[Build]:
+def _correlation_builds(features: int, dtype: str, views: int) -> Iterator[Build]:
     types = {"corr_ptr": "*fp32", "z1_ptr": f"*{dtype}", "z2_ptr": f"*{dtype}"}
     scalars = {"decay": "fp32", "scale": "fp32", "B1": "i32", "B2": "i32"}
     for ema in (True, False):
@@ -158,7 +159,7 @@ def _power_builds(features: int) -> Iterator[Build]:
     for quotient in (False, True):
         yield _build(
             f"square{' quotient' if quotient else ''} D={features}",
-            pointers("m", "corr", "out", "trace"),
+            {**pointers("m", "corr", "out", "trace"), "index": "i32"},
             {**shape, "QUOTIENT": quotient, "BLOCK_D": triton.next_power_of_2(features)},
         )
     for spectral in (True, False):
@@ -205,8 +206,8 @@ def _augment_build(stored: int, side: int, blur: bool, dtype: str) -> Build:
     return replace(build, fp_fusion=False)
 
 
-def measure(build: Build, capability: int) -> Usage:
-    """Compiles `build` for a compute capability (80, 90, 100) and reads its machine code."""
+def compile_for(build: Build, capability: int) -> Any:
+    """Compiles `build` for a compute capability (80, 90, 100), as Triton's compiled kernel."""
     kernel = KERNELS[build.name.split()[0]]
     constants = dict.fromkeys(build.constants, "constexpr")
     # ASTSource matches by position
@@ -222,7 +223,7 @@ def measure(build: Build, capability: int) -> Usage:
         constexprs={(kernel.arg_names.index(k),): v for k, v in build.constants.items()},
         attrs=aligned,
     )
-    compiled = triton.compile(
+    return triton.compile(
         source,
         target=GPUTarget("cuda", capability, 32),
         options={
@@ -231,6 +232,11 @@ def measure(build: Build, capability: int) -> Usage:
             "enable_fp_fusion": build.fp_fusion,
         },
     )
+
+
+def measure(build: Build, capability: int) -> Usage:
+    """Compiles `build` and reads what its machine code takes."""
+    compiled = compile_for(build, capability)
     with tempfile.TemporaryDirectory() as folder:
         path = os.path.join(folder, "kernel.cubin")
         with open(path, "wb") as file:
@@ -270,6 +276,9 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--targets", default="sm_80,sm_90,sm_100", help="comma-separated")
     parser.add_argument("--only", default="", help="compile only kernels whose name has this text")
+    parser.add_argument(
+        "--all-widths", action="store_true", help="also the D between powers of two, all of them"
+    )
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes")
     options = parser.parse_args(arguments)
     if INTERPRET:
@@ -284,7 +293,7 @@ def main(arguments: list[str] | None = None) -> int:
     pairs = [
         (build, known[target])
         for target in targets
-        for build in builds()
+        for build in builds(WIDTHS if options.all_widths else SOME_WIDTHS)
         if options.only in build.name
     ]
     if not pairs:

@@ -1,13 +1,15 @@
 """The second moment of embeddings and its moving average in Triton, one launch, no atomics.
 
-`reference.correlation_ema_reference_` says what is computed. Shape letters: D features, B rows
-of a view, I and J rows and columns of a tile of the (D, D) result, K a step along B.
+`reference.correlation_ema_reference_` says what is computed. D is a multiple of the tile; other
+widths are padded with zeros. Shape letters: D features, B rows of a view, I and J rows and columns
+of a tile of the (D, D) result, K a step along B.
 """
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.nn import functional
 
 
 @triton.jit
@@ -24,14 +26,10 @@ def _add_view(
     k_K = tl.arange(0, BLOCK_K)
     for start in range(0, B, BLOCK_K):
         left_KI = tl.load(
-            z_ptr + k_K[:, None] * D + i_I[None, :],
-            mask=(k_K[:, None] < B - start) & (i_I[None, :] < D),
-            other=0.0,
+            z_ptr + k_K[:, None] * D + i_I[None, :], mask=k_K[:, None] < B - start, other=0.0
         )
         right_KJ = tl.load(
-            z_ptr + k_K[:, None] * D + j_J[None, :],
-            mask=(k_K[:, None] < B - start) & (j_J[None, :] < D),
-            other=0.0,
+            z_ptr + k_K[:, None] * D + j_J[None, :], mask=k_K[:, None] < B - start, other=0.0
         )
         # the pointer moves instead of the offsets: B * D may pass 2^31
         z_ptr += BLOCK_K * D
@@ -79,12 +77,12 @@ def _correlation_kernel(
     # The diagonal tile is mirrored too: 3xTF32 adds its terms in an order that depends on which
     # factor is left.
     i_II, j_JJ = i_I[:, None], j_J[None, :]
-    lower_IJ = (i_II < D) & (j_JJ <= i_II)
+    lower_IJ = j_JJ <= i_II
     if EMA:
         old_IJ = tl.load(corr_ptr + i_II * D + j_JJ, mask=lower_IJ, other=0.0)
         acc_IJ = decay * old_IJ + acc_IJ
     tl.store(corr_ptr + i_II * D + j_JJ, acc_IJ, mask=lower_IJ)
-    tl.store(corr_ptr + j_JJ * D + i_II, acc_IJ, mask=lower_IJ & (j_JJ < i_II))
+    tl.store(corr_ptr + j_JJ * D + i_II, acc_IJ, mask=j_JJ < i_II)
 
 
 def tile_options(features: int, views: int) -> dict[str, int]:
@@ -99,6 +97,12 @@ def tile_options(features: int, views: int) -> dict[str, int]:
     }
 
 
+def padded(features: int) -> int:
+    """The width that is launched for D = `features`: the next that tiles divide."""
+    block = tile_options(features, 2)["BLOCK_D"]
+    return triton.cdiv(features, block) * block
+
+
 def correlation_launch(corr_DD: Tensor, views: list[Tensor], decay: float | None) -> None:
     """corr <- decay corr + (1 - decay) mean z z^T in place; with decay None, the mean alone.
 
@@ -111,6 +115,12 @@ def correlation_launch(corr_DD: Tensor, views: list[Tensor], decay: float | None
     features = corr_DD.shape[0]
     if len(views) > 2:
         views = [torch.cat(views)]
+    width = padded(features) - features
+    if width:
+        wide_DD = functional.pad(corr_DD, (0, width, 0, width))
+        correlation_launch(wide_DD, [functional.pad(view, (0, width)) for view in views], decay)
+        corr_DD.copy_(wide_DD[:features, :features])
+        return
     views = [view.contiguous() for view in views]
     rows = sum(view.shape[0] for view in views)
     options = tile_options(features, len(views))

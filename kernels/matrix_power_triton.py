@@ -1,6 +1,8 @@
 """The arithmetic of matrix_power.py in Triton: a launch a step, no host sync.
 
-Every product is fp32 with 3xTF32 said explicitly, whatever torch's global switches say. Shape
+Every product is fp32 with 3xTF32 said explicitly, whatever torch's global switches say. D is a
+multiple of the tile: a C of another width is padded with zeros, which stay apart through every
+product, so no kernel masks and all that can be launched are compiled ahead of time. Shape
 letters: D features, I, J, K a tile's rows, columns and inner dimension, T tiles, S squared
 matrices.
 """
@@ -9,9 +11,12 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.nn import functional
 
 from .matrix_power import SQUARINGS, power_by_products, runs_by_products
 from .reference import matrix_power_reference
+
+_SMALLEST_NORMAL = tl.constexpr(torch.finfo(torch.float32).tiny)
 
 
 @triton.jit
@@ -20,40 +25,37 @@ def _tile_product(
     y_ptr,
     i_I,
     j_J,
+    scale,
     D: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """One tile of X Y, accumulated in fp32 along D in a fixed order."""
+    """One tile of (scale X) Y, accumulated in fp32 along D in a fixed order; no scale is None."""
     acc_IJ = tl.zeros([BLOCK, BLOCK], dtype=tl.float32)
     for start in range(0, D, BLOCK_K):
         k_K = start + tl.arange(0, BLOCK_K)
-        x_IK = tl.load(
-            x_ptr + i_I[:, None] * D + k_K[None, :],
-            mask=(i_I[:, None] < D) & (k_K[None, :] < D),
-            other=0.0,
-        )
-        y_KJ = tl.load(
-            y_ptr + k_K[:, None] * D + j_J[None, :],
-            mask=(k_K[:, None] < D) & (j_J[None, :] < D),
-            other=0.0,
-        )
+        x_IK = tl.load(x_ptr + i_I[:, None] * D + k_K[None, :])
+        if scale is not None:
+            x_IK = x_IK * scale
+        y_KJ = tl.load(y_ptr + k_K[:, None] * D + j_J[None, :])
         acc_IJ = tl.dot(x_IK, y_KJ, acc_IJ, input_precision="tf32x3")
     return acc_IJ
 
 
 @triton.jit
 def _reciprocal_or_zero(x):
-    """1 / x, but 0 at 0; a NaN stays one."""
-    return tl.where(x == 0.0, 0.0, 1.0 / x)
+    """1 / x, but 0 where that could overflow; a NaN stays one."""
+    return tl.where(tl.abs(x) < _SMALLEST_NORMAL, 0.0, 1.0 / x)
 
 
-@triton.jit
+# one build for every index
+@triton.jit(do_not_specialize=["index"])
 def _square_kernel(
     m_ptr,
     corr_ptr,
     out_ptr,
     trace_ptr,
+    index,
     D: tl.constexpr,
     QUOTIENT: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -64,24 +66,23 @@ def _square_kernel(
     d_D = tl.arange(0, BLOCK_D)
     trace = tl.sum(tl.load(m_ptr + d_D * (D + 1), mask=d_D < D, other=0.0), axis=0)
     first = (tl.program_id(0) == 0) & (tl.program_id(1) == 0)
-    tl.store(trace_ptr, trace, mask=first)
+    tl.store(trace_ptr + index, trace, mask=first)
 
     i_I = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     j_J = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     scale = _reciprocal_or_zero(trace)
-    # twice, not squared: the square of a small trace underflows
-    n_IJ = _tile_product(m_ptr, m_ptr, i_I, j_J, D, BLOCK, BLOCK_K) * scale * scale
+    # a factor each, as the squares of a small M and of a small trace underflow
+    n_IJ = _tile_product(m_ptr, m_ptr, i_I, j_J, scale, D, BLOCK, BLOCK_K) * scale
     offset_IJ = i_I[:, None] * D + j_J[None, :]
-    mask_IJ = (i_I[:, None] < D) & (j_J[None, :] < D)
     if QUOTIENT:
         tiles = tl.num_programs(0) * tl.num_programs(1)
         tile = tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
-        corr_IJ = tl.load(corr_ptr + offset_IJ, mask=mask_IJ, other=0.0)
+        corr_IJ = tl.load(corr_ptr + offset_IJ)
         diagonal_IJ = tl.where(i_I[:, None] == j_J[None, :], n_IJ, 0.0)
         tl.store(out_ptr + tile, tl.sum(tl.sum(n_IJ * corr_IJ, axis=1), axis=0))
         tl.store(out_ptr + tiles + tile, tl.sum(tl.sum(diagonal_IJ, axis=1), axis=0))
     else:
-        tl.store(out_ptr + offset_IJ, n_IJ, mask=mask_IJ)
+        tl.store(out_ptr + offset_IJ, n_IJ)
 
 
 @triton.jit
@@ -123,10 +124,9 @@ def _shift_kernel(
     i_I = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     j_J = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     offset_IJ = i_I[:, None] * D + j_J[None, :]
-    mask_IJ = (i_I[:, None] < D) & (j_J[None, :] < D)
-    corr_IJ = tl.load(corr_ptr + offset_IJ, mask=mask_IJ, other=0.0)
+    corr_IJ = tl.load(corr_ptr + offset_IJ)
     out_IJ = corr_IJ * scale + tl.where(i_I[:, None] == j_J[None, :], shift, 0.0)
-    tl.store(out_ptr + offset_IJ, out_IJ, mask=mask_IJ)
+    tl.store(out_ptr + offset_IJ, out_IJ)
     tl.store(r_ptr, r, mask=(tl.program_id(0) == 0) & (tl.program_id(1) == 0))
 
 
@@ -145,11 +145,10 @@ def _polynomial_kernel(
     i_I = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     j_J = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     offset_IJ = i_I[:, None] * D + j_J[None, :]
-    mask_IJ = (i_I[:, None] < D) & (j_J[None, :] < D)
-    square_IJ = _tile_product(p_ptr, p_ptr, i_I, j_J, D, BLOCK, BLOCK_K)
-    p_IJ = tl.load(p_ptr + offset_IJ, mask=mask_IJ, other=0.0)
+    square_IJ = _tile_product(p_ptr, p_ptr, i_I, j_J, None, D, BLOCK, BLOCK_K)
+    p_IJ = tl.load(p_ptr + offset_IJ)
     q_IJ = c * square_IJ + b * p_IJ + tl.where(i_I[:, None] == j_J[None, :], a, 0.0)
-    tl.store(out_ptr + offset_IJ, q_IJ, mask=mask_IJ)
+    tl.store(out_ptr + offset_IJ, q_IJ)
 
 
 @triton.jit
@@ -167,13 +166,12 @@ def _product_kernel(
     i_I = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     j_J = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     offset_IJ = i_I[:, None] * D + j_J[None, :]
-    mask_IJ = (i_I[:, None] < D) & (j_J[None, :] < D)
     if tl.program_id(2) == 0:
-        first_IJ = _tile_product(x1_ptr, y1_ptr, i_I, j_J, D, BLOCK, BLOCK_K)
-        tl.store(out_ptr + offset_IJ, first_IJ, mask=mask_IJ)
+        first_IJ = _tile_product(x1_ptr, y1_ptr, i_I, j_J, None, D, BLOCK, BLOCK_K)
+        tl.store(out_ptr + offset_IJ, first_IJ)
     else:
-        second_IJ = _tile_product(x2_ptr, y2_ptr, i_I, j_J, D, BLOCK, BLOCK_K)
-        tl.store(out_ptr + D * D + offset_IJ, second_IJ, mask=mask_IJ)
+        second_IJ = _tile_product(x2_ptr, y2_ptr, i_I, j_J, None, D, BLOCK, BLOCK_K)
+        tl.store(out_ptr + D * D + offset_IJ, second_IJ)
 
 
 @triton.jit
@@ -191,18 +189,21 @@ def _finish_kernel(
     if tl.program_id(0) >= tl.program_id(1):
         i_I = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
         j_J = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-        product_IJ = _tile_product(x_ptr, y_ptr, i_I, j_J, D, BLOCK, BLOCK_K)
+        product_IJ = _tile_product(x_ptr, y_ptr, i_I, j_J, None, D, BLOCK, BLOCK_K)
         r = tl.load(r_ptr)
         # r = 0 only for C = 0 without a shift, where the product is 0 already
         factor = tl.where(r == 0.0, 1.0, tl.exp2(power * tl.log2(r)))
         i_II, j_JJ = i_I[:, None], j_J[None, :]
-        lower_IJ = (i_II < D) & (j_JJ <= i_II)
+        lower_IJ = j_JJ <= i_II
         tl.store(out_ptr + i_II * D + j_JJ, product_IJ * factor, mask=lower_IJ)
-        tl.store(out_ptr + j_JJ * D + i_II, product_IJ * factor, mask=lower_IJ & (j_JJ < i_II))
+        tl.store(out_ptr + j_JJ * D + i_II, product_IJ * factor, mask=j_JJ < i_II)
 
 
 def tile_options(features: int) -> dict[str, int]:
-    """Tile sizes and warps for D = `features`; small tiles, to fill the device at D = 256."""
+    """Tiles and warps for D = `features`; small tiles, to fill the device at D = 256.
+
+    BLOCK_K divides BLOCK, and BLOCK divides the width that is launched (`padded`).
+    """
     return {
         "BLOCK": 32 if features <= 512 else 64,
         "BLOCK_K": 32,
@@ -211,8 +212,14 @@ def tile_options(features: int) -> dict[str, int]:
     }
 
 
+def padded(features: int) -> int:
+    """The width of the matrices that serve a C of D = `features`: the next that tiles divide."""
+    block = tile_options(features)["BLOCK"]
+    return triton.cdiv(features, block) * block
+
+
 class TritonSteps:
-    """`Steps` in Triton, a launch a method, for C of (D, D) in fp32."""
+    """`Steps` in Triton, a launch a method, for C of (D, D) in fp32, D one that tiles divide."""
 
     def __init__(self, corr_DD: Tensor) -> None:
         self.corr_DD = corr_DD
@@ -230,7 +237,8 @@ class TritonSteps:
             m_DD,
             self.corr_DD,
             out,
-            self.traces_S[index:],
+            self.traces_S,
+            index,
             D=self.features,
             QUOTIENT=quotient,
             BLOCK_D=triton.next_power_of_2(self.features),
@@ -270,6 +278,7 @@ class TritonSteps:
             BLOCK_S=triton.next_power_of_2(squares),
             BLOCK=self.options["BLOCK"],
             num_warps=self.options["num_warps"],
+            num_stages=1,
         )
         return out_DD
 
@@ -315,5 +324,8 @@ def matrix_power_launch(corr_DD: Tensor, alpha: float, eps: float, normalize: st
     """
     if not runs_by_products(alpha, eps, normalize):
         return matrix_power_reference(corr_DD, alpha, eps=eps, normalize=normalize)
-    corr_DD = corr_DD.contiguous()
-    return power_by_products(corr_DD, alpha, eps, normalize, TritonSteps(corr_DD))
+    features = len(corr_DD)
+    width = padded(features) - features
+    corr_DD = functional.pad(corr_DD, (0, width, 0, width)) if width else corr_DD.contiguous()
+    w_DD = power_by_products(corr_DD, alpha, eps, normalize, TritonSteps(corr_DD))
+    return w_DD[:features, :features].contiguous() if width else w_DD

@@ -231,18 +231,19 @@ def matrix_power_reference(
     if alpha == 1:
         w_DD = corr_DD
         if normalize == "spectral":
-            w_DD = w_DD * reciprocal_or_zero(torch.linalg.eigvalsh(corr_DD)[-1])
+            w_DD = divided_or_zero(w_DD, torch.linalg.eigvalsh(corr_DD)[-1])
         shift_DD = eps * torch.eye(len(corr_DD), dtype=corr_DD.dtype, device=corr_DD.device)
         return w_DD + shift_DD + poison
     # the upper triangle of rows is the lower one of LAPACK's columns, a tenth faster
     s_D, u_DD = torch.linalg.eigh(corr_DD, UPLO="U")
     s_D = s_D.clamp_min(0) + poison
     if normalize == "spectral":
-        s_D = s_D * reciprocal_or_zero(s_D[-1])
+        s_D = divided_or_zero(s_D, s_D[-1])
     w_DD = (u_DD * (s_D + eps) ** alpha) @ u_DD.T
     return mirror_lower(w_DD)
 
 
-def reciprocal_or_zero(x: Tensor) -> Tensor:
-    """1 / x where x > 0, and 0 elsewhere, so that a zero matrix stays zero when normalised."""
-    return torch.where(x > 0, 1 / x, torch.zeros_like(x))
+def divided_or_zero(x: Tensor, top: Tensor) -> Tensor:
+    """x / top, but 0 where top <= 0, so that a zero matrix stays zero when normalised."""
+    # no reciprocal: that of a subnormal number overflows
+    return torch.where(top <= 0, torch.zeros_like(x), x / top)

@@ -22,6 +22,11 @@ def product_tf32(x: Tensor, y: Tensor) -> Tensor:
     return rounded_to_tf32(x) @ rounded_to_tf32(y)
 
 
+def reciprocal_or_zero(x: Tensor) -> Tensor:
+    """1 / x, but 0 below the smallest normal number, as the kernels have it."""
+    return torch.where(x.abs() < torch.finfo(torch.float32).tiny, 0, 1 / x)
+
+
 class TorchSteps:
     """`isofast_kernels.matrix_power.Steps` over `matmul`; counts the products."""
 
@@ -37,8 +42,8 @@ class TorchSteps:
         assert index == len(self.traces)
         trace = m_DD.trace()
         self.traces.append(trace)
-        scale = torch.where(trace == 0, 0, 1 / trace)
-        return self.product(m_DD, m_DD) * scale * scale
+        scale = reciprocal_or_zero(trace)
+        return self.product(m_DD * scale, m_DD) * scale
 
     def quotient_sums(self, m_DD, index):
         n_DD = self.square(m_DD, index)
@@ -50,13 +55,13 @@ class TorchSteps:
             assert not spectral and not bounded
             return self.corr_DD + self.corr_DD.sum() * 0 + eps * self.identity
         inner, trace = sums_2T.sum(1)
-        top = inner * torch.where(trace == 0, 0, 1 / trace)
-        scale = torch.where(top == 0, 0, 1 / top) if spectral else torch.ones(())
+        top = inner * reciprocal_or_zero(trace)
+        scale = reciprocal_or_zero(top) if spectral else torch.ones(())
         if not bounded:
             return self.corr_DD * scale + eps * self.identity
         bound = torch.stack([t ** (2.0**-s) for s, t in enumerate(self.traces)]).prod()
         self.r = bound * scale + eps
-        inverse = torch.where(self.r == 0, 0, 1 / self.r)
+        inverse = reciprocal_or_zero(self.r)
         return self.corr_DD * (scale * inverse) + eps * inverse * self.identity
 
     def polynomial(self, p_DD, a, b, c):

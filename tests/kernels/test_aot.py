@@ -2,7 +2,8 @@
 
 import pytest
 
-from isofast_kernels import aot
+from isofast_kernels import aot, correlation, matrix_power_triton
+from isofast_kernels.asymmetric_loss import tile_options
 
 SAMPLE = [
     "asymmetric_loss cosine fp32 D=256",
@@ -11,7 +12,7 @@ SAMPLE = [
     "asymmetric_loss iso euclidean fp16 D=1024",
     "correlation ema bf16 D=256",
     "correlation fp32 D=32",
-    "correlation ema fp16 D=37 one view",
+    "correlation ema fp16 D=96 one view",
     "square quotient D=256",
     "shift spectral bounded D=256",
     "polynomial D=256",
@@ -44,6 +45,35 @@ def test_other_targets(capability, views):
     assert usage.target == capability and usage.within_budget
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        "asymmetric_loss cosine fp32 D=256",
+        "asymmetric_loss iso euclidean bf16 D=256",
+        "correlation ema fp32 D=256",
+        "square D=256",
+        "square quotient D=256",
+        "polynomial D=256",
+        "product D=256",
+        "finish D=256",
+    ],
+)
+def test_every_product_is_three_tf32(name):
+    """One TF32 product would not show in the interpreter, and the root would diverge."""
+    code = aot.compile_for(build_named(name), 90).asm["ttir"].splitlines()
+    products = [line for line in code if "tt.dot" in line]
+    assert products and all("inputPrecision = tf32x3" in line for line in products)
+
+
+@pytest.mark.parametrize(("name", "barriers"), [("cosine", 2), ("iso cosine", 0)])
+def test_what_waits_in_memory_is_read_after_a_barrier(name, barriers):
+    """The interpreter runs one program at a time, in order, and would not miss them."""
+    build = build_named(f"asymmetric_loss {name} fp32 D=256")
+    code = aot.compile_for(build, 90).asm["ttir"].splitlines()
+    # of each of the two directions
+    assert sum("barrier" in line for line in code) == 2 * barriers
+
+
 def test_a_spill_is_seen():
     """Half the registers a thread for twice the inner step does not fit; the measure says so."""
     build = build_named("asymmetric_loss cosine fp16 D=1024")
@@ -66,7 +96,7 @@ def test_the_table_and_its_exit_code(capsys):
 
 @pytest.mark.parametrize("over", ["shared memory", "a spill"])
 def test_what_is_over_budget_exits_with_1(over, capsys, monkeypatch):
-    name = "correlation fp32 D=32"
+    name = "polynomial D=128"
     if over == "shared memory":
         monkeypatch.setitem(aot.SHARED_LIMIT, 90, 0)
     else:
@@ -82,13 +112,49 @@ def test_what_is_over_budget_exits_with_1(over, capsys, monkeypatch):
 def test_every_kernel_dtype_and_tile_is_listed():
     names = [build.name for build in aot.builds()]
     assert len(set(names)) == len(names)
-    for kernel in aot.KERNELS:
-        assert any(name.split()[0] == kernel for name in names)
-    for features in aot.FEATURES:
+    expected = {
+        f"asymmetric_loss {loss} {dtype} D={features}"
+        for loss in ("cosine", "iso cosine", "euclidean", "iso euclidean")
+        for dtype in aot.DTYPES
+        for features in aot.FEATURES + aot.RAGGED
+    }
+    for features in aot.SOME_WIDTHS:
         for dtype in aot.DTYPES:
-            assert f"asymmetric_loss iso cosine {dtype} D={features}" in names
-            assert f"correlation ema {dtype} D={features}" in names
-        for features in (256, 1024, *aot.RAGGED):
-            assert f"correlation ema {dtype} D={features} one view" in names
+            expected |= {
+                f"correlation {ema}{dtype} D={features}{views}"
+                for ema in ("", "ema ")
+                for views in ("", " one view")
+            }
+        expected |= {
+            f"{kernel} D={features}"
+            for kernel in ("square", "square quotient", "polynomial", "product", "finish")
+        }
+        expected |= {
+            f"shift{spectral}{bounded} D={features}"
+            for spectral in ("", " spectral")
+            for bounded in ("", " bounded")
+        }
+    assert {name for name in names if not name.startswith("augment")} == expected
     for dtype in aot.DTYPES:
         assert f"augment 96 to 96 blur {dtype}" in names
+
+
+def test_what_is_launched_is_among_what_is_compiled():
+    assert set(aot.SOME_WIDTHS) < set(aot.WIDTHS)
+    for module in (correlation, matrix_power_triton):
+        widths = [module.padded(features) for features in range(1, 1025)]
+        assert set(widths) == set(aot.WIDTHS)
+        assert all(0 <= width - d < 64 for d, width in enumerate(widths, 1))
+    # a tile of the losses serves every narrower D; those between have masks
+    tiles = [tile_options(features) for features in range(1, 1025)]
+    known = [tile_options(features) for features in aot.FEATURES]
+    assert all(tile in known for tile in tiles)
+
+
+def test_the_limits_are_the_hardware_s():
+    """CUDA's programming guide, "Technical specifications per compute capability", in bytes."""
+    assert aot.SHARED_LIMIT == {80: 166_912, 90: 232_448, 100: 232_448}
+    usage = aot.Usage("x", 90, registers=255, spills=0, stack=0, shared=232_448)
+    assert usage.within_budget
+    for over in ({"stack": 8}, {"spills": 1}, {"shared": 232_449}):
+        assert not aot.Usage(**{**vars(usage), **over}).within_budget

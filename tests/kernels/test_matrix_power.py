@@ -7,6 +7,7 @@ import torch
 
 from isofast_kernels import minimax, reference
 from isofast_kernels.matrix_power import (
+    SHIFTED_EPS,
     SHIFTED_FLOOR,
     SHIFTED_STEPS,
     SQUARINGS,
@@ -93,6 +94,16 @@ def test_shifted_powers_are_exact_to_fp32(kind, eps, alpha, matmul):
     assert spectral_error(w, corr, alpha, eps) <= 1e-5
 
 
+@pytest.mark.parametrize("eps", [0.01, 0.05, 0.0999, 0.1])
+@pytest.mark.parametrize("kind", ["rank_16", "one_direction"])
+def test_three_steps_are_taken_from_where_they_are_enough(kind, eps):
+    corr = correlation(kind)
+    w = power_by_products(corr, 0.5, eps, "spectral", TorchSteps(corr, product_3xtf32))
+    assert spectral_error(w, corr, 0.5, eps) <= BUDGET
+    # the bound is at most D^(1/1024) of lambda_max, which itself is at most 0.2 % low
+    assert SHIFTED_FLOOR <= SHIFTED_EPS / (1.15 + SHIFTED_EPS)
+
+
 @pytest.mark.parametrize("matmul", PRODUCTS)
 @pytest.mark.parametrize("eps", [0.0, 1e-3, 0.3])
 @pytest.mark.parametrize("alpha", [0.5, 2.0])
@@ -156,7 +167,7 @@ def test_the_emulation_splits_as_documented():
     assert error_3 < 4 * error_fp32 < error_1 / 50
 
 
-@pytest.mark.parametrize("factor", [1e-17, 1e-6, 1e6, 1e17])
+@pytest.mark.parametrize("factor", [1e-37, 1e-25, 1e-6, 1e6, 1e17, 1e33])
 def test_the_scale_of_c_does_not_matter(factor):
     corr = correlation("power_law")
     w, scaled = (
@@ -172,6 +183,18 @@ def test_zero(alpha, eps, normalize):
     corr = torch.zeros(16, 16)
     w = power_by_products(corr, alpha, eps, normalize, TorchSteps(corr, torch.matmul))
     torch.testing.assert_close(w, eps**alpha * torch.eye(16), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("alpha", [0.25, 0.5, 1.0, 2.0])
+@pytest.mark.parametrize("factor", [1e-38, 1e-40, 1e-44])
+def test_a_dead_correlation_gives_finite_numbers(alpha, factor):
+    """As it is after 130 steps of zeros at decay 0.5; below the smallest normal number C is 0."""
+    corr = correlation("power_law") * (factor / 1e3)
+    eps = 0.2
+    w = power_by_products(corr, alpha, eps, "spectral", TorchSteps(corr, torch.matmul))
+    torch.testing.assert_close(w, eps**alpha * torch.eye(FEATURES), rtol=1e-5, atol=0)
+    own = reference.matrix_power_reference(corr * 1e3, alpha, eps=eps)
+    assert own.isfinite().all() and (own.diagonal() >= 0.99 * eps**alpha).all()
 
 
 @pytest.mark.parametrize("alpha", [0.5, 1.0, 2.0])
