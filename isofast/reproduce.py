@@ -118,7 +118,9 @@ class PlannedRun:
             return "stopped"
         if summary["completed"]:
             return "finished"
-        return "crashed" if summary.get("collapse") else "stopped"
+        # what has failed otherwise may hold the warning of a collapse too
+        failure = summary.get("failure")
+        return "crashed" if failure and failure == summary.get("collapse") else "stopped"
 
     def stored_config(self) -> Config | None:
         """The config of the run on the disk; None where there is no run."""

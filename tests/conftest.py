@@ -14,6 +14,7 @@ import pytest
 from isofast.config import Config
 from isofast.data.prepare import prepare
 from isofast.presets import merge
+from isofast.reproduce import Request
 from isofast.settings import validate
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -114,6 +115,17 @@ def _fit(settings: dict[str, Any], run_dir: Path) -> None:
     from isofast.train import fit
 
     fit(validate(settings), run_dir)
+
+
+@pytest.fixture
+def request_of(digits: Path, tmp_path: Path) -> Callable[..., Request]:
+    """A request for table 2 on the digits; keyword arguments change it."""
+
+    def make(**changes: Any) -> Request:
+        given = {"table": "table2", "datasets": ["digits"], "root": digits.parent}
+        return Request(**(given | {"runs": tmp_path / "runs"} | changes))
+
+    return make
 
 
 @pytest.fixture(scope="session")

@@ -16,10 +16,9 @@ from isofast import reproduce_cli
 from isofast.cli import main
 from isofast.errors import UserError
 from isofast.metrics import read_metrics
-from isofast.paper import DATASETS, TABLES
+from isofast.paper import TABLES
 from isofast.processes import groups_of
-from isofast.reproduce import PlannedRun, Request, plan
-from isofast.reproduce_table import markdown_table
+from isofast.reproduce import Request, plan
 
 # a small network and short runs on the digits
 SMALL = [
@@ -135,17 +134,6 @@ def test_failed_runs_do_not_stop_the_others(digits: Path, tmp_path: Path) -> Non
     assert "| IsoLoss | 0.5 | no | - | - |" in out and "6 of 6 runs failed" in err
 
 
-@pytest.fixture
-def request_of(digits: Path, tmp_path: Path) -> Callable[..., Request]:
-    """A request for table 2 on the digits; keyword arguments change it."""
-
-    def make(**changes: Any) -> Request:
-        given = {"table": "table2", "datasets": ["digits"], "root": digits.parent}
-        return Request(**(given | {"runs": tmp_path / "runs"} | changes))
-
-    return make
-
-
 def test_the_plan_is_the_table(request_of: Callable[..., Request]) -> None:
     datasets = ["cifar10", "cifar100", "stl10", "tinyimagenet"]
     runs = plan(request_of(datasets=datasets, seeds=5, epochs=7, launcher=["deepspeed", "-x"]))
@@ -249,55 +237,3 @@ def test_a_section_that_agrees_with_the_table_is_taken(
     override = 'method={"name": "byol", "ema_base": 0.98}'
     (run, *_) = plan(request_of(methods=["byol"], overrides=[override]))
     assert (run.config.method.name, run.config.method.ema_base) == ("byol", 0.98)
-
-
-def test_a_part_of_the_table_has_a_file_of_its_own(request_of: Callable[..., Request]) -> None:
-    paper = [*DATASETS]
-    for changes, name in (
-        ({"datasets": paper[::-1]}, "table.md"),
-        ({"datasets": paper, "methods": ["isoloss", "byol"]}, "table-byol-isoloss.md"),
-        ({"datasets": ["stl10", "digits"]}, "table-digits-stl10.md"),
-        ({"datasets": paper, "seeds": 1}, "table-seeds-1.md"),
-    ):
-        request = request_of(**changes)
-        assert request.table_path == request.folder / name
-
-
-def test_notes_say_whose_numbers_the_papers_are(request_of: Callable[..., Request]) -> None:
-    def table(*datasets: str, **changes: Any) -> str:
-        return markdown_table("table2", plan(request_of(datasets=datasets, seeds=1, **changes)))
-
-    assert "table2 has the trained predictors and alpha 0.5, table3 has alpha 1" in table("digits")
-    assert "BYOL on CIFAR are solo-learn's" in table("cifar100")
-    assert "solo-learn" not in table("stl10") + table("cifar10", methods=["isoloss"])
-
-
-def test_a_cell_is_of_the_seeds_that_have_ended(request_of: Callable[..., Request]) -> None:
-    runs = plan(request_of(seeds=4, methods=["directpred"]))
-    with_ema, without = runs[:4], runs[4:]
-    for planned, top1 in zip(with_ema, (0.5, 0.6, 0.7), strict=False):
-        _leave(planned, completed=True, val_top1=top1, collapse=None)
-    _leave(without[0], completed=True, val_top1=0.1, collapse="few dimensions")
-    _leave(without[1], completed=False, val_top1=None, collapse="the loss became NaN")
-    _leave(without[2], completed=False, val_top1=0.9, collapse=None)
-    (without[1].run_dir / "metrics.jsonl").write_text('{"step": 1, "epoch": 1, "val_top1": 0.3}\n')
-    assert [planned.state() for planned in without] == ["finished", "crashed", "stopped", "new"]
-    table = markdown_table("table2", runs)
-    assert "| DirectPred | 0.5 | yes | 60.0 +- 10.0 (n = 3) | - |" in table
-    assert "| DirectPred | 0.5 | no | 20.0 +- 14.1 (n = 2, 2 crashed) | - |" in table
-
-
-def _leave(run: PlannedRun, **summary: Any) -> None:
-    """What a run leaves in its folder."""
-    run.run_dir.mkdir(parents=True)
-    (run.run_dir / "config.json").write_text(run.config.model_dump_json())
-    (run.run_dir / "summary.json").write_text(json.dumps(summary))
-
-
-def test_raised_steps_are_trained(request_of: Callable[..., Request]) -> None:
-    methods = ["simsiam"]
-    (short,) = plan(request_of(seeds=1, methods=methods, overrides=["train.max_steps=5"]))
-    _leave(short, completed=True, val_top1=0.2, collapse=None)
-    assert short.state() == "finished"
-    (longer,) = plan(request_of(seeds=1, methods=methods))
-    assert longer.state() == "stopped"
