@@ -3,8 +3,9 @@
 import math
 import multiprocessing
 import os
+import signal
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from typing import Any
 
@@ -94,6 +95,9 @@ def run_panels(
 
     Returns:
         A trajectory by the panel's name, in the order of ``panels``.
+
+    Raises:
+        RunError: a simulation left the finite numbers; it ends the others too.
     """
     workers = _useful_workers(panels, _cores()) if workers is None else workers
     # the longest first, so that no core ends up waiting for one that began late
@@ -104,12 +108,7 @@ def run_panels(
             found[panel.name] = _run(panel)
             done(panel.name)
     else:
-        context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(workers, context, torch.set_num_threads, (1,)) as pool:
-            futures = [(panel.name, pool.submit(_run, panel)) for panel in longest_first]
-            for name, future in futures:
-                found[name] = future.result()
-                done(name)
+        found = _run_in_processes(longest_first, workers, done)
     return {panel.name: found[panel.name] for panel in panels}
 
 
@@ -147,6 +146,34 @@ def _run(panel: Panel) -> Trajectory:
         points_PN=longest_points(toy.seed, toy.inputs) if plane else None,
         records=RECORDS,
     )
+
+
+def _run_in_processes(
+    panels: list[Panel], workers: int, done: Callable[[str], None]
+) -> dict[str, Trajectory]:
+    """The trajectories; the first error and an interruption end every process at once."""
+    others = {*multiprocessing.active_children()}
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(workers, context, torch.set_num_threads, (1,))
+    found: dict[str, Trajectory] = {}
+    try:
+        # Ctrl-C is for this process to hear: workers inherit the mask, from their first import on
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            names = {pool.submit(_run, panel): panel.name for panel in panels}
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        for future in as_completed(names):
+            found[names[future]] = future.result()
+            done(names[future])
+    except BaseException:
+        pool.shutdown(wait=False, cancel_futures=True)
+        # by themselves they would end only after their panels, in minutes
+        for worker in {*multiprocessing.active_children()} - others:
+            worker.terminate()
+        raise
+    pool.shutdown()
+    return found
 
 
 def _useful_workers(panels: list[Panel], cores: int) -> int:
