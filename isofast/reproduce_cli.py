@@ -6,6 +6,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from isofast.errors import RunError, UserError
+
 TABLES = ("table2", "table3")
 DATASETS = ("cifar10", "cifar100", "stl10", "tinyimagenet", "digits")
 
@@ -65,7 +67,6 @@ def add_reproduce(commands: Any) -> None:
 
 
 def _reproduce(args: argparse.Namespace) -> None:
-    from isofast.errors import RunError, UserError
     from isofast.files import write_atomically
     from isofast.reproduce import TRAIN_SCRIPT, Request, check_data, execute, make_folder, plan
     from isofast.reproduce_table import markdown_table
@@ -83,7 +84,7 @@ def _reproduce(args: argparse.Namespace) -> None:
         epochs=args.epochs,
         methods=[name for names in args.methods for name in names],
         overrides=args.set,
-        launcher=shlex.split(args.launcher or "") or [sys.executable],
+        launcher=_split(args.launcher or "") or [sys.executable],
         train_script=args.train_script or TRAIN_SCRIPT,
     )
     runs = plan(request)
@@ -103,6 +104,15 @@ def _reproduce(args: argparse.Namespace) -> None:
             f"{len(failed)} of {len(runs)} runs failed, for the reasons above: "
             f"{'; '.join(run.title for run in failed)}. The same command goes on with them"
         )
+
+
+def _split(launcher: str) -> list[str]:
+    try:
+        return shlex.split(launcher)
+    except ValueError as error:
+        raise UserError(
+            f"--launcher {launcher!r}: {error}; quote it as in a shell, each quotation mark closed"
+        ) from None
 
 
 def _words(text: str) -> list[str]:

@@ -188,6 +188,7 @@ def test_a_dry_run_prints_commands_and_writes_nothing(
         (["--datasets", "digits", "--set", "encoder.widht=8"], ["Did you mean encoder.width"]),
         (["--datasets", "digits", "--train-script", "no.py"], ["no.py", "--train-script"]),
         (["--datasets", "digits", "--launcher", "no-such-program"], ["--launcher"]),
+        (["--datasets", "digits", "--launcher", "srun 'x"], ["srun 'x", "No closing quotation"]),
     ],
 )
 def test_mistakes_are_told_before_anything_runs(
