@@ -84,7 +84,7 @@ def draw(number: int, folders: Sequence[Path], output: Path) -> list[Path]:
 
 def figure3(runs: Sequence[Run]) -> Figure:
     """C's eigenvalues over the epochs, a panel a run, and the runs' accuracies below."""
-    return _spectra_above_accuracy(runs, labels(runs))
+    return _spectra_above_accuracy(runs, _names(runs))
 
 
 def figure4(runs: Sequence[Run]) -> Figure:
@@ -103,7 +103,7 @@ def figure4(runs: Sequence[Run]) -> Figure:
             "keep. Train the run again"
         )
     figure, axes = _grid(2, len(runs))
-    for column, (run, name) in enumerate(zip(runs, labels(runs), strict=True)):
+    for column, (run, name) in enumerate(zip(runs, _names(runs), strict=True)):
         above, below = axes[0][column], axes[1][column]
         assert run.alignment_TD is not None
         _modes(above, run.epochs_T, run.alignment_TD)
@@ -136,7 +136,7 @@ def figure7(runs: Sequence[Run]) -> Figure:
     """Runs with an EMA target beside the same without, a row a pair; accuracies at the right."""
     pairs = _ema_pairs(runs)
     figure, axes = _grid(len(pairs), 3)
-    firsts = labels([pair[0] for pair in pairs])
+    firsts = _names([pair[0] for pair in pairs])
     for row, (pair, name) in enumerate(zip(pairs, firsts, strict=True)):
         accuracy = _accuracy_name(pair)
         for column, (run, kind) in enumerate(zip(pair, ("EMA", "no EMA"), strict=True)):
@@ -164,7 +164,7 @@ def figure8(runs: Sequence[Run]) -> Figure:
             "--set optimizer.weight_decay=1e-5"
         )
     ordered = sorted(runs, key=lambda run: -run.config.optimizer.weight_decay)
-    return _spectra_above_accuracy(ordered, labels(ordered, ["optimizer.weight_decay"]))
+    return _spectra_above_accuracy(ordered, _names(ordered, ["optimizer.weight_decay"]))
 
 
 FIGURES: dict[int, Callable[[Sequence[Run]], Figure]] = {
@@ -177,6 +177,11 @@ _ACCURACIES = {
     "val_top1": "top-1, validation",
     "probe_top1": "top-1, training views",
 }
+
+
+def _names(runs: Sequence[Run], first: Sequence[str] = ()) -> list[str]:
+    """The runs' labels, in which a $ begins no formula."""
+    return [label.replace("$", r"\$") for label in labels(runs, first)]
 
 
 def _ema_pairs(runs: Sequence[Run]) -> list[tuple[Run, Run]]:

@@ -144,6 +144,14 @@ def test_labels_say_what_differs_and_no_more(spectrum_runs: Runs, tmp_path: Path
     assert labels([ema, read_run(seed)]) == ["IsoLoss, seed 0", "IsoLoss, seed 3"]
 
 
+def test_a_folders_name_is_no_formula(spectrum_runs: Runs, tmp_path: Path) -> None:
+    ema = spectrum_runs["ema"][1]
+    folders = [_copy(ema, tmp_path / name) for name in ("a$b_{$", "c$d_{$")]
+    assert main(["figures", "3", *map(str, folders), "--output", str(tmp_path)]) == 0
+    titles = [axis.get_title() for axis in figure3([read_run(run) for run in folders]).axes]
+    assert r"(a\$b_{\$)" in titles[0] and r"(c\$d_{\$)" in titles[1]
+
+
 def _copy(run: Path, to: Path, **settings: Any) -> Path:
     shutil.copytree(run, to)
     config = json.loads((run / "config.json").read_text())
