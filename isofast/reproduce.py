@@ -205,10 +205,17 @@ def execute(runs: Sequence[PlannedRun], say: Callable[[str], None]) -> list[Plan
         text = json.dumps(run.settings, indent=2) + "\n"
         write_atomically(run.config_path, _writer(text))
         code = run_to_its_end(run.command)
-        if run.state() == "crashed":
+        state = run.state()
+        if state == "crashed":
             say(f"{place}: crashed")
-        elif code != 0 or run.state() != "finished":
+        elif code != 0:
             say(f"{place}: FAILED with exit code {code}; the others go on")
+            failed.append(run)
+        elif state != "finished":
+            say(
+                f"{place}: FAILED: --launcher ended before the run, with exit code 0. It has to "
+                "wait for what it starts, as srun does and sbatch does not; the others go on"
+            )
             failed.append(run)
     return failed
 

@@ -18,7 +18,7 @@ from isofast.errors import UserError
 from isofast.metrics import read_metrics
 from isofast.paper import TABLES
 from isofast.processes import groups_of
-from isofast.reproduce import Request, plan
+from isofast.reproduce import Request, check_data, plan
 
 # a small network and short runs on the digits
 SMALL = [
@@ -134,6 +134,21 @@ def test_failed_runs_do_not_stop_the_others(digits: Path, tmp_path: Path) -> Non
     assert "| IsoLoss | 0.5 | no | - | - |" in out and "6 of 6 runs failed" in err
 
 
+def test_a_launcher_that_does_not_wait_for_the_run_is_told(
+    request_of: Callable[..., Request], capsys: pytest.CaptureFixture[str]
+) -> None:
+    wanted = request_of(methods=["simsiam"], seeds=1)
+    where = ["--root", str(wanted.root), "--runs", str(wanted.runs), "--datasets", "digits"]
+    given = ["reproduce", "table2", *where, "--methods", "simsiam", "--seeds", "1"]
+    assert main([*given, "--launcher", "true"]) == 1
+    out, err = capsys.readouterr()
+    assert "FAILED: --launcher ended before the run, with exit code 0" in out and "sbatch" in out
+    assert "1 of 1 runs failed" in err
+    assert "| SimSiam | - | no | - | - |" in wanted.table_path.with_name(
+        "table-digits-simsiam-seeds-1.md"
+    ).read_text(encoding="utf-8")
+
+
 def test_the_plan_is_the_table(request_of: Callable[..., Request]) -> None:
     datasets = ["cifar10", "cifar100", "stl10", "tinyimagenet"]
     runs = plan(request_of(datasets=datasets, seeds=5, epochs=7, launcher=["deepspeed", "-x"]))
@@ -154,11 +169,27 @@ def test_the_plan_is_the_table(request_of: Callable[..., Request]) -> None:
     assert {run.config.train.epochs for run in shipped} == {1000}
 
 
+def test_a_shipped_decay_is_of_runs_with_ema_alone(request_of: Callable[..., Request]) -> None:
+    """quickstart.json has one for runs of a minute; no EMA leaves no time for a memory of C."""
+    runs = plan(request_of(methods=["isoloss"]))
+    assert {run.row.ema: run.config.method.decay for run in runs} == {True: 0.99, False: 0.5}
+
+
 def test_the_command_line_knows_the_tables() -> None:
     assert set(reproduce_cli.TABLES) == set(TABLES)
     known = {name for rows in TABLES.values() for row in rows for name in row.reported}
     assert known == set(reproduce_cli.DATASETS) - {"digits"}
-    assert TABLES["table2"][3].reported["cifar10"].startswith("12.1")
+
+
+def test_a_root_without_validation_images_is_missing(
+    request_of: Callable[..., Request], tmp_path: Path
+) -> None:
+    (tmp_path / "digits" / "train").mkdir(parents=True)
+    request = request_of(root=tmp_path)
+    with pytest.raises(UserError, match=f"isofast prepare digits --root {tmp_path / 'digits'}"):
+        check_data(request)
+    (tmp_path / "digits" / "val").mkdir()
+    check_data(request)
 
 
 def test_a_dry_run_prints_commands_and_writes_nothing(
@@ -218,6 +249,7 @@ def test_a_list_without_names_is_refused(option: str, capsys: pytest.CaptureFixt
 @pytest.mark.parametrize(
     ("override", "key"),
     [
+        ("seed=3", "seed"),
         ("method.alpha=1", "method.alpha"),
         ('method={"name": "isoloss"}', "method.name"),
         ('method={"name": "byol", "ema": false}', "method.ema"),
