@@ -97,6 +97,21 @@ class PlannedRun:
         """Its config file, beside the run dir."""
         return self.run_dir.with_suffix(".json")
 
+    @property
+    def text(self) -> str:
+        """Of its config file."""
+        return json.dumps(self.settings, indent=2) + "\n"
+
+    def has_other_config(self) -> bool:
+        """Whether it has begun with a config file that says something else than ``text``."""
+        try:
+            written = self.config_path.read_text(encoding="utf-8")
+        except FileNotFoundError:
+            return False
+        except (OSError, ValueError) as error:
+            raise UserError(f"cannot read {self.config_path}: {error}; remove it") from None
+        return self.state() != "new" and written != self.text
+
     def summary(self) -> dict[str, Any] | None:
         """What is in summary.json; None while there is none."""
         path = self.run_dir / "summary.json"
@@ -187,6 +202,12 @@ def make_folder(request: Request) -> None:
         ) from None
 
 
+def write_config(run: PlannedRun) -> None:
+    """Writes the config file that the run's command names."""
+    run.run_dir.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(run.config_path, lambda part: part.write_text(run.text, encoding="utf-8"))
+
+
 def execute(runs: Sequence[PlannedRun], say: Callable[[str], None]) -> list[PlannedRun]:
     """Starts what is not finished, one run after the other; gives those that failed.
 
@@ -201,9 +222,7 @@ def execute(runs: Sequence[PlannedRun], say: Callable[[str], None]) -> list[Plan
             say(f"{place}: {state} before")
             continue
         say(f"{place}: {'starts' if state == 'new' else 'goes on'}, in {run.run_dir}")
-        run.run_dir.parent.mkdir(parents=True, exist_ok=True)
-        text = json.dumps(run.settings, indent=2) + "\n"
-        write_atomically(run.config_path, _writer(text))
+        write_config(run)
         code = run_to_its_end(run.command)
         state = run.state()
         if state == "crashed":
@@ -278,7 +297,3 @@ def _refuse_other_configs(runs: Sequence[PlannedRun]) -> None:
                 + "\n  ".join(changes)
                 + "\nGive the old values back, or name another --runs"
             )
-
-
-def _writer(text: str) -> Callable[[Path], object]:
-    return lambda part: part.write_text(text, encoding="utf-8")

@@ -4,9 +4,12 @@ import argparse
 import shlex
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from isofast.errors import RunError, UserError
+
+if TYPE_CHECKING:
+    from isofast.reproduce import PlannedRun
 
 TABLES = ("table2", "table3")
 DATASETS = ("cifar10", "cifar100", "stl10", "tinyimagenet", "digits")
@@ -61,7 +64,12 @@ def add_reproduce(commands: Any) -> None:
         help="override one key in every run; may be repeated",
     )
     parser.add_argument("--train-script", type=Path, metavar="FILE", help="launch/train.py")
-    parser.add_argument("--dry-run", action="store_true", help="print the commands, start nothing")
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="write the runs' config files and print the commands, for a scheduler or by hand; "
+        "start nothing",
+    )
     parser.add_argument("--debug", action="store_true", help="show tracebacks of user errors too")
     parser.set_defaults(run=_reproduce)
 
@@ -89,8 +97,9 @@ def _reproduce(args: argparse.Namespace) -> None:
     )
     runs = plan(request)
     if args.dry_run:
+        make_folder(request)
         for run in runs:
-            print(f"{run.title} ({run.state()}):\n  {shlex.join(run.command)}")
+            _print_command(run)
         return
     check_data(request)
     make_folder(request)
@@ -104,6 +113,19 @@ def _reproduce(args: argparse.Namespace) -> None:
             f"{len(failed)} of {len(runs)} runs failed, for the reasons above: "
             f"{'; '.join(run.title for run in failed)}. The same command goes on with them"
         )
+
+
+def _print_command(run: "PlannedRun") -> None:
+    """With its config file written, so that the command can be given as it is."""
+    from isofast.reproduce import write_config
+
+    note = ""
+    # a job that waits may be about to read it
+    if run.has_other_config():
+        note = "; its config file differs and stays as it is"
+    else:
+        write_config(run)
+    print(f"{run.title} ({run.state()}{note}):\n  {shlex.join(run.command)}")
 
 
 def _split(launcher: str) -> list[str]:

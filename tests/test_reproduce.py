@@ -2,12 +2,14 @@
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -19,6 +21,7 @@ from isofast.metrics import read_metrics
 from isofast.paper import TABLES
 from isofast.processes import groups_of
 from isofast.reproduce import Request, check_data, plan
+from isofast.settings import load_config
 
 # a small network and short runs on the digits
 SMALL = [
@@ -192,19 +195,45 @@ def test_a_root_without_validation_images_is_missing(
     check_data(request)
 
 
-def test_a_dry_run_prints_commands_and_writes_nothing(
-    digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_a_dry_run_prints_commands_that_can_be_given(
+    tmp_path: Path, launch: ModuleType, capsys: pytest.CaptureFixture[str]
 ) -> None:
     given = ["reproduce", "table3", "--datasets", "cifar10,digits", "--seeds", "1", "--dry-run"]
     runs = tmp_path / "runs"
     more = ["--root", "data", "--runs", str(runs), "--methods", "isoloss"]
+    more += ["--set", "encoder.width=4"]
     assert main([*given, *more, "--launcher", "srun -n 4 python"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 2 * 2 * 2 and "IsoLoss alpha 1, EMA, seed 0 (new)" in lines[0]
     assert lines[1].startswith("  srun -n 4 python ") and "seed-0.json --run-dir" in lines[1]
-    assert not runs.exists()
+    for line, ema in zip(lines[1::2], (True, False, True, False), strict=True):
+        args = launch.parse_arguments(shlex.split(line)[5:])
+        config = load_config(args.config, args.set)
+        assert (config.method.name, config.method.ema, config.encoder.width) == ("isoloss", ema, 4)
+        assert args.config == args.run_dir.with_suffix(".json") and not args.run_dir.exists()
     assert main([*given, *more, "--set", "train.epochs=1"]) == 2
     assert "use --seeds, --epochs" in capsys.readouterr().err
+
+
+def test_a_dry_run_leaves_a_run_that_has_begun_its_config(
+    request_of: Callable[..., Request], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    wanted = request_of(methods=["simsiam"], seeds=2)
+    given = ["reproduce", "table2", "--datasets", "digits", "--methods", "simsiam", "--seeds", "2"]
+    given += ["--runs", str(wanted.runs), "--dry-run"]
+    assert main([*given, "--root", str(wanted.root)]) == 0
+    begun, new = plan(wanted)
+    begun.run_dir.mkdir()
+    (begun.run_dir / "config.json").write_text(begun.config.model_dump_json())
+    before = begun.config_path.read_text()
+    assert main([*given, "--root", "/moved"]) == 0
+    assert begun.config_path.read_text() == before
+    assert json.loads(new.config_path.read_text())["data"]["root"] == "/moved/digits"
+    printed = capsys.readouterr().out
+    assert printed.count("(stopped; its config file differs and stays as it is)") == 1
+    begun.config_path.unlink()
+    assert main([*given, "--root", str(wanted.root)]) == 0
+    assert begun.config_path.read_text() == before
 
 
 @pytest.mark.parametrize(
