@@ -6,6 +6,7 @@ import traceback
 from collections.abc import Callable
 
 GOES_ON = "the same command goes on from what is complete"
+STARTS_OVER = "the same command starts over"
 
 
 class UserError(ValueError):

@@ -4,6 +4,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from isofast.errors import STARTS_OVER
+
 
 def add_figures(commands: Any) -> None:
     """Adds the command to the subparsers of `isofast`."""
@@ -18,7 +20,7 @@ def add_figures(commands: Any) -> None:
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="folders of runs")
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="where it goes")
     parser.add_argument("--debug", action="store_true", help="show tracebacks of user errors too")
-    parser.set_defaults(run=_figures)
+    parser.set_defaults(run=_figures, interrupted=STARTS_OVER)
 
 
 def _figures(args: argparse.Namespace) -> None:

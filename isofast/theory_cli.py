@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from isofast.errors import UserError
+from isofast.errors import STARTS_OVER, UserError
 from isofast.toy import LOSSES, Toy
 
 if TYPE_CHECKING:
@@ -22,6 +22,7 @@ FIGURES = {
 def add_theory(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Adds `theory` and what follows it; the parsed arguments carry their handler in ``run``."""
     theory = commands.add_parser("theory", help="the paper's toy networks")
+    theory.set_defaults(interrupted=STARTS_OVER)
     what = theory.add_subparsers(dest="theory", required=True, metavar="WHAT")
     simulation = what.add_parser("simulate", help="one network; prints its spectrum")
     _add_simulation(simulation)

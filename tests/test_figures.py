@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import signal
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -150,6 +151,14 @@ def test_a_folders_name_is_no_formula(spectrum_runs: Runs, tmp_path: Path) -> No
     assert main(["figures", "3", *map(str, folders), "--output", str(tmp_path)]) == 0
     titles = [axis.get_title() for axis in figure3([read_run(run) for run in folders]).axes]
     assert r"(a\$b_{\$)" in titles[0] and r"(c\$d_{\$)" in titles[1]
+
+
+def test_an_interrupted_figure_starts_over(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("isofast.figures.draw", lambda *given: signal.raise_signal(signal.SIGINT))
+    assert main(["figures", "3", "run", "--output", str(tmp_path)]) == 130
+    assert capsys.readouterr().err == "\ninterrupted; the same command starts over\n"
 
 
 def _copy(run: Path, to: Path, **settings: Any) -> Path:
