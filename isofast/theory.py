@@ -22,6 +22,9 @@ Shape letters: S initialisations, B samples, N inputs, M outputs, P points, T re
 """
 
 import math
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -29,7 +32,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from isofast.errors import RunError
+from isofast.errors import RunError, UserError
 from isofast.toy import Toy
 from isofast_kernels.reference import (
     NORM_FLOOR,
@@ -98,7 +101,13 @@ def simulate(
 
     Raises:
         RunError: V left the finite numbers.
+        UserError: the sizes of ``toy`` do not fit into memory.
     """
+    with _memory_for(toy):
+        return _follow(toy, v_SMN, points_PN, records)
+
+
+def _follow(toy: Toy, v_SMN: Tensor | None, points_PN: Tensor | None, records: int) -> Trajectory:
     v_SMN = initial_weights(toy) if v_SMN is None else v_SMN
     points_PN = v_SMN.new_zeros(0, toy.inputs) if points_PN is None else points_PN
     generator = stream(toy.seed, 1)
@@ -124,6 +133,20 @@ def simulate(
         points=torch.stack(points).numpy(),
         weights=v_SMN.numpy(),
     )
+
+
+@contextmanager
+def _memory_for(toy: Toy) -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        # torch has no type for it on the CPU
+        if not re.search(r"allocate memory|size calculation overflowed", str(error)):
+            raise
+        raise UserError(
+            f"inputs {toy.inputs:,}, outputs {toy.outputs:,} and samples {toy.samples:,} do not "
+            "fit into memory; give smaller ones"
+        ) from None
 
 
 def population_gradient(toy: Toy, v_SMN: Tensor, generator: torch.Generator) -> Tensor:

@@ -113,6 +113,23 @@ def test_a_simulation_that_leaves_the_numbers_ends_with_exit_code_1(
     assert "give a smaller --lr" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("given", "named"),
+    [
+        ("--inputs 10000000 --outputs 10000000", "inputs 10,000,000, outputs 10,000,000"),
+        ("--inputs 10000000000 --outputs 10000000000", "outputs 10,000,000,000"),
+        ("--samples 10000000000000", "samples 10,000,000,000,000"),
+    ],
+    ids=["weights", "overflow", "samples"],
+)
+def test_sizes_that_fit_into_no_memory_are_refused(
+    capsys: pytest.CaptureFixture[str], given: str, named: str
+) -> None:
+    assert main(["theory", "simulate", "--loss", "cosine", *given.split()]) == 2
+    shown = capsys.readouterr().err
+    assert "do not fit into memory; give smaller ones" in shown and named in shown
+
+
 @pytest.mark.parametrize("figure", ["figure2", "figure5", "figure6"])
 def test_a_figure_is_a_picture_and_its_numbers(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], figure: str
