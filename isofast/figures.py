@@ -107,7 +107,9 @@ def figure4(runs: Sequence[Run]) -> Figure:
         above, below = axes[0][column], axes[1][column]
         assert run.alignment_TD is not None
         _modes(above, run.epochs_T, run.alignment_TD)
-        weights_TD = run.eigenvalues_TD / run.eigenvalues_TD.sum(1, keepdims=True)
+        # C that is zero or infinite has no weights
+        with np.errstate(invalid="ignore"):
+            weights_TD = run.eigenvalues_TD / run.eigenvalues_TD.sum(1, keepdims=True)
         mean_T = (weights_TD * run.alignment_TD).sum(1)
         above.plot(
             run.epochs_T,
@@ -118,7 +120,7 @@ def figure4(runs: Sequence[Run]) -> Figure:
         )
         above.set(
             title=f"{name}{_blow_up(run)}",
-            ylim=(min(-0.05, np.nanmin(run.alignment_TD)) - 0.02, 1.04),
+            ylim=(np.nanmin(run.alignment_TD, initial=-0.05) - 0.02, 1.04),
         )
         above.axhline(1, color="0.8", linewidth=0.8, zorder=0)
         _eigenvalues(below, run)

@@ -191,7 +191,8 @@ def _draw_spectrum(axes: Axes, trajectory: Trajectory, metric: str, relu: bool) 
 
 
 def _step_axis(axes: Axes, trajectory: Trajectory) -> None:
-    axes.set_xlim(0, trajectory.steps[-1])
+    # without a step there is still an axis
+    axes.set_xlim(0, max(1, trajectory.steps[-1]))
     axes.set_xlabel("step")
     axes.xaxis.set_major_locator(MaxNLocator(3, integer=True))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda step, _: f"{int(step):,}"))

@@ -153,6 +153,21 @@ def test_a_folders_name_is_no_formula(spectrum_runs: Runs, tmp_path: Path) -> No
     assert r"(a\$b_{\$)" in titles[0] and r"(c\$d_{\$)" in titles[1]
 
 
+@pytest.mark.parametrize("value", [np.nan, 0.0, np.inf])
+@pytest.mark.parametrize("number", ["3", "4"])
+@pytest.mark.filterwarnings("error")
+def test_a_run_without_one_sound_number_is_drawn_without_warnings(
+    number: str, value: float, spectrum_runs: Runs, tmp_path: Path
+) -> None:
+    run = _copy(spectrum_runs["linear"][1], tmp_path / "run")
+    with np.load(run / "spectrum.npz") as stored:
+        spectra = dict(stored)
+    spectra["eigenvalues"][:] = value
+    spectra["alignment"][:] = np.nan
+    np.savez(run / "spectrum.npz", **spectra)
+    assert main(["figures", number, str(run), "--output", str(tmp_path)]) == 0
+
+
 def test_an_interrupted_figure_starts_over(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

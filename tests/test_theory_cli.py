@@ -158,6 +158,14 @@ def test_a_figure_is_a_picture_and_its_numbers(
     assert positive == (figure == "figure6")
 
 
+@pytest.mark.filterwarnings("error")
+def test_figures_of_no_step_are_drawn_without_warnings(tmp_path: Path) -> None:
+    for figure in ("figure2", "figure5"):
+        given = ("--output", str(tmp_path), "--steps", "0", "--samples", "5")
+        assert main(["theory", figure, *given]) == 0
+    assert np.load(tmp_path / "figure5.npz")["cosine_steps"].tolist() == [0]
+
+
 def test_figure5_starts_from_v0_twice_v0_and_another(tmp_path: Path) -> None:
     assert main(["theory", "figure5", "--output", str(tmp_path), *SHORT]) == 0
     first = np.load(tmp_path / "figure5.npz")["euclidean_points"][0]
