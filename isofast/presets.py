@@ -1,7 +1,8 @@
 """What a data set and a method imply, filled in where the user says nothing.
 
-The values and their sources: the table "Networks and training" and the list below it in the
-paper's appendix and the authors' released code; the comments name which one where they differ.
+The values are those of the paper (Halvagal, Laborieux, Zenke, NeurIPS 2023) and of its authors'
+released code, fmi-basel/implicit-var-reg; the comments name which one where the two differ. Digits,
+image folders and AdamW are in neither: their values are this library's.
 """
 
 from collections.abc import Mapping

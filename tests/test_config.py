@@ -37,7 +37,7 @@ def test_presets_fill_in_and_the_user_wins(
     assert {key: getattr(config.method, key) for key in expected} == expected
 
 
-# The table "Networks and training", a line a method: what a run without another word has.
+# A line a method: what a run without another word has.
 PRESETS: dict[str, dict[str, Any]] = {
     "isoloss": {"alpha": 0.5, "eps": 0.0, "normalize": "spectral", "decay": 0.998, "ema": True},
     "directpred": {"alpha": 0.5, "eps": 0.0, "normalize": "spectral", "decay": 0.998, "ema": True},
@@ -52,7 +52,7 @@ SGD_RUN = ("sgd", 0.1, 0.9)
 
 @pytest.mark.parametrize("metric", ["cosine", "euclidean"])
 @pytest.mark.parametrize("name", PRESETS)
-def test_each_method_has_the_tables_settings(name: str, metric: str) -> None:
+def test_each_method_has_its_settings(name: str, metric: str) -> None:
     config = validate({**DATA, "method": {"name": name, "metric": metric}})
     expected = dict(PRESETS[name])
     if metric == "euclidean" and expected["normalize"] is not None:
