@@ -38,16 +38,16 @@ def spectrum_of(rank: float, trace: float = 1.0, dim: int = 128) -> Spectrum:
 
 @pytest.fixture
 def config(tmp_path: Any) -> Callable[..., Config]:
-    """Of the runs above; keyword arguments are the method's."""
+    """Of the runs above; keyword arguments are the method's, but for the weight decay."""
 
-    def make(**method: Any) -> Config:
+    def make(*, weight_decay: float = 1e-4, **method: Any) -> Config:
         return validate(
             {
                 "data": {"dataset": "digits", "root": str(tmp_path)},
                 "method": {"decay": 0.99} | method,
                 "projector": {"output": 128},
                 "train": {"epochs": 12},
-                "optimizer": {"name": "adamw", "lr": 8e-3},
+                "optimizer": {"name": "adamw", "lr": 8e-3, "weight_decay": weight_decay},
             }
         )
 
@@ -89,6 +89,26 @@ def test_c_has_not_settled_before_two_of_its_time_constants(
     config: Callable[..., Config],
 ) -> None:
     assert findings(config(decay=0.998), "directpred, no EMA") == []
+
+
+def test_dimensions_are_not_told_in_the_first_steps_however_short_the_memory_of_c(
+    config: Callable[..., Config],
+) -> None:
+    """The preset without EMA forgets within four steps, and the ranks of a new network fall."""
+    short = {"decay": 0.5, "ema": False}
+    assert findings(config(**short), "isoloss, no EMA") == []
+    found = findings(config(name="directpred", **short), "directpred, no EMA")
+    assert [step for step, _ in found] == [220, 250, 264]
+
+
+def test_a_fall_to_a_fiftieth_of_the_dimensions_is_told(config: Callable[..., Config]) -> None:
+    watch = CollapseWatch(config(), steps_per_epoch=22)
+    found = {}
+    for step, rank in ((100, 9.0), (150, 5.0), (220, 2.8), (240, 2.0)):
+        watch.seen(step, spectrum_of(rank))
+        finding = watch.judge(step, HEALTHY, spectrum_of(rank))
+        found[step] = finding and finding.kind
+    assert found == {100: None, 150: None, 220: None, 240: "dimensional"}
 
 
 def test_one_point_for_all_images_is_told_at_once(config: Callable[..., Config]) -> None:
@@ -133,3 +153,16 @@ def test_what_to_try_fits_the_method(
     tries = remedies(config(**method), kind)
     assert tries[0].startswith(first)
     assert not [text for text in tries if never in text]
+
+
+def test_weight_decay_is_named_where_it_can_help(config: Callable[..., Config]) -> None:
+    """The cosine lets norms grow unseen; the Euclidean loss does not, and below 0 is nothing."""
+    for method, kind, words in (
+        ({"metric": "cosine"}, "blow-up", "weight_decay above 0.0001"),
+        ({"metric": "euclidean"}, "blow-up", None),
+        ({}, "complete", "weight_decay below 0.0001"),
+        ({"weight_decay": 0.0}, "complete", None),
+        ({"weight_decay": 0.0}, "dimensional", None),
+    ):
+        named = [text for text in remedies(config(**method), kind) if "weight_decay" in text]
+        assert named == ([f"optimizer.{words}"] if words else [])

@@ -1,8 +1,7 @@
-"""Spectra: what they measure, that the loop does not wait for them, and that they stay in order."""
+"""Spectra: what they measure, and which of them a run keeps."""
 
 import math
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -11,12 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from isofast.background import Background, HostCopy
-from isofast.config import Config
-from isofast.distributed import World
-from isofast.evaluate import Evaluation
 from isofast.metrics import MetricsWriter, read_metrics, read_spectra
-from isofast.recorder import Recorder, Totals
 from isofast.spectrum import (
     Spectrum,
     effective_rank,
@@ -111,97 +105,6 @@ def test_a_matrix_that_is_lost_gives_nan_and_no_error() -> None:
     spectrum = measure(torch.full((3, 3), torch.nan), torch.eye(3))
     assert np.isnan(spectrum.eigenvalues_D).all() and np.isnan(spectrum.alignment_D).all()
     assert math.isnan(spectrum.effective_rank) and math.isnan(spectrum.effective_rank_entropy)
-
-
-def test_the_background_runs_in_order_and_the_caller_goes_on(gate: threading.Event) -> None:
-    done: list[int] = []
-    background = Background()
-    background.do(gate.wait)
-    futures = [background.do(lambda n=n: done.append(n)) for n in range(5)]
-    assert done == [] and not any(future.done() for future in futures)
-    gate.set()
-    background.wait()
-    assert done == [0, 1, 2, 3, 4]
-    background.close()
-
-
-def test_an_error_in_the_background_is_raised_once() -> None:
-    background = Background()
-    background.do(lambda: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        background.wait()
-    assert background.do(lambda: 3).result() == 3
-    background.close()
-
-
-def test_a_host_copy_is_of_its_moment() -> None:
-    tensor = torch.ones(3)
-    copy = HostCopy(tensor)
-    tensor.zero_()
-    assert copy.get().tolist() == [1, 1, 1]
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-def test_a_host_copy_of_a_gpu_tensor_is_of_its_moment_and_is_not_waited_for() -> None:
-    tensor = torch.ones(256, 256, device="cuda")
-    HostCopy(tensor).get()
-    torch.cuda.synchronize()
-    # about half a second of work in front of the copy
-    torch.cuda._sleep(1_000_000_000)
-    copy = HostCopy(tensor)
-    tensor.zero_()
-    assert not torch.cuda.current_stream().query()
-    assert float(copy.get().min()) == 1 and copy.get().is_pinned()
-
-
-@pytest.fixture
-def gate() -> Iterator[threading.Event]:
-    """What holds up the thread beside the loop, until it is set or the test is over."""
-    event = threading.Event()
-    yield event
-    event.set()
-
-
-@pytest.fixture
-def recorder(small_config: Callable[..., Config], tmp_path: Path) -> Iterator[Recorder]:
-    """Of a new run."""
-    world = World(rank=0, size=1, local_rank=0, device=torch.device("cpu"))
-    made = Recorder(
-        tmp_path,
-        small_config(),
-        world,
-        {},
-        Totals(),
-        step=0,
-        last_step=9,
-        steps_per_epoch=4,
-    )
-    with closing(made):
-        yield made
-
-
-def test_the_loop_waits_for_no_spectrum_and_records_keep_their_order(
-    recorder: Recorder, gate: threading.Event, tmp_path: Path
-) -> None:
-    recorder._background.do(gate.wait)
-    for step in (1, 2, 3):
-        recorder.stepped()
-        recorder.spectrum(step, torch.eye(16) * step, None)
-        values: dict[str, Any] = {"loss": 0.0, "probe_top1": 0.0, "embedding_std": 0.2}
-        recorder.training(step, values)
-    recorder.evaluation(3, Evaluation(0.5, 0.25))
-    assert read_metrics(tmp_path / "metrics.jsonl") == []
-    gate.set()
-    recorder.flush()
-    records = read_metrics(tmp_path / "metrics.jsonl")
-    assert [(record["step"], "loss" in record) for record in records] == [
-        *((1, True), (2, True), (3, True), (3, False))
-    ]
-    assert [record["effective_rank"] for record in records[:3]] == [16, 16, 16]
-    spectra = read_spectra(tmp_path / "spectrum.npz")
-    assert {step: one.eigenvalues_D[0] for step, one in spectra.items()} == {1: 1, 2: 2, 3: 3}
-    assert recorder.finding() is None
 
 
 def test_files_without_alignment_stay_readable(tmp_path: Path) -> None:
