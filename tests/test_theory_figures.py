@@ -24,6 +24,7 @@ PROMISES: dict[str, dict[str, Any]] = {
     "stop-gradient and predictor": {},
     "IsoLoss": {},
 }
+DIVERGES = "no stop-gradient, paper's derivative"
 METRICS = ("euclidean", "cosine")
 
 
@@ -39,9 +40,12 @@ def drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 
     monkeypatch.setattr(Figure, "savefig", savefig)
 
-    def draw(figure: str) -> dict[tuple[int, int], Axes]:
-        short = ("--steps", str(STEPS), "--samples", str(SAMPLES))
-        assert main(["theory", figure, "--output", str(tmp_path), *short]) == 0
+    def draw(
+        figure: str, *, seed: int = 0, steps: int = STEPS, samples: int = SAMPLES
+    ) -> dict[tuple[int, int], Axes]:
+        settings = {"steps": steps, "samples": samples, "seed": seed}
+        options = [f"--{name}={value}" for name, value in settings.items()]
+        assert main(["theory", figure, "--output", str(tmp_path), *options]) == 0
         places = {axes: axes.get_subplotspec() for axes in saved[0].axes}
         return {(place.rowspan.start, place.colspan.start): axes for axes, place in places.items()}
 
@@ -64,7 +68,7 @@ def toy_of(metric: str, title: str, **settings: Any) -> Toy:
 
 
 def plane_of(toy: Toy, start: torch.Tensor | None = None) -> Trajectory:
-    candidates = randn((5000, 6), stream(0, 2))
+    candidates = randn((5000, 6), stream(toy.seed, 2))
     longest = candidates.norm(dim=-1).argsort(descending=True)[:20]
     return simulate(toy, start, points_PN=candidates[longest], records=STEPS + 1)
 
@@ -92,9 +96,11 @@ def assert_spectrum(axes: Axes, values_TM: NDArray[Any]) -> None:
     assert (np.diff(light) < 0).all()
 
 
-@pytest.mark.parametrize("figure", ["figure2", "figure6"])
-def test_every_panel_shows_the_loss_its_title_and_row_name(drawn: Any, figure: str) -> None:
-    axes = drawn(figure)
+@pytest.mark.parametrize(("figure", "seed"), [("figure2", 1), ("figure6", 0)])
+def test_every_panel_shows_the_loss_its_title_and_row_name(
+    drawn: Any, figure: str, seed: int
+) -> None:
+    axes = drawn(figure, seed=seed)
     relu = figure == "figure6"
     seen, ends = set(), []
     for row, metric in enumerate(METRICS):
@@ -106,13 +112,15 @@ def test_every_panel_shows_the_loss_its_title_and_row_name(drawn: Any, figure: s
                 continue
             title = title_of(above)
             seen.add((metric, title))
-            plane = toy_of(metric, title, relu=relu, inputs=6, outputs=2, lr=0.01, samples=200)
+            own = {"relu": relu, "seed": seed}
+            plane = toy_of(metric, title, inputs=6, outputs=2, lr=0.01, samples=200, **own)
             assert_plane(above, plane_of(plane).points[:, 0])
-            toy = toy_of(metric, title, relu=relu, samples=SAMPLES)
+            toy = toy_of(metric, title, samples=SAMPLES, **own)
             ends.append(simulate(toy, records=STEPS + 1).eigenvalues[:, 0])
             assert_spectrum(below, ends[-1])
             dotted = [line for line in below.lines if line.get_linestyle() == ":"]
             assert len(dotted) == (metric == "euclidean" and not relu)
+            assert all(list(line.get_ydata()) == [1, 1] for line in dotted)
     assert len(seen) == len(ends) == 9
     for index, values in enumerate(ends):
         others = ends[:index] + ends[index + 1 :]
@@ -132,13 +140,16 @@ def test_the_free_column_says_how_the_paper_and_the_relu_differ(drawn: Any, figu
     assert ("IsoLoss: views below 0.1" in note.get_text()) == (figure == "figure6")
 
 
-def test_figure5_shows_each_start_in_its_column_and_its_colour(drawn: Any) -> None:
-    axes = drawn("figure5")
-    v0 = initial_weights(Toy(inputs=6, outputs=2))
-    starts = {"V0": v0, "2 V0": 2 * v0, "randn / 2": randn((1, 2, 6), stream(0, 3)) / 2}
+@pytest.mark.parametrize("seed", [0, 1])
+def test_figure5_shows_each_start_in_its_column_and_its_colour(drawn: Any, seed: int) -> None:
+    axes = drawn("figure5", seed=seed)
+    v0 = initial_weights(Toy(inputs=6, outputs=2, seed=seed))
+    starts = {"V0": v0, "2 V0": 2 * v0, "randn / 2": randn((1, 2, 6), stream(seed, 3)) / 2}
+    limits = {axes[row, column].get_xlim() for row in (0, 1) for column in (0, 1, 2)}
+    assert limits == {axes[0, 0].get_ylim()}
     for row, metric in enumerate(METRICS):
         assert axes[row, 0].get_ylabel().startswith(metric.capitalize())
-        toy = Toy(loss=metric, steps=STEPS, samples=200, inputs=6, outputs=2, lr=0.01)
+        toy = Toy(loss=metric, steps=STEPS, samples=200, inputs=6, outputs=2, lr=0.01, seed=seed)
         lines = iter(axes[row, 3].lines)
         for column, (name, start) in enumerate(starts.items()):
             assert title_of(axes[row, column]) == f"from {name}"
@@ -153,3 +164,25 @@ def test_figure5_shows_each_start_in_its_column_and_its_colour(drawn: Any) -> No
             np.testing.assert_allclose(expected.get_ydata(), end, rtol=1e-7)
             assert expected.get_linestyle() == ":"
         assert next(lines, None) is None
+
+
+def test_what_diverges_has_its_own_scale_and_the_others_share_theirs(drawn: Any) -> None:
+    """Of this seed's few samples the paper's derivative leaves both scales within 140 steps."""
+    axes = drawn("figure2", seed=6, steps=140, samples=1)
+    limits = {}
+    for (row, column), panel in axes.items():
+        if panel.axison and row in (0, 2):
+            assert panel.get_xlim() == panel.get_ylim()
+            high = panel.get_ylim()[1]
+            limits[METRICS[row // 2], title_of(panel)] = high
+            assert high >= max(abs(line.get_ydata()).max() for line in panel.lines)
+        elif panel.axison and panel.lines:
+            low, high = panel.get_ylim()
+            top = lines_of(panel)[1].max()
+            assert low == 0.01 and high >= max(top, 10)
+            own = (row, title_of(axes[row - 1, column])) == (3, DIVERGES)
+            assert (high > 10) == (top > 10) == own
+    diverged = limits.pop(("cosine", DIVERGES))
+    for metric in METRICS:
+        (shared,) = {limit for (of, _), limit in limits.items() if of == metric}
+        assert metric == "euclidean" or diverged > 10 * shared

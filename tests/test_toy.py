@@ -77,6 +77,26 @@ def test_relu_embeddings_below_the_norm_floor_move_nothing(name: str) -> None:
     assert (sampled_gradient(toy, short, stream(0, 1)) == 0).all()
 
 
+@pytest.mark.parametrize("name", COSINE)
+@pytest.mark.parametrize("short_side", ["prediction", "target"])
+def test_a_relu_sample_with_one_side_below_the_norm_floor_moves_nothing(
+    short_side: str, name: str
+) -> None:
+    """V takes the only pair of views to one embedding of length 1 and one of 1e-12."""
+    toy = changed(COSINE[name], relu=True, samples=1, inputs=2, outputs=2)
+    generator = stream(0, 1)
+    x1_N = randn((1, 2), generator)[0]
+    views_NV = torch.stack([x1_N, x1_N + NOISE * randn((1, 2), generator)[0]], 1)
+    scales_V = torch.tensor([1e-12, 1.0] if short_side == "prediction" else [1.0, 1e-12])
+    embeddings_MV = torch.tensor([[0.6, 0.8], [0.8, 0.6]], dtype=torch.float64) * scales_V
+    v_SMN = (embeddings_MV @ views_NV.inverse())[None]
+    lengths_V = embed(toy, views_NV.T, v_SMN)[0].norm(dim=-1)
+    torch.testing.assert_close(lengths_V, scales_V.double(), rtol=1e-2, atol=0)
+    assert (sampled_gradient(toy, v_SMN, stream(0, 1)) == 0).all()
+    both = v_SMN.new_tensor([[[0.6, 0.8], [0.8, 0.6]]]) @ views_NV.inverse()
+    assert sampled_gradient(toy, both, stream(0, 1)).abs().max() > 1e-3
+
+
 @pytest.mark.parametrize("name", EUCLIDEAN)
 def test_the_closed_form_is_the_mean_of_the_samples(name: str) -> None:
     toy = changed(EUCLIDEAN[name], samples=4000)
@@ -152,6 +172,15 @@ def test_a_seed_gives_one_result_and_another_seed_another() -> None:
     start = initial_weights(toy)
     drawn = simulate(changed(toy, seed=1), start)
     assert not np.array_equal(drawn.weights, first.weights), "the samples have the seed too"
+
+
+def test_no_two_streams_have_anything_to_do_with_each_other() -> None:
+    """Of 10,000 numbers each; by chance a correlation is 0.01."""
+    places = [(seed, index) for seed in range(3) for index in range(4)]
+    drawn = np.stack([randn((10_000,), stream(*place)).numpy() for place in places])
+    assert np.abs(np.corrcoef(drawn) - np.eye(len(places))).max() < 0.06
+    for place, numbers in zip(places, drawn, strict=True):
+        assert np.array_equal(randn((10_000,), stream(*place)).numpy(), numbers)
 
 
 def test_records_are_spread_from_the_first_step_to_the_last() -> None:
