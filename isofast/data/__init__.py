@@ -1,6 +1,7 @@
 """Data sets, augmentation recipes and the loaders that feed the training loop.
 
-DALI is imported only when a loader is made: listing, checking and preparing data need none of it.
+DALI is imported only when a loader is made or an image is checked for the first time; where it is
+not installed, data can still be listed, checked (by Pillow alone) and prepared.
 """
 
 import importlib

@@ -19,6 +19,7 @@ from torch.utils.dlpack import from_dlpack
 
 from isofast.data.datasets import ImageFolder, read_files, remember_bad
 from isofast.data.draw import Ints, ViewDraw, colour_matrices
+from isofast.data.looks import REFUSED
 from isofast.data.recipe import Recipe, ViewRecipe
 from isofast.errors import RunError
 from isofast_kernels.augment_reference import BLUR_REACH
@@ -31,6 +32,8 @@ Nodes = dict[str, Node]
 # enough to make up for handing a task to a thread, few enough to share out a small batch
 _FILES_A_TASK = 16
 _SHOWN = 5
+
+_CPU = torch.device("cpu")
 
 CLEAN_ARGUMENTS = ("roi_start", "roi_end")
 
@@ -142,7 +145,8 @@ class Stream:
     def _blame(self, fed: list[int], error: RuntimeError) -> str:
         """Say which of the files that were fed DALI refuses, and have them remembered as bad."""
         fed = sorted(set(fed))
-        refused = _undecodable(self._dataset, fed, self._device)
+        decoder = SingleDecoder(self._device)
+        refused = [k for k in fed if not decoder.decodes(read_files(self._dataset, [k])[0])]
         root = self._dataset.root
         # where not even one can be decoded, it is the device that fails
         if not refused or len(refused) == len(fed) > 1:
@@ -150,13 +154,16 @@ class Stream:
                 f"DALI could not make a batch of images in {root}. It was given {len(fed)} that it "
                 f"had not done with, and no single one of them is to blame: {error}"
             )
-        remember_bad(self._dataset, dict.fromkeys(refused, "DALI cannot decode it"))
+        remember_bad(self._dataset, dict.fromkeys(refused, REFUSED))
         shown = ", ".join(str(root / self._dataset.paths[index]) for index in refused[:_SHOWN])
         more = f", and {len(refused) - _SHOWN} more" if len(refused) > _SHOWN else ""
+        aside = ", or do without them: evaluation.every_epochs=0" * (self._dataset.split == "val")
         return (
             f"DALI cannot decode {len(refused)} of the {len(fed)} images that it was working on, "
-            f"though Pillow can: {shown}{more}. Replace or delete what is named, or have it left "
-            "out with data.on_bad_image=skip, then start again"
+            f"though they passed the check: {shown}{more}. A run without a checkpoint can begin "
+            "without them: replace or delete what is named, or give data.on_bad_image=skip. One "
+            "that has a checkpoint goes on with no other images than its own: bring these back "
+            f"undamaged{aside}, or start over with --fresh"
         )
 
     def _to_torch(self, output: Any) -> torch.Tensor:
@@ -192,24 +199,35 @@ def _pipeline(batch_size: int, device: torch.device, threads: int, prefetch: int
     )
 
 
-def _undecodable(dataset: ImageFolder, indices: Sequence[int], device: torch.device) -> list[int]:
-    """Those of the images that DALI refuses, each given to it alone."""
-    refused: list[int] = []
-    alone: Pipeline | None = None
-    for index in indices:
-        if alone is None:
-            alone = _pipeline(1, device, threads=1, prefetch=1)
-            with alone:
-                alone.set_outputs(_decoded(fn.external_source(name="file", batch=True), device))
-            alone.build()
-        alone.feed_input("file", [np.frombuffer(read_files(dataset, [index])[0], np.uint8)])
+class SingleDecoder:
+    """Tells of one file at a time whether DALI decodes it; for one thread.
+
+    Never in batches: a file that is refused within one can crash the process.
+
+    Args:
+        device: where files are decoded.
+    """
+
+    def __init__(self, device: torch.device = _CPU) -> None:
+        self._device = device
+        self._pipeline: Pipeline | None = None
+
+    def decodes(self, content: bytes) -> bool:
+        """Say whether DALI makes an image of what a file holds."""
         try:
-            alone.run()
+            if self._pipeline is None:
+                self._pipeline = _pipeline(1, self._device, threads=1, prefetch=1)
+                with self._pipeline:
+                    encoded = fn.external_source(name="file", batch=True)
+                    self._pipeline.set_outputs(_decoded(encoded, self._device))
+                self._pipeline.build()
+            self._pipeline.feed_input("file", [np.frombuffer(content, np.uint8)])
+            self._pipeline.run()
         except RuntimeError:
-            refused.append(index)
             # of no further use
-            alone = None
-    return refused
+            self._pipeline = None
+            return False
+        return True
 
 
 def view_arguments(recipe: Recipe) -> list[str]:

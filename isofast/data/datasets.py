@@ -12,18 +12,16 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
 from tqdm import tqdm
 
-from isofast.data.png import png_problem
+from isofast.data.looks import has_dali, look_at
 from isofast.errors import RunError, UserError
 from isofast.files import write_atomically
 
-# MPO is a JPEG with further pictures behind the first, as many cameras write it
-_FORMATS = ("PNG", "JPEG", "MPO")
 _SHOWN = 5
 # raised when more is looked at than before, so that what passed an earlier check is read again
-_CHECK = 2
+_CHECK = 3
+_CHECK_WITHOUT_DALI = 2
 # images, at least, between two writings of what was found
 _KEEP_EVERY = 2000
 
@@ -82,8 +80,11 @@ def verify_images(
     written to is checked each time. It is kept now and then while files are being read, so a check
     that was stopped goes on from there.
 
+    Pillow decodes each image, and DALI (on the CPU) what Pillow takes, for a file that it refuses
+    would end a run. Without DALI the check goes without it, and is repeated once it is there.
+
     A PNG that is damaged anywhere is found by its checksums. JPEG has none: one that is damaged in
-    the middle is a picture to every decoder, with a warning at most, and passes.
+    the middle is a picture to both decoders, with a warning at most, and passes.
 
     Args:
         dataset: what to check.
@@ -115,7 +116,7 @@ def verify_images(
         else:
             pending.append((path, stamp))
     try:
-        _look_at(dataset, pending, found, bad, progress)
+        _look_at_all(dataset, pending, found, bad, progress)
     finally:
         if found != known:
             _write_memory(memory, found)
@@ -207,16 +208,7 @@ class _Findings(NamedTuple):
     bad: dict[str, tuple[int, int, str]]
 
 
-class _Look(NamedTuple):
-    """One file decoded: what is wrong with it ("": nothing), and whether that is sure to stay."""
-
-    problem: str
-    height: int = 0
-    width: int = 0
-    lasting: bool = True
-
-
-def _look_at(
+def _look_at_all(
     dataset: ImageFolder,
     pending: list[tuple[str, _Stamp]],
     found: _Findings,
@@ -229,7 +221,7 @@ def _look_at(
     # decoding releases the interpreter's lock, so threads do scale here
     pool = ThreadPoolExecutor(min(16, os.cpu_count() or 1))
     try:
-        looks = pool.map(lambda item: _image_problem(dataset.root / item[0]), pending)
+        looks = pool.map(lambda item: look_at(dataset.root / item[0]), pending)
         bar = tqdm(
             zip(pending, looks, strict=True),
             desc=f"checking {dataset.split} images",
@@ -253,23 +245,6 @@ def _look_at(
     finally:
         # who stops a check does not wait for the rest of it
         pool.shutdown(cancel_futures=True)
-
-
-def _image_problem(path: Path) -> _Look:
-    try:
-        with Image.open(path) as image:
-            if image.format not in _FORMATS:
-                return _Look(f"{image.format}, not PNG or JPEG")
-            image.load()
-            problem = png_problem(path.read_bytes()) if image.format == "PNG" else ""
-            return _Look(problem, image.height, image.width)
-    # Pillow raises nearly anything for damaged files (SyntaxError for PNG, struct.error, ...)
-    except Exception as error:
-        if isinstance(error, OSError) and error.errno is not None:
-            # the disk's or the permissions' fault, which may pass: not to be remembered
-            return _Look(error.strerror or str(error), lasting=False)
-        reason = "empty file" if path.exists() and path.stat().st_size == 0 else str(error)
-        return _Look(reason.replace(f" {str(path)!r}", "") or type(error).__name__)
 
 
 def _with_findings(dataset: ImageFolder, found: _Findings, bad: dict[str, str]) -> ImageFolder:
@@ -309,10 +284,14 @@ def _memory_of(dataset: ImageFolder) -> Path:
     return dataset.root / f".isofast-checked-{dataset.split}.json"
 
 
+def _check() -> int:
+    return _CHECK if has_dali() else _CHECK_WITHOUT_DALI
+
+
 def _read_memory(path: Path) -> _Findings:
     try:
         content = json.loads(path.read_text())
-        if content["check"] != _CHECK:
+        if content["check"] < _check():
             return _Findings({}, {})
         good = {
             name: (int(a), int(b), int(c), int(d))
@@ -327,7 +306,9 @@ def _read_memory(path: Path) -> _Findings:
 
 def _write_memory(path: Path, found: _Findings) -> None:
     fields = {"files": "bytes, mtime_ns, height, width", "bad": "bytes, mtime_ns, what is wrong"}
-    content = json.dumps({"check": _CHECK, "fields": fields, "files": found.good, "bad": found.bad})
+    content = json.dumps(
+        {"check": _check(), "fields": fields, "files": found.good, "bad": found.bad}
+    )
     # a read-only or full data root only costs the check at the next start
     with contextlib.suppress(OSError):
         write_atomically(path, lambda part: part.write_text(content))

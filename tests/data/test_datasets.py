@@ -119,13 +119,13 @@ def test_what_was_checked_is_remembered_until_it_changes(
     root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     opened: list[str] = []
-    check = datasets._image_problem
+    check = datasets.look_at
 
     def counting(path: Path) -> object:
         opened.append(path.name)
         return check(path)
 
-    monkeypatch.setattr(datasets, "_image_problem", counting)
+    monkeypatch.setattr(datasets, "look_at", counting)
     first = verify_images(open_dataset(root, "train"), progress=False)
     assert len(opened) == 51
     opened.clear()

@@ -22,6 +22,7 @@ from isofast.data import (
     recipe_for,
     verify_images,
 )
+from isofast.data.looks import Look
 from isofast.data.prepare import prepare
 from isofast.errors import UserError
 
@@ -91,13 +92,13 @@ def test_what_was_found_bad_is_not_decoded_again(
     spoiled: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     opened: list[str] = []
-    look = datasets._image_problem
+    look = datasets.look_at
 
     def counting(path: Path) -> object:
         opened.append(str(path.relative_to(spoiled)))
         return look(path)
 
-    monkeypatch.setattr(datasets, "_image_problem", counting)
+    monkeypatch.setattr(datasets, "look_at", counting)
     listed = open_dataset(spoiled, "train")
     first = verify_images(listed, on_bad="skip", progress=False)
     # the link leads nowhere, so that there is nothing to decode
@@ -244,7 +245,7 @@ def test_the_name_of_a_file_that_is_left_out_need_not_be_text(
 
 
 def test_a_check_that_was_stopped_goes_on(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    look = datasets._image_problem
+    look = datasets.look_at
     opened: list[str] = []
 
     def counting(path: Path) -> object:
@@ -257,11 +258,11 @@ def test_a_check_that_was_stopped_goes_on(root: Path, monkeypatch: pytest.Monkey
         return counting(path)
 
     monkeypatch.setattr(os, "cpu_count", lambda: 1)
-    monkeypatch.setattr(datasets, "_image_problem", stopping)
+    monkeypatch.setattr(datasets, "look_at", stopping)
     with pytest.raises(KeyboardInterrupt):
         verify_images(open_dataset(root, "train"), progress=False)
     opened.clear()
-    monkeypatch.setattr(datasets, "_image_problem", counting)
+    monkeypatch.setattr(datasets, "look_at", counting)
     assert len(verify_images(open_dataset(root, "train"), progress=False)) == 51
     assert len(opened) == 21
 
@@ -275,13 +276,13 @@ def test_who_stops_a_check_does_not_wait_for_its_end(
     def slow(path: Path) -> object:
         opened.append(path.name)
         time.sleep(0.05)
-        return datasets._Look("", 1, 1)
+        return Look("", 1, 1)
 
     def stop(*_: object) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(os, "cpu_count", lambda: 1)
-    monkeypatch.setattr(datasets, "_image_problem", slow)
+    monkeypatch.setattr(datasets, "look_at", slow)
     monkeypatch.setattr(datasets, "_KEEP_EVERY", 1)
     monkeypatch.setattr(datasets, "_write_memory", stop)
     with pytest.raises(KeyboardInterrupt):
