@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import json
 import os
+import stat
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -106,6 +107,10 @@ def verify_images(
             status = os.stat(dataset.root / path)
         except OSError as error:
             bad[path] = error.strerror or str(error)
+            continue
+        # opening a pipe would wait for ever
+        if not stat.S_ISREG(status.st_mode):
+            bad[path] = "not a file"
             continue
         stamp = (status.st_size, status.st_mtime_ns)
         if path in known.good and known.good[path][:2] == stamp:

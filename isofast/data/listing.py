@@ -182,5 +182,5 @@ def _images_in(folder: Path) -> Iterator[tuple[str, int]]:
             if entry.is_file():
                 yield name, entry.stat().st_size
             elif entry.is_symlink():
-                # it leads nowhere: verify_images names it, instead of training on fewer images
+                # to no file: verify_images names it, instead of training on fewer images
                 yield name, 0

@@ -3,6 +3,8 @@
 import json
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -253,6 +255,20 @@ def test_a_link_that_leads_nowhere_is_named(tmp_path: Path) -> None:
     (root / "train" / "3" / "gone.png").symlink_to(tmp_path / "unmounted.png")
     with pytest.raises(UserError, match=r"gone\.png \(No such file"):
         verify_images(open_dataset(root, "train"), progress=False)
+
+
+def test_a_link_to_what_is_no_file_is_named(root: Path, tmp_path: Path) -> None:
+    """In a process of its own, for whoever opens the pipe waits and cannot be stopped."""
+    os.mkfifo(tmp_path / "pipe")
+    (root / "val" / "class0" / "z.png").symlink_to(tmp_path / "pipe")
+    (root / "val" / "class1" / "folder.jpg").symlink_to(tmp_path)
+    command = [sys.executable, "-m", "isofast.cli", "prepare", "imagefolder", "--root", str(root)]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert result.returncode == 2
+    assert "2 of 17 val images cannot be read" in result.stderr
+    assert f"{root}/val/class0/z.png (not a file); {root}/val/class1/folder.jpg (not a file)" in (
+        result.stderr
+    )
 
 
 def test_names_that_are_not_utf8_are_taken(tmp_path: Path) -> None:
