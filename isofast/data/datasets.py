@@ -72,7 +72,11 @@ def fingerprint_of(paths: Sequence[str], labels: Iterable[int], sizes: Iterable[
 
 
 def verify_images(
-    dataset: ImageFolder, *, on_bad: OnBad = "stop", progress: bool = True
+    dataset: ImageFolder,
+    *,
+    on_bad: OnBad = "stop",
+    progress: bool = True,
+    unpacked: bool = False,
 ) -> ImageFolder:
     """Decode every image once, and give the data set with `sizes` filled in.
 
@@ -92,6 +96,8 @@ def verify_images(
         on_bad: "stop" refuses a data set with files that cannot be read as images; "skip" leaves
             them out, as if they were not there, and lists them in `left_out`.
         progress: show a bar on stderr while files are being read.
+        unpacked: the files come from an archive and go where the check fails, so that a message
+            names them below the root and sends for another archive.
 
     Raises:
         UserError: files that cannot be read as images, named; with "skip" only where that leaves a
@@ -127,12 +133,17 @@ def verify_images(
             _write_memory(memory, found)
     bad |= {path: reason for path, (_, _, reason) in found.bad.items()}
     if bad and on_bad == "stop":
+        if unpacked:
+            raise UserError(
+                f"{_bad_files(dataset, bad, Path())}. The archive is spoiled: get it again, or "
+                "leave them out with --on-bad-image skip"
+            )
         raise UserError(
             f"{_bad_files(dataset, bad, dataset.root)}. Replace or delete these files, or leave "
             "them out with data.on_bad_image=skip (`isofast prepare`: --on-bad-image skip), then "
             "start again"
         )
-    return _with_findings(dataset, found, bad)
+    return _with_findings(dataset, found, bad, unpacked)
 
 
 def left_out_note(dataset: ImageFolder) -> str:
@@ -252,17 +263,23 @@ def _look_at_all(
         pool.shutdown(cancel_futures=True)
 
 
-def _with_findings(dataset: ImageFolder, found: _Findings, bad: dict[str, str]) -> ImageFolder:
+def _with_findings(
+    dataset: ImageFolder, found: _Findings, bad: dict[str, str], unpacked: bool
+) -> ImageFolder:
     """The data set with sizes and stamps, without the bad files."""
     kept = [k for k, path in enumerate(dataset.paths) if path not in bad]
     paths = tuple(dataset.paths[k] for k in kept)
     labels = dataset.labels[kept]
     empty = [name for k, name in enumerate(dataset.classes) if not (labels == k).any()]
     if empty or not kept:
+        remedy = (
+            "the archive is spoiled, get it again"
+            if unpacked
+            else "replace these files, or remove the class folder from train and val"
+        )
         raise UserError(
-            f"{_bad_files(dataset, bad, dataset.root)}. That leaves no image of "
-            f"{f'the class {empty[0]}' if empty else 'the data set'}: replace these files, or "
-            "remove the class folder from train and val"
+            f"{_bad_files(dataset, bad, Path() if unpacked else dataset.root)}. That leaves no "
+            f"image of {f'the class {empty[0]}' if empty else 'the data set'}: {remedy}"
         )
     stamps = tuple(found.good[path][:2] for path in paths)
     return replace(

@@ -64,10 +64,10 @@ def count_images(
         UserError: what is wrong with the root, by name; unreadable images, unless they are to be
             skipped.
     """
-    train = verify_images(open_dataset(root, "train"), on_bad=on_bad)
+    train = verify_images(open_dataset(root, "train"), on_bad=on_bad, unpacked=not already_there)
     val: ImageFolder | None = None
     if train.classes or (root / "val").exists():
-        val = verify_images(open_dataset(root, "val"), on_bad=on_bad)
+        val = verify_images(open_dataset(root, "val"), on_bad=on_bad, unpacked=not already_there)
     notes = (
         note(split)
         for note in (left_out_note, overlooked_note)

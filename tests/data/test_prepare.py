@@ -193,6 +193,10 @@ def test_a_spoiled_image_can_be_left_out(tmp_path: Path) -> None:
     members = official_members()
     members[f"{TOP}/train/n001/images/n001_1.JPEG"] = b"text"
     archive = write_zip(tmp_path / "tiny.zip", members)
+    # what was unpacked is gone when the message is read, so that it names the place to be
+    named = r"^1 of 6 train images cannot be read: train/n001/n001_1\.JPEG \(.*archive is spoiled"
+    with pytest.raises(UserError, match=f"{named}: get it again, or .*--on-bad-image skip$"):
+        prepare("tinyimagenet", tmp_path / "root", archive)
     counts = prepare("tinyimagenet", tmp_path / "root", archive, on_bad="skip")
     assert (counts.classes, counts.train, counts.val) == (2, 5, 4)
     assert "\n1 of 6 train images cannot be read: train/n001/n001_1.JPEG (" in str(counts)
@@ -201,6 +205,9 @@ def test_a_spoiled_image_can_be_left_out(tmp_path: Path) -> None:
     assert again.left_out == counts.left_out and again.train == 5
     dataset = verify_images(open_dataset(tmp_path / "root", "train"), on_bad="skip")
     assert list(dataset.left_out) == ["train/n001/n001_1.JPEG"]
+    write_zip(archive, members | {name: b"text" for name in members if "/n001/images/" in name})
+    with pytest.raises(UserError, match=r": train/n001/.*the class n001: the archive is spoiled"):
+        prepare("tinyimagenet", tmp_path / "other", archive, on_bad="skip")
 
 
 def test_archives_that_are_no_whole_zip_leave_nothing(tmp_path: Path) -> None:
