@@ -38,11 +38,21 @@ def open_dataset(root: Path | str, split: str) -> ImageFolder:
 
     Raises:
         UserError: the root or the split is missing, holds no class folder, has a class without
-            images, or the validation classes are not the training classes.
+            images or a folder that may not be read, or the validation classes are not the
+            training classes.
     """
-    root = Path(root)
     if split not in SPLITS:
         raise ValueError(f"split is {split!r}; allowed are {', '.join(SPLITS)}")
+    try:
+        return _listed(Path(root), split)
+    except OSError as error:
+        raise UserError(
+            f"cannot list {os.fsdecode(error.filename or root)}: {error.strerror or error}. Every "
+            "folder of the data, and above it, has to be one that you may read and enter"
+        ) from error
+
+
+def _listed(root: Path, split: str) -> ImageFolder:
     if not root.is_dir():
         raise UserError(
             f"the data root {root} is not a folder. Make it with "

@@ -30,14 +30,18 @@ def check_preview_path(path: Path) -> None:
     """Refuse a path that no picture can be written to, before any work is done.
 
     Raises:
-        UserError: it is not named .png, its folder is missing, or it is a folder itself.
+        UserError: it is not named .png, its folder is missing or may not be entered, or it is a
+            folder itself.
     """
     if path.suffix.lower() != ".png":
         raise UserError(f"--preview {path} must be a .png file, as in --preview views.png")
-    if not path.parent.is_dir():
-        raise UserError(f"--preview {path}: there is no folder {path.parent}; make it first")
-    if path.is_dir():
-        raise UserError(f"--preview {path} is a folder; name a file in it")
+    try:
+        if not path.parent.is_dir():
+            raise UserError(f"--preview {path}: there is no folder {path.parent}; make it first")
+        if path.is_dir():
+            raise UserError(f"--preview {path} is a folder; name a file in it")
+    except OSError as error:
+        raise UserError(f"--preview {path}: {error.strerror}; name another place") from error
 
 
 def write_preview(name: str, root: Path, path: Path, *, on_bad: OnBad = "stop") -> None:
