@@ -54,7 +54,7 @@ RAGGED = (37, 250, 528)
 WIDTHS = (*range(32, 512, 32), *range(512, 1025, 64))
 """Every D of the correlation and the matrix power: a launch pads others to the next of these."""
 
-SOME_WIDTHS = (*FEATURES, 96, 480, 576, 960)
+SOME_WIDTHS = (*FEATURES, 96, 576)
 """Those of them that are compiled without --all-widths."""
 
 DTYPES = ("fp32", "fp16", "bf16")
