@@ -101,11 +101,12 @@ def test_a_simulation_that_fails_ends_the_others() -> None:
         Panel(name, Toy(loss="euclidean", inputs=600, outputs=600, steps=1999, lr=1e-6))
         for name in "abc"
     ]
+    others = {*multiprocessing.active_children()}
     began = time.monotonic()
     with pytest.raises(RunError, match="give a smaller --lr"):
         run_panels([diverging, *long], workers=2, done=lambda name: None)
-    for worker in multiprocessing.active_children():
-        worker.join(timeout=20)
-        assert worker.exitcode is not None
-    # any of the others takes longer by itself
-    assert time.monotonic() - began < 60
+    # the pool's own thread asks for their exit codes too, so that a join may come too late for one
+    while {*multiprocessing.active_children()} - others:
+        # any of the others takes longer by itself
+        assert time.monotonic() - began < 60
+        time.sleep(0.05)
