@@ -14,7 +14,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from multiprocessing import get_context
@@ -53,9 +53,6 @@ RAGGED = (37, 250, 528)
 
 WIDTHS = (*range(32, 512, 32), *range(512, 1025, 64))
 """Every D of the correlation and the matrix power: a launch pads others to the next of these."""
-
-SOME_WIDTHS = (*FEATURES, 96, 576)
-"""Those of them that are compiled without --all-widths."""
 
 DTYPES = ("fp32", "fp16", "bf16")
 
@@ -109,10 +106,11 @@ def _build(name: str, types: dict[str, str], constants: dict[str, Any]) -> Build
     return Build(name, types, constants, num_warps, num_stages)
 
 
-def builds(widths: Sequence[int] = SOME_WIDTHS) -> Iterator[Build]:
-    """Every kernel with every dtype, tile and flag, and `widths` where all D are known."""
+def builds(all_widths: bool = False) -> Iterator[Build]:
+    """Every kernel with every dtype, tile and flag; with `all_widths`, WIDTHS and RAGGED too."""
+    widths = WIDTHS if all_widths else FEATURES
     for dtype in DTYPES:
-        for features in (*FEATURES, *RAGGED):
+        for features in (*FEATURES, *RAGGED) if all_widths else FEATURES:
             yield from _loss_builds(features, dtype)
         for features in widths:
             for views in (1, 2):
@@ -277,7 +275,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--targets", default="sm_80,sm_90,sm_100", help="comma-separated")
     parser.add_argument("--only", default="", help="compile only kernels whose name has this text")
     parser.add_argument(
-        "--all-widths", action="store_true", help="also the D between powers of two, all of them"
+        "--all-widths",
+        action="store_true",
+        help="also the D that are no power of two: all of some kernels, a sample of the losses",
     )
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes")
     options = parser.parse_args(arguments)
@@ -293,7 +293,7 @@ def main(arguments: list[str] | None = None) -> int:
     pairs = [
         (build, known[target])
         for target in targets
-        for build in builds(WIDTHS if options.all_widths else SOME_WIDTHS)
+        for build in builds(options.all_widths)
         if options.only in build.name
     ]
     if not pairs:

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import signal
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -171,7 +170,10 @@ def test_a_run_without_one_sound_number_is_drawn_without_warnings(
 def test_an_interrupted_figure_starts_over(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("isofast.figures.draw", lambda *given: signal.raise_signal(signal.SIGINT))
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("isofast.figures.draw", interrupted)
     assert main(["figures", "3", "run", "--output", str(tmp_path)]) == 130
     assert capsys.readouterr().err == "\ninterrupted; the same command starts over\n"
 

@@ -25,7 +25,7 @@ SAMPLE = [
 
 
 def build_named(name):
-    (build,) = (build for build in aot.builds() if build.name == name)
+    (build,) = (build for build in aot.builds(all_widths=True) if build.name == name)
     return build
 
 
@@ -109,16 +109,17 @@ def test_what_is_over_budget_exits_with_1(over, capsys, monkeypatch):
     assert printed.count(again) == 2
 
 
-def test_every_kernel_dtype_and_tile_is_listed():
-    names = [build.name for build in aot.builds()]
+@pytest.mark.parametrize("all_widths", [False, True])
+def test_every_kernel_dtype_and_tile_is_listed(all_widths):
+    names = [build.name for build in aot.builds(all_widths)]
     assert len(set(names)) == len(names)
     expected = {
         f"asymmetric_loss {loss} {dtype} D={features}"
         for loss in ("cosine", "iso cosine", "euclidean", "iso euclidean")
         for dtype in aot.DTYPES
-        for features in aot.FEATURES + aot.RAGGED
+        for features in aot.FEATURES + aot.RAGGED * all_widths
     }
-    for features in aot.SOME_WIDTHS:
+    for features in aot.WIDTHS if all_widths else aot.FEATURES:
         for dtype in aot.DTYPES:
             expected |= {
                 f"correlation {ema}{dtype} D={features}{views}"
@@ -140,7 +141,7 @@ def test_every_kernel_dtype_and_tile_is_listed():
 
 
 def test_what_is_launched_is_among_what_is_compiled():
-    assert set(aot.SOME_WIDTHS) < set(aot.WIDTHS)
+    assert set(aot.FEATURES) < set(aot.WIDTHS)
     for module in (correlation, matrix_power_triton):
         widths = [module.padded(features) for features in range(1, 1025)]
         assert set(widths) == set(aot.WIDTHS)
