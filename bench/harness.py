@@ -14,6 +14,7 @@ import platform
 import statistics
 import subprocess
 import sys
+import textwrap
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -293,7 +294,7 @@ def _plot(path: Path, timings: list[Timing], about: dict[str, str]) -> None:
         )
         axis.bar_label(bars, [f"{median:.3g} ms" for median in medians], padding=6)
         axis.set_xlim(0, max(timing.high_ms for timing in group) * 1.2)
-        axis.set_title(f"{question} (n = {group[0].n})", fontsize=10)
+        axis.set_title(textwrap.fill(f"{question} (n = {group[0].n})", 75), fontsize=10)
     figure.suptitle(f"{about['device']}\ntorch {about['torch']}, {about['commit']}", fontsize=9)
     axes[-1, 0].set_xlabel("ms a call, median with 10th and 90th percentile")
     figure.tight_layout()

@@ -52,7 +52,7 @@ RAGGED = (37, 250, 528)
 """Some D of the losses that no tile divides; above 512 a launch pads rows to a multiple of 16."""
 
 WIDTHS = (*range(32, 512, 32), *range(512, 1025, 64))
-"""Every D of the correlation and the matrix power: a launch pads others to the next of these."""
+"""Every D up to 1024 of the correlation and the matrix power: a launch pads others to the next."""
 
 DTYPES = ("fp32", "fp16", "bf16")
 

@@ -2,8 +2,8 @@
 
 Every product is fp32 with 3xTF32 said explicitly, whatever torch's global switches say. D is a
 multiple of the tile: a C of another width is padded with zeros, which stay apart through every
-product, so no kernel masks and all that can be launched are compiled ahead of time. Shape
-letters: D features, I, J, K a tile's rows, columns and inner dimension, T tiles, S squared
+product. So no tile has an edge to mask, and every width up to 1024 can be compiled ahead of time.
+Shape letters: D features, I, J, K a tile's rows, columns and inner dimension, T tiles, S squared
 matrices.
 """
 
