@@ -12,6 +12,10 @@ from torch import Tensor
 
 SQUARINGS = 10
 
+DEAD = 1e-25
+"""A trace or largest eigenvalue below this counts as 0, far above 1e-37, where the low halves of
+3xTF32 are subnormal and the root comes out wrong."""
+
 Coefficients = tuple[tuple[float, float, float], ...]
 
 UNSHIFTED_FLOOR = 1e-5

@@ -13,10 +13,10 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import functional
 
-from .matrix_power import SQUARINGS, power_by_products, runs_by_products
+from .matrix_power import DEAD, SQUARINGS, power_by_products, runs_by_products
 from .reference import matrix_power_reference
 
-_SMALLEST_NORMAL = tl.constexpr(torch.finfo(torch.float32).tiny)
+_DEAD = tl.constexpr(DEAD)
 
 
 @triton.jit
@@ -44,8 +44,8 @@ def _tile_product(
 
 @triton.jit
 def _reciprocal_or_zero(x):
-    """1 / x, but 0 where that could overflow; a NaN stays one."""
-    return tl.where(tl.abs(x) < _SMALLEST_NORMAL, 0.0, 1.0 / x)
+    """1 / x, but 0 where x counts as 0; a NaN stays one."""
+    return tl.where(tl.abs(x) < _DEAD, 0.0, 1.0 / x)
 
 
 # one build for every index

@@ -256,7 +256,7 @@ def matrix_power(
     C is taken to be what `correlation_ema_` makes: symmetric, which is not checked, and positive
     semi-definite up to rounding (about 1e-7 of its largest eigenvalue). The CPU clamps s at 0
     where the power needs it; the products of the CUDA path let eigenvalues below that grow, and
-    take a C with a trace below 1e-37 for zero (see NUMERICS.md).
+    take a C whose largest eigenvalue is below 1e-25 for zero (see NUMERICS.md).
 
     Args:
         corr_DD: C, (D, D), symmetric, float32 (float64 on the CPU).

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from isofast_kernels.matrix_power import DEAD
+
 
 def rounded_to_tf32(x: Tensor) -> Tensor:
     """fp32 with 10 explicit bits of mantissa, ties to even."""
@@ -23,8 +25,8 @@ def product_tf32(x: Tensor, y: Tensor) -> Tensor:
 
 
 def reciprocal_or_zero(x: Tensor) -> Tensor:
-    """1 / x, but 0 below the smallest normal number, as the kernels have it."""
-    return torch.where(x.abs() < torch.finfo(torch.float32).tiny, 0, 1 / x)
+    """1 / x, but 0 where x counts as 0, as the kernels have it."""
+    return torch.where(x.abs() < DEAD, 0, 1 / x)
 
 
 class TorchSteps:

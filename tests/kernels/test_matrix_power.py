@@ -167,7 +167,7 @@ def test_the_emulation_splits_as_documented():
     assert error_3 < 4 * error_fp32 < error_1 / 50
 
 
-@pytest.mark.parametrize("factor", [1e-37, 1e-25, 1e-6, 1e6, 1e17, 1e33])
+@pytest.mark.parametrize("factor", [1e-25, 1e-6, 1e6, 1e17, 1e33])
 def test_the_scale_of_c_does_not_matter(factor):
     corr = correlation("power_law")
     w, scaled = (
@@ -188,13 +188,28 @@ def test_zero(alpha, eps, normalize):
 @pytest.mark.parametrize("alpha", [0.25, 0.5, 1.0, 2.0])
 @pytest.mark.parametrize("factor", [1e-38, 1e-40, 1e-44])
 def test_a_dead_correlation_gives_finite_numbers(alpha, factor):
-    """As it is after 130 steps of zeros at decay 0.5; below the smallest normal number C is 0."""
+    """As it is after 130 steps of zeros at decay 0.5."""
     corr = correlation("power_law") * (factor / 1e3)
     eps = 0.2
     w = power_by_products(corr, alpha, eps, "spectral", TorchSteps(corr, torch.matmul))
     torch.testing.assert_close(w, eps**alpha * torch.eye(FEATURES), rtol=1e-5, atol=0)
     own = reference.matrix_power_reference(corr * 1e3, alpha, eps=eps)
     assert own.isfinite().all() and (own.diagonal() >= 0.99 * eps**alpha).all()
+
+
+@pytest.mark.parametrize("matmul", PRODUCTS)
+@pytest.mark.parametrize("kind", ["power_law", "rank_16", "one_direction"])
+def test_on_the_way_to_zero_c_has_its_root_or_counts_as_zero(kind, matmul):
+    """Nothing between: the low halves of 3xTF32 become subnormal before C does."""
+    wide = correlation(kind)
+    exact = reference.matrix_power_reference(wide[:64, :64].double(), 0.5).float()
+    for exponent in range(-46, 1):
+        corr = wide[:64, :64] * (10.0**exponent)
+        w = power_by_products(corr, 0.5, 0.0, "spectral", TorchSteps(corr, matmul))
+        if exponent < -24:
+            assert (w == 0).all() or torch.linalg.matrix_norm(w - exact, 2) <= BUDGET
+        else:
+            assert torch.linalg.matrix_norm(w - exact, 2) <= BUDGET
 
 
 @pytest.mark.parametrize("alpha", [0.5, 1.0, 2.0])
