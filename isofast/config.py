@@ -99,6 +99,10 @@ class MethodConfig(_Section):
     normalize: Literal["spectral", "none"] | None = "spectral"
     """Division of C by its largest eigenvalue; preset: none for the Euclidean metric; null where
     the predictor is trained."""
+    correlation: Literal["embeddings", "directions"] = "embeddings"
+    """What C averages: z z^T, as in the paper, or that of z / |z|, so that every image counts the
+    same whatever its norm (ours; docs/method/first-steps.md). Preset: directions for the cosine in
+    runs of under 100 epochs and on data sets that are not the paper's."""
     decay: float = Field(0.998, ge=0, lt=1)
     """Weight kept by the moving average C each step; preset: 0.998 with EMA, 0.5 without, 0.99
     where the predictor is trained (C serves its spectrum only)."""
@@ -139,10 +143,11 @@ class OptimizerConfig(_Section):
     """Optimizer of the network and of the online probe."""
 
     name: Literal["lars", "sgd", "adamw"] = "lars"
-    """Preset: lars with EMA, sgd without."""
+    """Preset: sgd without EMA; with it lars, or adamw where the run is short or the data set not
+    the paper's (as for method.correlation)."""
     lr: float = Field(1.0, gt=0)
     """Peak learning rate at a global batch of 256; scaled linearly with the batch. Preset: 1.0 for
-    lars, 0.1 for sgd, 0.001 for adamw."""
+    lars, 0.1 for sgd, 0.004 for adamw."""
     momentum: float = Field(0.9, ge=0, lt=1)
     """Momentum of lars and sgd, first beta of adamw."""
     weight_decay: float = Field(1e-4, ge=0)

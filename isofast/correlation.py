@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from isofast.config import MethodConfig
 from isofast.distributed import mean_over_ranks_
@@ -11,8 +12,8 @@ from isofast_kernels import correlation_ema_, matrix_power, second_moment
 class Correlation:
     """C <- decay * C + (1 - decay) * mean over rows of z z^T, fp32, (D, D), starting at 0.
 
-    One update a step, over both views and all ranks; bitwise symmetric. Never updated outside
-    training.
+    With ``method.correlation`` "directions", z / |z| stands for z. One update a step, over both
+    views and all ranks; bitwise symmetric. Never updated outside training.
     """
 
     def __init__(self, dim: int, config: MethodConfig, device: torch.device, ranks: int) -> None:
@@ -24,6 +25,8 @@ class Correlation:
     def update(self, *views_BD: Tensor) -> None:
         """Moves C by this rank's embeddings (B, D) of each view and those of the other ranks."""
         decay = self._config.decay
+        if self._config.correlation == "directions":
+            views_BD = tuple(functional.normalize(z_BD.float(), dim=1) for z_BD in views_BD)
         if self._ranks == 1:
             correlation_ema_(self.corr_DD, views_BD, decay)
             return

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from isofast.config import Config
 from isofast.correlation import Correlation
@@ -38,18 +39,29 @@ class StepOutput:
     """A trained predictor's output for z1; None for the closed forms, whose p is W z."""
 
     @torch.no_grad()
-    def alignment(self) -> Tensor:
-        """Mean cosine of prediction p1 and target t2, scalar."""
-        p_BD = self.p1_BD
-        if p_BD is None:
-            assert self.w_DD is not None
-            p_BD = self.z1_BD.float() @ self.w_DD
-        return torch.cosine_similarity(p_BD.float(), self.t2_BD.float(), dim=1).mean()
+    def scalars(self) -> dict[str, Tensor]:
+        """What a record says of the step's first view, each a scalar.
 
-    @torch.no_grad()
-    def embedding_std(self) -> Tensor:
-        """Mean over dimensions of the std of the L2-normalised z1, scalar; 1/sqrt(D) is healthy."""
-        return torch.nn.functional.normalize(self.z1_BD.float(), dim=1).std(0).mean()
+        embedding_std: mean over dimensions of the std of z / |z|; healthy is 1/sqrt(D).
+        alignment: mean cosine of prediction p1 and target t2.
+        mean_share: |mean z|^2 / mean |z|^2, 1 where all embeddings are one.
+        norm_spread: 95th percentile of |z| over its median; a raw C belongs to the long ones.
+        prediction_norm: median |p| / |z|; the isotropic gradient goes with its inverse.
+        """
+        z_BD = self.z1_BD.float()
+        if self.p1_BD is not None:
+            p_BD = self.p1_BD.float()
+        else:
+            assert self.w_DD is not None
+            p_BD = z_BD @ self.w_DD
+        z_B = z_BD.norm(dim=1)
+        return {
+            "embedding_std": functional.normalize(z_BD, dim=1).std(0).mean(),
+            "alignment": torch.cosine_similarity(p_BD, self.t2_BD.float(), dim=1).mean(),
+            "mean_share": z_BD.mean(0).square().sum() / z_B.square().mean(),
+            "norm_spread": z_B.quantile(0.95) / z_B.median(),
+            "prediction_norm": (p_BD.norm(dim=1) / z_B).median(),
+        }
 
 
 class Method:

@@ -27,6 +27,16 @@ TRAIN_SCRIPT = Path(__file__).resolve().parent.parent / "launch" / "train.py"
 # they show in a minute that everything works.
 SHIPPED = {"digits": "quickstart.json"} | {name: f"{name}.json" for name in DATASETS}
 PAPER_SEEDS = 5
+Scale = Literal["paper", "small"]
+# What --scale small says over the shipped config: hours of two cores, and minutes for the digits.
+_SMALL: dict[str, Any] = {"encoder": {"width": 16}, "train": {"epochs": 10}}
+_SMALL_DIGITS: dict[str, Any] = {
+    "data": {"dataset": "digits"},
+    "encoder": {"width": 16},
+    "projector": {"hidden": 512, "output": 128},
+    "train": {"epochs": 20, "batch_size": 64},
+    "logging": {"every_steps": 10},
+}
 # What the table decides, and so no --set.
 _OWN_KEYS = {
     key: attrgetter(key)
@@ -46,6 +56,7 @@ class Request:
     root: Path
     runs: Path
     seeds: int = PAPER_SEEDS
+    scale: Scale = "paper"
     epochs: int | None = None
     methods: Sequence[str] = ()
     overrides: Sequence[str] = ()
@@ -55,7 +66,7 @@ class Request:
     @property
     def folder(self) -> Path:
         """Where the table's runs are, and the table."""
-        return self.runs / self.table
+        return self.runs / (self.table if self.scale == "paper" else f"{self.table}-{self.scale}")
 
     @property
     def table_path(self) -> Path:
@@ -255,12 +266,11 @@ def _planned(request: Request, dataset: str, row: Row, seed: int) -> PlannedRun:
 
 def _settings(request: Request, dataset: str, row: Row, seed: int) -> dict[str, Any]:
     """The shipped config of the data set with the table's method on top."""
-    path = request.train_script.parent / SHIPPED[dataset]
-    try:
-        shipped: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot read the config of {dataset}, {path}: {error}") from None
-    shipped.pop(SCHEMA_KEY, None)
+    small = request.scale == "small"
+    shipped = _SMALL_DIGITS if small and dataset == "digits" else _shipped(request, dataset)
+    if small and dataset != "digits":
+        shipped = merge(shipped, _SMALL)
+    shipped = dict(shipped)
     method = shipped.pop("method", {})
     # the decay of C that was chosen for an EMA target fits no other
     kept = {"decay": method["decay"]} if row.ema and "decay" in method else {}
@@ -272,9 +282,23 @@ def _settings(request: Request, dataset: str, row: Row, seed: int) -> dict[str, 
             "method": kept | row.settings,
             "train": {} if request.epochs is None else {"epochs": request.epochs},
             # the table is of the end of each run
-            "evaluation": {"at_start": False, "knn_pixels": False},
+            "evaluation": {
+                "at_start": small,
+                "knn_pixels": False,
+                **({"every_epochs": 2} if small else {}),
+            },
         },
     )
+
+
+def _shipped(request: Request, dataset: str) -> dict[str, Any]:
+    path = request.train_script.parent / SHIPPED[dataset]
+    try:
+        shipped: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read the config of {dataset}, {path}: {error}") from None
+    shipped.pop(SCHEMA_KEY, None)
+    return shipped
 
 
 def _refuse_own_keys(keys: Iterable[str]) -> None:

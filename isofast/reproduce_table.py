@@ -1,8 +1,9 @@
-"""The table of `isofast reproduce`: means and standard deviations beside the paper's numbers."""
+"""The tables of `isofast reproduce`: means and standard deviations beside the paper's numbers."""
 
 import json
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 from isofast.metrics import read_metrics
@@ -43,8 +44,101 @@ def markdown_table(table: str, runs: Sequence[PlannedRun]) -> str:
     return "\n".join([*lines, "", *_notes(runs)]) + "\n"
 
 
+def small_table(table: str, runs: Sequence[PlannedRun]) -> str:
+    """The table of ``--scale small``, a part for each data set.
+
+    k-NN before and after, the rank and the collapse say more of short runs than the probe alone.
+    """
+    lines = [f"# {table.replace('table', 'Table ')}, small scale"]
+    columns = ("k-NN before", "k-NN", "probe", "effective rank", "collapsed")
+    for dataset in dict.fromkeys(run.dataset for run in runs):
+        name = DATASETS.get(dataset, dataset)
+        header = ["model", "alpha", "EMA", *columns, "paper"]
+        lines += ["", f"## {name}", "", _line(header), _line(["---"] * len(header))]
+        of_dataset = [run for run in runs if run.dataset == dataset]
+        for folder in dict.fromkeys(run.row.folder for run in of_dataset):
+            of_row = [run for run in of_dataset if run.row.folder == folder]
+            row = of_row[0].row
+            ended = [
+                s
+                for run in of_row
+                if run.state() in ("finished", "crashed") and (s := run.summary()) is not None
+            ]
+            crashed = sum(bool(summary["collapse"]) for summary in ended)
+            lines.append(
+                _line(
+                    [
+                        row.title,
+                        "-" if row.alpha is None else f"{row.alpha:g}",
+                        "yes" if row.ema else "no",
+                        _spread(ended, "knn_top1_initial", 100),
+                        _spread(ended, "knn_top1", 100),
+                        _spread(ended, "val_top1", 100),
+                        _spread(ended, "effective_rank", 1),
+                        f"{crashed} of {len(ended)}",
+                        row.reported.get(dataset, "-"),
+                    ]
+                )
+            )
+    widths = sorted({run.config.encoder.width for run in runs})
+    return "\n".join(
+        [
+            *lines,
+            "",
+            "k-NN and probe: top-1 in percent on the validation images, mean +- standard deviation "
+            "over the seeds; before: the untrained network.",
+            f"Networks of width {' and '.join(map(str, widths))} for "
+            f"{' and '.join(str(e) for e in _epochs(runs))} epochs; the paper's is 64 wide and "
+            "trains 1,000. Its accuracies don't compare with these. What does: which methods learn "
+            "without EMA and which collapse, the order of the two, and their ranks.",
+            *_machines(runs),
+            "",
+        ]
+    )
+
+
+def draw_figures(runs: Sequence[PlannedRun], folder: Path) -> Iterator[Path]:
+    """Figure 3 of the closed forms and figure 7 of those with and without EMA, of each data set.
+
+    Drawn from the first seed's runs; what has no finished runs is left out.
+    """
+    from isofast.figures import draw
+
+    for dataset in dict.fromkeys(run.dataset for run in runs):
+        done = [
+            run
+            for run in runs
+            if run.dataset == dataset and run.seed == 0 and run.state() in ("finished", "crashed")
+        ]
+        output = folder / f"figures-{dataset}"
+        if done:
+            yield from draw(3, [run.run_dir for run in done], output)
+        closed = [run for run in done if run.row.alpha is not None]
+        both = [
+            run.run_dir
+            for run in closed
+            if {other.row.ema for other in closed if other.row.method == run.row.method}
+            == {True, False}
+        ]
+        if both:
+            yield from draw(7, both, output)
+
+
+def _epochs(runs: Sequence[PlannedRun]) -> list[int]:
+    return sorted({run.config.train.epochs for run in runs})
+
+
+def _spread(summaries: Sequence[dict[str, Any]], key: str, scale: float) -> str:
+    """Mean and standard deviation of what is known."""
+    known = [scale * s[key] for s in summaries if s.get(key) is not None]
+    if not known:
+        return "-"
+    mean = f"{statistics.mean(known):.1f}"
+    return mean if len(known) == 1 else f"{mean} +- {statistics.stdev(known):.1f}"
+
+
 def _notes(runs: Sequence[PlannedRun]) -> list[str]:
-    epochs = sorted({run.config.train.epochs for run in runs})
+    epochs = _epochs(runs)
     byol_on_cifar = any(
         run.row.method == "byol" and run.dataset.startswith("cifar") for run in runs
     )

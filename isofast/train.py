@@ -33,7 +33,6 @@ from isofast.images import (
     list_images,
 )
 from isofast.method import StepOutput, ema_decay_at, move_target_
-from isofast.metrics import Record
 from isofast.optim import set_lr
 from isofast.recorder import Recorder, Totals
 from isofast.rundir import describe_environment, open_run_dir
@@ -181,28 +180,18 @@ class _Run:
         """Records this step; the only place where the loop waits for the GPU."""
         # of the record before, which is long written; the other ranks learn of it with the numbers
         finding = self.recorder.finding()
-        scalars = torch.stack(
-            [
-                output.loss.detach(),
-                output.probe.loss.detach(),
-                output.probe.top1,
-                output.embedding_std(),
-                output.alignment(),
-                self.all_finite.float(),
-                torch.full_like(output.probe.top1, float(finding is not None)),
-            ]
-        )
-        means = mean_over_ranks_(scalars).tolist()
-        loss, probe_loss, top1, spread, alignment, finite, collapsed = means
-        values: Record = {
-            "loss": loss,
-            "lr": lr,
-            "probe_loss": probe_loss,
-            "probe_top1": top1,
-            "embedding_std": spread,
-            "alignment": alignment,
+        scalars = {
+            "loss": output.loss.detach(),
+            "probe_loss": output.probe.loss.detach(),
+            "probe_top1": output.probe.top1,
+            **output.scalars(),
+            "finite": self.all_finite.float(),
+            "collapsed": torch.full_like(output.probe.top1, float(finding is not None)),
         }
-        self.recorder.training(self.step, values)
+        means = mean_over_ranks_(torch.stack(list(scalars.values()))).tolist()
+        values: dict[str, float] = dict(zip(scalars, means, strict=True))
+        finite, collapsed = values.pop("finite"), values.pop("collapsed")
+        self.recorder.training(self.step, {**values, "lr": lr})
         if finite < 1:
             self._blow_up("the loss")
         if collapsed > 0:

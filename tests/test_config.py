@@ -11,7 +11,7 @@ from isofast.errors import UserError
 from isofast.settings import load_config, validate
 
 LAUNCH = Path(__file__).resolve().parent.parent / "launch"
-DATA = {"data": {"root": "somewhere"}}
+DATA = {"data": {"dataset": "cifar10", "root": "somewhere"}}
 
 
 @pytest.mark.parametrize(
@@ -77,6 +77,29 @@ def test_without_ema_every_method_trains_by_sgd(name: str) -> None:
     assert config.method.decay == (0.5 if config.method.alpha else 0.99)
 
 
+@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize(
+    ("dataset", "epochs", "papers"),
+    [
+        *(("cifar10", 1000, True), ("stl10", 100, True), ("tinyimagenet", 99, False)),
+        *(("cifar100", 1, False), ("imagefolder", 1000, False), ("digits", 1000, False)),
+    ],
+)
+def test_short_runs_and_other_pictures_have_settings_of_ours(
+    dataset: str, epochs: int, papers: bool, name: str
+) -> None:
+    data = {"data": {"dataset": dataset, "root": "somewhere"}, "train": {"epochs": epochs}}
+    config = validate({**data, "method": {"name": name}})
+    assert config.method.correlation == ("embeddings" if papers else "directions")
+    ours = ("sgd", 0.1) if name == "simsiam" else ("adamw", 4e-3)
+    expected = {True: LARS_RUN, False: SGD_RUN}[config.method.ema][:2] if papers else ours
+    assert (config.optimizer.name, config.optimizer.lr) == expected
+    euclidean = validate({**data, "method": {"name": name, "metric": "euclidean"}})
+    assert euclidean.method.correlation == "embeddings"
+    raw = {"name": name, "correlation": "embeddings"}
+    assert validate({**data, "method": raw}).method.correlation == "embeddings"
+
+
 def test_the_user_wins_over_every_preset() -> None:
     method = {"name": "byol", "metric": "euclidean", "decay": 0.9, "ema": False, "ema_base": 0.5}
     optimizer = {"name": "lars", "lr": 0.3, "weight_decay": 1e-6}
@@ -85,7 +108,7 @@ def test_the_user_wins_over_every_preset() -> None:
     assert config.optimizer.model_dump(include=set(optimizer)) == optimizer
 
 
-@pytest.mark.parametrize(("name", "lr"), [("lars", 1.0), ("sgd", 0.1), ("adamw", 1e-3)])
+@pytest.mark.parametrize(("name", "lr"), [("lars", 1.0), ("sgd", 0.1), ("adamw", 4e-3)])
 @pytest.mark.parametrize("ema", [True, False])
 def test_the_learning_rate_is_the_named_optimizers(name: str, lr: float, ema: bool) -> None:
     config = validate({**DATA, "method": {"ema": ema}, "optimizer": {"name": name}})
@@ -235,7 +258,7 @@ def test_changed_keys_tells_what_changes_the_result_only() -> None:
     new = validate(
         {
             "seed": 1,
-            "data": {"root": "elsewhere", "threads": 3},
+            "data": {"dataset": "cifar10", "root": "elsewhere", "threads": 3},
             "train": {"max_steps": 9},
             "logging": {"every_steps": 7},
             "method": {"alpha": 1.0},

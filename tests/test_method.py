@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -60,31 +61,40 @@ class _Fixed(nn.Module):
 
 
 @pytest.mark.parametrize("ema", [True, False], ids=["ema", "no-ema"])
-@pytest.mark.parametrize("metric", ["cosine", "euclidean"])
+@pytest.mark.parametrize(
+    ("metric", "of"),
+    [("cosine", "embeddings"), ("cosine", "directions"), ("euclidean", "embeddings")],
+)
 @pytest.mark.parametrize("name", ["isoloss", "directpred", "directcopy"])
 def test_gradients_are_the_papers(
-    small_config: Callable[..., Config], name: str, metric: str, ema: bool
+    small_config: Callable[..., Config], name: str, metric: str, of: str, ema: bool
 ) -> None:
-    config = small_config(method={"name": name, "metric": metric, "ema": ema, "decay": 0.5})
+    """And with C of directions they differ from the paper's in C alone."""
+    method = {"name": name, "metric": metric, "ema": ema, "decay": 0.5, "correlation": of}
+    config = small_config(method=method)
     torch.manual_seed(1)
     batch, dim = 12, 16
     online = _Fixed(torch.randn(batch, dim), torch.randn(batch, dim))
     t1_BD, t2_BD = torch.randn(batch, dim), torch.randn(batch, dim)
     targets = iter([t1_BD, t2_BD])
     correlation = Correlation(dim, config.method, CPU, ranks=1)
-    correlation.update(torch.randn(64, dim), torch.randn(64, dim))
+    # norms that differ, or directions would be embeddings
+    correlation.update(torch.randn(64, dim), torch.randn(64, dim) * torch.rand(64, 1))
     before_DD = correlation.corr_DD.double()
 
     def target(x: Tensor) -> tuple[None, Tensor]:
         return None, next(targets)
 
-    method = Method(config, online, target if ema else None, correlation)  # type: ignore[arg-type]
+    step = Method(config, online, target if ema else None, correlation)  # type: ignore[arg-type]
     x = torch.zeros(batch, 3, 8, 8)
-    output = method(Batch(x, x, torch.zeros(batch, dtype=torch.long)))
+    output = step(Batch(x, x, torch.zeros(batch, dtype=torch.long)))
     output.loss.backward()
 
     z1, z2 = (z.detach().double().requires_grad_() for z in (online.z1_BD, online.z2_BD))
-    moment_DD = (z1.T @ z1 + z2.T @ z2).detach() / (2 * batch)
+    u1, u2 = (z.detach() for z in (z1, z2))
+    if of == "directions":
+        u1, u2 = u1 / u1.norm(dim=1, keepdim=True), u2 / u2.norm(dim=1, keepdim=True)
+    moment_DD = (u1.T @ u1 + u2.T @ u2) / (2 * batch)
     corr_DD = 0.5 * before_DD + 0.5 * moment_DD
     torch.testing.assert_close(correlation.corr_DD.double(), corr_DD, rtol=1e-5, atol=1e-6)
     w_DD = _predictor(corr_DD, config)
@@ -135,9 +145,21 @@ def test_metrics_of_a_step(small_config: Callable[..., Config]) -> None:
     cosines = [
         float(p @ t / (p.norm() * t.norm())) for p, t in zip(p_BD, output.t2_BD, strict=True)
     ]
-    assert output.alignment().item() == pytest.approx(sum(cosines) / len(cosines), abs=1e-5)
-    unit_BD = output.z1_BD / output.z1_BD.norm(dim=1, keepdim=True)
-    assert output.embedding_std().item() == pytest.approx(unit_BD.std(0).mean().item())
+    got = {name: value.item() for name, value in output.scalars().items()}
+    z_BD = output.z1_BD.double().numpy()
+    z_B = np.linalg.norm(z_BD, axis=1)
+    p_B = np.linalg.norm(z_BD @ output.w_DD.double().numpy(), axis=1)
+    assert got == pytest.approx(
+        {
+            "alignment": sum(cosines) / len(cosines),
+            "embedding_std": (z_BD / z_B[:, None]).std(0, ddof=1).mean(),
+            "mean_share": np.square(z_BD.mean(0)).sum() / np.square(z_B).mean(),
+            # torch's median is the lower of the two in the middle
+            "norm_spread": np.quantile(z_B, 0.95) / np.sort(z_B)[(len(z_B) - 1) // 2],
+            "prediction_norm": np.sort(p_B / z_B)[(len(z_B) - 1) // 2],
+        },
+        rel=1e-4,
+    )
     assert torch.equal(correlation.corr_DD, correlation.corr_DD.T)
 
 
@@ -148,7 +170,7 @@ def test_a_collapsed_batch_gives_finite_numbers(small_config: Callable[..., Conf
     x = torch.zeros(6, 3, 8, 8)
     output = method(Batch(x, x, torch.zeros(6, dtype=torch.long)))
     output.loss.backward()
-    assert torch.isfinite(output.loss) and torch.isfinite(output.embedding_std())
+    assert torch.isfinite(output.loss) and torch.isfinite(output.scalars()["embedding_std"])
     for grad in (online.z1_BD.grad, online.z2_BD.grad):
         assert grad is not None and torch.isfinite(grad).all()
 

@@ -108,7 +108,8 @@ def _step(config: Config) -> tuple[_Embeddings, Correlation, Method, list[Tensor
 def test_gradients_of_embeddings_and_predictor_are_autograds(
     small_config: Callable[..., Config], name: str, ema: bool, metric: str
 ) -> None:
-    config = small_config(method={"name": name, "metric": metric, "ema": ema})
+    raw = {"name": name, "metric": metric, "ema": ema, "correlation": "embeddings"}
+    config = small_config(method=raw)
     online, correlation, method, targets, batch = _step(config)
     output = method(batch)
     output.loss.backward()
@@ -155,7 +156,7 @@ def test_a_step_gives_the_predictor_and_its_alignment(
         p_BD = torch.stack([output.w_DD @ z_D for z_D in online.z1_BD])
     pairs = zip(p_BD.detach(), t2_BD, strict=True)
     cosines = [float(p @ t / p.norm() / t.norm()) for p, t in pairs]
-    assert output.alignment().item() == pytest.approx(sum(cosines) / BATCH, abs=1e-5)
+    assert output.scalars()["alignment"].item() == pytest.approx(sum(cosines) / BATCH, abs=1e-5)
 
 
 def test_zero_predictions_give_finite_numbers(small_config: Callable[..., Config]) -> None:
@@ -165,7 +166,7 @@ def test_zero_predictions_give_finite_numbers(small_config: Callable[..., Config
             p.zero_()
     output = method(batch)
     output.loss.backward()
-    assert torch.isfinite(output.loss) and torch.isfinite(output.alignment())
+    assert torch.isfinite(output.loss) and torch.isfinite(output.scalars()["alignment"])
     for name, p in online.named_parameters():
         assert p.grad is not None and torch.isfinite(p.grad).all(), name
 
