@@ -59,9 +59,9 @@ def preset(raw: Mapping[str, Any]) -> Tree:
     papers = dataset in _PAPER_DATASETS and not (isinstance(epochs, int) and epochs < PAPER_EPOCHS)
     of_c = _of_c(method, ema)
     directions = not papers and method.get("metric", "cosine") == "cosine"
-    with_ema = "lars" if papers else "adamw"
-    optimizer = _section(raw, "optimizer").get("name", with_ema if ema else "sgd")
-    lr = _known(PEAK_LR, optimizer)
+    implied, peak_lr = _optimizer(papers, predictor == "closed", ema)
+    optimizer = _section(raw, "optimizer").get("name", implied)
+    lr = peak_lr if optimizer == implied else _known(PEAK_LR, optimizer)
     return {
         "encoder": {"stem": stem} if stem else {},
         "method": {
@@ -77,6 +77,15 @@ def preset(raw: Mapping[str, Any]) -> Tree:
             "weight_decay": 1e-5 if predictor == "mlp" else 1e-4,
         },
     }
+
+
+def _optimizer(papers: bool, closed: bool, ema: bool) -> tuple[str, float]:
+    """Name and peak learning rate; ours are from bench/results/first-steps.md."""
+    if papers:
+        return ("lars", 1.0) if ema else ("sgd", 0.1)
+    if closed:
+        return ("adamw", 4e-3) if ema else ("sgd", 0.3)
+    return ("sgd", 0.1)
 
 
 def _of_c(method: Mapping[str, Any], ema: bool) -> Tree:

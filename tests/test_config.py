@@ -91,7 +91,9 @@ def test_short_runs_and_other_pictures_have_settings_of_ours(
     data = {"data": {"dataset": dataset, "root": "somewhere"}, "train": {"epochs": epochs}}
     config = validate({**data, "method": {"name": name}})
     assert config.method.correlation == ("embeddings" if papers else "directions")
-    ours = ("sgd", 0.1) if name == "simsiam" else ("adamw", 4e-3)
+    ours = ("adamw", 4e-3) if PRESETS[name]["alpha"] else SGD_RUN[:2]
+    closed_without = validate({**data, "method": {"name": "isoloss", "ema": False}}).optimizer
+    assert (closed_without.name, closed_without.lr) == ("sgd", 0.1 if papers else 0.3)
     expected = {True: LARS_RUN, False: SGD_RUN}[config.method.ema][:2] if papers else ours
     assert (config.optimizer.name, config.optimizer.lr) == expected
     euclidean = validate({**data, "method": {"name": name, "metric": "euclidean"}})
