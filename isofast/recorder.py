@@ -16,7 +16,7 @@ from isofast.config import Config, to_json
 from isofast.distributed import World
 from isofast.evaluate import Evaluation
 from isofast.files import write_atomically
-from isofast.metrics import MetricsWriter, Record
+from isofast.metrics import MetricsWriter, Record, read_metrics
 from isofast.progress import Progress
 from isofast.rundir import write_json
 from isofast.spectrum import Spectrum, measure
@@ -95,6 +95,9 @@ class Recorder:
             )
             for at, spectrum in self._writer.spectra.items():
                 self._watch.seen(at, spectrum)
+            for record in read_metrics(run_dir / "metrics.jsonl"):
+                if "embedding_std" in record:
+                    self._watch.recorded(record)
         self._began = time.perf_counter()
         self._lap = _Lap()
 
@@ -247,9 +250,7 @@ class Recorder:
         if spectrum.predictor_alignment is not None:
             record["predictor_alignment"] = spectrum.predictor_alignment
         self._writer.write(record)
-        step, spread = record["step"], record["embedding_std"]
-        assert isinstance(step, int) and spread is not None
-        finding = self._watch.judge(step, spread, spectrum)
+        finding = self._watch.judge(record, spectrum)
         self.totals.collapse = None if finding is None else finding.message
         return finding
 
