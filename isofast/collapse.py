@@ -1,6 +1,6 @@
 """Detect collapse from a run's records, and suggest what helped other runs.
 
-The thresholds separate 22 recorded runs, good and bad (tests/collapse_runs.json); what they miss
+The thresholds separate 22 recorded runs, good and bad (bench/results/first-steps.json); what they miss
 and how late they are is in docs/method/first-steps.md.
 """
 

@@ -13,7 +13,8 @@ from isofast.config import Config
 from isofast.settings import validate
 from isofast.spectrum import Spectrum
 
-RECORDED = json.loads((Path(__file__).parent / "collapse_runs.json").read_text())
+RESULTS = Path(__file__).parents[1] / "bench" / "results"
+RECORDED = json.loads((RESULTS / "first-steps.json").read_text())
 RUNS = [
     {**run, "records": [dict(zip(RECORDED["columns"], r, strict=True)) for r in run["records"]]}
     for run in RECORDED["runs"]
