@@ -107,6 +107,37 @@ def test_a_killed_table_goes_on_and_is_printed(digits: Path, tmp_path: Path) -> 
     assert code == 2 and "train.batch_size: 64 -> 32" in err and "--runs" in err
 
 
+def test_the_small_scale_says_before_and_after_and_draws_its_figures(
+    digits: Path, tmp_path: Path
+) -> None:
+    arguments = command(digits, tmp_path, "--scale", "small", "--methods", "isoloss")
+    code, out, err = run([*arguments, "--epochs", "1"])
+    assert code == 0, err
+    folder = tmp_path / "table2-small"
+    table = (folder / "table-digits-isoloss-seeds-1.md").read_text()
+    assert table in out
+    rows = [line.split(" | ") for line in table.splitlines() if line.startswith("| IsoLoss")]
+    assert [row[2] for row in rows] == ["yes", "no"]
+    for row, name in zip(rows, ("isoloss", "isoloss-no-ema"), strict=True):
+        run_dir = folder / "digits" / name / "seed-0"
+        summary = json.loads((run_dir / "summary.json").read_text())
+        percents = [100 * summary[key] for key in ("knn_top1_initial", "knn_top1", "val_top1")]
+        assert row[3:7] == [f"{x:.1f}" for x in (*percents, summary["effective_rank"])]
+        config = json.loads((run_dir / "config.json").read_text())
+        assert config["method"]["correlation"] == "directions"
+        assert config["optimizer"]["name"] == ("adamw" if name == "isoloss" else "sgd")
+    drawn = {path.name for path in (folder / "figures-digits").iterdir()}
+    assert drawn == {f"figure{number}.{kind}" for number in (3, 7) for kind in ("png", "svg")}
+
+
+@pytest.mark.parametrize("dataset", ["cifar10", "tinyimagenet"])
+def test_the_small_scale_is_a_narrow_network_for_ten_epochs(dataset: str, tmp_path: Path) -> None:
+    runs = plan(Request("table2", [dataset], tmp_path, tmp_path, seeds=1, scale="small"))
+    assert len(runs) == len(TABLES["table2"])
+    assert {(r.config.encoder.width, r.config.train.epochs) for r in runs} == {(16, 10)}
+    assert all(r.config.evaluation.at_start for r in runs)
+
+
 @pytest.mark.parametrize(
     ("found_first", "what"),
     [
