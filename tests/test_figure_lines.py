@@ -85,12 +85,13 @@ def test_two_evaluations_of_one_run_are_no_curve(spectrum_runs: Runs, tmp_path: 
 
 
 def test_simsiam_stands_beside_byol(spectrum_runs: Runs, tmp_path: Path) -> None:
-    """Paired, though the methods' names differ and the presets choose another optimizer."""
+    """Paired, though the methods' names and the optimizers differ."""
     settings, run = spectrum_runs["ema"]
     runs = []
-    for name in ("simsiam", "byol"):
+    for name, optimizer in (("simsiam", "sgd"), ("byol", "lars")):
         shutil.copytree(run, tmp_path / name)
-        config = validate({**settings, "optimizer": {}, "method": {"name": name}})
+        raw = {**settings, "optimizer": {"name": optimizer}, "method": {"name": name}}
+        config = validate(raw)
         (tmp_path / name / "config.json").write_text(to_json(config))
         runs.append(read_run(tmp_path / name))
     assert runs[0].config.optimizer.name != runs[1].config.optimizer.name
