@@ -1,17 +1,16 @@
 """Detect collapse from a run's records, and suggest what helped other runs.
 
-The thresholds separate 22 recorded runs, good and bad (bench/results/first-steps.json); what they miss
-and how late they are is in docs/method/first-steps.md.
+The thresholds separate recorded runs, good and bad (bench/results/first-steps.json); what they
+miss and how late they are is in docs/method/first-steps.md.
 """
 
 import math
 from bisect import bisect_right
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
 from isofast.config import Config
-from isofast.spectrum import Spectrum
+from isofast.metrics import Record
 
 Kind = Literal["complete", "dimensional", "torn", "blow-up"]
 
@@ -25,8 +24,8 @@ _TIME_CONSTANTS = 2
 _LEAST_STEPS = 200
 # A few embeddings this much longer than the median own a raw C, and W shortens the others so far.
 _LONG, _SHORT = 4.0, 0.5
-# Growth of the mean squared norm since the first record, a thousandfold in the norm.
-_MOST_GROWTH = 1e6
+# Growth of the embeddings' norm since the first record.
+_MOST_GROWTH = 1e3
 
 
 @dataclass(frozen=True)
@@ -53,79 +52,79 @@ class CollapseWatch:
         self._grace = max(memory, warmup, _LEAST_STEPS)
         self._steps: list[int] = []
         self._spreads: list[float] = []
-        self._first_norm = math.nan
+        self._first_norm: float | None = None
+        self._torn = 0
 
-    def seen(self, step: int, spectrum: Spectrum) -> None:
-        """Keeps the norm that a spectrum tells, if it is the first."""
-        if not self._first_norm > 0:
-            self._first_norm = self._mean_square(step, spectrum)
-
-    def recorded(self, record: Mapping[str, float | int | None]) -> None:
-        """Keeps a record's embedding_std; in the order of the steps."""
-        self._steps.append(int(record["step"] or 0))
-        self._spreads.append(record["embedding_std"] or 0.0)
-
-    def judge(self, record: Mapping[str, float | int | None], spectrum: Spectrum) -> Finding | None:
+    def judge(self, record: Record) -> Finding | None:
         """What has collapsed by this record's step; None where nothing has.
 
         Args:
-            record: step, embedding_std, norm_spread and prediction_norm; becomes ``recorded``.
-            spectrum: C's at that step, and ``seen``.
+            record: as in metrics.jsonl, in the order of the steps; None stands for NaN.
         """
-        self.recorded(record)
-        step, spread = self._steps[-1], self._spreads[-1]
-        norm = self._mean_square(step, spectrum)
-        if not math.isfinite(norm) or norm > _MOST_GROWTH * self._first_norm:
-            return self._blow_up(step, norm)
+        step, spread, norm = record["step"], record["embedding_std"], record.get("embedding_norm")
+        assert step is not None
+        if self._first_norm is None:
+            self._first_norm = norm
+        if spread is None or not math.isfinite(spread):
+            return self._found("blow-up", f"the embeddings became NaN or infinite at step {step}")
+        self._steps.append(int(step))
+        self._spreads.append(spread)
+        if norm is not None and norm > _MOST_GROWTH * (self._first_norm or math.inf):
+            return self._found(
+                "blow-up",
+                f"the norms of the embeddings grew from {self._first_norm:.2g} to {norm:.2g} by "
+                f"step {step}",
+            )
         healthy = 1 / math.sqrt(self._dim)
         measured = f"at step {step} embedding_std is {spread:.2g}, {healthy:.2g} is healthy"
         if spread < _LEAST_SPREAD * healthy:
             return self._found(
-                "complete", f"the embeddings of all images have become one point: {measured}"
+                "complete", f"the embeddings have collapsed completely, to one point: {measured}"
             )
-        method = self._config.method
-        long, short = record.get("norm_spread") or 0.0, record.get("prediction_norm") or 1.0
-        raw = method.predictor == "closed" and method.correlation == "embeddings"
-        if raw and long > _LONG and short < _SHORT:
+        if self._is_torn(record):
             return self._found(
                 "torn",
-                f"a few long embeddings own C: at step {step} they are {long:.1f} times as long as "
-                f"the median, and W shortens the others to {short:.2f}",
+                f"a few long embeddings own C: at step {step} they are "
+                f"{record['norm_spread']:.1f} times as long as the median, and W shortens the "
+                f"others to {record['prediction_norm']:.2f} of their length",
             )
-        before = self._spreads[max(0, bisect_right(self._steps, step // 2) - 1)]
-        if step >= self._grace and spread < min(_LOW_SPREAD * healthy, _NO_GROWTH * before):
+        if step >= self._grace and spread < _LOW_SPREAD * healthy and self._has_stopped(spread):
             return self._found(
                 "dimensional",
                 f"the embeddings have collapsed to few dimensions: {measured}, and the effective "
-                f"rank of C is {spectrum.effective_rank:.1f} of {self._dim}",
+                f"rank of C is {record['effective_rank']:.1f} of {self._dim}",
             )
         return None
 
-    def _mean_square(self, step: int, spectrum: Spectrum) -> float:
-        """Mean of |z|^2: the trace of C without the bias of its start at 0."""
-        return spectrum.trace / (1 - self._config.method.decay**step)
+    def _is_torn(self, record: Record) -> bool:
+        """Two records in a row; only a raw C gives long embeddings more weight."""
+        method = self._config.method
+        raw = method.predictor == "closed" and method.correlation == "embeddings"
+        long, short = record.get("norm_spread"), record.get("prediction_norm")
+        if not raw or method.metric != "cosine" or long is None or short is None:
+            return False
+        self._torn = self._torn + 1 if long > _LONG and short < _SHORT else 0
+        return self._torn > 1
 
-    def _blow_up(self, step: int, norm: float) -> Finding:
-        grown = f"from {math.sqrt(self._first_norm):.2g} to {math.sqrt(norm):.2g}"
-        what = f"grew {grown}" if math.isfinite(norm) else "became NaN or infinite"
-        return self._found("blow-up", f"blow-up at step {step}: the norms of the embeddings {what}")
+    def _has_stopped(self, spread: float) -> bool:
+        """Whether the spread has hardly grown in the second half of the steps."""
+        half = bisect_right(self._steps, self._steps[-1] // 2)
+        return half > 0 and spread < _NO_GROWTH * self._spreads[half - 1]
 
     def _found(self, kind: Kind, what: str) -> Finding:
         return Finding(kind, f"{what}. Try {' or '.join(remedies(self._config, kind))}")
 
 
 def remedies(config: Config, kind: Kind) -> list[str]:
-    """What to try against a collapse of ``kind``: only what ended one in a recorded run."""
+    """What to try against a collapse of ``kind``, the likeliest first."""
     method, optimizer = config.method, config.optimizer
     slower = [f"optimizer.lr below {optimizer.lr:g}", "a longer schedule.warmup_epochs"]
     if kind == "blow-up":
         return slower
     tries = []
-    if method.predictor == "closed" and method.metric == "cosine":
-        if method.correlation == "embeddings":
-            tries.append("method.correlation directions, so that long embeddings don't own C")
-        if not method.ema and method.decay > 0.5:
-            tries.append("method.decay 0.5, because C must keep up where there is no EMA target")
+    cosine = method.predictor == "closed" and method.metric == "cosine"
+    if cosine and method.correlation == "embeddings":
+        tries.append("method.correlation directions, so that long embeddings don't own C")
     if method.name in ("directpred", "directcopy"):
         tries.append("method.name isoloss, which keeps small eigenvalues growing")
     if not method.ema:

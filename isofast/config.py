@@ -143,12 +143,12 @@ class OptimizerConfig(_Section):
     """Optimizer of the network and of the online probe."""
 
     name: Literal["lars", "sgd", "adamw"] = "lars"
-    """Preset: sgd without EMA, lars with it. Where the run is short or the data set not the paper's
-    (as for method.correlation), with EMA adamw, or sgd if the predictor is trained."""
+    """Preset: sgd without EMA, lars with it. With method.correlation directions and EMA, adamw for
+    the closed forms and sgd for the trained predictors."""
     lr: float = Field(1.0, gt=0)
     """Peak learning rate at a global batch of 256; scaled linearly with the batch. Preset: 1.0 for
-    lars, 0.1 for sgd (0.3 without EMA where method.correlation is directions and the predictor a
-    closed form), 0.004 for adamw."""
+    lars, 0.1 for sgd, 0.001 for adamw; where method.correlation is directions, 0.3 for the sgd and
+    0.004 for the adamw of the closed forms."""
     momentum: float = Field(0.9, ge=0, lt=1)
     """Momentum of lars and sgd, first beta of adamw."""
     weight_decay: float = Field(1e-4, ge=0)

@@ -44,6 +44,7 @@ class StepOutput:
 
         embedding_std: mean over dimensions of the std of z / |z|; healthy is 1/sqrt(D).
         alignment: mean cosine of prediction p1 and target t2.
+        embedding_norm: root of the mean |z|^2.
         mean_share: |mean z|^2 / mean |z|^2, 1 where all embeddings are one.
         norm_spread: 95th percentile of |z| over its median; a raw C belongs to the long ones.
         prediction_norm: median |p| / |z|; the isotropic gradient goes with its inverse.
@@ -54,10 +55,12 @@ class StepOutput:
         else:
             assert self.w_DD is not None
             p_BD = z_BD @ self.w_DD
-        z_B = z_BD.norm(dim=1)
+        # a collapsed batch has finite numbers
+        z_B = z_BD.norm(dim=1).clamp(min=1e-8)
         return {
             "embedding_std": functional.normalize(z_BD, dim=1).std(0).mean(),
             "alignment": torch.cosine_similarity(p_BD, self.t2_BD.float(), dim=1).mean(),
+            "embedding_norm": z_B.square().mean().sqrt(),
             "mean_share": z_BD.mean(0).square().sum() / z_B.square().mean(),
             "norm_spread": z_B.quantile(0.95) / z_B.median(),
             "prediction_norm": (p_BD.norm(dim=1) / z_B).median(),

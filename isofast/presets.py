@@ -35,11 +35,11 @@ PREDICTORS: dict[str, Literal["closed", "mlp", "linear"]] = {
 # the released code's BYOL.
 _TRAINED: Tree = {"alpha": None, "eps": None, "normalize": None, "decay": 0.99}
 
-PEAK_LR = {"lars": 1.0, "sgd": 0.1, "adamw": 4e-3}
+PEAK_LR = {"lars": 1.0, "sgd": 0.1, "adamw": 1e-3}
 
-# The paper trains 1,000 epochs. What it does is kept from here on; shorter runs have settings of
-# ours, and so have data sets that it does not have (docs/method/first-steps.md).
-PAPER_EPOCHS = 100
+# Runs of fewer epochs, and data sets that the paper does not have, get C of directions and an
+# optimizer to go with it, both ours (docs/method/first-steps.md).
+SHORT_RUN_EPOCHS = 100
 _PAPER_DATASETS = ("cifar10", "cifar100", "stl10", "tinyimagenet")
 
 
@@ -56,17 +56,20 @@ def preset(raw: Mapping[str, Any]) -> Tree:
     # The paper's "SimSiam" is BYOL with a target that does not lag behind.
     ema = method.get("ema", method.get("name") != "simsiam") is not False
     epochs = _section(raw, "train").get("epochs", 1000)
-    papers = dataset in _PAPER_DATASETS and not (isinstance(epochs, int) and epochs < PAPER_EPOCHS)
+    short = isinstance(epochs, int) and epochs < SHORT_RUN_EPOCHS
+    of_directions = (short or dataset not in _PAPER_DATASETS) and (
+        method.get("metric", "cosine") == "cosine"
+    )
+    correlation = method.get("correlation", "directions" if of_directions else "embeddings")
     of_c = _of_c(method, ema)
-    directions = not papers and method.get("metric", "cosine") == "cosine"
-    implied, peak_lr = _optimizer(papers, predictor == "closed", ema)
+    implied, peak_lr = _optimizer(correlation == "directions", predictor == "closed", ema)
     optimizer = _section(raw, "optimizer").get("name", implied)
     lr = peak_lr if optimizer == implied else _known(PEAK_LR, optimizer)
     return {
         "encoder": {"stem": stem} if stem else {},
         "method": {
             "ema": ema,
-            "correlation": "directions" if directions else "embeddings",
+            "correlation": correlation,
             **(_TRAINED if predictor in ("mlp", "linear") else of_c),
         },
         "optimizer": {
@@ -79,13 +82,14 @@ def preset(raw: Mapping[str, Any]) -> Tree:
     }
 
 
-def _optimizer(papers: bool, closed: bool, ema: bool) -> tuple[str, float]:
-    """Name and peak learning rate; ours are from bench/results/first-steps.md."""
-    if papers:
-        return ("lars", 1.0) if ema else ("sgd", 0.1)
-    if closed:
+def _optimizer(directions: bool, closed: bool, ema: bool) -> tuple[str, float]:
+    """Name and peak learning rate; those for C of directions are from bench/results/first-steps.md.
+
+    A trained predictor is not made of C, but is in the same kind of run.
+    """
+    if directions and closed:
         return ("adamw", 4e-3) if ema else ("sgd", 0.3)
-    return ("sgd", 0.1)
+    return ("lars", 1.0) if ema and not directions else ("sgd", 0.1)
 
 
 def _of_c(method: Mapping[str, Any], ema: bool) -> Tree:

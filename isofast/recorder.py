@@ -93,11 +93,9 @@ class Recorder:
             self._writer = MetricsWriter(
                 run_dir, step, config.logging.tensorboard, self.progress.say
             )
-            for at, spectrum in self._writer.spectra.items():
-                self._watch.seen(at, spectrum)
             for record in read_metrics(run_dir / "metrics.jsonl"):
                 if "embedding_std" in record:
-                    self._watch.recorded(record)
+                    self._watch.judge(record)
         self._began = time.perf_counter()
         self._lap = _Lap()
 
@@ -139,7 +137,6 @@ class Recorder:
         def work() -> Spectrum:
             spectrum = measure(corr.get(), None if w is None else w.get())
             writer.spectrum(step, spectrum)
-            self._watch.seen(step, spectrum)
             return spectrum
 
         self._spectrum = self._background.do(work)
@@ -250,7 +247,7 @@ class Recorder:
         if spectrum.predictor_alignment is not None:
             record["predictor_alignment"] = spectrum.predictor_alignment
         self._writer.write(record)
-        finding = self._watch.judge(record, spectrum)
+        finding = self._watch.judge(record)
         self.totals.collapse = None if finding is None else finding.message
         return finding
 

@@ -19,24 +19,22 @@ from isofast.files import write_atomically
 from isofast.paper import DATASETS, TABLES, Row
 from isofast.presets import merge
 from isofast.processes import run_to_its_end
-from isofast.settings import resolve, validate
+from isofast.settings import read_stored, resolve
 
 State = Literal["new", "stopped", "finished", "crashed"]
 TRAIN_SCRIPT = Path(__file__).resolve().parent.parent / "launch" / "train.py"
 # The shipped config of each data set, beside the train script. Digits have no place in the paper:
 # they show in a minute that everything works.
 SHIPPED = {"digits": "quickstart.json"} | {name: f"{name}.json" for name in DATASETS}
-PAPER_SEEDS = 5
+PAPER_SEEDS, SMALL_SEEDS = 5, 1
 Scale = Literal["paper", "small"]
-# What --scale small says over the shipped config: hours of two cores, and minutes for the digits.
-_SMALL: dict[str, Any] = {"encoder": {"width": 16}, "train": {"epochs": 10}}
-_SMALL_DIGITS: dict[str, Any] = {
-    "data": {"dataset": "digits"},
+# What --scale small says over the shipped config.
+_SMALL: dict[str, Any] = {
     "encoder": {"width": 16},
-    "projector": {"hidden": 512, "output": 128},
-    "train": {"epochs": 20, "batch_size": 64},
-    "logging": {"every_steps": 10},
+    "train": {"epochs": 10},
+    "evaluation": {"at_start": True, "every_epochs": 2},
 }
+_SMALL_DIGITS: dict[str, Any] = {"train": {"epochs": 20}, "evaluation": {"at_start": True}}
 # What the table decides, and so no --set.
 _OWN_KEYS = {
     key: attrgetter(key)
@@ -152,7 +150,7 @@ class PlannedRun:
         """The config of the run on the disk; None where there is no run."""
         path = self.run_dir / "config.json"
         try:
-            return validate(json.loads(path.read_text(encoding="utf-8")))
+            return read_stored(path)
         except FileNotFoundError:
             return None
         except (OSError, ValueError) as error:
@@ -266,14 +264,20 @@ def _planned(request: Request, dataset: str, row: Row, seed: int) -> PlannedRun:
 
 def _settings(request: Request, dataset: str, row: Row, seed: int) -> dict[str, Any]:
     """The shipped config of the data set with the table's method on top."""
-    small = request.scale == "small"
-    shipped = _SMALL_DIGITS if small and dataset == "digits" else _shipped(request, dataset)
-    if small and dataset != "digits":
-        shipped = merge(shipped, _SMALL)
-    shipped = dict(shipped)
+    path = request.train_script.parent / SHIPPED[dataset]
+    try:
+        shipped: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read the config of {dataset}, {path}: {error}") from None
+    shipped.pop(SCHEMA_KEY, None)
+    # the decay and the optimizer of the quickstart were chosen for one method with EMA
     method = shipped.pop("method", {})
-    # the decay of C that was chosen for an EMA target fits no other
+    shipped.pop("optimizer", None)
     kept = {"decay": method["decay"]} if row.ema and "decay" in method else {}
+    # the table is of the end of each run
+    shipped = merge(shipped, {"evaluation": {"at_start": False, "knn_pixels": False}})
+    if request.scale == "small":
+        shipped = merge(shipped, _SMALL_DIGITS if dataset == "digits" else _SMALL)
     return merge(
         shipped,
         {
@@ -281,24 +285,8 @@ def _settings(request: Request, dataset: str, row: Row, seed: int) -> dict[str, 
             "data": {"root": str(request.root / dataset)},
             "method": kept | row.settings,
             "train": {} if request.epochs is None else {"epochs": request.epochs},
-            # the table is of the end of each run
-            "evaluation": {
-                "at_start": small,
-                "knn_pixels": False,
-                **({"every_epochs": 2} if small else {}),
-            },
         },
     )
-
-
-def _shipped(request: Request, dataset: str) -> dict[str, Any]:
-    path = request.train_script.parent / SHIPPED[dataset]
-    try:
-        shipped: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot read the config of {dataset}, {path}: {error}") from None
-    shipped.pop(SCHEMA_KEY, None)
-    return shipped
 
 
 def _refuse_own_keys(keys: Iterable[str]) -> None:

@@ -51,7 +51,7 @@ def add_reproduce(commands: Any) -> None:
         "--seeds", type=_count, metavar="N", help="seeds 0 to N-1 (5; with --scale small 1)"
     )
     parser.add_argument(
-        "--epochs", type=_count, metavar="N", help="default: the data set's shipped config"
+        "--epochs", type=_count, metavar="N", help="default: the scale's, 1,000 for the paper's"
     )
     parser.add_argument(
         "--root", type=Path, required=True, metavar="DIR", help="holds each data set as DIR/NAME"
@@ -85,7 +85,16 @@ def add_reproduce(commands: Any) -> None:
 
 def _reproduce(args: argparse.Namespace) -> None:
     from isofast.files import write_atomically
-    from isofast.reproduce import TRAIN_SCRIPT, Request, check_data, execute, make_folder, plan
+    from isofast.reproduce import (
+        PAPER_SEEDS,
+        SMALL_SEEDS,
+        TRAIN_SCRIPT,
+        Request,
+        check_data,
+        execute,
+        make_folder,
+        plan,
+    )
     from isofast.reproduce_table import draw_figures, markdown_table, small_table
 
     small = args.scale == "small"
@@ -99,7 +108,7 @@ def _reproduce(args: argparse.Namespace) -> None:
         datasets=datasets,
         root=args.root,
         runs=args.runs,
-        seeds=args.seeds or (1 if small else 5),
+        seeds=args.seeds or (SMALL_SEEDS if small else PAPER_SEEDS),
         scale=args.scale,
         epochs=args.epochs,
         methods=[name for names in args.methods for name in names],
@@ -121,8 +130,11 @@ def _reproduce(args: argparse.Namespace) -> None:
     write_atomically(path, lambda part: part.write_text(table, encoding="utf-8"))
     print(f"\n{table}\n{path}")
     if small:
-        for drawn in draw_figures(runs, request.folder):
-            print(drawn)
+        try:
+            for drawn in draw_figures(runs, path.with_suffix("")):
+                print(drawn)
+        except UserError as error:
+            print(f"no figures: {error}")
     if failed:
         raise RunError(
             f"{len(failed)} of {len(runs)} runs failed, for the reasons above: "

@@ -15,7 +15,7 @@ from isofast.config import Config, changed_keys
 from isofast.distributed import World
 from isofast.errors import UserError
 from isofast.files import write_atomically
-from isofast.settings import validate
+from isofast.settings import read_stored
 
 _PACKAGES = (
     "torch",
@@ -111,7 +111,7 @@ def _refuse_other_config(stored: Path, config: Config) -> None:
         "give the old values back, name another --run-dir, or start over beside it with --fresh"
     )
     try:
-        old = validate(json.loads(stored.read_text(encoding="utf-8")))
+        old = read_stored(stored)
     except (OSError, ValueError) as error:
         raise UserError(f"cannot read {stored}: {error}; {remedy}") from None
     changes = changed_keys(old, config)

@@ -1,6 +1,5 @@
 """Runs read back from their folders, and what to call each of them beside the others."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +12,7 @@ import numpy.typing as npt
 from isofast.config import Config, leaves
 from isofast.errors import UserError
 from isofast.metrics import read_metrics, read_spectra
-from isofast.settings import validate
+from isofast.settings import read_stored
 
 Array = npt.NDArray[np.float64]
 
@@ -69,7 +68,7 @@ def read_run(path: Path) -> Run:
             f"{path} is no run: it {what}. Give the folder that --run-dir named, such as runs/NAME"
         )
     try:
-        config = validate(json.loads(config_path.read_text(encoding="utf-8")))
+        config = read_stored(config_path)
         spectra = read_spectra(path / "spectrum.npz")
     except (OSError, ValueError, KeyError, EOFError, BadZipFile) as error:
         raise UserError(f"cannot read the run {path}: {error}") from None

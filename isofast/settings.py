@@ -11,6 +11,7 @@ from pydantic import BaseModel, ValidationError
 
 from isofast.config import Config
 from isofast.errors import UserError
+from isofast.presets import merge
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
@@ -75,6 +76,17 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
         node[name] = json.loads(text)
     except json.JSONDecodeError:
         node[name] = text
+
+
+def read_stored(path: Path) -> Config:
+    """The config.json of a run; one from before method.correlation had C of embeddings.
+
+    Raises:
+        OSError, ValueError: it cannot be read or is no config.
+    """
+    raw = json.loads(path.read_text(encoding="utf-8"))
+    before = {"method": {"correlation": "embeddings"}}
+    return validate(merge(before, raw) if isinstance(raw, dict) else raw)
 
 
 def _explain(item: dict[str, Any], raw: Mapping[str, Any]) -> str:

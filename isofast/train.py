@@ -284,7 +284,8 @@ class _Run:
         predictor = "trained predictor" if method.alpha is None else f"alpha {method.alpha:g}"
         lines = [
             f"{method.name} ({method.metric}, {predictor}, "
-            f"{'EMA target' if method.ema else 'no EMA'}) on "
+            f"{'EMA target' if method.ema else 'no EMA'}, C of {method.correlation}, "
+            f"{config.optimizer.name} {config.optimizer.lr:g}) on "
             f"{describe_images(train)}, {device}",
             f"{world.size} process(es), BatchNorm statistics {statistics}, "
             f"{self.steps_per_epoch} steps an epoch "

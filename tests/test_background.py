@@ -118,11 +118,14 @@ def make_recorder(small_config: Callable[..., Config], tmp_path: Path) -> Callab
     return make
 
 
-def record(recorder: Recorder, step: int, corr_DD: torch.Tensor, spread: float = 0.2) -> None:
+def record(
+    recorder: Recorder, step: int, corr_DD: torch.Tensor, spread: float = 0.2, norm: float = 4.0
+) -> None:
     """A step and its record, as the loop gives them; a spread of 0.25 is healthy."""
     recorder.stepped()
     recorder.spectrum(step, corr_DD, None)
-    values: dict[str, Any] = {"loss": 0.0, "probe_top1": 0.0, "embedding_std": spread}
+    values: dict[str, Any] = {"loss": 0.0, "probe_top1": 0.0}
+    values |= {"embedding_std": spread, "embedding_norm": norm}
     recorder.training(step, values)
 
 
@@ -175,11 +178,11 @@ def test_a_run_that_goes_on_knows_what_it_had_before(
         record(first, 100, corr_of(8), spread=0.06)
         record(first, 120, corr_of(8), spread=0.06)
     with closing(make_recorder(120)) as second:
-        record(second, 200, 1e4 * corr_of(1), spread=0.07)
+        record(second, 200, corr_of(1), spread=0.07)
         assert second.finding() is None
-        record(second, 205, 1e4 * corr_of(1), spread=0.06)
+        record(second, 205, corr_of(1), spread=0.06)
         finding = second.finding()
         assert finding is not None and finding.kind == "dimensional"
-        record(second, 210, 1e7 * corr_of(8))
+        record(second, 210, corr_of(8), norm=5e3)
         finding = second.finding()
         assert finding is not None and finding.kind == "blow-up"

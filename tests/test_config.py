@@ -8,7 +8,7 @@ import pytest
 
 from isofast.config import Config, changed_keys, schema_json, to_json
 from isofast.errors import UserError
-from isofast.settings import load_config, validate
+from isofast.settings import load_config, read_stored, validate
 
 LAUNCH = Path(__file__).resolve().parent.parent / "launch"
 DATA = {"data": {"dataset": "cifar10", "root": "somewhere"}}
@@ -97,9 +97,11 @@ def test_short_runs_and_other_pictures_have_settings_of_ours(
     expected = {True: LARS_RUN, False: SGD_RUN}[config.method.ema][:2] if papers else ours
     assert (config.optimizer.name, config.optimizer.lr) == expected
     euclidean = validate({**data, "method": {"name": name, "metric": "euclidean"}})
-    assert euclidean.method.correlation == "embeddings"
-    raw = {"name": name, "correlation": "embeddings"}
-    assert validate({**data, "method": raw}).method.correlation == "embeddings"
+    raw = validate({**data, "method": {"name": name, "correlation": "embeddings"}})
+    for run in (euclidean, raw):
+        paper = {True: LARS_RUN, False: SGD_RUN}[run.method.ema][:2]
+        assert run.method.correlation == "embeddings"
+        assert (run.optimizer.name, run.optimizer.lr) == paper
 
 
 def test_the_user_wins_over_every_preset() -> None:
@@ -110,7 +112,7 @@ def test_the_user_wins_over_every_preset() -> None:
     assert config.optimizer.model_dump(include=set(optimizer)) == optimizer
 
 
-@pytest.mark.parametrize(("name", "lr"), [("lars", 1.0), ("sgd", 0.1), ("adamw", 4e-3)])
+@pytest.mark.parametrize(("name", "lr"), [("lars", 1.0), ("sgd", 0.1), ("adamw", 1e-3)])
 @pytest.mark.parametrize("ema", [True, False])
 def test_the_learning_rate_is_the_named_optimizers(name: str, lr: float, ema: bool) -> None:
     config = validate({**DATA, "method": {"ema": ema}, "optimizer": {"name": name}})
@@ -255,6 +257,15 @@ def test_a_config_stored_by_an_older_version_continues() -> None:
     assert "method.alpha: 1.0 -> None" in changed_keys(stored, other)
 
 
+def test_a_run_from_before_c_of_directions_has_c_of_embeddings(tmp_path: Path) -> None:
+    digits = {"data": {"dataset": "digits", "root": "somewhere"}}
+    raw = json.loads(to_json(validate(digits)))
+    del raw["method"]["correlation"]
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    changes = changed_keys(read_stored(tmp_path / "config.json"), validate(digits))
+    assert changes == ["method.correlation: 'embeddings' -> 'directions'"]
+
+
 def test_changed_keys_tells_what_changes_the_result_only() -> None:
     old = validate(DATA)
     new = validate(
@@ -310,14 +321,14 @@ def test_shipped_configs_are_valid(path: Path) -> None:
 
 @pytest.mark.parametrize("path", sorted(LAUNCH.glob("*.json")), ids=lambda path: path.name)
 def test_shipped_configs_spell_out_nothing_implied(path: Path) -> None:
-    """But for the method's name, which is what a reader changes."""
+    """But for the method's name, which a reader changes, and the optimizer's, beside its rate."""
     if path.name == "config.schema.json":
         return
     raw = json.loads(path.read_text())
     whole = validate(raw)
     for section, keys in raw.items():
         for key in keys if isinstance(keys, dict) else ():
-            if f"{section}.{key}" not in ("data.root", "method.name"):
+            if f"{section}.{key}" not in ("data.root", "method.name", "optimizer.name"):
                 less = {**raw, section: {k: v for k, v in keys.items() if k != key}}
                 assert validate(less) != whole, f"{section}.{key}"
 

@@ -126,7 +126,7 @@ def test_the_small_scale_says_before_and_after_and_draws_its_figures(
         config = json.loads((run_dir / "config.json").read_text())
         assert config["method"]["correlation"] == "directions"
         assert config["optimizer"]["name"] == ("adamw" if name == "isoloss" else "sgd")
-    drawn = {path.name for path in (folder / "figures-digits").iterdir()}
+    drawn = {path.name for path in (folder / "table-digits-isoloss-seeds-1" / "digits").iterdir()}
     assert drawn == {f"figure{number}.{kind}" for number in (3, 7) for kind in ("png", "svg")}
 
 

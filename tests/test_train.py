@@ -169,7 +169,11 @@ def _check_run_dir(run_dir: Path, printed: str) -> None:
         "effective_rank",
         "effective_rank_entropy",
         "embedding_std",
+        "embedding_norm",
         "alignment",
+        "mean_share",
+        "norm_spread",
+        "prediction_norm",
     }
     assert set(evaluations[0]) == {"step", "epoch", "val_top1", "knn_top1"}
     assert summary["knn_top1"] == evaluations[-1]["knn_top1"]
