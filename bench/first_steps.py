@@ -37,6 +37,7 @@ def kept_runs() -> list[dict[str, Any]]:
         and (run["method"], run["ema"], run["lr"]) == ("isoloss", False, 0.1)
         and run["epochs"] == 15
         and "stem" not in run["data"]
+        # lies on the other two
         and (run["correlation"], run["warmup_epochs"]) != ("directions", 5)
     ]
     for run in chosen:

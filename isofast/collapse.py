@@ -1,4 +1,4 @@
-"""Detect collapse from a run's records, and suggest what helped other runs.
+"""Detect collapse from a run's records, and suggest what to try.
 
 The thresholds separate recorded runs, good and bad (bench/results/first-steps.json); what they
 miss and how late they are is in docs/method/first-steps.md.

@@ -270,9 +270,9 @@ def _settings(request: Request, dataset: str, row: Row, seed: int) -> dict[str, 
     except (OSError, ValueError) as error:
         raise UserError(f"cannot read the config of {dataset}, {path}: {error}") from None
     shipped.pop(SCHEMA_KEY, None)
-    # the decay and the optimizer of the quickstart were chosen for one method with EMA
-    method = shipped.pop("method", {})
+    # the quickstart's optimizer was chosen for IsoLoss with EMA, its decay of C for EMA
     shipped.pop("optimizer", None)
+    method = shipped.pop("method", {})
     kept = {"decay": method["decay"]} if row.ema and "decay" in method else {}
     # the table is of the end of each run
     shipped = merge(shipped, {"evaluation": {"at_start": False, "knn_pixels": False}})
