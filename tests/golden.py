@@ -1,0 +1,159 @@
+"""Train every method for a few steps with two versions of the source, and compare them bitwise.
+
+`python tests/golden.py [COMMIT]` runs COMMIT (default: HEAD~1) and the working tree on the digits,
+with one process and two, uncut and resumed, and exits 1 where a record, an eigenvalue or a weight
+of the encoder differs. Both run on this machine: other machines round otherwise.
+"""
+
+import json
+import multiprocessing
+import os
+import runpy
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors.numpy import load_file
+
+ROOT = Path(__file__).resolve().parent.parent
+TIMED = {"images_per_s", "data_wait"}
+STEPS, RESUMED_AT = 24, 16
+BASE: dict[str, Any] = {
+    "data": {"dataset": "digits", "threads": 1},
+    "encoder": {"width": 8},
+    "projector": {"hidden": 64, "output": 32},
+    "train": {"epochs": 2, "batch_size": 64, "max_steps": STEPS},
+    "evaluation": {"every_epochs": 1},
+    "checkpoint": {"every_steps": 8},
+    "logging": {"every_steps": 1, "spectrum_every_steps": 1, "tensorboard": False},
+}
+# name: (sections over BASE, processes)
+RUNS: dict[str, tuple[dict[str, Any], int]] = {
+    **{
+        name: ({"method": {"name": name}}, 1)
+        for name in ("isoloss", "directpred", "directcopy", "byol", "simsiam", "linear")
+    },
+    "no-ema": ({"method": {"ema": False}}, 1),
+    "euclidean": ({"method": {"metric": "euclidean"}, "optimizer": {"name": "adamw"}}, 1),
+    "embeddings": ({"method": {"correlation": "embeddings"}}, 1),
+    "bf16": ({"train": {"precision": "bf16"}, "method": {"name": "byol"}}, 1),
+    "two-ranks": ({}, 2),
+    "byol-two-ranks": ({"method": {"name": "byol"}}, 2),
+}
+# processes that have imported the slow packages; DeepSpeed allows one run in each
+PROCESSES = multiprocessing.get_context("forkserver")
+PROCESSES.set_forkserver_preload(["torch", "deepspeed"])
+
+
+def main(commit: str = "HEAD~1") -> int:
+    """Runs both versions; 0 if all of their results are equal."""
+    with tempfile.TemporaryDirectory() as folder:
+        trees = {"old": Path(folder) / "old", "new": Path(folder) / "new"}
+        trees["old"].mkdir()
+        archive = subprocess.run(
+            ["git", "archive", commit], cwd=ROOT, check=True, capture_output=True
+        )
+        subprocess.run(["tar", "x", "-C", trees["old"]], input=archive.stdout, check=True)
+        files = subprocess.check_output(
+            ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"], cwd=ROOT
+        )
+        for name in filter(None, files.decode().split("\0")):
+            if (ROOT / name).is_file():
+                (trees["new"] / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(ROOT / name, trees["new"] / name)
+        data = Path(folder) / "digits"
+        for tree in trees.values():
+            (tree / "isofast_kernels").symlink_to("kernels")
+            # a process of its own: what it imports is this tree's
+            subprocess.run(
+                [sys.executable, __file__, "--tree", str(tree), str(data)],
+                check=True,
+                env=os.environ | {"PYTHONPATH": str(tree), "OMP_NUM_THREADS": "1"},
+            )
+        differing = [name for name in RUNS if not compare(name, trees["old"], trees["new"])]
+    print(f"{len(RUNS) - len(differing)} of {len(RUNS)} runs are equal", *differing)
+    return 1 if differing else 0
+
+
+def run_tree(tree: Path, data: Path) -> None:
+    """Trains all of RUNS with the source in ``tree``, into ``tree``/golden."""
+    if not data.exists():
+        command = [sys.executable, "-m", "isofast.cli", "prepare", "digits", "--root", str(data)]
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    for name, (sections, ranks) in RUNS.items():
+        run_dir = tree / "golden" / name
+        run_dir.parent.mkdir(exist_ok=True)
+        config = {key: {**BASE.get(key, {}), **sections.get(key, {})} for key in {*BASE, *sections}}
+        config["data"]["root"] = str(data)
+        path = run_dir.with_suffix(".json")
+        path.write_text(json.dumps(config))
+        command = ["--config", str(path), "--run-dir", str(run_dir)]
+        train(tree, [*command, "--set", f"train.max_steps={RESUMED_AT}"], ranks)
+        # the last checkpoint is lost, so that some steps are taken twice
+        shutil.rmtree(run_dir / "checkpoints" / f"step_{RESUMED_AT:08d}")
+        train(tree, command, ranks)
+
+
+def train(tree: Path, arguments: list[str], ranks: int) -> None:
+    """launch/train.py in ``ranks`` processes."""
+    port = str(29600 + os.getpid() % 1000)
+    processes = [
+        PROCESSES.Process(target=launch, args=(tree, arguments, rank, ranks, port))
+        for rank in range(ranks)
+    ]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    if any(process.exitcode for process in processes):
+        sys.exit(f"failed: {tree.name} {' '.join(arguments)}")
+
+
+def launch(tree: Path, arguments: list[str], rank: int, ranks: int, port: str) -> None:
+    """One process of a run."""
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, 1)
+    if ranks > 1:
+        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    sys.exit(runpy.run_path(str(tree / "launch" / "train.py"))["main"](arguments))
+
+
+def compare(name: str, old: Path, new: Path) -> bool:
+    """Whether both versions of a run left the same numbers; prints the first that differ."""
+    a, b = (tree / "golden" / name for tree in (old, new))
+    records = [
+        [
+            {key: value for key, value in json.loads(line).items() if key not in TIMED}
+            for line in (run / "metrics.jsonl").read_text().splitlines()
+        ]
+        for run in (a, b)
+    ]
+    for left, right in zip(*records, strict=True):
+        if left != right:
+            keys = [key for key in {*left, *right} if left.get(key) != right.get(key)]
+            shown = {key: (left.get(key), right.get(key)) for key in sorted(keys)}
+            print(f"{name}: step {left['step']}: {shown}")
+            return False
+    with np.load(a / "spectrum.npz") as left, np.load(b / "spectrum.npz") as right:
+        same = left.files == right.files and all(
+            np.array_equal(left[key], right[key]) for key in left.files
+        )
+    path = f"checkpoints/step_{STEPS:08d}/encoder.safetensors"
+    weights = load_file(a / path), load_file(b / path)
+    same = same and weights[0].keys() == weights[1].keys()
+    same = same and all(np.array_equal(value, weights[1][key]) for key, value in weights[0].items())
+    if not same:
+        print(f"{name}: eigenvalues or weights differ")
+    return same
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--tree"]:
+        run_tree(Path(sys.argv[2]), Path(sys.argv[3]))
+    else:
+        sys.exit(main(*sys.argv[1:]))
