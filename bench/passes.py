@@ -19,8 +19,8 @@ from torch.optim import SGD
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from isofast.config import EncoderConfig, ProjectorConfig
-from isofast.method import move_target_
-from isofast.networks import Branch, make_target
+from isofast.methods.ema import EmaTarget
+from isofast.networks import Branch
 from isofast.optim import LARS
 
 WD, ETA, MOMENTUM = 1e-4, 0.02, 0.9
@@ -76,8 +76,7 @@ def lars_contenders(width: int) -> tuple[list[Contender], Work]:
 
 def target_contenders(width: int) -> tuple[list[Contender], Work]:
     online = network(width)
-    target = make_target(online)
-    weight = torch.tensor(0.01, device=next(online.parameters()).device)
+    target = EmaTarget(online, base=0.99)
     pairs = list(zip(target.parameters(), online.parameters(), strict=True))
     average = get_ema_multi_avg_fn(0.99)
 
@@ -90,7 +89,7 @@ def target_contenders(width: int) -> tuple[list[Contender], Work]:
         average([t.data for t, _ in pairs], [p.data for _, p in pairs], 1)
 
     return [
-        Contender("isofast", lambda: move_target_(target, online, weight)),
+        Contender("isofast", lambda: target.move_(online)),
         Contender("tensor by tensor", loop),
         Contender("torch.optim.swa_utils", torch_own, "tau is a number"),
     ], Work(3 * sum(t.numel() * t.element_size() for t, _ in pairs))

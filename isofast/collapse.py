@@ -9,8 +9,8 @@ from bisect import bisect_right
 from dataclasses import dataclass
 from typing import Literal
 
-from isofast.config import Config
-from isofast.metrics import Record
+from isofast.config import Config, MethodConfig
+from isofast.loggers import Record
 
 Kind = Literal["complete", "dimensional", "torn", "blow-up"]
 
@@ -99,9 +99,9 @@ class CollapseWatch:
     def _is_torn(self, record: Record) -> bool:
         """Two records in a row; only a raw C gives long embeddings more weight."""
         method = self._config.method
-        raw = method.predictor == "closed" and method.correlation == "embeddings"
         long, short = record.get("norm_spread"), record.get("prediction_norm")
-        if not raw or method.metric != "cosine" or long is None or short is None:
+        raw = _is_cosine_of_c(method) and method.correlation == "embeddings"
+        if not raw or long is None or short is None:
             return False
         self._torn = self._torn + 1 if long > _LONG and short < _SHORT else 0
         return self._torn > 1
@@ -115,6 +115,11 @@ class CollapseWatch:
         return Finding(kind, f"{what}. Try {' or '.join(remedies(self._config, kind))}")
 
 
+def _is_cosine_of_c(method: MethodConfig) -> bool:
+    """Whether the predictor is made of C, and only its direction counts."""
+    return hasattr(method, "alpha") and getattr(method, "metric", None) == "cosine"
+
+
 def remedies(config: Config, kind: Kind) -> list[str]:
     """What to try against a collapse of ``kind``, the likeliest first."""
     method, optimizer = config.method, config.optimizer
@@ -122,14 +127,13 @@ def remedies(config: Config, kind: Kind) -> list[str]:
     if kind == "blow-up":
         return slower
     tries = []
-    cosine = method.predictor == "closed" and method.metric == "cosine"
-    if cosine and method.correlation == "embeddings":
+    if _is_cosine_of_c(method) and method.correlation == "embeddings":
         tries.append("method.correlation directions, so that long embeddings don't own C")
     if method.name in ("directpred", "directcopy"):
         tries.append("method.name isoloss, which keeps small eigenvalues growing")
     if not method.ema:
         name = "method.name byol" if method.name == "simsiam" else "method.ema true"
         tries.append(f"{name}, for an EMA target")
-    if method.predictor != "closed" and optimizer.name != "sgd":
+    if method.name in ("byol", "simsiam", "linear") and optimizer.name != "sgd":
         tries.append("optimizer.name sgd")
     return tries or slower

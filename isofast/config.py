@@ -3,7 +3,11 @@
 A file names only what differs from the presets (isofast/presets.py); what the user says wins.
 """
 
+import difflib
+import importlib
+import inspect
 import json
+import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -12,15 +16,18 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
+    SerializeAsAny,
     ValidationInfo,
     field_validator,
     model_validator,
 )
+from pydantic_core import PydanticCustomError
 
 from isofast.errors import UserError
-from isofast.presets import PREDICTORS, merge, preset
+from isofast.presets import METHODS, STEM_OF_DATASET, correlation_preset, optimizer_preset
 
 SCHEMA_KEY = "$schema"
+RESNETS = ("resnet18", "resnet34", "resnet50")
 # Marks a field that may change between two starts of one run, because no result depends on it.
 FREE: dict[str, Any] = {"may_change_on_resume": True}
 
@@ -59,10 +66,12 @@ class DataConfig(_Section):
 
 
 class EncoderConfig(_Section):
-    """The backbone, a torchvision ResNet."""
+    """The backbone, x_BCHW -> h_BF."""
 
-    name: Literal["resnet18", "resnet34", "resnet50"] = "resnet18"
-    """Architecture, by torchvision's name."""
+    name: str = "resnet18"
+    """A torchvision ResNet (resnet18, resnet34, resnet50), timm:NAME for a model of timm, or
+    module:function for one of your own, which takes no arguments and returns the module. The other
+    keys are for the ResNets."""
     stem: Literal["cifar", "tiny", "imagenet"] = "imagenet"
     """First layers: cifar 3x3 and no pooling, tiny 3x3 and max-pool, imagenet 7x7 stride 2 and
     max-pool. The data set's preset gives the paper's."""
@@ -71,6 +80,13 @@ class EncoderConfig(_Section):
     width: int = Field(64, ge=4)
     """Channels of the first stage; 64 is torchvision's, less suits small machines (basic blocks
     only: resnet18 and resnet34)."""
+
+    @field_validator("name")
+    @classmethod
+    def _exists(cls, name: str) -> str:
+        if name not in RESNETS and ":" not in name:
+            raise ValueError(f"allowed are {', '.join(RESNETS)}, timm:NAME and module:function")
+        return name
 
 
 class ProjectorConfig(_Section):
@@ -83,60 +99,22 @@ class ProjectorConfig(_Section):
 
 
 class MethodConfig(_Section):
-    """The objective and its predictor: W = f(C), or a network that is trained."""
+    """What every method has; each adds fields of its own (isofast/methods)."""
 
-    name: Literal["isoloss", "directpred", "directcopy", "byol", "simsiam", "linear"] = "isoloss"
-    """With W = f(C): isoloss has the isotropic gradient; directpred (alpha 0.5) and directcopy
-    (alpha 1) have the plain one. Trained: byol has Linear - BatchNorm - ReLU - Linear; simsiam is
-    byol without EMA, as in the paper's tables; linear has one matrix."""
-    metric: Literal["cosine", "euclidean"] = "cosine"
-    """Distance between prediction and target."""
-    alpha: float | None = Field(0.5, gt=0)
-    """Power of the correlation matrix; null (no other value) where the predictor is trained."""
-    eps: float | None = Field(0.0, ge=0)
-    """Shift of the (normalised) eigenvalues before the power; preset: 0.25 at alpha 1 where they
-    are normalised, else 0; null where the predictor is trained."""
-    normalize: Literal["spectral", "none"] | None = "spectral"
-    """Division of C by its largest eigenvalue; preset: none for the Euclidean metric; null where
-    the predictor is trained."""
+    name: str
+    """A built-in method, or module:Class for one of your own. isoloss, directpred and directcopy
+    predict with W = f(C), isoloss with the isotropic gradient; byol, simsiam and linear train
+    their predictor."""
+    ema: bool = False
+    """Targets from a slowly moving copy of the network; false reuses the online embeddings."""
+    ema_base: float = Field(0.99, ge=0, le=1)
+    """The target's decay at the first step; it rises to 1 along a half cosine."""
+    decay: float = Field(0.99, ge=0, lt=1)
+    """Weight kept by the moving average C of the embeddings each step."""
     correlation: Literal["embeddings", "directions"] = "embeddings"
     """What C averages: z z^T, as in the paper, or that of z / |z|, so that every image counts the
     same whatever its norm (ours; docs/method/first-steps.md). Preset: directions for the cosine in
     runs of under 100 epochs and on data sets that are not the paper's."""
-    decay: float = Field(0.998, ge=0, lt=1)
-    """Weight kept by the moving average C each step; preset: 0.998 with EMA, 0.5 without, 0.99
-    where the predictor is trained (C serves its spectrum only)."""
-    ema: bool = True
-    """Targets from a slowly moving copy of the network; false reuses the online embeddings.
-    Preset: false for simsiam, else true."""
-    ema_base: float = Field(0.99, ge=0, le=1)
-    """The target's decay at the first step; it rises to 1 along a half cosine."""
-
-    @property
-    def predictor(self) -> Literal["closed", "mlp", "linear"]:
-        """What predicts the target: W = f(C), or a trained network."""
-        return PREDICTORS[self.name]
-
-    @field_validator("alpha", "eps", "normalize")
-    @classmethod
-    def _belongs_to_the_closed_forms(cls, value: Any, info: ValidationInfo) -> Any:
-        name = info.data.get("name", "isoloss")
-        if value is not None and PREDICTORS[name] != "closed":
-            closed = ", ".join(key for key, kind in PREDICTORS.items() if kind == "closed")
-            raise ValueError(
-                f"{name} trains its predictor, which is not made of C. Leave this key out, or set "
-                f"method.name to one of {closed}"
-            )
-        if value is None and PREDICTORS[name] == "closed":
-            raise ValueError(f"{name} makes its predictor of C. Leave this key out for the preset")
-        return value
-
-    @field_validator("ema")
-    @classmethod
-    def _simsiam_has_no_target_network(cls, ema: bool, info: ValidationInfo) -> bool:
-        if ema and info.data.get("name") == "simsiam":
-            raise ValueError("simsiam is byol without EMA. Leave this key out, or take byol")
-        return ema
 
 
 class OptimizerConfig(_Section):
@@ -225,8 +203,17 @@ class LoggingConfig(_Section):
     spectrum_every_steps: int | None = Field(None, ge=1, json_schema_extra=FREE)
     """Steps between further eigenvalues of C in spectrum.npz, which cost no synchronisation; every
     record and every end of an epoch has its own. null: those alone."""
-    tensorboard: bool = Field(True, json_schema_extra=FREE)
-    """Also write TensorBoard event files."""
+    loggers: list[str] = Field(["tensorboard"], json_schema_extra=FREE)
+    """Where records go beside metrics.jsonl: tensorboard, or module:Class for a logger of your own
+    (isofast/loggers.py says what it needs)."""
+
+    @field_validator("loggers")
+    @classmethod
+    def _exist(cls, loggers: list[str]) -> list[str]:
+        for name in loggers:
+            if name != "tensorboard" and ":" not in name:
+                raise ValueError(f"{name!r} is no logger; allowed are tensorboard and module:Class")
+        return loggers
 
 
 class Config(_Section):
@@ -235,12 +222,13 @@ class Config(_Section):
     seed: int = Field(0, ge=0, lt=2**63)
     """Seeds the weights, the order of the images and the augmentation."""
     data: DataConfig
-    encoder: EncoderConfig = EncoderConfig()
-    projector: ProjectorConfig = ProjectorConfig()
-    method: MethodConfig = MethodConfig()
-    optimizer: OptimizerConfig = OptimizerConfig()
-    schedule: ScheduleConfig = ScheduleConfig()
+    # before the sections whose presets depend on it
     train: TrainConfig = TrainConfig()
+    encoder: EncoderConfig = Field(default_factory=dict, validate_default=True)
+    projector: ProjectorConfig = ProjectorConfig()
+    method: SerializeAsAny[MethodConfig] = Field(default_factory=dict, validate_default=True)
+    optimizer: OptimizerConfig = Field(default_factory=dict, validate_default=True)
+    schedule: ScheduleConfig = ScheduleConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     logging: LoggingConfig = LoggingConfig()
@@ -249,23 +237,48 @@ class Config(_Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _fill_presets(cls, raw: Any) -> Any:
+    def _drop_schema_key(cls, raw: Any) -> Any:
+        is_tree = isinstance(raw, Mapping)
+        return {key: raw[key] for key in raw if key != SCHEMA_KEY} if is_tree else raw
+
+    @field_validator("encoder", mode="before")
+    @classmethod
+    def _with_stem(cls, raw: Any, info: ValidationInfo) -> Any:
+        data = info.data.get("data")
+        if data is None or not isinstance(raw, Mapping) or ":" in str(raw.get("name")):
+            return raw
+        return {"stem": STEM_OF_DATASET[data.dataset], **raw}
+
+    @field_validator("method", mode="before")
+    @classmethod
+    def _of_its_class(cls, raw: Any, info: ValidationInfo) -> Any:
         if not isinstance(raw, Mapping):
             return raw
-        user = {key: value for key, value in raw.items() if key != SCHEMA_KEY}
-        return merge(preset(user), user)
+        tree = {"name": "isoloss", **raw}
+        config_class = method_class(tree["name"]).Config
+        data, train = info.data.get("data"), info.data.get("train")
+        if data is not None and train is not None:
+            tree = correlation_preset(data.dataset, train.epochs, tree) | tree
+        return config_class.model_validate(tree)
+
+    @field_validator("optimizer", mode="before")
+    @classmethod
+    def _of_the_method(cls, raw: Any, info: ValidationInfo) -> Any:
+        method = info.data.get("method")
+        if method is None or not isinstance(raw, Mapping):
+            return raw
+        chosen = raw.get("name")
+        implied = optimizer_preset(method.name, method.correlation, method.ema, str(chosen))
+        return {**implied, **raw}
 
     @field_validator("encoder")
     @classmethod
     def _width_needs_basic_blocks(cls, encoder: EncoderConfig) -> EncoderConfig:
-        if encoder.name == "resnet50" and encoder.width != 64:
-            raise ValueError("width is for resnet18 and resnet34; leave it at 64 for resnet50")
+        if encoder.name not in ("resnet18", "resnet34") and encoder.width != 64:
+            raise ValueError(
+                f"width is for resnet18 and resnet34; leave it at 64 for {encoder.name}"
+            )
         return encoder
-
-    @property
-    def isotropic(self) -> bool:
-        """Whether the gradient in z leaves out the factor W."""
-        return self.method.name == "isoloss"
 
     @property
     def warmup_epochs(self) -> float:
@@ -292,6 +305,41 @@ class Config(_Section):
         return share
 
 
+def import_object(path: str) -> Any:
+    """``module:attribute``; modules are looked up in the working directory too."""
+    module, _, attribute = path.partition(":")
+    if str(Path.cwd()) not in sys.path:
+        sys.path.append(str(Path.cwd()))
+    return getattr(importlib.import_module(module), attribute)
+
+
+def method_class(name: Any) -> Any:
+    """The class of ``method.name``: a built-in method's, or module:Class of your own.
+
+    Modules are looked up in the working directory too. The class has a ``Config``, its section.
+
+    Raises:
+        PydanticCustomError: there is no such class, or its module fails to import.
+    """
+
+    def refuse(reason: str) -> PydanticCustomError:
+        return PydanticCustomError("method_name", "{reason}", {"reason": reason, "got": name})
+
+    path = METHODS.get(name) if isinstance(name, str) else None
+    if path is None and (not isinstance(name, str) or ":" not in name):
+        close = difflib.get_close_matches(str(name), METHODS, 1)
+        hint = f"did you mean {close[0]!r}? " if close else ""
+        allowed = ", ".join(map(repr, METHODS))
+        raise refuse(f"{hint}allowed are {allowed} and module:Class, for a class of your own")
+    try:
+        found = import_object(path or name)
+    except Exception as error:
+        raise refuse(f"cannot import it: {type(error).__name__}: {error}") from error
+    if not (inspect.isclass(found) and hasattr(found, "loss") and hasattr(found, "Config")):
+        raise refuse("not a class derived from isofast.methods.Method")
+    return found
+
+
 def to_json(config: Config) -> str:
     """The resolved config as JSON, readable by ``load_config``."""
     return config.model_dump_json(indent=2) + "\n"
@@ -300,6 +348,15 @@ def to_json(config: Config) -> str:
 def schema_json() -> str:
     """The JSON schema of a config file, as shipped in launch/config.schema.json."""
     schema = Config.model_json_schema()
+    definitions = schema["$defs"]
+    of_your_own = definitions.pop("MethodConfig")
+    of_your_own |= {"title": "A class of your own", "additionalProperties": True}
+    of_your_own["properties"]["name"]["pattern"] = ":"
+    definitions["module:Class"] = of_your_own
+    for name in METHODS:
+        definitions[name] = method_class(name).Config.model_json_schema()
+    refs = [{"$ref": f"#/$defs/{name}"} for name in (*METHODS, "module:Class")]
+    schema["properties"]["method"] = {"anyOf": refs}
     schema["properties"][SCHEMA_KEY] = {"type": "string", "description": "Schema for editors."}
     return json.dumps(schema, indent=2) + "\n"
 

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 
 @dataclass(frozen=True)
@@ -56,13 +57,13 @@ def mean_over_ranks_(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def mean_of_buffers_over_ranks_(module: torch.nn.Module) -> None:
-    """Gives every rank the mean of the floating-point buffers, in one collective.
+def mean_of_statistics_over_ranks_(module: nn.Module) -> None:
+    """Gives every rank the mean of BatchNorm's running statistics, in one collective.
 
-    DeepSpeed reduces gradients only, so that BatchNorm's running statistics drift apart where
-    each rank has its own.
+    DeepSpeed reduces gradients only, so that they drift apart where each rank has its own.
     """
-    buffers = [buffer for buffer in module.buffers() if buffer.is_floating_point()]
+    norms = [norm for norm in module.modules() if isinstance(norm, _BatchNorm)]
+    buffers = [b for norm in norms for b in norm.buffers() if b.is_floating_point()]
     flat = mean_over_ranks_(torch.cat([buffer.flatten() for buffer in buffers]))
     sizes = [buffer.numel() for buffer in buffers]
     for buffer, mean in zip(buffers, torch.split_with_sizes(flat, sizes), strict=True):
@@ -90,6 +91,11 @@ def gather_objects(item: object) -> list[object]:
     items: list[object] = [None for _ in _ranks()]
     dist.all_gather_object(items, item)
     return items
+
+
+def world_size() -> int:
+    """Processes in the group, 1 without one."""
+    return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def barrier() -> None:

@@ -18,7 +18,7 @@ from isofast.config import Config
 from isofast.data import ImageFolder, Recipe, make_eval_loader
 from isofast.distributed import World, gather_rows
 from isofast.errors import UserError
-from isofast.networks import Online
+from isofast.online import Online
 from isofast.probe import UNLABELLED
 
 if TYPE_CHECKING:

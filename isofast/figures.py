@@ -89,7 +89,7 @@ def figure3(runs: Sequence[Run]) -> Figure:
 
 def figure4(runs: Sequence[Run]) -> Figure:
     """How far C's eigenvectors are a trained linear predictor's as well, above C's eigenvalues."""
-    others = [run for run in runs if run.config.method.predictor != "linear"]
+    others = [run for run in runs if run.config.method.name != "linear"]
     if others:
         raise UserError(
             "figure 4 is about the trained linear predictor (method.name linear); "

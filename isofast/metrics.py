@@ -1,20 +1,18 @@
-"""What a run records while it goes on: metrics.jsonl, TensorBoard, spectrum.npz."""
+"""What a run records: metrics.jsonl and spectrum.npz, written whole and read back."""
 
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from zipfile import BadZipFile
 
 import numpy as np
-from torch.utils.tensorboard import SummaryWriter
 
 from isofast.files import write_atomically
+from isofast.loggers import Logger, Record
 from isofast.spectrum import Spectrum
-
-Record = dict[str, float | int | None]
 
 
 class MetricsWriter:
@@ -23,7 +21,7 @@ class MetricsWriter:
     Args:
         run_dir: the run's folder.
         step: the step from which the run goes on; 0 for a new run (nothing is kept then).
-        tensorboard: also write event files.
+        loggers: receive each record too.
         report: is told of records that are damaged; they are kept beside the new file.
 
     Attributes:
@@ -34,7 +32,7 @@ class MetricsWriter:
         self,
         run_dir: Path,
         step: int,
-        tensorboard: bool,
+        loggers: Sequence[Logger] = (),
         report: Callable[[str], None] = lambda text: None,
     ) -> None:
         self._path = run_dir / "metrics.jsonl"
@@ -51,21 +49,15 @@ class MetricsWriter:
             report(_set_aside(self._spectrum_path))
             kept_spectra = {}
         self.spectra = {at: one for at, one in kept_spectra.items() if at <= step}
-        self._board = (
-            SummaryWriter(str(run_dir / "tensorboard"), purge_step=step + 1 if step else 0)
-            if tensorboard
-            else None
-        )
+        self._loggers = loggers
 
     def write(self, record: Record) -> None:
         """Appends one record; NaN and infinity become null, which is what JSON has."""
         clean = {k: v if v is None or np.isfinite(v) else None for k, v in record.items()}
         self._file.write(json.dumps(clean) + "\n")
         self._file.flush()
-        if self._board is not None:
-            for name, value in record.items():
-                if name != "step" and value is not None:
-                    self._board.add_scalar(name, value, record["step"])
+        for logger in self._loggers:
+            logger.log(record)
 
     def spectrum(self, step: int, spectrum: Spectrum) -> None:
         """Keeps C's spectrum for ``flush``."""
@@ -78,15 +70,15 @@ class MetricsWriter:
             write_atomically(self._spectrum_path, lambda path: _save_npz(path, arrays))
         self._file.flush()
         os.fsync(self._file.fileno())
-        if self._board is not None:
-            self._board.flush()
+        for logger in self._loggers:
+            logger.flush()
 
     def close(self) -> None:
         """Flushes and closes."""
         self.flush()
         self._file.close()
-        if self._board is not None:
-            self._board.close()
+        for logger in self._loggers:
+            logger.close()
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

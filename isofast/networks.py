@@ -1,38 +1,31 @@
-"""The networks: a torchvision ResNet with the paper's stems, the projector, the online module.
+"""The networks: an encoder (torchvision ResNets with the paper's stems, or another), the projector.
 
-Shapes: B images of a view, C x H x W pixels, F backbone features, D embedding dimensions,
-K classes of the probe.
+Shapes: B images of a view, C x H x W pixels, F backbone features, D embedding dimensions.
 """
 
-import copy
-from typing import NamedTuple
+import importlib
 
 import torch
 from torch import Tensor, nn
 from torchvision.models import resnet
 from torchvision.models.resnet import BasicBlock
 
-from isofast.config import EncoderConfig, MethodConfig, ProjectorConfig
+from isofast.config import EncoderConfig, ProjectorConfig, import_object
+from isofast.errors import UserError
 
 _STAGES = {"resnet18": (2, 2, 2, 2), "resnet34": (3, 4, 6, 3)}
 
 
-class ViewOutput(NamedTuple):
-    """What the online network makes of one view."""
-
-    z_BD: Tensor
-    """Embeddings, neither normalised nor centred; differentiable."""
-    logits_BK: Tensor
-    """The probe's logits, from detached features."""
-    p_BD: Tensor | None = None
-    """A trained predictor's output for z; differentiable."""
-
-
 def make_encoder(config: EncoderConfig) -> nn.Module:
-    """A ResNet without its classifier, x_BCHW -> h_BF, under torchvision's parameter names.
+    """The backbone without a classifier, x_BCHW -> h_BF, under its library's parameter names.
 
-    Weights are random, by torchvision's own initialisation, from torch's global generator.
+    Weights are random, by the library's own initialisation, from torch's global generator.
+
+    Raises:
+        UserError: timm is not installed or lacks the model, or the function fails.
     """
+    if ":" in config.name:
+        return _make_other(config.name)
     net: resnet.ResNet = getattr(resnet, config.name)(weights=None)
     net.fc = nn.Identity()
     if config.width != 64:
@@ -46,9 +39,27 @@ def make_encoder(config: EncoderConfig) -> nn.Module:
     return encoder
 
 
-def feature_dim(config: EncoderConfig) -> int:
-    """F, the size of the pooled features."""
-    return config.width * (32 if config.name == "resnet50" else 8)
+@torch.no_grad()
+def feature_dim(encoder: nn.Module, side: int) -> int:
+    """F, the size of the pooled features of images of ``side`` x ``side`` pixels.
+
+    Raises:
+        UserError: the encoder cannot take them, or does not return (B, F).
+    """
+    training = encoder.training
+    try:
+        h_BF = encoder.eval()(torch.zeros(1, 3, side, side))
+    except Exception as error:
+        raise UserError(
+            f"the encoder cannot take images of {side} x {side} pixels ({error}); set data.crop to "
+            f"the size that it is made for"
+        ) from error
+    finally:
+        encoder.train(training)
+    if not isinstance(h_BF, Tensor) or h_BF.ndim != 2:
+        shape = tuple(h_BF.shape) if isinstance(h_BF, Tensor) else type(h_BF).__name__
+        raise UserError(f"encoder.name: the encoder must return features (B, F), got {shape}")
+    return h_BF.shape[1]
 
 
 def make_projector(features: int, config: ProjectorConfig) -> nn.Sequential:
@@ -61,29 +72,22 @@ def make_projector(features: int, config: ProjectorConfig) -> nn.Sequential:
     )
 
 
-def make_predictor(method: MethodConfig, projector: ProjectorConfig) -> nn.Module | None:
-    """z_BD -> p_BD, trained; None where the predictor is a closed form of C.
-
-    byol and simsiam have a second projector, Linear - BatchNorm - ReLU - Linear with the hidden
-    units of the first; linear has a matrix without bias.
-    """
-    if method.predictor == "mlp":
-        return make_projector(projector.output, projector)
-    if method.predictor == "linear":
-        return nn.Linear(projector.output, projector.output, bias=False)
-    return None
-
-
 class Branch(nn.Module):
     """Encoder and projector, x_BCHW -> (h_BF, z_BD), under autocast to ``precision``."""
 
     def __init__(
-        self, encoder: EncoderConfig, projector: ProjectorConfig, precision: torch.dtype
+        self,
+        encoder: EncoderConfig,
+        projector: ProjectorConfig,
+        precision: torch.dtype,
+        side: int = 32,
     ) -> None:
+        """``side``: pixels of the images' sides, from which the encoder's F is found."""
         super().__init__()
         self.precision = precision
         self.encoder = make_encoder(encoder)
-        self.projector = make_projector(feature_dim(encoder), projector)
+        self.features_out = feature_dim(self.encoder, side)
+        self.projector = make_projector(self.features_out, projector)
 
     def forward(self, x_BCHW: Tensor) -> tuple[Tensor, Tensor]:
         with autocast(x_BCHW, self.precision):
@@ -97,42 +101,26 @@ class Branch(nn.Module):
         return h_BF.float()
 
 
-class Online(nn.Module):
-    """Everything that has a gradient: the branch, the probe on its detached features, and the
-    predictor where that is trained.
-
-    Both views go through one forward call, one after the other, so that each has BatchNorm
-    statistics of its own and the running statistics move twice, in order.
-    """
-
-    def __init__(
-        self, branch: Branch, probe: nn.Linear, predictor: nn.Module | None = None
-    ) -> None:
-        super().__init__()
-        self.branch = branch
-        self.probe = probe
-        self.predictor = predictor
-
-    def forward(self, x1_BCHW: Tensor, x2_BCHW: Tensor) -> tuple[ViewOutput, ViewOutput]:
-        return self._view(x1_BCHW), self._view(x2_BCHW)
-
-    def _view(self, x_BCHW: Tensor) -> ViewOutput:
-        h_BF, z_BD = self.branch(x_BCHW)
-        logits_BK = self.probe(h_BF.detach().float())
-        if self.predictor is None:
-            return ViewOutput(z_BD, logits_BK)
-        with autocast(z_BD, self.branch.precision):
-            return ViewOutput(z_BD, logits_BK, self.predictor(z_BD))
-
-
 def autocast(x: Tensor, precision: torch.dtype) -> torch.autocast:
     """Autocast to ``precision`` on the device of ``x``; none for fp32."""
     return torch.autocast(x.device.type, precision, enabled=precision != torch.float32)
 
 
-def make_target(online: Branch) -> Branch:
-    """A copy that takes no gradient, to be moved by an average of the online parameters."""
-    return copy.deepcopy(online).requires_grad_(False)
+def _make_other(name: str) -> nn.Module:
+    library, _, model = name.partition(":")
+    try:
+        if library == "timm":
+            encoder = importlib.import_module("timm").create_model(model, num_classes=0)
+        else:
+            encoder = import_object(name)()
+    except Exception as error:
+        hint = " Install it with `pip install timm`" if "'timm'" in str(error) else ""
+        raise UserError(
+            f"encoder.name: cannot make {name!r}: {type(error).__name__}: {error}.{hint}"
+        ) from error
+    if not isinstance(encoder, nn.Module):
+        raise UserError(f"encoder.name: {name} returns {type(encoder).__name__}, not a module")
+    return encoder
 
 
 def _narrow(net: resnet.ResNet, config: EncoderConfig) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.optim import SGD, AdamW, Optimizer
 
 from isofast.config import Config
-from isofast.networks import Online
+from isofast.online import Online
 from isofast.passes import add_each_scaled_, add_scaled_
 
 REFERENCE_BATCH = 256
@@ -111,9 +111,7 @@ def make_optimizer(online: Online, config: Config) -> Optimizer:
     """
     settings = config.optimizer
     scale = config.train.batch_size / REFERENCE_BATCH
-    network: list[Tensor] = list(online.branch.parameters())
-    if online.predictor is not None:
-        network += online.predictor.parameters()
+    network: list[Tensor] = [*online.branch.parameters(), *online.method.parameters()]
     matrices = [p for p in network if p.ndim > 1]
     vectors = [p for p in network if p.ndim <= 1]
 

@@ -16,7 +16,8 @@ from isofast.config import Config, to_json
 from isofast.distributed import World
 from isofast.evaluate import Evaluation
 from isofast.files import write_atomically
-from isofast.metrics import MetricsWriter, Record, read_metrics
+from isofast.loggers import Record, make_loggers
+from isofast.metrics import MetricsWriter, read_metrics
 from isofast.progress import Progress
 from isofast.rundir import write_json
 from isofast.spectrum import Spectrum, measure
@@ -91,7 +92,7 @@ class Recorder:
             if step < last_step:
                 (run_dir / "summary.json").unlink(missing_ok=True)
             self._writer = MetricsWriter(
-                run_dir, step, config.logging.tensorboard, self.progress.say
+                run_dir, step, make_loggers(run_dir, config, step), self.progress.say
             )
             for record in read_metrics(run_dir / "metrics.jsonl"):
                 if "embedding_std" in record:

@@ -36,12 +36,14 @@ _SMALL: dict[str, Any] = {
 }
 _SMALL_DIGITS: dict[str, Any] = {"train": {"epochs": 20}, "evaluation": {"at_start": True}}
 # What the table decides, and so no --set.
-_OWN_KEYS = {
-    key: attrgetter(key)
-    for key in (
-        *("seed", "train.epochs", "data.root", "data.dataset"),
-        *("method.name", "method.alpha", "method.ema"),
-    )
+_OWN_KEYS: dict[str, Callable[[Config], Any]] = {
+    **{
+        key: attrgetter(key)
+        for key in ("seed", "train.epochs", "data.root", "data.dataset", "method.name")
+    },
+    "method.ema": attrgetter("method.ema"),
+    # which a trained predictor has not
+    "method.alpha": lambda config: getattr(config.method, "alpha", None),
 }
 
 

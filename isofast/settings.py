@@ -9,9 +9,8 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from isofast.config import Config
+from isofast.config import Config, MethodConfig, method_class
 from isofast.errors import UserError
-from isofast.presets import merge
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
@@ -58,7 +57,13 @@ def validate(raw: Mapping[str, Any]) -> Config:
     try:
         return Config.model_validate(raw)
     except ValidationError as error:
-        lines = [_explain(dict(item), raw) for item in error.errors()]
+        known = list(_all_keys(raw))
+        lines = [
+            _explain(dict(item), known)
+            for item in error.errors()
+            # a preset that depends on a key that is wrong
+            if item["type"] != "default_factory_not_called"
+        ]
         raise UserError("the configuration is not valid:\n  " + "\n  ".join(lines)) from None
 
 
@@ -79,27 +84,36 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
 
 
 def read_stored(path: Path) -> Config:
-    """The config.json of a run; one from before method.correlation had C of embeddings.
+    """The config.json of a run, also of an earlier version.
+
+    Before method.correlation C was that of embeddings; trained predictors had an alpha of null, and
+    TensorBoard a key of its own.
 
     Raises:
         OSError, ValueError: it cannot be read or is no config.
     """
     raw = json.loads(path.read_text(encoding="utf-8"))
-    before = {"method": {"correlation": "embeddings"}}
-    return validate(merge(before, raw) if isinstance(raw, dict) else raw)
+    if isinstance(raw, dict) and isinstance(method := raw.get("method", {}), dict):
+        set_keys = {key: value for key, value in method.items() if value is not None}
+        logging = {k: v for k, v in raw.get("logging", {}).items() if k != "tensorboard"}
+        raw = {**raw, "logging": logging}
+        raw["method"] = {"correlation": "embeddings", **set_keys}
+    return validate(raw)
 
 
-def _explain(item: dict[str, Any], raw: Mapping[str, Any]) -> str:
+def _explain(item: dict[str, Any], known: Sequence[str]) -> str:
     key = ".".join(str(part) for part in item["loc"])
     if item["type"] == "extra_forbidden":
-        return f"{key}: unknown key. {_nearest(key)}"
+        return f"{key}: unknown key. {_nearest(key, known)}"
+    if item["type"] == "method_name":
+        return f"method.name: got {item['ctx']['got']!r}; {item['msg']}"
     if item["type"] == "missing":
         key = "data.root" if key == "data" else key
         return f"{key}: missing. Give it in the file or with --set {key}=VALUE"
     message = item["msg"].removeprefix("Value error, ")
     got = item["input"]
     shown = "" if isinstance(got, BaseModel) else f"got {got!r}; "
-    example = next((name for name in _all_keys() if name.startswith(f"{key}.")), None)
+    example = next((name for name in known if name.startswith(f"{key}.")), None)
     if example is not None and not isinstance(got, BaseModel | dict):
         return f"{key}: {shown}this is a section; set one of its keys, such as {example}"
     if item["type"] == "path_type":
@@ -107,16 +121,17 @@ def _explain(item: dict[str, Any], raw: Mapping[str, Any]) -> str:
     return f"{key}: {shown}{message[:1].lower()}{message[1:]}"
 
 
-def _nearest(key: str) -> str:
-    known = list(_all_keys())
+def _nearest(key: str, known: Sequence[str]) -> str:
     section, _, leaf = key.rpartition(".")
     # a right leaf in a wrong section is as common as a slip of the finger
     elsewhere = [name for name in known if name.rpartition(".")[2] == leaf]
     siblings = [name for name in known if name.rpartition(".")[0] == section]
+    by_leaf = {name.rpartition(".")[2]: name for name in siblings}
+    slips = difflib.get_close_matches(leaf, by_leaf, 1, 0.6)
     close = (
         elsewhere
-        or difflib.get_close_matches(key, siblings, 1, 0.5)
-        or difflib.get_close_matches(key, known, 1, 0.5)
+        or [by_leaf[slip] for slip in slips]
+        or (difflib.get_close_matches(key, known, 1, 0.5) if section not in known else [])
     )
     if close:
         return f"Did you mean {close[0]}?"
@@ -124,8 +139,20 @@ def _nearest(key: str) -> str:
     return "Allowed: " + ", ".join(allowed)
 
 
-def _all_keys(model: type[BaseModel] = Config, prefix: str = "") -> Iterator[str]:
-    for name, field in model.model_fields.items():
-        yield f"{prefix}{name}"
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            yield from _all_keys(field.annotation, f"{prefix}{name}.")
+def _all_keys(raw: Mapping[str, Any]) -> Iterator[str]:
+    """Every key of a config with the method that ``raw`` names."""
+    for name, field in Config.model_fields.items():
+        yield name
+        section = _method_section(raw) if name == "method" else field.annotation
+        if isinstance(section, type) and issubclass(section, BaseModel):
+            yield from (f"{name}.{key}" for key in section.model_fields)
+
+
+def _method_section(raw: Mapping[str, Any]) -> type[MethodConfig]:
+    method = raw.get("method")
+    name = method.get("name", "isoloss") if isinstance(method, Mapping) else "isoloss"
+    try:
+        section: type[MethodConfig] = method_class(name).Config
+    except ValueError:
+        return MethodConfig
+    return section

@@ -8,16 +8,20 @@ from torch import nn
 from torch.optim import Optimizer
 
 from isofast.config import Config
-from isofast.correlation import Correlation
+from isofast.data import recipe_for
 from isofast.distributed import World, gather_objects
 from isofast.engine import make_engine, restore_engine
 from isofast.errors import UserError
-from isofast.method import Method
-from isofast.networks import Branch, Online, feature_dim, make_predictor, make_target
+from isofast.methods import Method, make_method
+from isofast.methods.ema import EmaTarget
+from isofast.networks import Branch
+from isofast.online import Online
 from isofast.optim import load_optimizer_state, make_optimizer
 from isofast_kernels.arguments import MAX_FEATURES
 
 State = dict[str, Any]
+# of a checkpoint; 2 has C among the method's buffers
+_FORMAT = 2
 
 
 @dataclass
@@ -26,18 +30,21 @@ class TrainState:
 
     world: World
     online: Online
-    target: Branch | None
-    correlation: Correlation
+    target: EmaTarget | None
     optimizer: Optimizer
     engine: Any
-    method: Method
+
+    @property
+    def method(self) -> Method:
+        """The method, inside ``online``."""
+        return self.online.method
 
     def capture(self) -> State:
         """All that training has changed, as tensors and plain values. Called on every rank."""
         return {
+            "format": _FORMAT,
             "online": self.online.state_dict(),
             "target": None if self.target is None else self.target.state_dict(),
-            "corr_DD": self.correlation.corr_DD,
             "optimizer": self.optimizer.state_dict(),
             "rng": gather_objects(_rng_state(self.world.device)),
             "world_size": self.world.size,
@@ -48,8 +55,14 @@ class TrainState:
         """Puts back what ``capture`` gave, ``steps`` steps into the run.
 
         Raises:
-            UserError: the state was made by another number of processes, or on another device.
+            UserError: the state was made by another number of processes, on another device, or by
+                an earlier version.
         """
+        if state.get("format") != _FORMAT:
+            raise UserError(
+                "the run's checkpoints are of another version of isofast; finish it with that "
+                "version, or start over with --fresh"
+            )
         if state["device"] != self.world.device.type:
             raise UserError(
                 f"the run was made on a {state['device']} and would not go on as it was on a "
@@ -64,7 +77,6 @@ class TrainState:
         self.online.load_state_dict(state["online"])
         if self.target is not None:
             self.target.load_state_dict(state["target"])
-        self.correlation.corr_DD.copy_(state["corr_DD"])
         load_optimizer_state(self.optimizer, state["optimizer"])
         _set_rng_state(state["rng"][self.world.rank], self.world.device)
         restore_engine(self.engine, steps)
@@ -95,29 +107,29 @@ def build(config: Config, world: World, classes: int, batch_norm: str) -> TrainS
             f"{MAX_FEATURES}. Set projector.output to that or less (the paper has 256)"
         )
     torch.backends.cudnn.benchmark = cuda
-    branch = Branch(config.encoder, config.projector, _precision(config, cuda))
-    probe = nn.Linear(feature_dim(config.encoder), classes)
-    online = Online(branch, probe, make_predictor(config.method, config.projector))
+    side = recipe_for(config.data.dataset, crop=config.data.crop).crop
+    branch = Branch(config.encoder, config.projector, _precision(config, cuda), side)
+    probe = nn.Linear(branch.features_out, classes)
+    online = Online(branch, probe, make_method(config.method, config.projector))
     if batch_norm == "synchronised":
         online = nn.SyncBatchNorm.convert_sync_batchnorm(online)  # type: ignore[no-untyped-call]
     online.to(world.device)
-    target = make_target(online.branch) if config.method.ema else None
+    target = EmaTarget(online.branch, config.method.ema_base) if config.method.ema else None
     if compiles(config, cuda):
         # in place, so that parameters keep their names
         online.branch.compile()
-        if online.predictor is not None:
-            online.predictor.compile()
+        for part in online.method.children():
+            if any(True for _ in part.parameters()):
+                part.compile()
         if target is not None:
-            target.compile()
+            target.branch.compile()
     optimizer = make_optimizer(online, config)
     engine = make_engine(online, optimizer, config, world)
     # only now: DeepSpeed's first broadcast refuses parameters that are not contiguous
     for module in (online, target):
         if module is not None:
             module.to(memory_format=torch.channels_last)
-    correlation = Correlation(config.projector.output, config.method, world.device, world.size)
-    method = Method(config, engine, target, correlation, online.predictor)
-    return TrainState(world, online, target, correlation, optimizer, engine, method)
+    return TrainState(world, online, target, optimizer, engine)
 
 
 def compiles(config: Config, cuda: bool) -> bool:

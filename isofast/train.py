@@ -18,7 +18,7 @@ from isofast.distributed import (
     cores_of_rank,
     launched_rank,
     launched_world_size,
-    mean_of_buffers_over_ranks_,
+    mean_of_statistics_over_ranks_,
     mean_over_ranks_,
 )
 from isofast.engine import check_pass_through, close_world, init_world, resolve_batch_norm
@@ -32,7 +32,7 @@ from isofast.images import (
     describe_images,
     list_images,
 )
-from isofast.method import StepOutput, ema_decay_at, move_target_
+from isofast.online import StepOutput, embedding_scalars
 from isofast.optim import set_lr
 from isofast.recorder import Recorder, Totals
 from isofast.rundir import describe_environment, open_run_dir
@@ -135,7 +135,6 @@ class _Run:
         notes += images.notes() + data_set_notes(config)
         notes += self._plan(train, environment["device"])
         self.recorder.progress.say("\n".join(notes))
-        self.ema_weight = torch.zeros((), device=world.device)
         self.all_finite = torch.ones((), dtype=torch.bool, device=world.device)
         self.told: set[str] = set()
 
@@ -150,14 +149,17 @@ class _Run:
         while self.step < self.last_step:
             batch = self._next_batch()
             lr = set_lr(state.optimizer, self.step, self.steps_per_epoch, config)
-            output = state.method(batch)
+            targets = None if state.target is None else state.target(batch)
+            output: StepOutput = state.engine(batch, targets)
             state.engine.backward(output.loss + output.probe.loss)
             state.engine.step()
+            progress = self.step / self.total_steps
             if state.target is not None:
-                decay = ema_decay_at(self.step, self.total_steps, config.method.ema_base)
-                move_target_(state.target, state.online.branch, self.ema_weight.fill_(1 - decay))
+                state.target.set_decay(progress)
+                state.target.move_(state.online.branch)
+            state.method.after_step(progress)
             if local_statistics:
-                mean_of_buffers_over_ranks_(state.online)
+                mean_of_statistics_over_ranks_(state.online)
             self.all_finite &= torch.isfinite(output.loss.detach())
             self.step += 1
             recorder.stepped()
@@ -165,8 +167,8 @@ class _Run:
             at_end = self.step == self.last_step
             record_is_due = at_end or self.step % config.logging.every_steps == 0
             if record_is_due or self._spectrum_is_due():
-                w_DD = output.w_DD if config.method.predictor == "linear" else None
-                recorder.spectrum(self.step, state.correlation.corr_DD, w_DD)
+                corr_DD = state.method.correlation.corr_DD
+                recorder.spectrum(self.step, corr_DD, state.method.matrix())
             if record_is_due:
                 self.log(output, lr)
             else:
@@ -184,14 +186,15 @@ class _Run:
             "loss": output.loss.detach(),
             "probe_loss": output.probe.loss.detach(),
             "probe_top1": output.probe.top1,
-            **output.scalars(),
+            **embedding_scalars(output.z1_BD),
+            **self.state.method.scalars(),
             "finite": self.all_finite.float(),
             "collapsed": torch.full_like(output.probe.top1, float(finding is not None)),
         }
-        means = mean_over_ranks_(torch.stack(list(scalars.values()))).tolist()
+        means = mean_over_ranks_(torch.stack([*scalars.values()]).float()).tolist()
         values: dict[str, float] = dict(zip(scalars, means, strict=True))
         finite, collapsed = values.pop("finite"), values.pop("collapsed")
-        self.recorder.training(self.step, {**values, "lr": lr})
+        self.recorder.training(self.step, {"alignment": None, **values, "lr": lr})
         if finite < 1:
             self._blow_up("the loss")
         if collapsed > 0:
@@ -231,8 +234,8 @@ class _Run:
         """Writes the summary; ``failure`` says why the run could not go on."""
         if failure is None and self.config.evaluation.knn_pixels and self.evaluator is not None:
             self.recorder.totals.knn_top1_pixels = self.evaluator.pixels()
-        dropped = self.loader.dropped_per_epoch
-        return self.recorder.summary(self.step, self.state.correlation.corr_DD, dropped, failure)
+        corr_DD = self.state.method.correlation.corr_DD
+        return self.recorder.summary(self.step, corr_DD, self.loader.dropped_per_epoch, failure)
 
     def close(self) -> None:
         """Closes files and the loader."""
@@ -279,14 +282,11 @@ class _Run:
 
     def _plan(self, train: ImageFolder, device: str) -> list[str]:
         """What the run is about to do, line by line."""
-        config, world, method = self.config, self.world, self.config.method
+        config, world = self.config, self.world
         statistics = "of one process" if world.size == 1 else self.batch_norm
-        predictor = "trained predictor" if method.alpha is None else f"alpha {method.alpha:g}"
         lines = [
-            f"{method.name} ({method.metric}, {predictor}, "
-            f"{'EMA target' if method.ema else 'no EMA'}, C of {method.correlation}, "
-            f"{config.optimizer.name} {config.optimizer.lr:g}) on "
-            f"{describe_images(train)}, {device}",
+            f"{config.method.name} ({self.state.method.describe()}, {config.optimizer.name} "
+            f"{config.optimizer.lr:g}) on {describe_images(train)}, {device}",
             f"{world.size} process(es), BatchNorm statistics {statistics}, "
             f"{self.steps_per_epoch} steps an epoch "
             f"({self.loader.dropped_per_epoch} images left out of each)",

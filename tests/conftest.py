@@ -27,7 +27,7 @@ SMALL: dict[str, Any] = {
     "train": {"epochs": 2, "batch_size": 64, "max_steps": 6},
     "evaluation": {"every_epochs": 0},
     "checkpoint": {"every_steps": 2},
-    "logging": {"every_steps": 1, "tensorboard": False},
+    "logging": {"every_steps": 1, "loggers": []},
 }
 
 

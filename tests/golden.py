@@ -29,7 +29,7 @@ BASE: dict[str, Any] = {
     "train": {"epochs": 2, "batch_size": 64, "max_steps": STEPS},
     "evaluation": {"every_epochs": 1},
     "checkpoint": {"every_steps": 8},
-    "logging": {"every_steps": 1, "spectrum_every_steps": 1, "tensorboard": False},
+    "logging": {"every_steps": 1, "spectrum_every_steps": 1},
 }
 # name: (sections over BASE, processes)
 RUNS: dict[str, tuple[dict[str, Any], int]] = {

@@ -10,7 +10,7 @@ import pytest
 
 from isofast.collapse import CollapseWatch, Finding, remedies
 from isofast.config import Config
-from isofast.metrics import Record
+from isofast.loggers import Record
 from isofast.settings import validate
 
 RESULTS = Path(__file__).parents[1] / "bench" / "results"

@@ -8,7 +8,7 @@ import pytest
 
 from isofast.config import Config, changed_keys, schema_json, to_json
 from isofast.errors import UserError
-from isofast.presets import PREDICTORS
+from isofast.presets import METHODS
 from isofast.settings import load_config, read_stored, validate
 
 LAUNCH = Path(__file__).resolve().parent.parent / "launch"
@@ -24,17 +24,22 @@ def test_settings_of_c_are_refused_where_the_predictor_is_trained(
 ) -> None:
     with pytest.raises(UserError) as caught:
         validate({**DATA, "method": {"name": name, key: value}})
-    for word in (f"method.{key}: got {value!r}", name, "Leave this key out", "isoloss"):
+    for word in (f"method.{key}: unknown key", "Allowed: method.name, method.ema"):
         assert word in str(caught.value)
 
 
 @pytest.mark.parametrize(
     ("method", "words"),
     [
-        ({"name": "simsiam", "ema": True}, ["method.ema: got True", "byol without EMA"]),
-        ({"name": "isoloss", "alpha": None}, ["method.alpha: got None", "Leave this key out"]),
-        ({"name": "moco"}, ["method.name: got 'moco'", "'byol'"]),
+        ({"name": "simsiam", "ema": True}, ["method.ema: got True", "should be False"]),
+        ({"name": "isoloss", "alpha": None}, ["method.alpha: got None", "number"]),
+        ({"name": "moco"}, ["method.name: got 'moco'", "'byol'", "module:Class"]),
         ({"name": ["byol"]}, ["method.name"]),
+        ({"name": "biol"}, ["did you mean 'byol'?"]),
+        ({"name": "no_module:X"}, ["method.name: got 'no_module:X'", "No module named"]),
+        ({"name": "isofast.config:X"}, ["no attribute 'X'"]),
+        ({"name": "isofast.config:Config"}, ["not a class derived from isofast.methods.Method"]),
+        ({"ema": "no"}, ["method.ema: got 'no'"]),
     ],
 )
 def test_methods_that_do_not_exist_are_refused(method: dict[str, Any], words: list[str]) -> None:
@@ -92,7 +97,7 @@ def test_overrides_reach_nested_keys_as_json_or_text(tmp_path: Path) -> None:
     assert config.method.ema is False
     assert (config.optimizer.name, config.optimizer.lr) == ("sgd", 0.5)
     assert config.data.root == Path("/a b")
-    assert not config.isotropic
+    assert config.method.name == "directpred"
 
 
 @pytest.mark.parametrize("override", ["train.epochs", "=3", "train..epochs=3", "seed.x=3"])
@@ -120,11 +125,20 @@ def test_a_missing_file_names_its_neighbours(tmp_path: Path) -> None:
         load_config(tmp_path / "c.json")
 
 
-@pytest.mark.parametrize("name", PREDICTORS)
+@pytest.mark.parametrize("name", METHODS)
 def test_the_resolved_config_reads_back_as_itself(name: str) -> None:
     config = validate({**DATA, "method": {"name": name, "ema": False, "metric": "euclidean"}})
     again = validate(json.loads(to_json(config)))
     assert again == config and changed_keys(again, config) == []
+
+
+def test_a_trained_predictors_run_from_before_it_had_its_own_keys(tmp_path: Path) -> None:
+    """When all methods shared one section, alpha, eps and normalize of some were null."""
+    byol = {"name": "byol", "metric": "cosine", "alpha": None, "eps": None, "normalize": None}
+    raw = {**DATA, "method": {**byol, "decay": 0.99, "ema": True, "ema_base": 0.99}}
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    stored = read_stored(tmp_path / "config.json")
+    assert changed_keys(stored, validate({**DATA, "method": {"name": "byol"}})) == []
 
 
 def test_a_config_stored_by_an_older_version_continues() -> None:

@@ -1,7 +1,6 @@
 """The step against an independent statement of the paper's equations, in float64 by autograd."""
 
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 import pytest
@@ -9,12 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from isofast.config import Config
-from isofast.correlation import Correlation
 from isofast.data import Batch
-from isofast.method import Method
-from isofast.networks import Branch, Online, ViewOutput, make_target
-
-CPU = torch.device("cpu")
+from isofast.methods import Views, make_method
+from isofast.methods.closed_form import ClosedForm
+from isofast.methods.ema import EmaTarget
+from isofast.networks import Branch
+from isofast.online import Online, embedding_scalars
 
 
 def _predictor(corr_DD: Tensor, config: Config) -> Tensor:
@@ -48,18 +47,6 @@ def _paper_loss(z_BD: Tensor, t_BD: Tensor, w_DD: Tensor, config: Config) -> Ten
     return per_B.mean()
 
 
-class _Fixed(nn.Module):
-    """Embeddings as parameters, so that their gradients can be read."""
-
-    def __init__(self, z1_BD: Tensor, z2_BD: Tensor) -> None:
-        super().__init__()
-        self.z1_BD, self.z2_BD = nn.Parameter(z1_BD), nn.Parameter(z2_BD)
-
-    def forward(self, x1: Tensor, x2: Tensor) -> tuple[ViewOutput, ViewOutput]:
-        logits = torch.zeros(len(x1), 3)
-        return ViewOutput(self.z1_BD, logits), ViewOutput(self.z2_BD, logits)
-
-
 @pytest.mark.parametrize("ema", [True, False], ids=["ema", "no-ema"])
 @pytest.mark.parametrize(
     ("metric", "of"),
@@ -74,54 +61,45 @@ def test_gradients_are_the_papers(
     config = small_config(method=method)
     torch.manual_seed(1)
     batch, dim = 12, 16
-    online = _Fixed(torch.randn(batch, dim), torch.randn(batch, dim))
-    t1_BD, t2_BD = torch.randn(batch, dim), torch.randn(batch, dim)
-    targets = iter([t1_BD, t2_BD])
-    correlation = Correlation(dim, config.method, CPU, ranks=1)
+    z1_BD, z2_BD = (torch.randn(batch, dim, requires_grad=True) for _ in range(2))
+    t1_BD, t2_BD = torch.randn(2, batch, dim) if ema else (z1_BD.detach(), z2_BD.detach())
+    step = make_method(config.method, config.projector)
     # norms that differ, or directions would be embeddings
-    correlation.update(torch.randn(64, dim), torch.randn(64, dim) * torch.rand(64, 1))
-    before_DD = correlation.corr_DD.double()
+    step.correlation.update(torch.randn(64, dim), torch.randn(64, dim) * torch.rand(64, 1))
+    before_DD = step.correlation.corr_DD.double()
+    step.correlation.update(z1_BD.detach(), z2_BD.detach())
+    value = step.loss(Views(z1_BD, z2_BD, t1_BD, t2_BD))
+    value.backward()
 
-    def target(x: Tensor) -> tuple[None, Tensor]:
-        return None, next(targets)
-
-    step = Method(config, online, target if ema else None, correlation)  # type: ignore[arg-type]
-    x = torch.zeros(batch, 3, 8, 8)
-    output = step(Batch(x, x, torch.zeros(batch, dtype=torch.long)))
-    output.loss.backward()
-
-    z1, z2 = (z.detach().double().requires_grad_() for z in (online.z1_BD, online.z2_BD))
+    z1, z2 = (z.detach().double().requires_grad_() for z in (z1_BD, z2_BD))
     u1, u2 = (z.detach() for z in (z1, z2))
     if of == "directions":
         u1, u2 = u1 / u1.norm(dim=1, keepdim=True), u2 / u2.norm(dim=1, keepdim=True)
     moment_DD = (u1.T @ u1 + u2.T @ u2) / (2 * batch)
     corr_DD = 0.5 * before_DD + 0.5 * moment_DD
-    torch.testing.assert_close(correlation.corr_DD.double(), corr_DD, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(step.correlation.corr_DD.double(), corr_DD, rtol=1e-5, atol=1e-6)
     w_DD = _predictor(corr_DD, config)
-    t1, t2 = (t1_BD.double(), t2_BD.double()) if ema else (z1.detach(), z2.detach())
+    t1, t2 = t1_BD.double(), t2_BD.double()
     loss = 2 * (_paper_loss(z1, t2, w_DD, config) + _paper_loss(z2, t1, w_DD, config))
     loss.backward()
-    for ours, theirs in ((online.z1_BD.grad, z1.grad), (online.z2_BD.grad, z2.grad)):
+    for ours, theirs in ((z1_BD.grad, z1.grad), (z2_BD.grad, z2.grad)):
         assert ours is not None and theirs is not None
         torch.testing.assert_close(ours.double(), theirs, rtol=2e-4, atol=1e-6)
     if not (name == "isoloss" and metric == "euclidean"):
         # this statement of the isotropic Euclidean loss has its gradient, not its value
-        torch.testing.assert_close(output.loss.double(), loss, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(value.double(), loss, rtol=1e-4, atol=1e-6)
 
 
-def _run_of_networks(config: Config) -> tuple[Online, Branch, Method, Correlation, Batch]:
+def _networks(config: Config) -> tuple[Online, EmaTarget, Batch]:
     torch.manual_seed(0)
     branch = Branch(config.encoder, config.projector, torch.float32)
-    online, target = Online(branch, nn.Linear(32, 10)), make_target(branch)
-    correlation = Correlation(config.projector.output, config.method, CPU, ranks=1)
-    method = Method(config, online, target, correlation)
-    images = torch.randn(2, 8, 3, 16, 16)
-    return online, target, method, correlation, Batch(images[0], images[1], torch.arange(8))
+    online = Online(branch, nn.Linear(32, 10), make_method(config.method, config.projector))
+    return online, EmaTarget(branch, 0.99), Batch(*torch.randn(2, 8, 3, 16, 16), torch.arange(8))
 
 
 def test_the_target_takes_no_gradient(small_config: Callable[..., Config]) -> None:
-    online, target, method, _, batch = _run_of_networks(small_config())
-    output = method(batch)
+    online, target, batch = _networks(small_config())
+    output = online(batch, target(batch))
     (output.loss + output.probe.loss).backward()
     assert all(p.grad is None for p in target.parameters())
     assert all(p.grad is not None for p in online.parameters())
@@ -130,26 +108,29 @@ def test_the_target_takes_no_gradient(small_config: Callable[..., Config]) -> No
 def test_the_target_has_batch_statistics_of_its_own(
     small_config: Callable[..., Config],
 ) -> None:
-    _, target, method, _, batch = _run_of_networks(small_config())
-    output = method(batch)
-    assert target.encoder.bn1.num_batches_tracked == 2
+    online, target, batch = _networks(small_config())
+    targets = target(batch)
+    assert target.branch.encoder.bn1.num_batches_tracked == 2
+    assert online.branch.encoder.bn1.num_batches_tracked == 0
     # a fresh target equals the online network, in train mode too
-    view = batch.x2_BCHW
-    torch.testing.assert_close(output.t2_BD, target(view)[1].detach())
+    for view, t_BD in zip(batch, targets, strict=False):
+        torch.testing.assert_close(t_BD, online.branch(view)[1].detach())
 
 
 def test_metrics_of_a_step(small_config: Callable[..., Config]) -> None:
-    _, _, method, correlation, batch = _run_of_networks(small_config())
-    output = method(batch)
-    p_BD = output.z1_BD @ output.w_DD
-    cosines = [
-        float(p @ t / (p.norm() * t.norm())) for p, t in zip(p_BD, output.t2_BD, strict=True)
-    ]
-    got = {name: value.item() for name, value in output.scalars().items()}
+    online, target, batch = _networks(small_config())
+    _, t2_BD = targets = target(batch)
+    output = online(batch, targets)
+    method = online.method
+    assert isinstance(method, ClosedForm)
+    w_DD = method.predictor()
+    p_BD = output.z1_BD @ w_DD
+    cosines = [float(p @ t / (p.norm() * t.norm())) for p, t in zip(p_BD, t2_BD, strict=True)]
+    scalars = embedding_scalars(output.z1_BD) | method.scalars()
     z_BD = output.z1_BD.double().numpy()
     z_B = np.linalg.norm(z_BD, axis=1)
-    p_B = np.linalg.norm(z_BD @ output.w_DD.double().numpy(), axis=1)
-    assert got == pytest.approx(
+    p_B = np.linalg.norm(z_BD @ w_DD.double().numpy(), axis=1)
+    assert {name: value.item() for name, value in scalars.items()} == pytest.approx(
         {
             "alignment": sum(cosines) / len(cosines),
             "embedding_std": (z_BD / z_B[:, None]).std(0, ddof=1).mean(),
@@ -161,28 +142,34 @@ def test_metrics_of_a_step(small_config: Callable[..., Config]) -> None:
         },
         rel=1e-4,
     )
-    assert torch.equal(correlation.corr_DD, correlation.corr_DD.T)
+    corr_DD = method.correlation.corr_DD
+    assert torch.equal(corr_DD, corr_DD.T)
+
+
+def test_without_targets_the_other_view_is_one(small_config: Callable[..., Config]) -> None:
+    online, _, batch = _networks(small_config(method={"ema": False}))
+    output = online(batch)
+    z1_BD, z2_BD = (online.branch(view)[1] for view in (batch.x1_BCHW, batch.x2_BCHW))
+    value = online.method.loss(Views(z1_BD, z2_BD, z1_BD.detach(), z2_BD.detach()))
+    torch.testing.assert_close(output.loss, value)
 
 
 def test_a_collapsed_batch_gives_finite_numbers(small_config: Callable[..., Config]) -> None:
     config = small_config(method={"decay": 0.5})
-    online = _Fixed(torch.zeros(6, 16), torch.zeros(6, 16))
-    method = Method(config, online, None, Correlation(16, config.method, CPU, ranks=1))
-    x = torch.zeros(6, 3, 8, 8)
-    output = method(Batch(x, x, torch.zeros(6, dtype=torch.long)))
-    output.loss.backward()
-    assert torch.isfinite(output.loss)
-    assert all(torch.isfinite(value) for value in output.scalars().values())
-    for grad in (online.z1_BD.grad, online.z2_BD.grad):
-        assert grad is not None and torch.isfinite(grad).all()
+    z1_BD, z2_BD = (torch.zeros(6, 16, requires_grad=True) for _ in range(2))
+    method = make_method(config.method, config.projector)
+    loss = method.loss(Views(z1_BD, z2_BD, z1_BD.detach(), z2_BD.detach()))
+    loss.backward()
+    scalars = embedding_scalars(z1_BD.detach()) | method.scalars()
+    for value in (loss, z1_BD.grad, z2_BD.grad, *scalars.values()):
+        assert value is not None and torch.isfinite(value).all()
 
 
 def test_unlabelled_images_are_left_out_of_the_probe(
     small_config: Callable[..., Config],
 ) -> None:
-    online, _, method, _, batch = _run_of_networks(small_config())
-    labels: Any = torch.full((8,), -1)
-    output = method(batch._replace(y_B=labels))
+    online, _, batch = _networks(small_config(method={"ema": False}))
+    output = online(batch._replace(y_B=torch.full((8,), -1)))
     assert output.probe.loss.item() == 0.0 and output.probe.top1.item() == 0.0
     (output.loss + output.probe.loss).backward()
     assert online.probe.weight.grad is not None

@@ -1,18 +1,25 @@
 """metrics.jsonl and spectrum.npz across a crash and a resume."""
 
 import json
+import sys
+import types
+from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
 
+from isofast.config import Config
+from isofast.errors import UserError
+from isofast.loggers import Record, make_loggers
 from isofast.metrics import MetricsWriter, read_metrics
 from isofast.spectrum import Spectrum
 
 
 def _write(run_dir: Path, start: int, steps: range) -> None:
-    with closing(MetricsWriter(run_dir, start, tensorboard=False)) as writer:
+    with closing(MetricsWriter(run_dir, start)) as writer:
         for step in steps:
             writer.write({"step": step, "loss": 0.5 * step})
             writer.spectrum(step, Spectrum(np.float32([2, 1, 0]) * step))
@@ -45,7 +52,7 @@ def test_damaged_records_are_set_aside_and_told(tmp_path: Path, line: bytes) -> 
     path.write_bytes(b"".join([lines[0], line, *lines[2:]]))
     damaged = path.read_bytes()
     told: list[str] = []
-    MetricsWriter(tmp_path, 4, tensorboard=False, report=told.append).close()
+    MetricsWriter(tmp_path, 4, report=told.append).close()
     assert [record["step"] for record in read_metrics(path)] == [1, 3, 4]
     assert len(told) == 1 and "metrics.jsonl.damaged" in told[0]
     assert (tmp_path / "metrics.jsonl.damaged").read_bytes() == damaged
@@ -56,7 +63,7 @@ def test_a_damaged_spectrum_is_set_aside_and_told(tmp_path: Path, content: bytes
     _write(tmp_path, 0, range(1, 5))
     (tmp_path / "spectrum.npz").write_bytes(content)
     told: list[str] = []
-    with closing(MetricsWriter(tmp_path, 4, tensorboard=False, report=told.append)) as writer:
+    with closing(MetricsWriter(tmp_path, 4, report=told.append)) as writer:
         writer.spectrum(5, Spectrum(np.ones(3, np.float32)))
     assert len(told) == 1 and "spectrum.npz.damaged" in told[0]
     with np.load(tmp_path / "spectrum.npz") as spectrum:
@@ -70,6 +77,45 @@ def test_a_new_run_keeps_nothing(tmp_path: Path) -> None:
 
 
 def test_nan_becomes_null(tmp_path: Path) -> None:
-    with closing(MetricsWriter(tmp_path, 0, tensorboard=False)) as writer:
+    with closing(MetricsWriter(tmp_path, 0)) as writer:
         writer.write({"step": 1, "loss": float("nan"), "lr": float("inf")})
     assert read_metrics(tmp_path / "metrics.jsonl") == [{"step": 1, "loss": None, "lr": None}]
+
+
+class Recording:
+    """A logger of one's own."""
+
+    seen: ClassVar[list[Any]] = []
+
+    def __init__(self, run_dir: Path, config: Config, step: int) -> None:
+        self.seen.append((run_dir, config.seed, step))
+
+    def log(self, record: Record) -> None:
+        self.seen.append(record)
+
+    def flush(self) -> None:
+        self.seen.append("flush")
+
+    def close(self) -> None:
+        self.seen.append("close")
+
+
+def test_a_logger_of_your_own_gets_every_record(
+    tmp_path: Path, small_config: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "my_loggers", types.SimpleNamespace(Recording=Recording))
+    config = small_config(logging={"loggers": ["my_loggers:Recording", "tensorboard"]}, seed=3)
+    with closing(MetricsWriter(tmp_path, 2, make_loggers(tmp_path, config, 2))) as writer:
+        writer.write({"step": 3, "loss": 0.5})
+    assert Recording.seen == [(tmp_path, 3, 2), {"step": 3, "loss": 0.5}, "flush", "close"]
+    assert list((tmp_path / "tensorboard").iterdir())
+
+
+def test_a_logger_that_does_not_start_is_named(
+    tmp_path: Path, small_config: Callable[..., Config]
+) -> None:
+    config = small_config(logging={"loggers": ["no_logger:Here"]})
+    with pytest.raises(UserError, match=r"cannot start 'no_logger:Here'.*No module named"):
+        make_loggers(tmp_path, config, 0)
+    with pytest.raises(UserError, match="'wandb' is no logger; allowed are tensorboard"):
+        small_config(logging={"loggers": ["wandb"]})

@@ -11,8 +11,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from isofast import passes
 from isofast.config import Config, EncoderConfig, ProjectorConfig
-from isofast.method import ema_decay_at, move_target_
-from isofast.networks import Branch, Online, make_predictor, make_target
+from isofast.methods import make_method
+from isofast.methods.ema import EmaTarget, ema_decay
+from isofast.networks import Branch
+from isofast.online import Online
 from isofast.optim import LARS, load_optimizer_state, lr_at, make_optimizer, set_lr
 from isofast.settings import validate
 
@@ -92,7 +94,7 @@ def _online(method: str = "isoloss") -> Online:
     encoder, projector = EncoderConfig(stem="cifar", width=4), ProjectorConfig(hidden=8, output=8)
     branch = Branch(encoder, projector, torch.float32)
     config = validate({"data": {"root": "x"}, "method": {"name": method}})
-    return Online(branch, nn.Linear(32, 3), make_predictor(config.method, projector))
+    return Online(branch, nn.Linear(32, 3), make_method(config.method, projector))
 
 
 @pytest.mark.parametrize("method", ["isoloss", "byol", "linear"])
@@ -156,33 +158,33 @@ def test_every_group_follows_the_schedule() -> None:
 
 
 def test_target_decay_at_its_corners() -> None:
-    assert ema_decay_at(0, 500, 0.99) == 0.99
-    assert ema_decay_at(250, 500, 0.99) == pytest.approx(0.995)
-    assert ema_decay_at(500, 500, 0.99) == 1.0
+    assert ema_decay(0, 0.99) == 0.99
+    assert ema_decay(0.5, 0.99) == pytest.approx(0.995)
+    assert ema_decay(1.0, 0.99) == 1.0
     # the last one used, a step before the end
     last = 1 - 0.01 * (math.cos(math.pi * 499 / 500) + 1) / 2
-    assert ema_decay_at(499, 500, 0.99) == pytest.approx(last, abs=1e-15) != 1.0
+    assert ema_decay(499 / 500, 0.99) == pytest.approx(last, abs=1e-15) != 1.0
 
 
 @pytest.mark.parametrize("base", [0.5, 0.9, 0.97, 0.99, 0.996, 0.999, 1.0])
 def test_the_first_target_decay_is_the_base_to_the_bit(base: float) -> None:
-    for steps in (1, 7, 195_000):
-        assert ema_decay_at(0, steps, base) == base
+    assert ema_decay(0.0, base) == base
 
 
 @pytest.mark.usefixtures("either_form")
 def test_target_moves_parameters_and_not_buffers() -> None:
     online = _online().branch
-    target = make_target(online)
+    target = EmaTarget(online, base=0.75)
+    target.set_decay(0.0)
     before = [p.clone() for p in target.parameters()]
     with torch.no_grad():
         for p in online.parameters():
             p.add_(1.0)
         online.encoder.bn1.running_mean.add_(1.0)
-    move_target_(target, online, torch.tensor(0.25))
+    target.move_(online)
     for old, new in zip(before, target.parameters(), strict=True):
         torch.testing.assert_close(new, old + 0.25)
-    assert torch.equal(target.encoder.bn1.running_mean, torch.zeros(4))
+    assert torch.equal(target.branch.encoder.bn1.running_mean, torch.zeros(4))
 
 
 class _NoSync(TorchDispatchMode):
@@ -205,11 +207,12 @@ def test_a_step_reads_no_tensor_on_the_host(name: str) -> None:
     optimizer = make_optimizer(online, _config(name))
     for p in online.parameters():
         p.grad = torch.ones_like(p)
-    target, weight = make_target(online.branch), torch.zeros(())
+    target = EmaTarget(online.branch, base=0.9)
     with _NoSync():
         set_lr(optimizer, 200, 10, _config(name))
         optimizer.step()
-        move_target_(target, online.branch, weight.fill_(0.1))
+        target.set_decay(0.5)
+        target.move_(online.branch)
 
 
 @pytest.mark.parametrize("name", ["lars", "sgd", "adamw"])
@@ -236,12 +239,13 @@ def test_the_rate_counts_that_the_tensor_holds(name: str) -> None:
 @pytest.mark.usefixtures("either_form")
 def test_the_last_move_of_the_target_moves_nothing() -> None:
     online = _online().branch
-    target = make_target(online)
+    target = EmaTarget(online, base=0.99)
     before = [p.clone() for p in target.parameters()]
     with torch.no_grad():
         for p in online.parameters():
             p.add_(1.0)
-    move_target_(target, online, torch.tensor(1 - ema_decay_at(500, 500, 0.99)))
+    target.set_decay(1.0)
+    target.move_(online)
     assert all(map(torch.equal, before, target.parameters()))
 
 
@@ -256,8 +260,7 @@ def test_a_captured_step_follows_the_rates(name: str) -> None:
         p.grad = torch.randn_like(p)
         q.grad = p.grad.clone()
     step, same_step = make_optimizer(replayed, config), make_optimizer(eager, config)
-    weight = torch.zeros((), device="cuda")
-    target, same_target = make_target(replayed.branch), make_target(eager.branch)
+    target, same_target = (EmaTarget(one.branch, base=0.5) for one in (replayed, eager))
     for optimizer in (step, same_step):
         # velocities are made by the first step, which may not be captured
         set_lr(optimizer, 0, 10, config)
@@ -265,14 +268,15 @@ def test_a_captured_step_follows_the_rates(name: str) -> None:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         step.step()
-        move_target_(target, replayed.branch, weight)
+        target.move_(replayed.branch)
     for k in (50, 100, 600):
         for optimizer in (step, same_step):
             set_lr(optimizer, k, 10, config)
-        weight.fill_(1 / k)
+        for one in (target, same_target):
+            one.set_decay(k / 1000)
         graph.replay()
         same_step.step()
-        move_target_(same_target, eager.branch, weight)
+        same_target.move_(eager.branch)
     for p, q in zip(replayed.parameters(), eager.parameters(), strict=True):
         torch.testing.assert_close(p, q)
     for p, q in zip(target.parameters(), same_target.parameters(), strict=True):

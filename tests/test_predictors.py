@@ -1,4 +1,4 @@
-"""Trained predictors: their layers, their gradients against autograd in float64, who owns them."""
+"""Trained predictors: their layers, their gradients against autograd in float64."""
 
 from collections.abc import Callable
 
@@ -6,66 +6,47 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from isofast.config import Config, MethodConfig, ProjectorConfig
-from isofast.correlation import Correlation
+from isofast.config import Config, ProjectorConfig
 from isofast.data import Batch
-from isofast.method import Method
-from isofast.networks import Branch, Online, ViewOutput, make_predictor, make_target
+from isofast.methods import Method, Views, make_method
+from isofast.methods.closed_form import ClosedForm
+from isofast.methods.ema import EmaTarget
+from isofast.methods.trained import BYOL, Linear, SimSiam, TrainedPredictor
+from isofast.networks import Branch
+from isofast.online import Online
 
-CPU = torch.device("cpu")
 BATCH, DIM = 12, 16
 
 
-@pytest.mark.parametrize("name", ["byol", "simsiam"])
-def test_byol_and_simsiam_have_the_papers_head(name: str) -> None:
-    method = MethodConfig(name=name, ema=name == "byol", alpha=None, eps=None, normalize=None)
-    predictor = make_predictor(method, ProjectorConfig())
+@pytest.mark.parametrize("method", [BYOL, SimSiam])
+def test_byol_and_simsiam_have_the_papers_head(method: type[TrainedPredictor]) -> None:
+    predictor = method(method.Config(), ProjectorConfig()).predictor
     assert isinstance(predictor, nn.Sequential)
     first, norm, act, last = predictor
     assert (first.in_features, first.out_features) == (256, 4096)
     assert (last.in_features, last.out_features) == (4096, 256)
     assert first.bias is not None and last.bias is not None
     assert isinstance(norm, nn.BatchNorm1d) and isinstance(act, nn.ReLU)
-    narrow = make_predictor(method, ProjectorConfig(hidden=7, output=5))
-    assert narrow is not None and [tuple(p.shape) for p in narrow.parameters()] == [
-        (7, 5),
-        (7,),
-        (7,),
-        (7,),
-        (5, 7),
-        (5,),
-    ]
+    narrow = method(method.Config(), ProjectorConfig(hidden=7, output=5))
+    shapes = [tuple(p.shape) for p in narrow.parameters()]
+    assert shapes == [(7, 5), (7,), (7,), (7,), (5, 7), (5,)]
 
 
-def test_linear_has_a_matrix_and_the_closed_forms_nothing() -> None:
-    linear = MethodConfig(name="linear", alpha=None, eps=None, normalize=None)
-    predictor = make_predictor(linear, ProjectorConfig(output=8))
-    assert predictor is not None
-    assert [tuple(p.shape) for p in predictor.parameters()] == [(8, 8)]
+def test_linear_has_a_matrix_and_the_closed_forms_nothing(
+    small_config: Callable[..., Config],
+) -> None:
+    linear = Linear(Linear.Config(), ProjectorConfig(output=8))
+    assert [tuple(p.shape) for p in linear.parameters()] == [(8, 8)]
     for name in ("isoloss", "directpred", "directcopy"):
-        assert make_predictor(MethodConfig(name=name), ProjectorConfig()) is None
-
-
-class _Embeddings(nn.Module):
-    """Embeddings as parameters before a real predictor."""
-
-    def __init__(self, predictor: nn.Module | None) -> None:
-        super().__init__()
-        self.z1_BD, self.z2_BD = (nn.Parameter(torch.randn(BATCH, DIM)) for _ in range(2))
-        self.predictor = predictor
-
-    def forward(self, x1: Tensor, x2: Tensor) -> tuple[ViewOutput, ViewOutput]:
-        def view(z_BD: Tensor) -> ViewOutput:
-            p_BD = None if self.predictor is None else self.predictor(z_BD)
-            return ViewOutput(z_BD, torch.zeros(BATCH, 3), p_BD)
-
-        return view(self.z1_BD), view(self.z2_BD)
+        config = small_config(method={"name": name})
+        assert not list(make_method(config.method, config.projector).parameters())
 
 
 def _by_hand(z_BD: Tensor, weights: dict[str, Tensor]) -> Tensor:
     """The predictor in elementary operations, with the batch's own statistics."""
     if len(weights) == 1:
-        return z_BD @ weights["weight"].T
+        return z_BD @ weights["predictor.weight"].T
+    weights = {key.removeprefix("predictor."): value for key, value in weights.items()}
     a_BH = z_BD @ weights["0.weight"].T + weights["0.bias"]
     centred_BH = a_BH - a_BH.sum(0) / BATCH
     variance_H = (centred_BH**2).sum(0) / BATCH
@@ -80,25 +61,17 @@ def _loss_by_hand(p_BD: Tensor, t_BD: Tensor, metric: str) -> Tensor:
     return -cosine_B.sum() / BATCH
 
 
-def _step(config: Config) -> tuple[_Embeddings, Correlation, Method, list[Tensor], Batch]:
+def _step(config: Config) -> tuple[Method, Views]:
     torch.manual_seed(1)
-    online = _Embeddings(make_predictor(config.method, config.projector))
+    method = make_method(config.method, config.projector)
     with torch.no_grad():
-        for p in online.parameters():
+        for p in method.parameters():
             # BatchNorm's weights and biases away from 1 and 0
             p.add_(0.3 * torch.randn_like(p))
-    targets = list(torch.randn(2, BATCH, DIM))
-    queue = iter(targets)
-    correlation = Correlation(DIM, config.method, CPU, ranks=1)
-    correlation.corr_DD.copy_(torch.eye(DIM))
-
-    def target(x: Tensor) -> tuple[None, Tensor]:
-        return None, next(queue)
-
-    chosen: Branch | None = target if config.method.ema else None  # type: ignore[assignment]
-    method = Method(config, online, chosen, correlation, online.predictor)
-    x = torch.zeros(BATCH, 3, 8, 8)
-    return online, correlation, method, targets, Batch(x, x, torch.zeros(BATCH, dtype=torch.long))
+    z1_BD, z2_BD = (torch.randn(BATCH, DIM, requires_grad=True) for _ in range(2))
+    ema = config.method.ema
+    t1_BD, t2_BD = torch.randn(2, BATCH, DIM) if ema else (z1_BD.detach(), z2_BD.detach())
+    return method, Views(z1_BD, z2_BD, t1_BD, t2_BD)
 
 
 @pytest.mark.parametrize("metric", ["cosine", "euclidean"])
@@ -108,22 +81,19 @@ def _step(config: Config) -> tuple[_Embeddings, Correlation, Method, list[Tensor
 def test_gradients_of_embeddings_and_predictor_are_autograds(
     small_config: Callable[..., Config], name: str, ema: bool, metric: str
 ) -> None:
-    raw = {"name": name, "metric": metric, "ema": ema, "correlation": "embeddings"}
-    config = small_config(method=raw)
-    online, correlation, method, targets, batch = _step(config)
-    output = method(batch)
-    output.loss.backward()
+    method, views = _step(small_config(method={"name": name, "metric": metric, "ema": ema}))
+    value = method.loss(views)
+    value.backward()
 
-    z1, z2 = (z.detach().double().requires_grad_() for z in (online.z1_BD, online.z2_BD))
-    assert online.predictor is not None
-    ours = dict(online.predictor.named_parameters())
+    z1, z2 = (z.detach().double().requires_grad_() for z in (views.z1_BD, views.z2_BD))
+    ours = dict(method.named_parameters())
     weights = {key: p.detach().double().requires_grad_() for key, p in ours.items()}
-    t1, t2 = (t.double() for t in targets) if ema else (z1.detach(), z2.detach())
     p1, p2 = _by_hand(z1, weights), _by_hand(z2, weights)
+    t1, t2 = views.t1_BD.double(), views.t2_BD.double()
     loss = 2 * (_loss_by_hand(p1, t2, metric) + _loss_by_hand(p2, t1, metric))
     loss.backward()
-    torch.testing.assert_close(output.loss.double(), loss, rtol=1e-5, atol=1e-6)
-    pairs = {"z1": (online.z1_BD, z1), "z2": (online.z2_BD, z2)}
+    torch.testing.assert_close(value.double(), loss, rtol=1e-5, atol=1e-6)
+    pairs = {"z1": (views.z1_BD, z1), "z2": (views.z2_BD, z2)}
     pairs |= {key: (p, weights[key]) for key, p in ours.items()}
     largest = max(p.grad.abs().max().item() for _, p in pairs.values() if p.grad is not None)
     for key, (mine, theirs) in pairs.items():
@@ -131,89 +101,81 @@ def test_gradients_of_embeddings_and_predictor_are_autograds(
         # a bias before BatchNorm has no gradient but what rounding leaves of the others
         atol = max(1e-4 * theirs.grad.abs().max().item(), 1e-6 * largest)
         torch.testing.assert_close(mine.grad.double(), theirs.grad, rtol=1e-4, atol=atol, msg=key)
-    moment_DD = (z1.T @ z1 + z2.T @ z2).detach() / (2 * BATCH)
-    expected_DD = 0.99 * torch.eye(DIM, dtype=torch.float64) + 0.01 * moment_DD
-    torch.testing.assert_close(correlation.corr_DD.double(), expected_DD, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", ["isoloss", "directcopy", "byol", "simsiam", "linear"])
-def test_a_step_gives_the_predictor_and_its_alignment(
+def test_a_step_records_the_predictions_alignment(
     small_config: Callable[..., Config], name: str
 ) -> None:
-    online, correlation, method, targets, batch = _step(small_config(method={"name": name}))
-    output = method(batch)
-    t2_BD = targets[1] if name != "simsiam" else online.z2_BD.detach()
-    assert torch.equal(output.t2_BD, t2_BD)
-    if name in ("byol", "simsiam"):
-        assert output.w_DD is None and online.predictor is not None
-        p_BD = online.predictor(online.z1_BD)
+    method, views = _step(small_config(method={"name": name}))
+    method.correlation.corr_DD.copy_(torch.eye(DIM))
+    method.correlation.update(views.z1_BD.detach(), views.z2_BD.detach())
+    method.loss(views)
+    if isinstance(method, ClosedForm):
+        assert method.matrix() is None
+        p_BD = views.z1_BD @ method.predictor()
     else:
+        assert isinstance(method, TrainedPredictor)
+        p_BD = method.predictor(views.z1_BD)
+    if isinstance(method, Linear):
         # p = W z, a row of embeddings at a time
-        weight_DD = dict(online.named_parameters()).get("predictor.weight")
-        expected_DD = correlation.predictor() if weight_DD is None else weight_DD
-        assert output.w_DD is not None and torch.equal(output.w_DD, expected_DD)
-        assert not output.w_DD.requires_grad
-        p_BD = torch.stack([output.w_DD @ z_D for z_D in online.z1_BD])
-    pairs = zip(p_BD.detach(), t2_BD, strict=True)
+        torch.testing.assert_close(torch.stack([method.matrix() @ z for z in views.z1_BD]), p_BD)
+        assert not method.matrix().requires_grad
+    pairs = zip(p_BD.detach(), views.t2_BD, strict=True)
     cosines = [float(p @ t / p.norm() / t.norm()) for p, t in pairs]
-    assert output.scalars()["alignment"].item() == pytest.approx(sum(cosines) / BATCH, abs=1e-5)
+    assert method.scalars()["alignment"].item() == pytest.approx(sum(cosines) / BATCH, abs=1e-5)
 
 
 def test_zero_predictions_give_finite_numbers(small_config: Callable[..., Config]) -> None:
-    online, _, method, _, batch = _step(small_config(method={"name": "linear"}))
+    method, views = _step(small_config(method={"name": "linear"}))
     with torch.no_grad():
-        for p in online.parameters():
+        for p in (*method.parameters(), views.z1_BD, views.z2_BD):
             p.zero_()
-    output = method(batch)
-    output.loss.backward()
-    assert torch.isfinite(output.loss) and torch.isfinite(output.scalars()["alignment"])
-    for name, p in online.named_parameters():
-        assert p.grad is not None and torch.isfinite(p.grad).all(), name
+    loss = method.loss(views)
+    loss.backward()
+    grads = [p.grad for p in (*method.parameters(), views.z1_BD, views.z2_BD)]
+    for value in (loss, method.scalars()["alignment"], *grads):
+        assert value is not None and torch.isfinite(value).all()
+
+
+def _online(config: Config, precision: torch.dtype) -> tuple[Online, Batch]:
+    torch.manual_seed(0)
+    branch = Branch(config.encoder, config.projector, precision)
+    online = Online(branch, nn.Linear(32, 3), make_method(config.method, config.projector))
+    return online, Batch(*torch.randn(2, 8, 3, 16, 16), torch.zeros(8, dtype=torch.long))
 
 
 @pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
 def test_predictions_follow_the_networks_precision(
     small_config: Callable[..., Config], precision: torch.dtype
 ) -> None:
-    config = small_config(method={"name": "byol"})
-    branch = Branch(config.encoder, config.projector, precision)
-    predictor = make_predictor(config.method, config.projector)
-    online = Online(branch, nn.Linear(32, 3), predictor)
-    target = make_target(online.branch)
-    correlation = Correlation(16, config.method, CPU, ranks=1)
-    x1, x2 = torch.randn(2, 8, 3, 16, 16)
-    view, _ = online(x1, x2)
-    assert view.p_BD is not None and view.p_BD.dtype == view.z_BD.dtype == precision
-    output = Method(config, online, target, correlation, predictor)(
-        Batch(x1, x2, torch.zeros(8, dtype=torch.long))
-    )
+    online, batch = _online(small_config(method={"name": "byol"}), precision)
+    predictor, seen = online.get_submodule("method.predictor"), []
+    predictor.register_forward_hook(lambda module, args, p_BD: seen.append(p_BD.dtype))
+    target = EmaTarget(online.branch, 0.99)
+    output = online(batch, target(batch))
+    assert seen == [precision] * 2 and output.z1_BD.dtype == precision
     (output.loss + output.probe.loss).backward()
     for name, p in online.named_parameters():
         assert p.dtype == torch.float32 and p.grad is not None and torch.isfinite(p.grad).all(), (
             name
         )
     assert all(p.grad is None for p in target.parameters())
-    assert len(list(target.parameters())) == len(list(branch.parameters()))
+    assert len(list(target.parameters())) == len(list(online.branch.parameters()))
     # as the other BatchNorms: a view at a time
-    norm = online.get_submodule("predictor.1")
-    assert isinstance(norm, nn.BatchNorm1d) and norm.num_batches_tracked == 4
+    norm = online.get_submodule("method.predictor.1")
+    assert isinstance(norm, nn.BatchNorm1d) and norm.num_batches_tracked == 2
 
 
 def test_the_predictor_is_one_graph_for_the_compiler(
     small_config: Callable[..., Config],
 ) -> None:
     config = small_config(method={"name": "byol"})
-    torch.manual_seed(0)
-    branch = Branch(config.encoder, config.projector, torch.bfloat16)
-    predictor = make_predictor(config.method, config.projector)
-    assert predictor is not None
-    online = Online(branch, nn.Linear(32, 3), predictor)
+    online, batch = _online(config, torch.bfloat16)
     names = list(online.state_dict())
-    x1, x2 = torch.randn(2, 8, 3, 16, 16)
-    expected = [view.p_BD for view in online(x1, x2)]
-    predictor.compile(fullgraph=True, backend="aot_eager")
-    for view, wanted in zip(online(x1, x2), expected, strict=True):
-        assert view.p_BD is not None and wanted is not None and view.p_BD.dtype == torch.bfloat16
-        # both round to bf16, in whatever order
-        torch.testing.assert_close(view.p_BD, wanted, rtol=2e-2, atol=2e-2)
+    expected = online(batch).loss
+    online, _ = _online(config, torch.bfloat16)
+    online.get_submodule("method.predictor").compile(fullgraph=True, backend="aot_eager")
+    # both round to bf16, in whatever order
+    torch.testing.assert_close(online(batch).loss, expected, rtol=2e-2, atol=2e-2)
     assert list(online.state_dict()) == names

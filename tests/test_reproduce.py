@@ -26,7 +26,7 @@ from isofast.settings import load_config
 # a small network and short runs on the digits
 SMALL = [
     *("encoder.width=4", "projector.hidden=32", "projector.output=16", "data.threads=1"),
-    *("checkpoint.every_steps=3", "logging.every_steps=1", "logging.tensorboard=false"),
+    *("checkpoint.every_steps=3", "logging.every_steps=1", "logging.loggers=[]"),
     *("evaluation.knn_images=100",),
 ]
 

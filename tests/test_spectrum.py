@@ -110,7 +110,7 @@ def test_a_matrix_that_is_lost_gives_nan_and_no_error() -> None:
 def test_files_without_alignment_stay_readable(tmp_path: Path) -> None:
     path = tmp_path / "spectrum.npz"
     np.savez(path, step=np.array([1, 2]), eigenvalues=np.ones((2, 3), np.float32))
-    with closing(MetricsWriter(tmp_path, 2, tensorboard=False)) as writer:
+    with closing(MetricsWriter(tmp_path, 2)) as writer:
         writer.spectrum(3, Spectrum(np.ones(3, np.float32), np.ones(3, np.float32)))
     with np.load(path) as stored:
         assert stored["step"].tolist() == [1, 2, 3]

@@ -92,7 +92,7 @@ def config(config_file: Write) -> Path:
         train={"max_steps": 30},
         evaluation={"every_epochs": 1, "at_start": True, "knn_images": 200},
         checkpoint={"every_steps": 7},
-        logging={"every_steps": 2, "tensorboard": True},
+        logging={"every_steps": 2, "loggers": ["tensorboard"]},
     )
 
 

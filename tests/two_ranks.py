@@ -17,7 +17,7 @@ from isofast.distributed import (
     World,
     gather_objects,
     gather_rows,
-    mean_of_buffers_over_ranks_,
+    mean_of_statistics_over_ranks_,
     mean_over_ranks_,
 )
 from isofast.engine import close_world, init_world
@@ -48,19 +48,20 @@ def main(config_path: str, output: str) -> None:
     for step in range(2):
         x1, x2 = torch.randn(2, GLOBAL_BATCH, 3, 16, 16, generator=generator)
         y = torch.randint(10, (GLOBAL_BATCH,), generator=generator)
-        output_of_step = state.method(Batch(x1[share], x2[share], y[share]))
+        batch = Batch(x1[share], x2[share], y[share])
+        output_of_step = state.engine(batch, state.target and state.target(batch))
         loss = output_of_step.loss + output_of_step.probe.loss
         state.engine.backward(loss)
         results[f"loss{step}"] = mean_over_ranks_(loss.detach().clone())
         for name, parameter in state.online.named_parameters():
             results[f"grad{step}.{name}"] = parameter.grad.clone()
         state.engine.step()
-        results[f"corr{step}"] = state.correlation.corr_DD.clone()
+        results[f"corr{step}"] = state.method.correlation.corr_DD.clone()
 
-    buffers = [b for b in state.online.buffers() if b.is_floating_point()]
+    buffers = [b for b in state.online.branch.buffers() if b.is_floating_point()]
     for buffer in buffers:
         buffer.fill_(world.rank)
-    mean_of_buffers_over_ranks_(state.online)
+    mean_of_statistics_over_ranks_(state.online)
     results["buffers"] = torch.cat([buffer.flatten() for buffer in buffers])
     results["rows"] = gather_rows(torch.full((world.rank + 1, 2), float(world.rank)))
     results["objects"] = torch.tensor([int(str(item)) for item in gather_objects(world.rank)])

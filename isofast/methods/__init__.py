@@ -1,0 +1,12 @@
+"""Methods of self-supervised learning: what makes a loss of two views' embeddings."""
+
+from isofast.config import MethodConfig, ProjectorConfig, method_class
+from isofast.methods.base import Method, Views
+
+__all__ = ["Method", "Views", "make_method"]
+
+
+def make_method(config: MethodConfig, projector: ProjectorConfig) -> Method:
+    """The method that ``config.name`` names, with new parameters from torch's global generator."""
+    method: Method = method_class(config.name)(config, projector)
+    return method

@@ -1,0 +1,39 @@
+"""The correlation matrix C of the online embeddings."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from isofast.config import MethodConfig
+from isofast.distributed import mean_over_ranks_, world_size
+from isofast_kernels import correlation_ema_, second_moment
+
+
+class Correlation(nn.Module):
+    """C <- decay * C + (1 - decay) * mean over rows of z z^T, starting at 0, bitwise symmetric.
+
+    With ``correlation`` "directions", z / |z| stands for z.
+
+    Attributes:
+        corr_DD: C, fp32 (D, D), a buffer.
+    """
+
+    corr_DD: Tensor
+
+    def __init__(self, dim: int, config: MethodConfig) -> None:
+        super().__init__()
+        self.register_buffer("corr_DD", torch.zeros(dim, dim))
+        self._decay, self._of = config.decay, config.correlation
+
+    @torch.no_grad()
+    def update(self, *views_BD: Tensor) -> None:
+        """Moves C by the embeddings (B, D) of every view, of this rank and of the others."""
+        if self._of == "directions":
+            views_BD = tuple(functional.normalize(z_BD.float(), dim=1) for z_BD in views_BD)
+        if world_size() == 1:
+            correlation_ema_(self.corr_DD, views_BD, self._decay)
+            return
+        moment_DD = mean_over_ranks_(second_moment(views_BD))
+        # a collective may add (i, j) and (j, i) in different orders
+        moment_DD = moment_DD.tril() + moment_DD.tril(-1).T
+        self.corr_DD.mul_(self._decay).add_(moment_DD, alpha=1 - self._decay)

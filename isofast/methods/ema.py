@@ -1,0 +1,49 @@
+"""The EMA target: a copy of the online branch that follows it slowly."""
+
+import copy
+import math
+
+import torch
+from torch import Tensor, nn
+
+from isofast.data import Batch
+from isofast.networks import Branch
+from isofast.passes import lerp_
+
+
+class EmaTarget(nn.Module):
+    """Parameters <- tau target + (1 - tau) online; BatchNorm's statistics are its own.
+
+    Args:
+        online: the branch to copy.
+        base: tau at the run's first step; it rises to 1 along a half cosine.
+    """
+
+    _weight: Tensor
+
+    def __init__(self, online: Branch, base: float) -> None:
+        super().__init__()
+        self.branch = copy.deepcopy(online).requires_grad_(False)
+        self._base = base
+        device = next(online.parameters()).device
+        # 1 - tau, because near 1 float32 has few digits left for tau
+        self.register_buffer("_weight", torch.zeros((), device=device), persistent=False)
+
+    @torch.no_grad()
+    def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """t1_BD, t2_BD."""
+        return self.branch(batch.x1_BCHW)[1], self.branch(batch.x2_BCHW)[1]
+
+    def set_decay(self, progress: float) -> None:
+        """Sets tau for ``progress`` of the run done, in [0, 1], without waiting for the device."""
+        self._weight.fill_(1 - ema_decay(progress, self._base))
+
+    @torch.no_grad()
+    def move_(self, online: Branch) -> None:
+        """Moves the parameters; a CUDA graph replays it at whatever tau is set."""
+        lerp_(list(self.branch.parameters()), list(online.parameters()), self._weight)
+
+
+def ema_decay(progress: float, base: float) -> float:
+    """tau = 1 - (1 - base) (cos(pi progress) + 1) / 2."""
+    return 1 - (1 - base) * (math.cos(math.pi * min(progress, 1.0)) + 1) / 2

@@ -1,0 +1,106 @@
+"""BYOL, SimSiam and the linear predictor: the predictor is a network that is trained.
+
+Shapes: B images a rank, D embedding dimensions.
+"""
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from isofast.config import MethodConfig, ProjectorConfig
+from isofast.methods.base import Method, Views, prediction_scalars
+from isofast.networks import autocast, make_projector
+from isofast_kernels import asymmetric_loss_pair
+
+
+class TrainedPredictor(Method):
+    """p = predictor(z), by default Linear - BatchNorm - ReLU - Linear as wide as the projector."""
+
+    class Config(Method.Config):
+        """A trained predictor; C serves its spectrum only."""
+
+        ema: bool = True
+        """Targets from a slowly moving copy of the network; false reuses the online embeddings."""
+        metric: Literal["cosine", "euclidean"] = "cosine"
+        """Distance between prediction and target."""
+
+    config: Config
+    identity_DD: Tensor
+    _last: tuple[Tensor, Tensor, Tensor]
+
+    def __init__(self, config: MethodConfig, projector: ProjectorConfig) -> None:
+        super().__init__(config, projector)
+        self.predictor = self.make_predictor(projector)
+        # the plain loss is the fused one at W = I: two small products cost less than its launches
+        self.register_buffer("identity_DD", torch.eye(projector.output), persistent=False)
+
+    def make_predictor(self, projector: ProjectorConfig) -> nn.Module:
+        """z_BD -> p_BD."""
+        return make_projector(projector.output, projector)
+
+    def loss(self, views: Views) -> Tensor:
+        """2 (L(p1 -> t2) + L(p2 -> t1)), fp32."""
+        p1_BD, p2_BD = self._predict(views.z1_BD), self._predict(views.z2_BD)
+        self._last = views.z1_BD.detach(), p1_BD.detach(), views.t2_BD
+        loss: Tensor = 2 * asymmetric_loss_pair(
+            p1_BD,
+            p2_BD,
+            views.t1_BD,
+            views.t2_BD,
+            self.identity_DD,
+            metric=self.config.metric,
+            isotropic=False,
+        )
+        return loss
+
+    def _predict(self, z_BD: Tensor) -> Tensor:
+        # a context a view: autocast would add both views' gradients up in z's precision
+        with autocast(z_BD, z_BD.dtype):
+            p_BD: Tensor = self.predictor(z_BD)
+        return p_BD
+
+    def scalars(self) -> dict[str, Tensor]:
+        return prediction_scalars(*self._last)
+
+    def describe(self) -> str:
+        return f"{self.config.metric}, trained predictor, {super().describe()}"
+
+
+class BYOL(TrainedPredictor):
+    """Grill et al.: Bootstrap your own latent (NeurIPS 2020)."""
+
+    class Config(TrainedPredictor.Config):
+        """A trained predictor of two layers."""
+
+        name: Literal["byol"] = "byol"
+        """The method."""
+
+
+class SimSiam(TrainedPredictor):
+    """BYOL without EMA, as in the paper's tables (after Chen and He, CVPR 2021)."""
+
+    class Config(TrainedPredictor.Config):
+        """BYOL without an EMA target."""
+
+        name: Literal["simsiam"] = "simsiam"
+        """The method."""
+        ema: Literal[False] = False
+        """Always false: with an EMA target it is byol."""
+
+
+class Linear(TrainedPredictor):
+    """A matrix without bias, as in the paper's theory and its figure 4."""
+
+    class Config(TrainedPredictor.Config):
+        """A trained matrix as the predictor."""
+
+        name: Literal["linear"] = "linear"
+        """The method."""
+
+    def make_predictor(self, projector: ProjectorConfig) -> nn.Module:
+        return nn.Linear(projector.output, projector.output, bias=False)
+
+    def matrix(self) -> Tensor:
+        assert isinstance(self.predictor, nn.Linear)
+        return self.predictor.weight.detach()

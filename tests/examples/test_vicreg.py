@@ -1,0 +1,89 @@
+"""A method of your own: its mathematics, and a run of it from outside the repository."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from isofast.config import ProjectorConfig
+from isofast.methods import Views
+from isofast.metrics import read_metrics
+
+HERE = Path(__file__).resolve().parent
+sys.path.append(str(HERE))
+from vicreg import VICReg  # noqa: E402
+
+
+def test_the_loss_is_zero_where_there_is_nothing_to_improve() -> None:
+    method = VICReg(VICReg.Config(name="vicreg:VICReg"), ProjectorConfig(output=4))
+    # equal views, uncorrelated dimensions, standard deviations above 1
+    z_BD = 2 * torch.tensor([[a, b, a * b, 1.0] for a in (-1, 1) for b in (-1, 1)])
+    z_BD[:, 3] = torch.tensor([2.0, -2.0, -2.0, 2.0])
+    z_BD[:, 2] = 0
+    whitened_BD = torch.cat([z_BD[:, :2], z_BD[:, 3:]], 1)
+    assert method.loss(Views(*[whitened_BD] * 4)).item() == 0.0
+
+
+def test_each_term_is_the_papers() -> None:
+    torch.manual_seed(0)
+    z1, z2 = torch.randn(2, 32, 6, dtype=torch.float64)
+    for key in ("invariance", "variance", "covariance"):
+        weights = {"invariance": 0.0, "variance": 0.0, "covariance": 0.0, key: 1.0}
+        config = VICReg.Config(name="vicreg:VICReg", **weights)
+        method = VICReg(config, ProjectorConfig(output=6))
+        expected = 0.0
+        if key == "invariance":
+            expected = ((z1 - z2) ** 2).sum(1).mean().item() / 6
+        for z in (z1, z2):
+            c = (z - z.mean(0)).T @ (z - z.mean(0)) / 31
+            if key == "variance":
+                expected += (1 - (c.diagonal() + 1e-4).sqrt()).clamp(min=0).mean().item() / 2
+            if key == "covariance":
+                expected += sum(c[i, j] ** 2 for i in range(6) for j in range(6) if i != j) / 6
+        got = method.loss(Views(z1, z2, z1, z2)).item()
+        assert got == pytest.approx(float(expected), rel=1e-5)
+
+
+def test_it_trains_resumes_and_is_evaluated(
+    tmp_path: Path, small: Callable[..., dict[str, Any]]
+) -> None:
+    shutil.copy(HERE / "vicreg.py", tmp_path / "my_file.py")
+    tree = small(evaluation={"every_epochs": 1}, logging={"every_steps": 1})
+    del tree["optimizer"]
+    (tmp_path / "config.json").write_text(json.dumps(tree))
+
+    def train(*overrides: str) -> "subprocess.CompletedProcess[str]":
+        command = [sys.executable, str(HERE.parents[1] / "launch" / "train.py")]
+        command += ["--config", "config.json", "--run-dir", "run"]
+        command += [word for override in overrides for word in ("--set", override)]
+        return subprocess.run(
+            command, cwd=tmp_path, env=os.environ.copy(), capture_output=True, text=True
+        )
+
+    mine = ("method.name=my_file:VICReg", "method.covariance=2")
+    wrong = train(*mine, "method.covarianse=1", "method.variance=-1")
+    assert wrong.returncode == 2
+    assert "method.covarianse: unknown key. Did you mean method.covariance?" in wrong.stderr
+    assert "method.variance: got -1; input should be greater than or equal to 0" in wrong.stderr
+    first = train(*mine, "train.max_steps=2")
+    assert first.returncode == 0, first.stderr
+    second = train(*mine, "train.max_steps=4")
+    assert second.returncode == 0 and "continuing from" in second.stderr, second.stderr
+    stored = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert stored["method"]["covariance"] == 2 and stored["method"]["ema"] is False
+    # SimSiam's
+    assert (stored["optimizer"]["name"], stored["optimizer"]["lr"]) == ("sgd", 0.1)
+    records = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    steps = [record for record in records if "loss" in record]
+    assert [record["step"] for record in steps] == [1, 2, 3, 4]
+    for record in steps:
+        assert record["alignment"] is None and record["variance_loss"] > 0
+        assert record["effective_rank"] >= 1
+    assert records[-1]["knn_top1"] > 0
