@@ -33,10 +33,10 @@ from torchvision.datasets import ImageFolder as TorchvisionFolder
 from torchvision.io import ImageReadMode, decode_image
 from torchvision.transforms import v2
 
+from isofast.config import ViewConfig
 from isofast.data import (
     ImageFolder,
     Recipe,
-    ViewRecipe,
     make_train_loader,
     open_dataset,
     recipe_for,
@@ -69,17 +69,17 @@ class BothViews:
         return tuple(view(image) for view in self._both)
 
 
-def pillow_transform(recipe: Recipe, row: ViewRecipe) -> Callable[[Any], Any]:
+def pillow_transform(recipe: Recipe, row: ViewConfig) -> Callable[[Any], Any]:
     """One view by torchvision's classic transforms on Pillow images."""
     return _compose(v1, recipe, row, [v1.ToTensor()])
 
 
-def tensor_transform(recipe: Recipe, row: ViewRecipe) -> Callable[[Any], Any]:
+def tensor_transform(recipe: Recipe, row: ViewConfig) -> Callable[[Any], Any]:
     """One view by torchvision's v2 transforms on uint8 tensors."""
     return _compose(v2, recipe, row, [v2.ToDtype(torch.float32, scale=True)])
 
 
-def _compose(t: Any, recipe: Recipe, row: ViewRecipe, to_float: list[Any]) -> Callable[[Any], Any]:
+def _compose(t: Any, recipe: Recipe, row: ViewConfig, to_float: list[Any]) -> Callable[[Any], Any]:
     jitter = t.ColorJitter(row.brightness, row.contrast, row.saturation, row.hue)
     # torchvision's blur takes one size of window for every sigma: the widest
     window = 2 * round(3 * row.blur_sigma[1]) + 1

@@ -10,9 +10,10 @@ import json
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     ConfigDict,
     Field,
@@ -24,7 +25,14 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from isofast.errors import UserError
-from isofast.presets import METHODS, STEM_OF_DATASET, correlation_preset, optimizer_preset
+from isofast.presets import (
+    METHODS,
+    STEM_OF_DATASET,
+    VIEWS_OF_DATASET,
+    correlation_preset,
+    merge,
+    optimizer_preset,
+)
 
 SCHEMA_KEY = "$schema"
 RESNETS = ("resnet18", "resnet34", "resnet50")
@@ -36,6 +44,86 @@ class _Section(BaseModel):
     model_config = ConfigDict(
         frozen=True, extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True
     )
+
+
+def _ordered(value: tuple[float, float]) -> tuple[float, float]:
+    if not 0 < value[0] <= value[1]:
+        raise ValueError("a range [low, high] is wanted, 0 < low <= high")
+    return value
+
+
+# JSON has no tuples
+Range = Annotated[tuple[float, float], Field(strict=False), AfterValidator(_ordered)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Strength = Annotated[float, Field(ge=0)]
+
+
+class ViewConfig(_Section):
+    """How one random view of an image is made; probabilities are per image, lengths fractions of
+    the crop, angles degrees. In this order; what can't happen costs nothing."""
+
+    crop_scale: Range = (0.08, 1.0)
+    """Area of the crop, as a share of the image."""
+    crop_ratio: Range = (3 / 4, 4 / 3)
+    """Width of the crop over its height."""
+    degrees: Strength = 0.0
+    """Rotation, at most."""
+    translate: Strength = 0.0
+    """Shift in each direction, at most."""
+    scale: Range = (1.0, 1.0)
+    """Zoom."""
+    shear: Strength = 0.0
+    """Shear along the rows, at most."""
+    jitter_p: Share = 0.8
+    """Probability of colour jitter, of which each strength s draws a factor from 1 - s to 1 + s."""
+    brightness: Strength = 0.4
+    """Strength of the jitter's brightness."""
+    contrast: Strength = 0.4
+    """Strength of the jitter's contrast."""
+    saturation: Strength = 0.2
+    """Strength of the jitter's saturation."""
+    hue: float = Field(0.1, ge=0, le=0.5)
+    """Turn of the jitter's hue, at most, as a share of the colour circle."""
+    gray_p: Share = 0.2
+    """Probability of a gray image."""
+    blur_p: Share = 0.0
+    """Probability of a Gaussian blur."""
+    blur_sigma: Range = (0.1, 2.0)
+    """Its sigma in pixels."""
+    solarize_p: Share = 0.0
+    """Probability of inverting bright pixels."""
+    solarize_threshold: int = Field(128, ge=0, le=255)
+    """The darkest that is inverted, of 0 to 255."""
+    flip_p: Share = 0.5
+    """Probability of a mirror image."""
+
+    @field_validator("crop_scale")
+    @classmethod
+    def _is_a_share(cls, value: tuple[float, float]) -> tuple[float, float]:
+        if value[1] > 1:
+            raise ValueError("a crop is at most the whole image, 1.0")
+        return value
+
+    @property
+    def has_affine(self) -> bool:
+        """Whether any image is rotated, moved, scaled or sheared."""
+        return (self.degrees, self.translate, self.scale, self.shear) != (0.0, 0.0, (1.0, 1.0), 0.0)
+
+    @property
+    def has_colour(self) -> bool:
+        """Whether any image changes colour (jitter or gray)."""
+        strengths = (self.brightness, self.contrast, self.saturation, self.hue)
+        return self.gray_p > 0.0 or (self.jitter_p > 0.0 and any(strengths))
+
+
+class AugmentationConfig(_Section):
+    """The two views' random transforms; the data set's preset is the paper's, for digits and image
+    folders this library's."""
+
+    view1: ViewConfig = ViewConfig()
+    """Of the first view."""
+    view2: ViewConfig = ViewConfig()
+    """Of the second."""
 
 
 class DataConfig(_Section):
@@ -58,11 +146,21 @@ class DataConfig(_Section):
     resident_limit_gb: float = Field(8.0, gt=0, json_schema_extra=FREE)
     """The most that resident images may take on each device, in 10^9 bytes."""
     crop: int | None = Field(None, ge=8)
-    """Side of the square the network sees, in pixels; null takes the recipe's."""
+    """Side of the square the network sees, in pixels; null takes the data set's."""
+    augmentation: AugmentationConfig = Field(default_factory=dict, validate_default=True)
+    """How the views are made; preset: the data set's."""
     threads: int | None = Field(None, ge=1, json_schema_extra=FREE)
     """Decoding threads a rank; null shares the machine's cores among its ranks."""
     prefetch: int = Field(2, ge=1, le=16, json_schema_extra=FREE)
     """Batches prepared ahead by dali."""
+
+    @field_validator("augmentation", mode="before")
+    @classmethod
+    def _of_the_data_set(cls, raw: Any, info: ValidationInfo) -> Any:
+        dataset = info.data.get("dataset")
+        if dataset is None or not isinstance(raw, Mapping):
+            return raw
+        return merge(VIEWS_OF_DATASET[dataset], raw)
 
 
 class EncoderConfig(_Section):

@@ -21,6 +21,31 @@ STEM_OF_DATASET = {
     "imagefolder": "imagenet",
 }
 
+# What each data set's views have that ViewConfig's defaults have not: the paper's first view is the
+# default, and its second solarizes.
+_SOLARIZED: Tree = {"solarize_p": 0.2}
+# 8 x 8 gray digits: no flip (a mirrored 2 is no digit), no crop that could lose a stroke
+_DIGIT_VIEW: Tree = {
+    "crop_scale": (1.0, 1.0),
+    "crop_ratio": (1.0, 1.0),
+    "degrees": 12.0,
+    "translate": 0.08,
+    "scale": (0.85, 1.15),
+    "shear": 8.0,
+    "saturation": 0.0,
+    "hue": 0.0,
+    "gray_p": 0.0,
+    "flip_p": 0.0,
+}
+VIEWS_OF_DATASET: dict[str, Tree] = {
+    "digits": {"view1": _DIGIT_VIEW, "view2": _DIGIT_VIEW},
+    "cifar10": {"view2": _SOLARIZED},
+    "cifar100": {"view2": _SOLARIZED},
+    "stl10": {"view1": {"blur_p": 1.0}, "view2": {"blur_p": 0.1, **_SOLARIZED}},
+    "tinyimagenet": {"view2": _SOLARIZED},
+    "imagefolder": {"view2": _SOLARIZED},
+}
+
 # A method's name in a config, and its class. Any other class is named module:Class.
 METHODS = {
     "isoloss": "isofast.methods.closed_form:IsoLoss",

@@ -143,9 +143,14 @@ def _all_keys(raw: Mapping[str, Any]) -> Iterator[str]:
     """Every key of a config with the method that ``raw`` names."""
     for name, field in Config.model_fields.items():
         yield name
-        section = _method_section(raw) if name == "method" else field.annotation
-        if isinstance(section, type) and issubclass(section, BaseModel):
-            yield from (f"{name}.{key}" for key in section.model_fields)
+        yield from _keys_of(_method_section(raw) if name == "method" else field.annotation, name)
+
+
+def _keys_of(section: Any, prefix: str) -> Iterator[str]:
+    if isinstance(section, type) and issubclass(section, BaseModel):
+        for name, field in section.model_fields.items():
+            yield f"{prefix}.{name}"
+            yield from _keys_of(field.annotation, f"{prefix}.{name}")
 
 
 def _method_section(raw: Mapping[str, Any]) -> type[MethodConfig]:

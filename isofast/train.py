@@ -54,7 +54,8 @@ def fit(config: Config, run_dir: Path) -> Summary:
     """
     check_pass_through(config)
     config.batch_size_per_rank(launched_world_size())
-    recipe = recipe_for(config.data.dataset, crop=config.data.crop)
+    data = config.data
+    recipe = recipe_for(data.dataset, crop=data.crop, augmentation=data.augmentation)
     images = list_images(config)
     with ExitStack() as stack:
         if launched_rank() == 0:

@@ -8,7 +8,8 @@ import pytest
 from PIL import Image
 
 from isofast.config import Config
-from isofast.data.recipe import RECIPES, recipe_for
+from isofast.data.recipe import recipe_for
+from isofast.presets import VIEWS_OF_DATASET
 
 from .conftest import load_script
 
@@ -24,7 +25,9 @@ def bench(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return module
 
 
-@pytest.mark.parametrize("side", sorted({recipe.crop for recipe in RECIPES.values()} | {600}))
+@pytest.mark.parametrize(
+    "side", sorted({recipe_for(name).crop for name in VIEWS_OF_DATASET} | {600})
+)
 def test_pictures_are_made_in_the_size_of_every_recipe(
     tmp_path: Path, bench: ModuleType, side: int
 ) -> None:

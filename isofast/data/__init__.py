@@ -13,7 +13,7 @@ from isofast.data.backend import BACKENDS, resolve_backend
 from isofast.data.datasets import ImageFolder, left_out_note, verify_images
 from isofast.data.listing import open_dataset, overlooked_note
 from isofast.data.order import Batch
-from isofast.data.recipe import Recipe, ViewRecipe, recipe_for
+from isofast.data.recipe import Recipe, recipe_for
 from isofast.errors import UserError
 
 if TYPE_CHECKING:
@@ -35,7 +35,6 @@ __all__ = [
     "Recipe",
     "ResidentLoader",
     "TrainLoader",
-    "ViewRecipe",
     "left_out_note",
     "make_eval_loader",
     "make_train_loader",

@@ -17,10 +17,11 @@ from nvidia.dali import Pipeline, fn, types
 from nvidia.dali.plugin.pytorch import feed_ndarray
 from torch.utils.dlpack import from_dlpack
 
+from isofast.config import ViewConfig
 from isofast.data.datasets import ImageFolder, read_files, remember_bad
 from isofast.data.draw import Ints, ViewDraw, colour_matrices
 from isofast.data.looks import REFUSED
-from isofast.data.recipe import Recipe, ViewRecipe
+from isofast.data.recipe import Recipe
 from isofast.errors import RunError
 from isofast_kernels.augment_reference import BLUR_REACH
 
@@ -257,11 +258,11 @@ def clean_view(recipe: Recipe, image: Node, arguments: Nodes) -> list[Node]:
     return [_normalise(recipe, _resize(recipe, image, **arguments))]
 
 
-def _views(recipe: Recipe) -> tuple[tuple[int, ViewRecipe], ...]:
+def _views(recipe: Recipe) -> tuple[tuple[int, ViewConfig], ...]:
     return (1, recipe.view1), (2, recipe.view2)
 
 
-def _operands(row: ViewRecipe) -> list[str]:
+def _operands(row: ViewConfig) -> list[str]:
     present = {
         "start": True,
         "shape": True,
@@ -294,7 +295,7 @@ def _operand_values(view: ViewDraw) -> Arrays:
     }
 
 
-def _view(recipe: Recipe, row: ViewRecipe, image: Node, args: Nodes) -> Node:
+def _view(recipe: Recipe, row: ViewConfig, image: Node, args: Nodes) -> Node:
     # cut first: a resize of a region would look at pixels outside it
     image = fn.slice(image, start=args["start"], shape=args["shape"], axes=[0, 1])
     image = _resize(recipe, image)

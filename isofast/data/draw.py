@@ -14,7 +14,8 @@ from itertools import permutations
 import numpy as np
 import numpy.typing as npt
 
-from isofast.data.recipe import Recipe, ViewRecipe
+from isofast.config import ViewConfig
+from isofast.data.recipe import Recipe
 
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
@@ -196,7 +197,7 @@ def _between(bounds: tuple[float, float], u: Floats) -> Floats:
     return bounds[0] + (bounds[1] - bounds[0]) * u
 
 
-def _crop_windows(row: ViewRecipe, sizes_N2: Ints, u: Floats) -> npt.NDArray[np.int32]:
+def _crop_windows(row: ViewConfig, sizes_N2: Ints, u: Floats) -> npt.NDArray[np.int32]:
     """torchvision's RandomResizedCrop: ten tries, then the largest allowed window in the middle."""
     height, width = sizes_N2[:, 0:1], sizes_N2[:, 1:2]
     low, high = row.crop_ratio
@@ -219,7 +220,7 @@ def _crop_windows(row: ViewRecipe, sizes_N2: Ints, u: Floats) -> npt.NDArray[np.
     return np.concatenate([top, left, h, w], axis=1).astype(np.int32)
 
 
-def _affine(row: ViewRecipe, crop: int, u: Floats) -> npt.NDArray[np.float32]:
+def _affine(row: ViewConfig, crop: int, u: Floats) -> npt.NDArray[np.float32]:
     """Rotate, shear in x and scale about the middle, then move; given as output to input."""
     angle = np.radians(_between((-row.degrees, row.degrees), u[:, 0]))
     shear = np.tan(np.radians(_between((-row.shear, row.shear), u[:, 1])))

@@ -48,7 +48,7 @@ def write_preview(name: str, root: Path, path: Path, *, on_bad: OnBad = "stop") 
     """Draw some training images of a prepared root, each with several draws of both views.
 
     Args:
-        name: of the recipe, one of `isofast.data.recipe.RECIPES`.
+        name: the data set whose recipe it is.
         root: the data root.
         path: the PNG to write.
         on_bad: as for `verify_images`.

@@ -14,12 +14,13 @@ import numpy.typing as npt
 import torch
 from tqdm import tqdm
 
+from isofast.config import ViewConfig
 from isofast.data import dali
 from isofast.data.backend import CHANNELS, resident_gb
 from isofast.data.datasets import ImageFolder
 from isofast.data.draw import Ints, ViewDraw, draw
 from isofast.data.order import Batch, BatchOrder
-from isofast.data.recipe import Recipe, ViewRecipe
+from isofast.data.recipe import Recipe
 from isofast.errors import RunError, UserError
 from isofast_kernels import augment_views
 from isofast_kernels.augment_reference import COLUMNS
@@ -194,7 +195,7 @@ def parameter_rows(recipe: Recipe, drawn: Sequence[ViewDraw]) -> npt.NDArray[np.
     return np.stack([_rows(row, view) for row, view in zip(rows, drawn, strict=True)])
 
 
-def _rows(row: ViewRecipe, view: ViewDraw) -> npt.NDArray[np.float32]:
+def _rows(row: ViewConfig, view: ViewDraw) -> npt.NDArray[np.float32]:
     columns: dict[str, npt.NDArray[np.generic]] = {
         **dict(zip(("top", "left", "height", "width"), view.window_N4.T, strict=True)),
         **dict(zip(("first", "second", "third", "fourth"), view.order_N4.T, strict=True)),

@@ -9,8 +9,9 @@ import torch
 from scipy import stats
 from torchvision.transforms import ColorJitter, RandomResizedCrop
 
+from isofast.config import ViewConfig
 from isofast.data.draw import clean_windows, colour_matrices, draw, epoch_order, philox
-from isofast.data.recipe import RECIPES, ViewRecipe, recipe_for
+from isofast.data.recipe import recipe_for
 
 # significance of every statistical test here; the draws are fixed, so none of them is flaky
 P = 1e-3
@@ -65,7 +66,7 @@ def test_views_seeds_and_epochs_draw_independently(changed: str) -> None:
 
     def brightness(key: dict[str, int]) -> np.ndarray:
         view = draw(
-            replace(recipe, view1=ViewRecipe(jitter_p=1.0), view2=ViewRecipe(jitter_p=1.0)),
+            replace(recipe, view1=ViewConfig(jitter_p=1.0), view2=ViewConfig(jitter_p=1.0)),
             key["view"],
             sizes,
             np.arange(n),
@@ -80,8 +81,8 @@ def test_views_seeds_and_epochs_draw_independently(changed: str) -> None:
 
 def test_parameters_have_the_distributions_of_the_table() -> None:
     n = 20_000
-    row = ViewRecipe(blur_p=0.3, solarize_p=0.2, degrees=10, translate=0.1)
-    recipe = replace(RECIPES["stl10"], view1=row)
+    row = ViewConfig(blur_p=0.3, solarize_p=0.2, degrees=10, translate=0.1)
+    recipe = replace(recipe_for("stl10"), view1=row)
     view = draw(recipe, 1, np.full((n, 2), 96), np.arange(n), seed=1, epoch=0)
     jittered = view.hue_N != 0
     for name, happened, p in (
@@ -131,7 +132,7 @@ def test_crop_windows_follow_torchvision(size: tuple[int, int]) -> None:
 def test_jitter_follows_torchvision() -> None:
     """Factors and the order of the operations, by torchvision's own draw."""
     n = 6000
-    row = ViewRecipe(jitter_p=1.0)
+    row = ViewConfig(jitter_p=1.0)
     recipe = replace(recipe_for("tinyimagenet"), view1=row)
     view = draw(recipe, 1, np.full((n, 2), 64), np.arange(n), seed=2, epoch=0)
     torch.manual_seed(0)
@@ -176,7 +177,7 @@ def test_no_number_has_moved() -> None:
 @pytest.mark.parametrize("size", [(10, 4000), (4000, 10), (1, 1), (1, 50)], ids=str)
 def test_thin_images_get_the_central_window(size: tuple[int, int]) -> None:
     recipe = recipe_for("imagefolder")
-    recipe = replace(recipe, view1=replace(recipe.view1, crop_scale=(0.5, 1.0)))
+    recipe = replace(recipe, view1=ViewConfig(crop_scale=(0.5, 1.0)))
     view = draw(recipe, 1, np.array([size]), np.array([0]), seed=0, epoch=0)
     transform = RandomResizedCrop(224, scale=(0.5, 1.0))
     theirs = transform.get_params(torch.empty(3, *size), [0.5, 1.0], [3 / 4, 4 / 3])

@@ -14,9 +14,9 @@ from PIL import Image
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as F
 
+from isofast.config import ViewConfig
 from isofast.data import ImageFolder, dali, make_eval_loader, recipe_for
 from isofast.data.draw import ViewDraw, _affine, draw
-from isofast.data.recipe import ViewRecipe
 
 INDICES = np.arange(0, 1000, 8)
 N = len(INDICES)
@@ -28,7 +28,7 @@ SATURATION = RNG.uniform(0.8, 1.2, N).astype(np.float32)
 HUE = RNG.uniform(-0.1, 0.1, N).astype(np.float32)
 SIGMA = RNG.uniform(0.1, 2.0, N).astype(np.float32)
 AFFINE_U = RNG.random((N, 5))
-AFFINE_ROW = ViewRecipe(degrees=15, translate=0.1, scale=(0.8, 1.2), shear=8)
+AFFINE_ROW = ViewConfig(degrees=15, translate=0.1, scale=(0.8, 1.2), shear=8)
 WINDOW_SIDES = RNG.integers(10, 65, (N, 2))
 WINDOWS = np.concatenate(
     [(RNG.random((N, 2)) * (65 - WINDOW_SIDES)).astype(int), WINDOW_SIDES], axis=1
@@ -57,7 +57,7 @@ def neutral(**changes: np.ndarray) -> ViewDraw:
 
 
 def through_dali(
-    photos: ImageFolder, row: ViewRecipe, drawn: ViewDraw, indices: np.ndarray = INDICES
+    photos: ImageFolder, row: ViewConfig, drawn: ViewDraw, indices: np.ndarray = INDICES
 ) -> np.ndarray:
     """Run the loader's own graph with the given parameters; gives (N, 64, 64, 3) levels."""
     recipe = replace(BASE, view1=row, view2=row)
@@ -140,33 +140,33 @@ def jitter_in_order(image: Image.Image, k: int) -> Image.Image:
 
 YES = np.ones(N, bool)
 COLOUR = {"brightness_N": BRIGHTNESS, "contrast_N": CONTRAST, "saturation_N": SATURATION}
-SOLARIZING = ViewRecipe(solarize_p=0.5)
-CASES: dict[str, tuple[ViewRecipe, ViewDraw, Operation, float]] = {
+SOLARIZING = ViewConfig(solarize_p=0.5)
+CASES: dict[str, tuple[ViewConfig, ViewDraw, Operation, float]] = {
     # name: row, parameters, torchvision's operation, allowed mean distance (measured)
-    "decode": (ViewRecipe(), neutral(), lambda image, k: image, 0.0),
-    "crop": (ViewRecipe(), neutral(window_N4=WINDOWS), crop, 0.35),  # 0.25
+    "decode": (ViewConfig(), neutral(), lambda image, k: image, 0.0),
+    "crop": (ViewConfig(), neutral(window_N4=WINDOWS), crop, 0.35),  # 0.25
     "affine": (
         AFFINE_ROW,
         neutral(affine_N23=_affine(AFFINE_ROW, 64, AFFINE_U)),
         tensor_operation(affine),
         0.01,  # 0.000
     ),
-    "brightness": (ViewRecipe(), neutral(brightness_N=BRIGHTNESS), JITTER[0], 0.5),  # 0.45
-    "contrast": (ViewRecipe(), neutral(contrast_N=CONTRAST), JITTER[1], 0.5),  # 0.45
-    "saturation": (ViewRecipe(), neutral(saturation_N=SATURATION), JITTER[2], 0.5),  # 0.43
+    "brightness": (ViewConfig(), neutral(brightness_N=BRIGHTNESS), JITTER[0], 0.5),  # 0.45
+    "contrast": (ViewConfig(), neutral(contrast_N=CONTRAST), JITTER[1], 0.5),  # 0.45
+    "saturation": (ViewConfig(), neutral(saturation_N=SATURATION), JITTER[2], 0.5),  # 0.43
     # a turn about the gray axis is not a shift of hue in HSV: close in colour, not in saturation
-    "hue": (ViewRecipe(), neutral(hue_N=HUE), JITTER[3], 3.0),  # 2.7
+    "hue": (ViewConfig(), neutral(hue_N=HUE), JITTER[3], 3.0),  # 2.7
     "gray": (
-        ViewRecipe(),
+        ViewConfig(),
         neutral(gray_N=YES),
         lambda image, k: F.rgb_to_grayscale(image, 3),
         0.01,  # 0.000
     ),
-    "blur": (ViewRecipe(blur_p=0.5), neutral(blur_sigma_N=SIGMA), tensor_operation(blur), 0.01),
-    "no blur": (ViewRecipe(blur_p=0.5), neutral(), lambda image, k: image, 0.0),
+    "blur": (ViewConfig(blur_p=0.5), neutral(blur_sigma_N=SIGMA), tensor_operation(blur), 0.01),
+    "no blur": (ViewConfig(blur_p=0.5), neutral(), lambda image, k: image, 0.0),
     "solarize": (SOLARIZING, neutral(solarize_N=YES), lambda image, k: F.solarize(image, 128), 0.0),
     "no solarize": (SOLARIZING, neutral(), lambda image, k: image, 0.0),
-    "flip": (ViewRecipe(), neutral(flip_N=YES), lambda image, k: F.hflip(image), 0.0),
+    "flip": (ViewConfig(), neutral(flip_N=YES), lambda image, k: F.hflip(image), 0.0),
 }
 
 
@@ -179,7 +179,7 @@ def test_distance_to_torchvision(photos: ImageFolder, name: str) -> None:
 
 def test_one_map_stands_for_any_order_of_jitter_without_hue(photos: ImageFolder) -> None:
     """Against torchvision in floating point, which does not truncate after each operation."""
-    ours = through_dali(photos, ViewRecipe(), neutral(**COLOUR))
+    ours = through_dali(photos, ViewConfig(), neutral(**COLOUR))
     differences = []
     for k, index in enumerate(INDICES):
         with Image.open(photos.root / photos.paths[index]) as image:
@@ -194,7 +194,7 @@ def test_one_map_stands_for_any_order_of_jitter_without_hue(photos: ImageFolder)
 
 def test_distance_of_the_whole_jitter(photos: ImageFolder) -> None:
     theirs = through_pillow(photos, jitter_in_order)
-    ours = through_dali(photos, ViewRecipe(), neutral(**COLOUR, hue_N=HUE, order_N4=ORDERS))
+    ours = through_dali(photos, ViewConfig(), neutral(**COLOUR, hue_N=HUE, order_N4=ORDERS))
     untouched = through_pillow(photos, lambda image, k: image)
     distance, strength = np.abs(ours - theirs).mean(), np.abs(theirs - untouched).mean()
     assert distance <= 3.7  # measured 3.4, most of it hue
@@ -214,7 +214,7 @@ def test_view_of_everything_in_the_stated_order(photos: ImageFolder) -> None:
             image = F.solarize(image, 128)
         return F.hflip(image) if flip[k] else image
 
-    row = ViewRecipe(blur_p=0.5, solarize_p=0.5)
+    row = ViewConfig(blur_p=0.5, solarize_p=0.5)
     drawn = neutral(
         window_N4=WINDOWS,
         **COLOUR,

@@ -220,9 +220,8 @@ def test_digits_views_are_affine_and_unmirrored(tmp_path: Path) -> None:
     prepare_digits(tmp_path)
     recipe = recipe_for("digits")
     assert recipe.view1.flip_p == 0 and recipe.view1.has_affine
-    still = replace(
-        recipe.view1, degrees=0.001, translate=0.0, scale=(1.0, 1.0), shear=0.0, jitter_p=0.0
-    )
+    nothing = {"degrees": 0.001, "translate": 0.0, "scale": (1.0, 1.0), "shear": 0.0}
+    still = recipe.view1.model_copy(update={**nothing, "jitter_p": 0.0})
     dataset = numbered(verify_images(open_dataset(tmp_path, "train"), progress=False))
     loader = make_train_loader(
         "dali",

@@ -17,8 +17,8 @@ from sklearn.datasets import load_digits
 from isofast.data import archives, open_dataset, verify_images
 from isofast.data import prepare as module
 from isofast.data.prepare import prepare
-from isofast.data.recipe import RECIPES
 from isofast.errors import UserError
+from isofast.presets import VIEWS_OF_DATASET
 
 TOP = "tiny-imagenet-200"
 Members = dict[str, bytes]
@@ -340,4 +340,4 @@ def test_unknown_names_and_unwanted_archives_are_refused(tmp_path: Path) -> None
     for name in ("digits", "imagefolder"):
         with pytest.raises(UserError, match=f"{name} is made without an archive"):
             prepare(name, tmp_path, tmp_path / "x.zip")
-    assert tuple(RECIPES) == module.NAMES
+    assert tuple(VIEWS_OF_DATASET) == module.NAMES

@@ -1,7 +1,6 @@
 """`isofast prepare --preview`: originals and both views, as the loader makes them."""
 
 import shutil
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +11,9 @@ from PIL import Image
 from isofast.cli import main
 from isofast.data import preview
 from isofast.data.preview import write_preview
-from isofast.data.recipe import RECIPES, recipe_for
+from isofast.data.recipe import recipe_for
 from isofast.errors import UserError
+from isofast.presets import VIEWS_OF_DATASET
 
 
 def shown(monkeypatch: pytest.MonkeyPatch, name: str, root: Path) -> list[list[np.ndarray]]:
@@ -30,7 +30,7 @@ def shown(monkeypatch: pytest.MonkeyPatch, name: str, root: Path) -> list[list[n
     return kept
 
 
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("name", VIEWS_OF_DATASET)
 def test_every_recipe_is_drawn(tmp_path: Path, pictures: Path, name: str) -> None:
     path = tmp_path / "views.png"
     write_preview(name, pictures, path)
@@ -50,10 +50,8 @@ def test_views_are_of_the_images_beside_them(
         folder = tmp_path / "train" / f"c{k}"
         folder.mkdir(parents=True)
         Image.new("RGB", (40, 50), colour).save(folder / "x.png")
-    plain = RECIPES["cifar10"]
     still = {"jitter_p": 0.0, "gray_p": 0.0, "solarize_p": 0.0}
-    views = [replace(row, **still) for row in (plain.view1, plain.view2)]
-    monkeypatch.setitem(RECIPES, "cifar10", replace(plain, view1=views[0], view2=views[1]))
+    monkeypatch.setitem(VIEWS_OF_DATASET, "cifar10", {"view1": still, "view2": still})
     rows = shown(monkeypatch, "cifar10", tmp_path)
     assert [len(row) for row in rows] == [9] * 8
     for row, colour in zip(rows, colours, strict=True):
@@ -133,8 +131,8 @@ def test_the_original_is_as_bright_as_its_views(
     for level in levels:
         value = level * np.iinfo(dtype).max // 255
         Image.fromarray(np.full((32, 32), value, dtype)).save(folder / f"{level:03d}.png")
-    still = replace(RECIPES["cifar10"].view1, jitter_p=0.0)
-    monkeypatch.setitem(RECIPES, "cifar10", replace(RECIPES["cifar10"], view1=still, view2=still))
+    still = {"jitter_p": 0.0}
+    monkeypatch.setitem(VIEWS_OF_DATASET, "cifar10", {"view1": still, "view2": still})
     rows = shown(monkeypatch, "cifar10", tmp_path)
     for row, level in zip(rows, levels, strict=True):
         for tile in row:

@@ -1,11 +1,13 @@
 """The augmentation table against the paper's, number by number, and what it refuses."""
 
-from dataclasses import asdict
+import json
 
 import pytest
 
-from isofast.data.recipe import RECIPES, ViewRecipe, recipe_for
+from isofast.config import ViewConfig, to_json
+from isofast.data.recipe import recipe_for
 from isofast.errors import UserError
+from isofast.settings import resolve
 
 # the first view of CIFAR and TinyImageNet; written out, so that no default can drift
 VIEW = {
@@ -59,10 +61,39 @@ TABLE = {
 }
 
 
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("name", TABLE)
 def test_presets_are_the_papers(name: str) -> None:
     keys = ("name", "crop", "resize_short", "mean", "std", "view1", "view2")
-    assert asdict(recipe_for(name)) == dict(zip(keys, (name, *TABLE[name]), strict=True))
+    recipe = recipe_for(name)
+    views = {"view1": recipe.view1.model_dump(), "view2": recipe.view2.model_dump()}
+    assert vars(recipe) | views == dict(zip(keys, (name, *TABLE[name]), strict=True))
+
+
+def test_a_run_can_set_every_strength() -> None:
+    raw = {"data": {"dataset": "stl10", "root": "x"}}
+    overrides = ["data.augmentation.view1.jitter_p=0.5", "data.augmentation.view2.scale=[0.5, 2]"]
+    data = resolve(raw, overrides).data
+    recipe = recipe_for("stl10", augmentation=data.augmentation)
+    assert recipe.view1.model_dump() == TABLE["stl10"][4] | {"jitter_p": 0.5}
+    assert recipe.view2.model_dump() == TABLE["stl10"][5] | {"scale": (0.5, 2.0)}
+    stored = json.loads(to_json(resolve(raw, overrides)))
+    assert stored["data"]["augmentation"]["view1"]["blur_p"] == 1.0
+    assert resolve(stored).data == data
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("view1.jiter_p=1", "view1.jiter_p: unknown key. Did you mean data.augmentation.view1.jit"),
+        ("view2.flip_p=1.5", r"view2.flip_p: got 1.5; .* less than or equal to 1"),
+        ("view2.crop_scale=[0, 1]", r"view2.crop_scale: .* 0 < low <= high"),
+        ("view2.blur_sigma=3", "view2.blur_sigma: got 3; .* tuple"),
+        ("view3={}", "view3: unknown key. Did you mean data.augmentation.view"),
+    ],
+)
+def test_an_impossible_strength_is_refused_by_its_key(override: str, words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        resolve({"data": {"root": "x"}}, [f"data.augmentation.{override}"])
 
 
 def test_another_crop_keeps_the_proportion_of_the_resize() -> None:
@@ -84,4 +115,4 @@ def test_unknown_names_and_empty_crops_are_refused() -> None:
 )
 def test_impossible_recipes_are_refused(wrong: dict[str, float]) -> None:
     with pytest.raises(ValueError, match=next(iter(wrong))):
-        ViewRecipe(**wrong)
+        ViewConfig(**wrong)

@@ -11,12 +11,12 @@ import pytest
 import torch
 from PIL import Image
 
+from isofast.config import ViewConfig
 from isofast.data import (
     Batch,
     ImageFolder,
     Recipe,
     ResidentLoader,
-    ViewRecipe,
     make_train_loader,
     open_dataset,
     recipe_for,
@@ -183,7 +183,7 @@ def test_labels_pass_through_also_where_there_is_none(
 
 
 # the operations that both backends define alike: everything but the jitter
-ALIKE = ViewRecipe(jitter_p=0.0, blur_p=0.5, solarize_p=0.2)
+ALIKE = ViewConfig(jitter_p=0.0, blur_p=0.5, solarize_p=0.2)
 
 
 def test_dali_sees_the_same_images_with_the_same_parameters(photo_set: ImageFolder) -> None:
@@ -231,7 +231,7 @@ def test_either_backend_makes_views_of_the_asked_dtype(
 @pytest.mark.parametrize("blurred", ["view1", "view2"])
 def test_a_blur_of_one_view_alone_is_done(make_resident: MakeLoader, blurred: str) -> None:
     sharp = recipe_for("tinyimagenet", crop=24)
-    soft = replace(sharp, **{blurred: replace(getattr(sharp, blurred), blur_p=1.0)})
+    soft = replace(sharp, **{blurred: getattr(sharp, blurred).model_copy(update={"blur_p": 1.0})})
     (a,), (b,) = (take(make_resident(row=row), 1) for row in (sharp, soft))
     assert torch.equal(a.x1_BCHW, b.x1_BCHW) is (blurred == "view2")
     assert torch.equal(a.x2_BCHW, b.x2_BCHW) is (blurred == "view1")
