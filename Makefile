@@ -32,12 +32,12 @@ bench: $(STAMP)
 	$(BIN)/python bench/data.py
 
 clean:
-	rm -rf $(VENV) build *.egg-info
+	rm -rf $(VENV) build *.egg-info kernels/build kernels/*.egg-info
 
-$(STAMP): pyproject.toml constraints.txt
+$(STAMP): pyproject.toml kernels/pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info; v >= (3, 11) or sys.exit(f"isofast needs Python 3.11 or newer, and {sys.executable} is {v[0]}.{v[1]}. Try: make PYTHON=python3.12")'
 	@echo "setting up $(VENV): 6 GB, a few minutes"
 	@[ -x $(BIN)/pip ] || $(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); exit 1; }
-	@$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	@$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ./kernels --editable ".[dev]"
 	@mkdir -p $(VENV)/typing && ln -sfn ../../kernels $(VENV)/typing/isofast_kernels
 	@touch $@

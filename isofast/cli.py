@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 from isofast.data.prepare import NAMES, prepare
@@ -41,6 +42,7 @@ def _say(text: str) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="isofast", description=__doc__)
     parser.set_defaults(interrupted=GOES_ON)
+    parser.add_argument("--version", action="version", version=f"isofast {version('isofast')}")
     commands = parser.add_subparsers(dest="command", required=True)
     prep = commands.add_parser("prepare", help="turn a data set into folders of classes")
     prep.add_argument("name", choices=NAMES, help="which data set")

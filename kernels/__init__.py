@@ -1,12 +1,13 @@
 """Kernels of non-contrastive self-supervised learning.
 
-The asymmetric losses of IsoLoss, DirectPred and DirectCopy, the correlation state they share, the
-predictor made of it, and the augmentation of images that lie on the device. CUDA tensors run
-Triton, CPU tensors the plain torch of `reference` and `augment_reference`. Needs torch and, for
-CUDA, triton.
+The asymmetric losses of IsoLoss, DirectPred and DirectCopy, alone and as the module `IsoLoss`, the
+correlation state they share, the predictor made of it, and the augmentation of images that lie on
+the device. CUDA tensors run Triton, CPU tensors the plain torch of `reference` and
+`augment_reference`. Needs torch and, for CUDA, triton.
 """
 
 from .augment_ops import augment_views
+from .iso_loss import IsoLoss
 from .ops import (
     asymmetric_loss,
     asymmetric_loss_pair,
@@ -16,6 +17,7 @@ from .ops import (
 )
 
 __all__ = [
+    "IsoLoss",
     "asymmetric_loss",
     "asymmetric_loss_pair",
     "augment_views",

@@ -21,7 +21,7 @@ Coefficients = tuple[tuple[float, float, float], ...]
 UNSHIFTED_FLOOR = 1e-5
 """Eigenvalues from here to 1 come out exact; the root of a smaller one is off by up to 3e-4."""
 
-# rows (a, b, c) of minimax.py, which leave |x - 1| <= 3.8e-8
+# rows (a, b, c) of bench/minimax.py, which leave |x - 1| <= 3.8e-8
 UNSHIFTED_STEPS: Coefficients = (
     (8.376717014, -24.738441604, 18.335235867),
     (4.032616899, -3.003828111, 0.568648379),

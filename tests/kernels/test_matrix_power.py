@@ -1,11 +1,13 @@
 """The algorithm of the matrix power against float64, with fp32 and emulated 3xTF32 products."""
 
 import functools
+import runpy
+from pathlib import Path
 
 import pytest
 import torch
 
-from isofast_kernels import minimax, reference
+from isofast_kernels import reference
 from isofast_kernels.matrix_power import (
     SHIFTED_EPS,
     SHIFTED_FLOOR,
@@ -22,6 +24,7 @@ from .emulation import TorchSteps, product_3xtf32, product_tf32
 BUDGET = 5e-4
 """Spectral norm of W's error where |W| = 1; below bf16's rounding of z by a factor of eight."""
 
+MINIMAX = runpy.run_path(str(Path(__file__).resolve().parents[2] / "bench" / "minimax.py"))
 FEATURES = 256
 PRODUCTS = [
     pytest.param(torch.matmul, id="fp32"),
@@ -248,7 +251,7 @@ def test_the_largest_eigenvalue_of_a_tight_cluster_is_off_by_less_than_documente
     ],
 )
 def test_the_coefficients_are_the_minimax_ones(table, floor):
-    computed, deviation = minimax.minimax_steps(floor, len(table))
+    computed, deviation = MINIMAX["minimax_steps"](floor, len(table))
     torch.testing.assert_close(torch.tensor(table), torch.tensor(computed), rtol=0, atol=2e-7)
     # what they are for: every x in [sqrt(floor), 1] ends within the deviation of 1
     x = torch.linspace(floor**0.5, 1, 100_001, dtype=torch.float64)
@@ -259,7 +262,7 @@ def test_the_coefficients_are_the_minimax_ones(table, floor):
 
 
 def test_no_other_quintic_deviates_less():
-    (a, b, c), deviation = minimax.minimax_quintic(0.05)
+    (a, b, c), deviation = MINIMAX["minimax_quintic"](0.05)
     x = torch.linspace(0.05, 1, 20_001, dtype=torch.float64)
 
     def largest(a, b, c):

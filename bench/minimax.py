@@ -1,6 +1,6 @@
 """How the polynomials of the square-root iteration were computed.
 
-`python -m isofast_kernels.minimax` prints the tables of matrix_power.py; a test compares them.
+`python bench/minimax.py` prints the tables of kernels/matrix_power.py; a test compares them.
 
 The iteration multiplies x = sqrt(eigenvalue) towards 1: x <- x (a + b x^2 + c x^4). For x known
 to lie in [l, u], the odd quintic nearest to 1 in the largest deviation e is found by Remez's
@@ -11,7 +11,7 @@ import sys
 
 import torch
 
-from .matrix_power import (
+from isofast_kernels.matrix_power import (
     SHIFTED_FLOOR,
     SHIFTED_STEPS,
     UNSHIFTED_FLOOR,

@@ -1,0 +1,92 @@
+"""The loss as a module, for a training loop of your own.
+
+Shapes: B images a rank, D embedding dimensions.
+"""
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from .ops import asymmetric_loss_pair, correlation_ema_, matrix_power, second_moment
+
+
+class IsoLoss(nn.Module):
+    """2 (L(z1 -> t2) + L(z2 -> t1)) with the predictor W = f(C), C an average of z z^T.
+
+    Halvagal, Laborieux, Zenke: Implicit variance regularization in non-contrastive SSL (NeurIPS
+    2023), Eqs. 1, 15 and 17. With ``isotropic`` False it is the loss of DirectPred, at alpha 1 of
+    DirectCopy.
+
+    Args:
+        dim: D, at most 1024 on a GPU.
+        alpha: power of C.
+        eps: shift of the eigenvalues before the power; the released code has 0.25 at alpha 1.
+        decay: weight that C keeps each step; the paper has 0.998, its code 0.5 without EMA.
+        metric: "cosine", where C is divided by its largest eigenvalue, or "euclidean", where not.
+        isotropic: leave the factor W out of the gradient.
+        gather_distributed: average C over the ranks, so that the averaged gradient is that of one
+            process on the whole batch; else C stays the rank's own. All ranks call it together.
+
+    Attributes:
+        corr_DD: C, fp32 (D, D), a buffer that starts at 0.
+    """
+
+    corr_DD: Tensor
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        alpha: float = 0.5,
+        eps: float = 0.0,
+        decay: float = 0.998,
+        metric: str = "cosine",
+        isotropic: bool = True,
+        gather_distributed: bool = False,
+    ) -> None:
+        super().__init__()
+        self.register_buffer("corr_DD", torch.zeros(dim, dim))
+        self.alpha, self.eps, self.decay = alpha, eps, decay
+        self.metric, self.isotropic = metric, isotropic
+        self.gather_distributed = gather_distributed
+
+    def forward(
+        self, z1_BD: Tensor, z2_BD: Tensor, t1_BD: Tensor | None = None, t2_BD: Tensor | None = None
+    ) -> Tensor:
+        """The loss, a scalar in fp32; C moves first, in train() mode.
+
+        Args:
+            z1_BD, z2_BD: embeddings of both views, (B, D), fp32, bf16 or fp16; differentiable.
+            t1_BD, t2_BD: targets, such as a momentum encoder's embeddings; by default z1 and z2. No
+                gradient goes through them.
+        """
+        if self.training:
+            self._update(z1_BD.detach(), z2_BD.detach())
+        normalize = "spectral" if self.metric == "cosine" else "none"
+        w_DD = matrix_power(self.corr_DD, self.alpha, eps=self.eps, normalize=normalize)
+        return 2 * asymmetric_loss_pair(
+            z1_BD,
+            z2_BD,
+            (z1_BD if t1_BD is None else t1_BD).detach(),
+            (z2_BD if t2_BD is None else t2_BD).detach(),
+            w_DD,
+            metric=self.metric,
+            isotropic=self.isotropic,
+        )
+
+    def extra_repr(self) -> str:
+        """The settings."""
+        kind = "isotropic" if self.isotropic else "plain"
+        return f"{len(self.corr_DD)}, {self.metric}, {kind}, alpha={self.alpha:g}"
+
+    @torch.no_grad()
+    def _update(self, *views_BD: Tensor) -> None:
+        ranks = dist.get_world_size() if self.gather_distributed and dist.is_initialized() else 1
+        if ranks == 1:
+            correlation_ema_(self.corr_DD, views_BD, self.decay)
+            return
+        moment_DD = second_moment(views_BD)
+        dist.all_reduce(moment_DD)
+        # a collective may add (i, j) and (j, i) in different orders
+        moment_DD = (moment_DD.tril() + moment_DD.tril(-1).T) / ranks
+        self.corr_DD.mul_(self.decay).add_(moment_DD, alpha=1 - self.decay)
