@@ -53,12 +53,19 @@ class IsoLoss(nn.Module):
     def forward(
         self, z1_BD: Tensor, z2_BD: Tensor, t1_BD: Tensor | None = None, t2_BD: Tensor | None = None
     ) -> Tensor:
-        """The loss, a scalar in fp32; C moves first, in train() mode.
+        """C moves first, in train() mode; then the loss at W = f(C).
 
         Args:
             z1_BD, z2_BD: embeddings of both views, (B, D), fp32, bf16 or fp16; differentiable.
             t1_BD, t2_BD: targets, such as a momentum encoder's embeddings; by default z1 and z2. No
                 gradient goes through them.
+
+        Returns:
+            The loss, a scalar in fp32.
+
+        Raises:
+            ValueError: shapes, dtypes or settings that `asymmetric_loss_pair` or `matrix_power`
+                refuses.
         """
         if self.training:
             self._update(z1_BD.detach(), z2_BD.detach())

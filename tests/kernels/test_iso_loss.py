@@ -88,6 +88,16 @@ def test_a_network_of_ones_own_fills_its_dimensions():
     assert ranks[0] < 5 and ranks[-1] > 5.8
 
 
+@pytest.mark.parametrize(
+    ("settings", "word"),
+    [({"metric": "l2"}, "'l2'"), ({"alpha": -1.0}, "alpha"), ({"dim": 5}, "5")],
+)
+def test_settings_that_do_not_fit_are_refused(settings, word):
+    criterion = IsoLoss(**({"dim": DIM} | settings))
+    with pytest.raises(ValueError, match=word):
+        criterion(*embeddings())
+
+
 RANK = """
 import sys, torch, torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel as DDP
