@@ -5,8 +5,9 @@ from typing import Protocol
 
 from torch.utils.tensorboard import SummaryWriter
 
-from isofast.config import Config, import_object
+from isofast.config import Config
 from isofast.errors import UserError
+from isofast.plugins import import_object
 
 Record = dict[str, float | int | None]
 

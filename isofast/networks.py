@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from torchvision.models import resnet
 from torchvision.models.resnet import BasicBlock
 
-from isofast.config import EncoderConfig, ProjectorConfig, import_object
+from isofast.config import EncoderConfig, ProjectorConfig
 from isofast.errors import UserError
+from isofast.plugins import import_object
 
 _STAGES = {"resnet18": (2, 2, 2, 2), "resnet34": (3, 4, 6, 3)}
 

@@ -73,7 +73,7 @@ def correlation_preset(dataset: str, epochs: int, method: Mapping[str, Any]) -> 
     return {}
 
 
-def optimizer_preset(method: str, correlation: str, ema: bool, chosen: str | None) -> Tree:
+def optimizer_preset(method: str, correlation: str, ema: bool, chosen: str) -> Tree:
     """The optimizer of a method; a method that is not built in has SimSiam's.
 
     Args:
@@ -82,7 +82,7 @@ def optimizer_preset(method: str, correlation: str, ema: bool, chosen: str | Non
             bench/results/first-steps.md; a trained predictor is not made of C, but is in the same
             kind of run.
         ema: method.ema.
-        chosen: optimizer.name, if the user gives one.
+        chosen: optimizer.name as the user gives it, or any other text.
     """
     closed = method in _CLOSED_FORMS
     if method not in METHODS:

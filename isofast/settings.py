@@ -9,8 +9,9 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from isofast.config import Config, MethodConfig, method_class
+from isofast.config import Config, MethodConfig
 from isofast.errors import UserError
+from isofast.plugins import method_class
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
@@ -93,11 +94,13 @@ def read_stored(path: Path) -> Config:
         OSError, ValueError: it cannot be read or is no config.
     """
     raw = json.loads(path.read_text(encoding="utf-8"))
-    if isinstance(raw, dict) and isinstance(method := raw.get("method", {}), dict):
-        set_keys = {key: value for key, value in method.items() if value is not None}
-        logging = {k: v for k, v in raw.get("logging", {}).items() if k != "tensorboard"}
-        raw = {**raw, "logging": logging}
-        raw["method"] = {"correlation": "embeddings", **set_keys}
+    if isinstance(raw, dict) and isinstance(raw.get("method"), dict):
+        raw["method"] = {"correlation": "embeddings", **raw["method"]}
+        for key in ("alpha", "eps", "normalize"):
+            if raw["method"].get(key, 0) is None:
+                del raw["method"][key]
+    if isinstance(raw, dict) and isinstance(raw.get("logging"), dict):
+        raw["logging"].pop("tensorboard", None)
     return validate(raw)
 
 

@@ -1,13 +1,16 @@
 """The configuration: presets, overrides, errors that carry the remedy, the schema."""
 
 import json
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from isofast.config import Config, changed_keys, schema_json, to_json
 from isofast.errors import UserError
+from isofast.methods import Method
 from isofast.presets import METHODS
 from isofast.settings import load_config, read_stored, validate
 
@@ -139,6 +142,19 @@ def test_a_trained_predictors_run_from_before_it_had_its_own_keys(tmp_path: Path
     (tmp_path / "config.json").write_text(json.dumps(raw))
     stored = read_stored(tmp_path / "config.json")
     assert changed_keys(stored, validate({**DATA, "method": {"name": "byol"}})) == []
+
+
+def test_a_null_of_a_method_of_your_own_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Mine(Method):
+        class Config(Method.Config):
+            margin: float | None = 1.0
+
+    monkeypatch.setitem(sys.modules, "mine", SimpleNamespace(Mine=Mine))
+    config = validate({**DATA, "method": {"name": "mine:Mine", "margin": None}})
+    (tmp_path / "config.json").write_text(to_json(config))
+    assert changed_keys(read_stored(tmp_path / "config.json"), config) == []
 
 
 def test_a_config_stored_by_an_older_version_continues() -> None:

@@ -28,8 +28,9 @@ class Views:
 class Method(nn.Module):
     """Makes the loss of two views. A subclass implements ``loss``; the rest is optional.
 
-    Parameters and buffers that it registers are trained, reduced over ranks and saved with the run.
-    Encoder, EMA target, probe, evaluation and records are the run's.
+    Parameters that it registers are trained, their gradients averaged over the ranks; they and
+    its buffers are saved with the run. Encoder, EMA target, probe, evaluation and records are the
+    run's.
 
     Args:
         config: the config's method section, an instance of the class's ``Config``.
