@@ -37,10 +37,10 @@ from isofast.config import ViewConfig
 from isofast.data import (
     ImageFolder,
     Recipe,
+    check_folder,
     make_train_loader,
     open_dataset,
     recipe_for,
-    verify_images,
 )
 from isofast_kernels.dispatch import INTERPRET
 
@@ -300,7 +300,7 @@ def main(arguments: list[str] | None = None) -> int:
         if root is None:
             root = Path(stack.enter_context(tempfile.TemporaryDirectory()))
             generate(root, recipe.crop)
-        dataset = verify_images(open_dataset(root, "train"))
+        dataset = check_folder(open_dataset(root, "train"))
         kind = "generated JPEGs" if options.root is None else f"files of {root.name}"
         height, width = dataset.sizes[0]
         question = (

@@ -13,8 +13,7 @@ from isofast.reproduce_cli import add_reproduce
 from isofast.theory_cli import add_theory
 
 _PREPARE_INTERRUPTED = (
-    "the same command starts over, but for what was downloaded, a build that is complete and, in a "
-    "folder of your own, the images that have been checked"
+    "the same command starts over, but for a whole download and a build that is complete"
 )
 
 
@@ -30,7 +29,7 @@ def _prepare(args: argparse.Namespace) -> None:
     _say(str(prepare(args.name, args.root, args.archive, on_bad=args.on_bad_image)))
     if args.preview is not None:
         write_preview(args.name, args.root, args.preview, on_bad=args.on_bad_image)
-        _say(f"views of {args.name} as DALI draws them: {args.preview}")
+        _say(f"views of {args.name}: {args.preview}")
 
 
 def _say(text: str) -> None:

@@ -135,10 +135,15 @@ class DataConfig(_Section):
     on_bad_image: Literal["stop", "skip"] = "stop"
     """What to do about files found unreadable at the start: stop and name them, or train without
     them. A file that is lost later stops the run in any case."""
+    check: Literal["full", "headers", "off"] = Field("full", json_schema_extra=FREE)
+    """What is done to new files before the first step: full decodes each once, headers reads
+    formats and sizes, off opens none. After the latter two a damaged file ends the run that
+    reaches it, and DALI may crash at it."""
     backend: Literal["auto", "dali", "resident"] = Field("auto", json_schema_extra=FREE)
     """What decodes and augments: dali, batch by batch, or resident, which decodes once and keeps
-    the images on the device (images of one size, recipes without affine maps). auto: resident on a
-    GPU where the set allows it and fits, else dali. A run keeps the one it began with."""
+    the images on the device (images of one size, recipes without affine maps). auto: resident where
+    the set allows it and fits, on a GPU or without DALI; else dali. A run keeps the one it began
+    with."""
     resident_limit_gb: float = Field(8.0, gt=0, json_schema_extra=FREE)
     """The most that resident images may take on each device, in 10^9 bytes."""
     crop: int | None = Field(None, ge=8)

@@ -6,7 +6,6 @@ Shapes: N images of the bank, M queries, F features, K classes.
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -15,14 +14,10 @@ from torch.nn import functional
 from tqdm import tqdm
 
 from isofast.config import Config
-from isofast.data import ImageFolder, Recipe, make_eval_loader
+from isofast.data import UNLABELLED, EvalLoader, ImageFolder, Recipe, make_eval_loader
 from isofast.distributed import World, gather_rows
 from isofast.errors import UserError
 from isofast.online import Online
-from isofast.probe import UNLABELLED
-
-if TYPE_CHECKING:
-    from isofast.data import EvalLoader
 
 Features = Callable[[Tensor], Tensor]
 _QUERIES_AT_ONCE = 1024
@@ -52,6 +47,8 @@ class Evaluator:
         val: ImageFolder,
         recipe: Recipe,
         world: World,
+        *,
+        backend: str,
         threads: int,
     ) -> None:
         self._config = config
@@ -67,14 +64,17 @@ class Evaluator:
                 f"give more, or --set evaluation.every_epochs=0"
             )
 
-        def loader(images: ImageFolder, indices: np.ndarray) -> "EvalLoader":
+        def loader(images: ImageFolder, indices: np.ndarray) -> EvalLoader:
             return make_eval_loader(
+                backend,
                 images,
                 recipe,
-                indices=indices[world.rank :: world.size],
+                indices[world.rank :: world.size],
                 batch_size=config.evaluation.batch_size,
                 device=world.device,
                 threads=threads,
+                resident_limit_gb=config.data.resident_limit_gb,
+                progress=world.is_main,
             )
 
         self._bank = loader(train, bank)
@@ -102,7 +102,7 @@ class Evaluator:
 
         return self._knn(*self._collect(self._bank, flat), *self._collect(self._val, flat))
 
-    def _collect(self, loader: "EvalLoader", features: Features) -> tuple[Tensor, Tensor]:
+    def _collect(self, loader: EvalLoader, features: Features) -> tuple[Tensor, Tensor]:
         """Features and labels of all of a loader's images, gathered from all ranks."""
         # disable=None hides the bar where there is no terminal
         silent = None if self._speak else True

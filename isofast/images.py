@@ -3,11 +3,18 @@
 from typing import NamedTuple
 
 from isofast.config import Config
-from isofast.data import ImageFolder, left_out_note, open_dataset, overlooked_note, verify_images
-from isofast.data.prepared import prepared_name
+from isofast.data import (
+    UNLABELLED,
+    ImageFolder,
+    check_folder,
+    ignored_note,
+    open_dataset,
+    skipped_note,
+)
+from isofast.data.check import default_decoder
+from isofast.data.prepare import prepared_name
 from isofast.distributed import World, gather_objects
 from isofast.errors import RankError, UserError
-from isofast.probe import UNLABELLED
 
 
 class Images(NamedTuple):
@@ -17,10 +24,10 @@ class Images(NamedTuple):
     val: ImageFolder | None
 
     def notes(self) -> list[str]:
-        """What there is to say about files that are left out, or not taken for images."""
+        """What there is to say about files that are skipped, or ignored."""
         notes = (
             note(images)
-            for note in (left_out_note, overlooked_note)
+            for note in (skipped_note, ignored_note)
             for images in self
             if images is not None
         )
@@ -39,17 +46,18 @@ def list_images(config: Config) -> Images:
 
 
 def check_images(config: Config, images: Images) -> Images:
-    """Decodes every image that was not decoded before.
+    """Checks every image that was not checked before, as ``data.check`` says.
 
     Raises:
         UserError: images that cannot be read, unless ``data.on_bad_image`` leaves them out.
     """
-    on_bad = config.data.on_bad_image
-    train, val = images
-    return Images(
-        verify_images(train, on_bad=on_bad),
-        None if val is None else verify_images(val, on_bad=on_bad),
-    )
+    data = config.data
+
+    def check(part: ImageFolder) -> ImageFolder:
+        decoder = "pillow" if data.backend == "resident" else default_decoder()
+        return check_folder(part, check=data.check, decoder=decoder, on_bad=data.on_bad_image)
+
+    return Images(check(images.train), None if images.val is None else check(images.val))
 
 
 def agree_on_images(config: Config, world: World, images: Images) -> Images:

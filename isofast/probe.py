@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-UNLABELLED = -1
+from isofast.data.folder import UNLABELLED
 
 
 class ProbeOutput(NamedTuple):

@@ -1,29 +1,28 @@
-"""A command in processes of its own, of which none is left running when it is interrupted."""
+"""Run a command, and end its whole process tree on an interrupt."""
 
-import os
 import signal
 import subprocess
 import time
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from pathlib import Path
 from threading import Event
 from types import FrameType
 
+import psutil
+
 from isofast.errors import UserError
 
-# Interrupted processes get this long for each of the signals, the mildest first.
+# for each of the signals, the mildest first
 _PATIENCE_S = 10.0
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGKILL)
 _POLL_S = 0.1
 
 
 def run_to_its_end(command: Sequence[str]) -> int:
-    """Starts ``command`` and waits for its exit code; when interrupted, ends all of its processes.
+    """Start ``command`` and wait for its exit code; when interrupted, end its whole process tree.
 
-    The command gets a session of its own, so that all it starts can be told apart from others and
-    reached at once: launchers like DeepSpeed's pass no signal on. A terminal's Ctrl-C does not
-    reach that session, and is forwarded.
+    The command gets a session of its own, since launchers like DeepSpeed's pass no signal on; a
+    terminal's Ctrl-C does not reach that session and is forwarded.
 
     Raises:
         UserError: the command cannot be started.
@@ -43,37 +42,10 @@ def run_to_its_end(command: Sequence[str]) -> int:
             raise
 
 
-def groups_of(leader: int, known: Collection[int] = ()) -> set[int]:
-    """Process groups in which something lives of what the process ``leader`` has started.
-
-    Args:
-        leader: the process at the head of a session.
-        known: groups found before; a group of its own is known by its parents, which may end first.
-    """
-    parents, living, members = {}, {}, {leader}
-    for folder in Path("/proc").iterdir():
-        # a process may end while it is read
-        with suppress(OSError):
-            if not folder.name.isdigit():
-                continue
-            # the name before, in brackets, may hold anything
-            fields = (folder / "stat").read_text(errors="replace").rpartition(")")[2].split()
-            pid, (parent, group, session) = int(folder.name), map(int, fields[1:4])
-            parents[pid] = parent
-            if session == leader or group in known:
-                members.add(pid)
-            # what has ended and waits for its parent cannot be ended again
-            if fields[0] not in "ZX":
-                living[pid] = group
-    while children := {pid for pid, parent in parents.items() if parent in members} - members:
-        members |= children
-    return {group for pid, group in living.items() if pid in members}
-
-
 def _end(process: "subprocess.Popen[bytes]") -> None:
-    """Signals everything that ``process`` has started, ever more sternly, until it is gone.
+    """Signal the whole process tree, ever more sternly, until it is gone.
 
-    A further interruption, as of someone pressing Ctrl-C again, comes to the next signal at once.
+    Another interruption, of someone who presses Ctrl-C again, moves on to the next signal at once.
     """
     hurried = Event()
     # no exception from here on: it could come between finding processes and remembering them
@@ -81,18 +53,21 @@ def _end(process: "subprocess.Popen[bytes]") -> None:
     for number in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, lambda number, frame: hurried.set())
-    groups: set[int] = set()
+    alive: set[psutil.Process] = set()
     for number in _SIGNALS:
         hurried.clear()
-        groups = groups_of(process.pid, groups)
-        for group in groups:
-            with suppress(ProcessLookupError, PermissionError):
-                os.killpg(group, number)
+        # a child outlives its parent under another one, so what was found is kept
+        with suppress(psutil.NoSuchProcess):
+            leader = psutil.Process(process.pid)
+            alive |= {leader, *leader.children(recursive=True)}
+        for member in alive:
+            with suppress(psutil.NoSuchProcess, psutil.AccessDenied):
+                member.send_signal(number)
         until = time.monotonic() + _PATIENCE_S
-        while groups and time.monotonic() < until and not hurried.is_set():
-            time.sleep(_POLL_S)
-            groups = groups_of(process.pid, groups)
-        if not groups:
+        while alive and time.monotonic() < until and not hurried.is_set():
+            process.poll()
+            alive = set(psutil.wait_procs(alive, timeout=_POLL_S)[1])
+        if not alive:
             break
     process.poll()
     signal.signal(signal.SIGINT, before)

@@ -118,7 +118,11 @@ class _Run:
         self.total_steps = config.train.epochs * self.steps_per_epoch
         self.last_step = min(self.total_steps, config.train.max_steps or self.total_steps)
         self.evaluator = (
-            None if val is None else Evaluator(config, train, val, recipe, world, threads)
+            None
+            if val is None
+            else Evaluator(
+                config, train, val, recipe, world, backend=self.loader.backend, threads=threads
+            )
         )
         precision = str(self.state.online.branch.precision).removeprefix("torch.")
         resolved = {"backend": self.loader.backend, "precision": precision}
@@ -137,7 +141,7 @@ class _Run:
         notes += self._plan(train, environment["device"])
         self.recorder.progress.say("\n".join(notes))
         self.all_finite = torch.ones((), dtype=torch.bool, device=world.device)
-        self.told: set[str] = set()
+        self.warned: set[str] = set()
 
     def train(self) -> None:
         """The loop."""
@@ -329,6 +333,6 @@ class _Run:
         if self.config.train.on_collapse == "stop":
             self.recorder.note_collapse(message)
             raise RunError(message)
-        if finding is not None and finding.kind not in self.told:
-            self.told.add(finding.kind)
+        if finding is not None and finding.kind not in self.warned:
+            self.warned.add(finding.kind)
             self.recorder.progress.say(f"warning: {message}")

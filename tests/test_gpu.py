@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from isofast.data import make_train_loader, open_dataset, recipe_for, verify_images
+from isofast.data import check_folder, make_train_loader, open_dataset, recipe_for
 from isofast.metrics import read_metrics
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -21,7 +21,7 @@ pytestmark = [
 
 
 def test_dali_makes_the_same_views_on_both_devices(digits: Path) -> None:
-    dataset = verify_images(open_dataset(digits, "train"), progress=False)
+    dataset = check_folder(open_dataset(digits, "train"), progress=False)
     recipe = recipe_for("digits")
     batches = {}
     for device in ("cpu", "cuda"):
@@ -47,7 +47,7 @@ def test_dali_makes_the_same_views_on_both_devices(digits: Path) -> None:
 
 def test_resident_views_are_the_cpu_s_reference(digits: Path) -> None:
     """Stored 8 x 8 digits under the CIFAR-10 recipe; auto takes the resident backend here."""
-    dataset = verify_images(open_dataset(digits, "train"), progress=False)
+    dataset = check_folder(open_dataset(digits, "train"), progress=False)
     recipe = recipe_for("cifar10", crop=24)
     batches = {}
     for backend, device in (("resident", "cpu"), ("auto", "cuda")):
@@ -69,7 +69,7 @@ def test_resident_views_are_the_cpu_s_reference(digits: Path) -> None:
 
 
 def test_making_resident_batches_waits_for_nothing(digits: Path) -> None:
-    dataset = verify_images(open_dataset(digits, "train"), progress=False)
+    dataset = check_folder(open_dataset(digits, "train"), progress=False)
     loader = make_train_loader(
         "resident",
         dataset,

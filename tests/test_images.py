@@ -18,6 +18,8 @@ from isofast.settings import load_config, validate
 
 from .launcher import launcher_of
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parent.parent
 Write = Callable[..., Path]
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import psutil
 import pytest
 
 from isofast import reproduce_cli
@@ -19,9 +20,10 @@ from isofast.cli import main
 from isofast.errors import UserError
 from isofast.metrics import read_metrics
 from isofast.paper import TABLES
-from isofast.processes import groups_of
 from isofast.reproduce import Request, check_data, plan
 from isofast.settings import load_config
+
+pytestmark = pytest.mark.slow
 
 # a small network and short runs on the digits
 SMALL = [
@@ -75,8 +77,9 @@ def test_a_killed_table_goes_on_and_is_printed(digits: Path, tmp_path: Path) -> 
     first = tmp_path / "table2" / "digits" / "simsiam" / "seed-0"
     victim = start(arguments)
     wait_until(lambda: len(read_metrics(first / "metrics.jsonl")) > 5, victim)
-    for group in groups_of(victim.pid):
-        os.killpg(group, signal.SIGKILL)
+    table = psutil.Process(victim.pid)
+    for process in [table, *table.children(recursive=True)]:
+        process.kill()
     printed, _ = victim.communicate()
     assert "[1/2] digits, SimSiam, no EMA, seed 0: starts" in printed and "[2/2]" not in printed
     assert not (first / "summary.json").exists()

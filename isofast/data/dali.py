@@ -5,7 +5,7 @@ external source, with the files' bytes; each is decoded once and made into both 
 """
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
@@ -18,9 +18,10 @@ from nvidia.dali.plugin.pytorch import feed_ndarray
 from torch.utils.dlpack import from_dlpack
 
 from isofast.config import ViewConfig
-from isofast.data.datasets import ImageFolder, read_files, remember_bad
-from isofast.data.draw import Ints, ViewDraw, colour_matrices
-from isofast.data.looks import REFUSED
+from isofast.data.batches import Batch, Chunk
+from isofast.data.check import read_sizes
+from isofast.data.draw import Ints, ViewDraw, clean_windows, colour_matrices
+from isofast.data.folder import ImageFolder, UndecodableError, read_files
 from isofast.data.recipe import Recipe
 from isofast.errors import RunError
 from isofast_kernels.augment_reference import BLUR_REACH
@@ -36,21 +37,17 @@ _SHOWN = 5
 
 _CPU = torch.device("cpu")
 
-CLEAN_ARGUMENTS = ("roi_start", "roi_end")
-
 _DTYPES = {types.FLOAT: torch.float32, types.UINT8: torch.uint8}
 
 
-class Stream:
+class DaliPipeline:
     """A DALI pipeline that is fed batch by batch from Python.
 
     Args:
-        dataset: where the images and labels are.
-        source: gives the next batch's image numbers and arguments; StopIteration ends the stream
-            until `restart`. It is called ahead of `pull`.
+        dataset: where the images are.
         graph: builds the outputs (HWC, float32 or uint8) from a decoded image and the named
             arguments.
-        arguments: names of what the source gives beside the numbers.
+        arguments: names of what is fed beside the files.
         batch_size: the largest batch.
         device: where the images are made.
         threads: CPU threads.
@@ -61,7 +58,6 @@ class Stream:
     def __init__(
         self,
         dataset: ImageFolder,
-        source: Callable[[], tuple[Ints, Arrays]],
         graph: Callable[[Node, Nodes], list[Node]],
         arguments: Sequence[str],
         *,
@@ -72,11 +68,11 @@ class Stream:
         dtype: torch.dtype = torch.float32,
     ) -> None:
         self._dataset = dataset
-        self._source = source
         self._arguments = tuple(arguments)
         self._device = device
         self._dtype = dtype
         self._readers = ThreadPoolExecutor(threads, "isofast-read")
+        self._source: Iterator[tuple[Ints, Arrays]] = iter(())
         self._fed: deque[Ints] = deque()
         self._started = False
         self._pipeline: Pipeline | None = _pipeline(batch_size, device, threads, prefetch)
@@ -89,42 +85,20 @@ class Stream:
             self._pipeline.set_outputs(*outputs)
         self._pipeline.build()
 
-    def pull(self) -> tuple[list[torch.Tensor], torch.Tensor]:
-        """Give the next batch: images (B, 3, H, W) channels_last, and labels (B,) int64.
+    def run(self, source: Iterable[tuple[Ints, Arrays]]) -> Iterator[list[torch.Tensor]]:
+        """Yield the images (B, 3, H, W), channels_last, of each of the source's batches.
+
+        Args:
+            source: image numbers (B,) and arguments; read ahead.
 
         Raises:
-            StopIteration: the source has ended.
-            RunError: an image could not be read or decoded, or the stream is closed.
+            RunError: an image cannot be read, or the pipeline is closed.
+            UndecodableError: DALI refuses images.
         """
-        if self._pipeline is None:
-            raise RunError("this data loader has been closed, or has failed; make a new one")
-        cuda = self._device.type == "cuda"
-        stream = torch.cuda.current_stream(self._device) if cuda else None
-        self._started = True
-        try:
-            outputs = self._pipeline.run(stream)
-        except RunError:
-            self.close()
-            raise
-        except RuntimeError as error:
-            fed = [int(index) for batch in self._fed for index in batch]
-            # a DALI pipeline that has failed once is of no further use
-            self.close()
-            raise RunError(self._blame(fed, error)) from error
-        images = [self._to_torch(output.as_tensor()).permute(0, 3, 1, 2) for output in outputs]
-        labels = torch.from_numpy(self._dataset.labels[self._fed.popleft()])
-        return images, labels.to(self._device)
-
-    def restart(self) -> None:
-        """Throw away what was made ahead; the source must raise StopIteration until this ends."""
-        if self._pipeline is None or not self._started:
-            return
-        while True:
-            try:
-                self.pull()
-            except StopIteration:
-                break
-        self._pipeline.reset()
+        self._drain()
+        self._source = iter(source)
+        while (images := self._pull()) is not None:
+            yield images
 
     def close(self) -> None:
         """Free the pipeline's threads and memory."""
@@ -132,8 +106,38 @@ class Stream:
         self._readers.shutdown()
         self._fed.clear()
 
+    def _drain(self) -> None:
+        """Throw away what was made ahead of an earlier source."""
+        self._source = iter(())
+        if self._pipeline is not None and self._started:
+            while self._pull() is not None:
+                pass
+
+    def _pull(self) -> list[torch.Tensor] | None:
+        """The next batch, or None at the source's end, after which another can begin."""
+        if self._pipeline is None:
+            raise RunError("this data loader has been closed, or has failed; make a new one")
+        cuda = self._device.type == "cuda"
+        stream = torch.cuda.current_stream(self._device) if cuda else None
+        self._started = True
+        try:
+            outputs = self._pipeline.run(stream)
+        except StopIteration:
+            self._pipeline.reset()
+            return None
+        except RunError:
+            self.close()
+            raise
+        except RuntimeError as error:
+            fed = sorted({int(index) for batch in self._fed for index in batch})
+            # a DALI pipeline that has failed once is of no further use
+            self.close()
+            raise self._blame(fed, error) from error
+        self._fed.popleft()
+        return [self._to_torch(output.as_tensor()).permute(0, 3, 1, 2) for output in outputs]
+
     def _feed(self) -> list[Any]:
-        indices, values = self._source()
+        indices, values = next(self._source)
         pieces = [indices[k : k + _FILES_A_TASK] for k in range(0, len(indices), _FILES_A_TASK)]
         # One undecodable file makes DALI fail as a whole, or crashes the process with a worker
         # thread that goes on in freed memory. Files can change at any time, so DALI does not read
@@ -143,28 +147,23 @@ class Stream:
         self._fed.append(indices)
         return [encoded, *(np.ascontiguousarray(values[name]) for name in self._arguments)]
 
-    def _blame(self, fed: list[int], error: RuntimeError) -> str:
-        """Say which of the files that were fed DALI refuses, and have them remembered as bad."""
-        fed = sorted(set(fed))
+    def _blame(self, fed: list[int], error: RuntimeError) -> RunError:
+        """Find which of the files that were fed DALI refuses."""
         decoder = SingleDecoder(self._device)
         refused = [k for k in fed if not decoder.decodes(read_files(self._dataset, [k])[0])]
         root = self._dataset.root
         # where not even one can be decoded, it is the device that fails
         if not refused or len(refused) == len(fed) > 1:
-            return (
+            return RunError(
                 f"DALI could not make a batch of images in {root}. It was given {len(fed)} that it "
                 f"had not done with, and no single one of them is to blame: {error}"
             )
-        remember_bad(self._dataset, dict.fromkeys(refused, REFUSED))
         shown = ", ".join(str(root / self._dataset.paths[index]) for index in refused[:_SHOWN])
         more = f", and {len(refused) - _SHOWN} more" if len(refused) > _SHOWN else ""
-        aside = ", or do without them: evaluation.every_epochs=0" * (self._dataset.split == "val")
-        return (
-            f"DALI cannot decode {len(refused)} of the {len(fed)} images that it was working on, "
-            f"though they passed the check: {shown}{more}. A run without a checkpoint can begin "
-            "without them: replace or delete what is named, or give data.on_bad_image=skip. One "
-            "that has a checkpoint goes on with no other images than its own: bring these back "
-            f"undamaged{aside}, or start over with --fresh"
+        return UndecodableError(
+            f"DALI cannot decode {len(refused)} of the {len(fed)} images that it was working on: "
+            f"{shown}{more}",
+            refused,
         )
 
     def _to_torch(self, output: Any) -> torch.Tensor:
@@ -175,6 +174,107 @@ class Stream:
             made = torch.empty(output.shape(), dtype=_DTYPES[output.dtype], device=self._device)
             feed_ndarray(output, made, torch.cuda.current_stream(self._device))
         return made.to(self._dtype) if made.is_floating_point() else made
+
+
+class DaliRenderer:
+    """Makes both views of batches by DALI, from the files.
+
+    Args:
+        dataset: the training images.
+        recipe: the augmentation.
+        batch_size: images of this rank a step.
+        device: where batches are made: DALI's GPU operators for a CUDA device.
+        threads: DALI's CPU threads.
+        prefetch: batches made ahead.
+        dtype: of the views; DALI works in levels of 8 bits and in float32 until they are cast.
+    """
+
+    backend = "dali"
+
+    def __init__(
+        self,
+        dataset: ImageFolder,
+        recipe: Recipe,
+        *,
+        batch_size: int,
+        device: torch.device,
+        threads: int,
+        prefetch: int = 2,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        self._recipe, self._device = recipe, device
+        self._labels: deque[Ints] = deque()
+        self._pipeline = DaliPipeline(
+            dataset,
+            partial(two_views, recipe),
+            view_arguments(recipe),
+            batch_size=batch_size,
+            device=device,
+            threads=threads,
+            prefetch=prefetch,
+            dtype=dtype,
+        )
+
+    def render(self, chunks: Iterator[Chunk]) -> Iterator[Batch]:
+        """Yield the batches of the chunks, one by one."""
+        for x1_BCHW, x2_BCHW in self._pipeline.run(self._arguments(chunks)):
+            y_B = torch.from_numpy(self._labels.popleft()).to(self._device)
+            yield Batch(x1_BCHW, x2_BCHW, y_B)
+
+    def describe(self) -> str:
+        """A line on what makes the batches."""
+        where = "GPU" if self._device.type == "cuda" else "CPU"
+        return f"images decoded and augmented by DALI on the {where}, batch by batch"
+
+    def close(self) -> None:
+        """Free DALI's threads and memory."""
+        self._pipeline.close()
+
+    def _arguments(self, chunks: Iterator[Chunk]) -> Iterator[tuple[Ints, Arrays]]:
+        for chunk in chunks:
+            size = chunk.index_TB.shape[1]
+            for t, (index_B, label_B) in enumerate(zip(*chunk[:2], strict=True)):
+                batch = slice(t * size, (t + 1) * size)
+                self._labels.append(label_B)
+                views = [chunk.view1[batch], chunk.view2[batch]]
+                yield index_B, view_values(self._recipe, views)
+
+
+class DaliCleanRenderer:
+    """Makes clean images by DALI, from the files: see `isofast.data.loaders.EvalLoader`."""
+
+    def __init__(
+        self,
+        dataset: ImageFolder,
+        recipe: Recipe,
+        *,
+        batch_size: int,
+        device: torch.device,
+        threads: int,
+    ) -> None:
+        self._dataset, self._recipe = dataset, recipe
+        self._pipeline = DaliPipeline(
+            dataset,
+            partial(clean_view, recipe),
+            ("roi_start", "roi_end"),
+            batch_size=batch_size,
+            device=device,
+            threads=threads,
+        )
+
+    def render(self, batches: Iterable[Ints]) -> Iterator[torch.Tensor]:
+        """Yield (B, 3, crop, crop) float32, channels_last, for each batch of image numbers."""
+        for (x_BCHW,) in self._pipeline.run(map(self._windows, batches)):
+            yield x_BCHW
+
+    def close(self) -> None:
+        """Free DALI's threads and memory."""
+        self._pipeline.close()
+
+    def _windows(self, index_B: Ints) -> tuple[Ints, Arrays]:
+        sizes_B2 = read_sizes(self._dataset, index_B)
+        start_B2, end_B2 = clean_windows(self._recipe, sizes_B2)
+        return index_B, {"roi_start": start_B2, "roi_end": end_B2}
 
 
 def _decoded(encoded: Node, device: torch.device) -> Node:
@@ -201,7 +301,7 @@ def _pipeline(batch_size: int, device: torch.device, threads: int, prefetch: int
 
 
 class SingleDecoder:
-    """Tells of one file at a time whether DALI decodes it; for one thread.
+    """Decodes one file at a time, to see whether DALI can; for one thread.
 
     Never in batches: a file that is refused within one can crash the process.
 

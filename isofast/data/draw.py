@@ -8,7 +8,7 @@ a resume, and not on the version of a library's random generator either.
 Shapes: N images.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from itertools import permutations
 
 import numpy as np
@@ -52,6 +52,10 @@ class ViewDraw:
     blur_sigma_N: npt.NDArray[np.float32]
     solarize_N: npt.NDArray[np.bool_]
     flip_N: npt.NDArray[np.bool_]
+
+    def __getitem__(self, images: slice) -> "ViewDraw":
+        """The parameters of some of the images."""
+        return ViewDraw(*(getattr(self, field.name)[images] for field in fields(self)))
 
 
 def philox(counter_X4: Words, seed: int) -> Words:

@@ -1,4 +1,4 @@
-"""A picture of what a recipe does: originals and both views, drawn by DALI."""
+"""A picture of what a recipe does: originals and both views."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -9,9 +9,10 @@ import numpy.typing as npt
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from isofast.data import make_train_loader, open_dataset, recipe_for, verify_images
-from isofast.data.datasets import ImageFolder, OnBad
-from isofast.data.recipe import Recipe
+from isofast.data.check import OnBad, check_folder
+from isofast.data.folder import ImageFolder, open_dataset
+from isofast.data.loaders import make_train_loader
+from isofast.data.recipe import Recipe, recipe_for
 from isofast.errors import UserError
 from isofast.files import write_atomically
 
@@ -51,14 +52,14 @@ def write_preview(name: str, root: Path, path: Path, *, on_bad: OnBad = "stop") 
         name: the data set whose recipe it is.
         root: the data root.
         path: the PNG to write.
-        on_bad: as for `verify_images`.
+        on_bad: as for `check_folder`.
 
     Raises:
         UserError: the root cannot be used, or the picture cannot be written.
     """
     check_preview_path(path)
     recipe = recipe_for(name)
-    chosen = _spread_out(verify_images(open_dataset(root, "train"), on_bad=on_bad))
+    chosen = _spread_out(check_folder(open_dataset(root, "train"), on_bad=on_bad))
     # in whole multiples of their size, so that small images keep sharp pixels
     side = recipe.crop * -(-_TILE // recipe.crop)
     rows = [[_original(root / image, side)] for image in chosen.paths]
@@ -110,7 +111,7 @@ def _drawn_views(chosen: ImageFolder, recipe: Recipe) -> Iterator[list[tuple[Pix
     """Both views of all chosen images, once an epoch: each epoch draws anew."""
     count = len(chosen)
     loader = make_train_loader(
-        "dali",
+        "auto",
         # numbered, because every epoch has an order of its own
         replace(chosen, labels=np.arange(count)),
         recipe,

@@ -1,77 +1,66 @@
 """Images that stay on the device: decoded once, both views of a batch made in one launch.
 
-Order and randomness are those of the DALI loader (`isofast.data.order`, `isofast.data.draw`); what
-is done to pixels is defined by `isofast_kernels.augment_reference`. It differs from DALI's in that
-colour jitter takes its operations in the drawn order, one after the other, as torchvision does.
+What is done to pixels is defined by `isofast_kernels.augment_reference`. It differs from DALI's in
+that colour jitter takes its operations in the drawn order, one after the other, as torchvision
+does. Pillow decodes: torchvision.io's decoder ends the process at a PNG with a wrong checksum
+(torchvision 0.29).
 """
 
-from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+import io
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from PIL import Image
+from torchvision.transforms.v2 import functional
 from tqdm import tqdm
 
 from isofast.config import ViewConfig
-from isofast.data import dali
-from isofast.data.backend import CHANNELS, resident_gb
-from isofast.data.datasets import ImageFolder
-from isofast.data.draw import Ints, ViewDraw, draw
-from isofast.data.order import Batch, BatchOrder
+from isofast.data.batches import Batch, Chunk
+from isofast.data.draw import Ints, ViewDraw
+from isofast.data.folder import ImageFolder, UndecodableError, read_files
 from isofast.data.recipe import Recipe
 from isofast.errors import RunError, UserError
 from isofast_kernels import augment_views
 from isofast_kernels.augment_reference import COLUMNS
 
+CHANNELS = 3
 _DECODED_AT_ONCE = 256
-# numpy's calls cost little on so many, and their words still fit a cache
-_DRAWN_AT_ONCE = 2048
 
 
-class _Chunk(NamedTuple):
-    """What T following batches are made of: (T, B), (T, V, B, P) and (T, B)."""
+class _DeviceChunk(NamedTuple):
+    """What T batches are made of: (T, B), (T, V, B, P) and (T, B)."""
 
     index_TB: torch.Tensor
     parameters_TVBP: torch.Tensor
     label_TB: torch.Tensor
 
-    def to(self, device: torch.device) -> "_Chunk":
+    def to(self, device: torch.device) -> "_DeviceChunk":
         if device.type == "cpu":
             return self
         # torch keeps pinned memory from reuse until the copy has been made
-        return _Chunk(*(x.pin_memory().to(device, non_blocking=True) for x in self))
+        return _DeviceChunk(*(x.pin_memory().to(device, non_blocking=True) for x in self))
 
 
-class ResidentLoader:
-    """An endless iterator over augmented batches of images that lie decoded on the device.
+class ResidentRenderer:
+    """Makes both views of batches of images that lie decoded on the device.
 
-    It keeps what `TrainLoader` promises: every batch is a function of (seed, global step), so
-    start_step=k goes on bit for bit where another loader was after k batches. Every rank holds the
-    whole set. Files that change or vanish after the start do not matter any more.
-
-    A thread draws the parameters of some batches ahead; making a batch is one launch on the
-    current stream, and nothing waits for the device.
+    Files that change or vanish after the start do not matter any more. A thread prepares a chunk
+    ahead; making a batch is one launch on the current stream, and nothing waits for the device.
 
     Args:
-        dataset: the training images, as `verify_images` has given them, all of one size.
+        dataset: the training images, all of one size.
         recipe: the augmentation, without affine maps.
-        batch_size: images of this rank a step.
-        rank: this rank, from 0; the first shows a bar while images are decoded.
-        world_size: number of ranks.
-        seed: of the order and of the augmentation.
         device: where the images lie. A CPU runs the reference of the kernel, which is slow.
-        start_step: the global step of the first batch.
-        threads: DALI's CPU threads while decoding.
+        threads: CPU threads while decoding.
         dtype: of the views.
-
-    Attributes:
-        steps_per_epoch, images_per_epoch, dropped_per_epoch: counted over all ranks.
-        backend: "resident".
+        progress: show a bar on stderr while decoding.
 
     Raises:
-        UserError: fewer images than one global batch, or too little memory on the device.
+        UserError: too little memory on the device.
         RunError: an image can no longer be read.
     """
 
@@ -82,77 +71,41 @@ class ResidentLoader:
         dataset: ImageFolder,
         recipe: Recipe,
         *,
-        batch_size: int,
-        rank: int = 0,
-        world_size: int = 1,
-        seed: int,
         device: torch.device,
-        start_step: int = 0,
         threads: int,
         dtype: torch.dtype = torch.float32,
+        progress: bool = True,
     ) -> None:
-        if dataset.sizes is None:
-            raise ValueError("ResidentLoader needs a data set that verify_images has given")
-        self._recipe, self._seed, self._device, self._dtype = recipe, seed, device, dtype
-        self._sizes, self._labels = dataset.sizes, dataset.labels
+        self._recipe, self._device, self._dtype = recipe, device, dtype
         self._blur = any(view.blur_p > 0 for view in (recipe.view1, recipe.view2))
-        self._step = start_step
-        self._order = BatchOrder(
-            len(dataset), batch_size=batch_size, rank=rank, world_size=world_size, seed=seed
+        everything = np.arange(len(dataset))
+        self._images: torch.Tensor | None = decode_images(
+            dataset, everything, device, threads=threads, progress=progress
         )
-        self.steps_per_epoch = self._order.steps_per_epoch
-        self.images_per_epoch = self._order.images_per_epoch
-        self.dropped_per_epoch = self._order.dropped_per_epoch
-        self._identity: dict[str, int | str] = {
-            "backend": self.backend,
-            "seed": seed,
-            "fingerprint": dataset.fingerprint,
-            "batch_size": batch_size,
-            "world_size": world_size,
-        }
-        self._chunk_steps = max(1, _DRAWN_AT_ONCE // batch_size)
-        self._images: torch.Tensor | None = decode_all(
-            dataset, device, threads=threads, progress=rank == 0
-        )
-        self._drawer = ThreadPoolExecutor(1, "isofast-draw")
-        self._chunk: Iterator[tuple[torch.Tensor, ...]] = iter(())
-        self._drawn_to = start_step
-        self._next_chunk: Future[_Chunk] = self._draw_ahead()
+        self._ahead = ThreadPoolExecutor(1, "isofast-draw")
 
-    def __iter__(self) -> "ResidentLoader":
-        """Give itself: there is one stream, and it has no end."""
-        return self
-
-    def __next__(self) -> Batch:
-        """Give the next batch; its tensors stay valid for as long as they are kept."""
-        if self._images is None:
-            raise RunError("this data loader has been closed; make a new one")
-        following = next(self._chunk, None)
-        if following is None:
-            chunk = self._next_chunk.result().to(self._device)
-            self._next_chunk = self._draw_ahead()
-            self._chunk = zip(*chunk, strict=True)
-            following = next(self._chunk)
-        index_B, parameters_VBP, y_B = following
-        x1_BCHW, x2_BCHW = augment_views(
-            self._images,
-            index_B,
-            parameters_VBP,
-            side=self._recipe.crop,
-            mean=self._recipe.mean,
-            std=self._recipe.std,
-            blur=self._blur,
-            dtype=self._dtype,
-        )
-        self._step += 1
-        return Batch(x1_BCHW, x2_BCHW, y_B)
-
-    def state_dict(self) -> dict[str, int | str]:
-        """Say where the stream is: "step" is the start_step that goes on from here."""
-        return {"step": self._step, **self._identity}
+    def render(self, chunks: Iterator[Chunk]) -> Iterator[Batch]:
+        """Yield the batches of the chunks, one by one."""
+        following = self._ahead.submit(self._next, chunks)
+        while (chunk := following.result()) is not None:
+            following = self._ahead.submit(self._next, chunks)
+            for index_B, parameters_VBP, y_B in zip(*chunk.to(self._device), strict=True):
+                if self._images is None:
+                    raise RunError("this data loader has been closed; make a new one")
+                x1_BCHW, x2_BCHW = augment_views(
+                    self._images,
+                    index_B,
+                    parameters_VBP,
+                    side=self._recipe.crop,
+                    mean=self._recipe.mean,
+                    std=self._recipe.std,
+                    blur=self._blur,
+                    dtype=self._dtype,
+                )
+                yield Batch(x1_BCHW, x2_BCHW, y_B)
 
     def describe(self) -> str:
-        """Say in a line what makes the batches."""
+        """A line on what makes the batches."""
         if self._images is None:
             return "closed"
         count, height, width, _ = self._images.shape
@@ -160,37 +113,83 @@ class ResidentLoader:
         return f"images resident on the device ({size:.2f} GB of {height} x {width} pixels)"
 
     def close(self) -> None:
-        """Free the images; the loader is of no use afterwards."""
-        self._drawer.shutdown(cancel_futures=True)
+        """Free the images."""
+        self._ahead.shutdown(cancel_futures=True)
         self._images = None
 
-    def _draw_ahead(self) -> Future[_Chunk]:
-        first = self._drawn_to
-        # an epoch's end ends a chunk: one call draws for one epoch
-        left = self.steps_per_epoch - first % self.steps_per_epoch
-        self._drawn_to += min(self._chunk_steps, left)
-        return self._drawer.submit(self._draw, range(first, self._drawn_to))
+    def _next(self, chunks: Iterator[Chunk]) -> _DeviceChunk | None:
+        chunk = next(chunks, None)
+        if chunk is None:
+            return None
+        steps, size = chunk.index_TB.shape
+        rows_VNP = parameter_rows(self._recipe, (chunk.view1, chunk.view2))
+        rows_TVBP = rows_VNP.reshape(2, steps, size, len(COLUMNS)).swapaxes(0, 1)
+        return _DeviceChunk(
+            torch.from_numpy(chunk.index_TB),
+            torch.from_numpy(np.ascontiguousarray(rows_TVBP)),
+            torch.from_numpy(chunk.label_TB),
+        )
 
-    def _draw(self, steps: range) -> _Chunk:
-        batches = [self._order.batch(step) for step in steps]
-        epoch = batches[0][0]
-        indices = np.concatenate([indices for _, indices in batches])
-        drawn = [
-            draw(self._recipe, v, self._sizes[indices], indices, seed=self._seed, epoch=epoch)
-            for v in (1, 2)
-        ]
-        rows_VTBP = parameter_rows(self._recipe, drawn).reshape(
-            len(drawn), len(steps), -1, len(COLUMNS)
-        )
-        return _Chunk(
-            torch.from_numpy(indices).view(len(steps), -1),
-            torch.from_numpy(np.ascontiguousarray(rows_VTBP.swapaxes(0, 1))),
-            torch.from_numpy(self._labels[indices]).view(len(steps), -1),
-        )
+
+class ResidentCleanRenderer:
+    """Makes clean images of ones that lie on the device, resized and cropped once.
+
+    Args:
+        dataset: the images, of any sizes.
+        recipe: sizes and normalisation.
+        indices: the images that will be asked for.
+        device: where they lie.
+        threads: CPU threads while decoding.
+        progress: show a bar on stderr while decoding.
+
+    Raises:
+        UserError, RunError: as `ResidentRenderer`.
+    """
+
+    def __init__(
+        self,
+        dataset: ImageFolder,
+        recipe: Recipe,
+        indices: Ints,
+        *,
+        device: torch.device,
+        threads: int,
+        progress: bool = True,
+    ) -> None:
+        def clean(image_HW3: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+            image_3HW = torch.from_numpy(image_HW3).permute(2, 0, 1)
+            bicubic = functional.InterpolationMode.BICUBIC
+            resized = functional.resize(image_3HW, [recipe.resize_short], bicubic, antialias=True)
+            cropped: npt.NDArray[np.uint8] = (
+                functional.center_crop(resized, [recipe.crop]).permute(1, 2, 0).numpy()
+            )
+            return cropped
+
+        self._images_N3HW = decode_images(
+            dataset, indices, device, threads=threads, progress=progress, transform=clean
+        ).permute(0, 3, 1, 2)
+        self._place = {int(index): k for k, index in enumerate(indices)}
+        self._mean, self._std = list(recipe.mean), list(recipe.std)
+
+    def render(self, batches: Iterable[Ints]) -> Iterator[torch.Tensor]:
+        """Yield (B, 3, crop, crop) float32, channels_last, for each batch of image numbers."""
+        for index_B in batches:
+            places = [self._place[int(index)] for index in index_B]
+            x_BCHW = functional.to_dtype(self._images_N3HW[places], torch.float32, scale=True)
+            x_BCHW = functional.normalize(x_BCHW, self._mean, self._std)
+            yield x_BCHW.contiguous(memory_format=torch.channels_last)
+
+    def close(self) -> None:
+        """Nothing to do: the images go with the object."""
+
+
+def resident_gb(images: int, height: int, width: int) -> float:
+    """What decoded images of one size take, in 10^9 bytes."""
+    return images * height * width * CHANNELS / 1e9
 
 
 def parameter_rows(recipe: Recipe, drawn: Sequence[ViewDraw]) -> npt.NDArray[np.float32]:
-    """Write the parameters of both views as the kernel's rows, (V, N, P) float32."""
+    """The parameters of both views as the kernel's rows, (V, N, P) float32."""
     rows = (recipe.view1, recipe.view2)
     return np.stack([_rows(row, view) for row, view in zip(rows, drawn, strict=True)])
 
@@ -211,62 +210,73 @@ def _rows(row: ViewConfig, view: ViewDraw) -> npt.NDArray[np.float32]:
     return np.stack([columns[name] for name in COLUMNS], axis=1).astype(np.float32)
 
 
-def decode_all(
-    dataset: ImageFolder, device: torch.device, *, threads: int, progress: bool = True
+def decode_images(
+    dataset: ImageFolder,
+    indices: Ints,
+    device: torch.device,
+    *,
+    threads: int,
+    progress: bool = True,
+    transform: Callable[[npt.NDArray[np.uint8]], npt.NDArray[np.uint8]] | None = None,
 ) -> torch.Tensor:
-    """Decode every image of a set once, by DALI.
+    """Decode images once, by Pillow.
 
     Args:
-        dataset: images of one size, as `verify_images` has given them.
-        device: where they are decoded and stay.
-        threads: DALI's CPU threads.
+        dataset: the images.
+        indices: which ones.
+        device: where they go.
+        threads: CPU threads.
         progress: show a bar on stderr.
+        transform: what is done to each (H, W, 3); afterwards all have one size.
 
     Returns:
-        images_NHW3: uint8, RGB, in the data set's order.
+        images_NHW3: uint8, RGB, in the order of ``indices``.
 
     Raises:
         UserError: they do not fit the device's memory.
-        RunError: a file is not the one that was checked.
+        RunError: a file is not the one that was checked, or of another size than the first.
+        UndecodableError: Pillow refuses an image.
     """
-    assert dataset.sizes is not None
-    height, width = (int(side) for side in dataset.sizes[0])
-    shape = (len(dataset), height, width, CHANNELS)
+
+    def decode(index: int) -> npt.NDArray[np.uint8]:
+        (content,) = read_files(dataset, [index])
+        try:
+            image_HW3 = _rgb(content)
+        except Exception as error:
+            path = dataset.root / dataset.paths[index]
+            raise UndecodableError(f"Pillow cannot decode {path} ({error})", [index]) from error
+        return image_HW3 if transform is None else transform(image_HW3)
+
+    shape = (len(indices), *decode(indices[0]).shape)
     try:
         images_NHW3 = torch.empty(shape, dtype=torch.uint8, device=device)
     except RuntimeError as error:
         # torch has an error of its own for a GPU's memory, none for a CPU's
         raise UserError(
-            f"{resident_gb(*shape[:3]):.2f} GB for the {len(dataset):,} decoded images cannot be "
-            f"had on {device}; use --set data.backend=dali"
+            f"{resident_gb(*shape[:3]):.2f} GB for {len(indices):,} decoded images cannot be had "
+            f"on {device}; use --set data.backend=dali"
         ) from error
-    pieces = iter(_pieces(len(dataset)))
-    stream = dali.Stream(
-        dataset,
-        lambda: (next(pieces), {}),
-        lambda image, arguments: [image],
-        (),
-        batch_size=_DECODED_AT_ONCE,
-        device=device,
-        threads=threads,
-    )
-    bar = tqdm(
-        desc="decoding train images",
-        total=len(dataset),
-        unit="image",
-        # None: no bar where there is no terminal
-        disable=None if progress else True,
-    )
-    done = 0
-    with bar:
-        while done < len(dataset):
-            (x_BCHW,), _ = stream.pull()
-            images_NHW3[done : done + len(x_BCHW)] = x_BCHW.permute(0, 2, 3, 1)
-            done += len(x_BCHW)
-            bar.update(len(x_BCHW))
-    stream.close()
+    with (
+        ThreadPoolExecutor(threads, "isofast-decode") as pool,
+        # disable=None: no bar where there is no terminal
+        tqdm(
+            desc=f"decoding {dataset.split} images",
+            total=len(indices),
+            unit="image",
+            disable=None if progress else True,
+        ) as bar,
+    ):
+        for start in range(0, len(indices), _DECODED_AT_ONCE):
+            piece = [*pool.map(decode, indices[start : start + _DECODED_AT_ONCE])]
+            images_NHW3[start : start + len(piece)] = torch.from_numpy(np.stack(piece))
+            bar.update(len(piece))
     return images_NHW3
 
 
-def _pieces(images: int) -> list[Ints]:
-    return np.split(np.arange(images), range(_DECODED_AT_ONCE, images, _DECODED_AT_ONCE))
+def _rgb(content: bytes) -> npt.NDArray[np.uint8]:
+    with Image.open(io.BytesIO(content)) as image:
+        # gray of 16 bits, which Pillow would clip
+        if image.mode.startswith("I"):
+            gray = np.rint(np.asarray(image) / 257).astype(np.uint8)
+            return np.repeat(gray[:, :, None], CHANNELS, axis=2)
+        return np.array(image.convert("RGB"))

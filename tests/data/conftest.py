@@ -1,19 +1,30 @@
 """Small data roots, made once a session, and the real pictures where they are at hand."""
 
+import shutil
 import tarfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from isofast.data import ImageFolder, Recipe, TrainLoader, open_dataset, recipe_for, verify_images
+from isofast.data import (
+    EvalLoader,
+    ImageFolder,
+    Recipe,
+    TrainLoader,
+    check_folder,
+    make_eval_loader,
+    make_train_loader,
+    open_dataset,
+    recipe_for,
+)
 from isofast.data.prepare import prepare
-from isofast.data.sources import source_of
-from isofast.data.tars import tar_members
 
+CPU = torch.device("cpu")
 SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
 TINY_ZIP = SHARED / "tiny-imagenet-20-classes.zip"
 CIFAR10_TAR = SHARED / "cifar-10-batches-py.tar.xz"
@@ -41,14 +52,21 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+@pytest.fixture
+def root(tmp_path: Path, pictures: Path) -> Path:
+    """A copy of the pictures that a test may spoil."""
+    shutil.copytree(pictures, tmp_path / "data", ignore=shutil.ignore_patterns(".isofast*"))
+    return tmp_path / "data"
+
+
 @pytest.fixture(scope="session")
 def train_set(pictures: Path) -> ImageFolder:
-    return verify_images(open_dataset(pictures, "train"), progress=False)
+    return check_folder(open_dataset(pictures, "train"), progress=False)
 
 
 @pytest.fixture(scope="session")
 def val_set(pictures: Path) -> ImageFolder:
-    return verify_images(open_dataset(pictures, "val"), progress=False)
+    return check_folder(open_dataset(pictures, "val"), progress=False)
 
 
 @pytest.fixture(scope="session")
@@ -57,19 +75,27 @@ def recipe() -> Recipe:
     return recipe_for("tinyimagenet", crop=16)
 
 
+def train_loader(dataset: ImageFolder, recipe: Recipe, **changes: Any) -> TrainLoader:
+    """A loader on the CPU, by DALI where nothing else is said."""
+    options = {"backend": "dali", "batch_size": 4, "seed": 5, "threads": 2, "device": CPU} | changes
+    return make_train_loader(options.pop("backend"), dataset, recipe, **options)
+
+
+def eval_loader(
+    dataset: ImageFolder, recipe: Recipe, indices: Sequence[int], **changes: Any
+) -> EvalLoader:
+    """A loader of clean images on the CPU, by DALI where nothing else is said."""
+    options = {"backend": "dali", "batch_size": 2, "threads": 1, "device": CPU} | changes
+    return make_eval_loader(options.pop("backend"), dataset, recipe, indices, **options)
+
+
 @pytest.fixture
 def make_loader(train_set: ImageFolder, recipe: Recipe) -> Iterator[Callable[..., TrainLoader]]:
     """Make loaders over `train_set` that are closed after the test."""
     made: list[TrainLoader] = []
 
-    def make(**changes: object) -> TrainLoader:
-        options = {
-            "batch_size": 4,
-            "seed": 5,
-            "device": torch.device("cpu"),
-            "threads": 2,
-        } | changes
-        made.append(TrainLoader(train_set, recipe, **options))
+    def make(**changes: Any) -> TrainLoader:
+        made.append(train_loader(train_set, recipe, **changes))
         return made[-1]
 
     yield make
@@ -96,7 +122,7 @@ def tiny_root(tmp_path_factory: pytest.TempPathFactory, tiny_zip: Path) -> Path:
 @pytest.fixture(scope="session")
 def photos(tiny_root: Path) -> ImageFolder:
     """The 1,000 real validation pictures, 64 x 64, some of them gray."""
-    return verify_images(open_dataset(tiny_root, "val"), progress=False)
+    return check_folder(open_dataset(tiny_root, "val"), progress=False)
 
 
 @pytest.fixture(scope="session")
@@ -104,14 +130,11 @@ def cifar10(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """The real CIFAR-10: prepared from its archive, and unpacked for torchvision's own reader."""
     if not CIFAR10_TAR.exists():
         pytest.skip(f"needs {CIFAR10_TAR.name}, which is not in {CIFAR10_TAR.parent}")
-    source = source_of("cifar10")
     folder = tmp_path_factory.mktemp("cifar10")
-    files = folder / "unpacked" / source.folder
-    files.mkdir(parents=True)
+    with tarfile.open(CIFAR10_TAR) as archive:
+        archive.extractall(folder / "unpacked", filter="data")
     # xz takes its time, so that it is read once, and prepared from what came out
-    for member in tar_members(CIFAR10_TAR, source.folder, source.checksums):
-        (files / member.name).write_bytes(member.content(1 << 28))
     with tarfile.open(folder / "repacked.tar", "w") as archive:
-        archive.add(files, source.folder)
+        archive.add(folder / "unpacked" / "cifar-10-batches-py", "cifar-10-batches-py")
     prepare("cifar10", folder / "root", folder / "repacked.tar")
     return folder / "root", folder / "unpacked"

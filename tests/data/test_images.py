@@ -15,8 +15,10 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as F
 
 from isofast.config import ViewConfig
-from isofast.data import ImageFolder, dali, make_eval_loader, recipe_for
+from isofast.data import ImageFolder, dali, recipe_for
 from isofast.data.draw import ViewDraw, _affine, draw
+
+from .conftest import eval_loader
 
 INDICES = np.arange(0, 1000, 8)
 N = len(INDICES)
@@ -61,9 +63,8 @@ def through_dali(
 ) -> np.ndarray:
     """Run the loader's own graph with the given parameters; gives (N, 64, 64, 3) levels."""
     recipe = replace(BASE, view1=row, view2=row)
-    stream = dali.Stream(
+    pipeline = dali.DaliPipeline(
         photos,
-        lambda: (indices, dali.view_values(recipe, [drawn, drawn])),
         lambda image, arguments: dali.two_views(recipe, image, arguments),
         dali.view_arguments(recipe),
         batch_size=len(indices),
@@ -71,8 +72,8 @@ def through_dali(
         threads=2,
         prefetch=1,
     )
-    (x1, x2), _ = stream.pull()
-    stream.close()
+    ((x1, x2),) = pipeline.run([(indices, dali.view_values(recipe, [drawn, drawn]))])
+    pipeline.close()
     assert torch.equal(x1, x2), "the same parameters make the same view"
     levels = x1.permute(0, 2, 3, 1) * (255 * torch.tensor(BASE.std)) + 255 * torch.tensor(BASE.mean)
     assert (levels - levels.round()).abs().max() < 1e-2
@@ -276,9 +277,7 @@ def test_gray_files_become_three_equal_channels(photos: ImageFolder) -> None:
             modes.append(image.mode)
     grays = [index for index, mode in enumerate(modes) if mode == "L"]
     assert grays, "the archive has gray JPEGs"
-    loader = make_eval_loader(
-        photos, BASE, grays, batch_size=64, device=torch.device("cpu"), threads=1
-    )
+    loader = eval_loader(photos, BASE, grays, batch_size=64)
     x = torch.cat([x for x, _ in loader])
     std, mean = torch.tensor(BASE.std).view(3, 1, 1), torch.tensor(BASE.mean).view(3, 1, 1)
     levels = (x * std + mean) * 255

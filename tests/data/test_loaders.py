@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,23 +17,21 @@ from PIL import Image
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as F
 
-import isofast.data
 from isofast.data import (
     Batch,
-    EvalLoader,
     ImageFolder,
     Recipe,
     TrainLoader,
-    make_eval_loader,
-    make_train_loader,
+    check_folder,
     open_dataset,
     recipe_for,
-    verify_images,
 )
-from isofast.data.prepare import prepare_digits
+from isofast.data.prepare import prepare
 from isofast.errors import RunError, UserError
 
-CPU = torch.device("cpu")
+from .conftest import eval_loader, train_loader
+
+BOTH = pytest.mark.parametrize("backend", ["dali", "resident"])
 MakeLoader = Callable[..., TrainLoader]
 
 
@@ -56,17 +55,7 @@ def test_every_image_at_most_once_an_epoch_over_three_ranks(
     train_set: ImageFolder, recipe: Recipe
 ) -> None:
     loaders = [
-        TrainLoader(
-            numbered(train_set),
-            recipe,
-            batch_size=4,
-            rank=rank,
-            world_size=3,
-            seed=0,
-            device=CPU,
-            threads=1,
-        )
-        for rank in range(3)
+        train_loader(numbered(train_set), recipe, rank=rank, world_size=3) for rank in range(3)
     ]
     steps = loaders[0].steps_per_epoch
     assert (len(train_set), steps) == (51, 4)
@@ -151,7 +140,8 @@ def test_kept_batches_stay_as_they_were(make_loader: MakeLoader) -> None:
     assert_same(kept, copies)
 
 
-def test_clean_images_are_exactly_the_files(tmp_path: Path) -> None:
+@BOTH
+def test_clean_images_are_exactly_the_files(tmp_path: Path, backend: str) -> None:
     """PNGs of the recipe's size: the loader's values are (p / 255 - mean) / std, nothing else."""
     recipe = recipe_for("cifar10")
     pixels = np.random.default_rng(0).integers(0, 256, (7, 32, 32, 3), dtype=np.uint8)
@@ -161,7 +151,7 @@ def test_clean_images_are_exactly_the_files(tmp_path: Path) -> None:
         Image.fromarray(image).save(folder / f"{k}.png")
     dataset = open_dataset(tmp_path, "val")
     indices = [6, 0, 3, 3, 1]
-    loader = EvalLoader(dataset, recipe, indices, batch_size=2, device=CPU, threads=1)
+    loader = eval_loader(dataset, recipe, indices, backend=backend)
     batches = list(loader)
     assert [len(y) for _, y in batches] == [2, 2, 1]
     assert len(loader) == 3
@@ -175,19 +165,17 @@ def test_clean_images_are_exactly_the_files(tmp_path: Path) -> None:
     assert torch.cat([y for _, y in batches]).tolist() == [dataset.labels[i] for i in indices]
 
 
+@BOTH
 @pytest.mark.parametrize("size", [(300, 200), (90, 131), (40, 40), (20, 900)], ids=str)
 def test_clean_images_of_any_size_are_resized_and_cropped(
-    tmp_path: Path, size: tuple[int, int]
+    tmp_path: Path, size: tuple[int, int], backend: str
 ) -> None:
     coarse = np.random.default_rng(1).integers(0, 256, (6, 6, 3), dtype=np.uint8)
     image = Image.fromarray(coarse).resize((size[1], size[0]), Image.Resampling.BICUBIC)
     (tmp_path / "val" / "a").mkdir(parents=True)
     image.save(tmp_path / "val" / "a" / "x.png")
     recipe = recipe_for("imagefolder", crop=56)
-    loader = EvalLoader(
-        open_dataset(tmp_path, "val"), recipe, [0], batch_size=1, device=CPU, threads=1
-    )
-    ((x, _),) = loader
+    ((x, _),) = eval_loader(open_dataset(tmp_path, "val"), recipe, [0], backend=backend)
     resized = F.resize(image, recipe.resize_short, InterpolationMode.BICUBIC)
     theirs = np.asarray(F.center_crop(resized, 56), np.float32)
     std, mean = torch.tensor(recipe.std).view(3, 1, 1), torch.tensor(recipe.mean).view(3, 1, 1)
@@ -195,8 +183,11 @@ def test_clean_images_of_any_size_are_resized_and_cropped(
     assert np.abs(ours - theirs).mean() < 0.5
 
 
-def test_evaluation_starts_again_after_a_break(val_set: ImageFolder, recipe: Recipe) -> None:
-    loader = EvalLoader(val_set, recipe, range(15), batch_size=2, device=CPU, threads=2)
+@BOTH
+def test_evaluation_starts_again_after_a_break(
+    val_set: ImageFolder, recipe: Recipe, backend: str
+) -> None:
+    loader = eval_loader(val_set, recipe, range(15), backend=backend)
     whole = list(loader)
     assert sum(len(y) for _, y in whole) == 15
     for stop in (1, 3, 7):
@@ -211,32 +202,21 @@ def test_evaluation_starts_again_after_a_break(val_set: ImageFolder, recipe: Rec
 def test_evaluation_of_fewer_batches_than_are_made_ahead(
     val_set: ImageFolder, recipe: Recipe
 ) -> None:
-    loader = EvalLoader(val_set, recipe, [4], batch_size=8, device=CPU, threads=1)
+    loader = eval_loader(val_set, recipe, [4], batch_size=8)
     assert [y.tolist() for _, y in loader] == [y.tolist() for _, y in loader] == [[0]]
 
 
 def test_digits_views_are_affine_and_unmirrored(tmp_path: Path) -> None:
     """Identity parameters, drawn from a recipe of no strength, give the resized digit itself."""
-    prepare_digits(tmp_path)
+    prepare("digits", tmp_path)
     recipe = recipe_for("digits")
     assert recipe.view1.flip_p == 0 and recipe.view1.has_affine
     nothing = {"degrees": 0.001, "translate": 0.0, "scale": (1.0, 1.0), "shear": 0.0}
     still = recipe.view1.model_copy(update={**nothing, "jitter_p": 0.0})
-    dataset = numbered(verify_images(open_dataset(tmp_path, "train"), progress=False))
-    loader = make_train_loader(
-        "dali",
-        dataset,
-        replace(recipe, view1=still),
-        batch_size=32,
-        seed=0,
-        device=CPU,
-        threads=1,
-    )
+    dataset = numbered(check_folder(open_dataset(tmp_path, "train"), progress=False))
+    loader = train_loader(dataset, replace(recipe, view1=still), batch_size=32)
     batch = next(loader)
-    clean = make_eval_loader(
-        dataset, recipe, batch.y_B.numpy(), batch_size=32, device=CPU, threads=1
-    )
-    ((x, _),) = clean
+    ((x, _),) = eval_loader(dataset, recipe, batch.y_B.numpy(), batch_size=32)
     # half a level of rounding, over the smallest std
     assert (batch.x1_BCHW - x).abs().max() < 1.5 / 255 / min(recipe.std)
     assert (batch.x2_BCHW - x).abs().mean() > 0.05
@@ -261,15 +241,15 @@ def test_a_file_spoiled_during_the_run_is_named(
 ) -> None:
     """And DALI never sees it, whose decoder can take the whole process down."""
     shutil.copytree(pictures, tmp_path / "data")
-    dataset = verify_images(open_dataset(tmp_path / "data", "train"), progress=False)
-    loader = TrainLoader(dataset, recipe, batch_size=51, seed=0, device=CPU, threads=2)
+    dataset = check_folder(open_dataset(tmp_path / "data", "train"), progress=False)
+    loader = train_loader(dataset, recipe, batch_size=51)
     next(loader)
     spoil(tmp_path / "data" / dataset.paths[7])
     with pytest.raises(RunError, match=f"{dataset.paths[7]} is not what it was.*continue"):
         take(loader, 6)
     with pytest.raises(RunError, match="make a new one"):
         next(loader)
-    evaluation = EvalLoader(dataset, recipe, [3, 7], batch_size=1, device=CPU, threads=1)
+    evaluation = eval_loader(dataset, recipe, [3, 7], batch_size=1)
     with pytest.raises(RunError, match=dataset.paths[7]):
         list(evaluation)
 
@@ -304,32 +284,53 @@ def test_too_few_images_and_unknown_backends_are_refused(
     train_set: ImageFolder, val_set: ImageFolder, recipe: Recipe
 ) -> None:
     with pytest.raises(UserError, match=r"51 images, fewer than one global batch of 60"):
-        TrainLoader(train_set, recipe, batch_size=30, world_size=2, seed=0, device=CPU, threads=1)
+        train_loader(train_set, recipe, batch_size=30, world_size=2)
     with pytest.raises(ValueError, match="rank 2 of 2"):
-        TrainLoader(
-            train_set, recipe, batch_size=3, rank=2, world_size=2, seed=0, device=CPU, threads=1
-        )
+        train_loader(train_set, recipe, rank=2, world_size=2)
     with pytest.raises(UserError, match="'pil'; allowed are auto, dali and resident"):
-        make_train_loader("pil", train_set, recipe, device=CPU)
+        train_loader(train_set, recipe, backend="pil")
     for indices in ([], [15], [-1]):
         with pytest.raises(ValueError, match="each from 0 to 14"):
-            EvalLoader(val_set, recipe, indices, batch_size=2, device=CPU, threads=1)
+            eval_loader(val_set, recipe, indices)
 
 
-def test_dali_is_imported_only_for_a_loader() -> None:
-    """And its absence is a user's error with the remedy."""
-    program = (
-        "import sys, isofast.data, isofast.data.prepare\n"
-        "assert not any(name.startswith('nvidia') for name in sys.modules), 'DALI is imported'\n"
-        "sys.modules['nvidia'] = None\n"
-        "try:\n"
-        "    isofast.data.make_train_loader('dali', None, None, device=None)\n"
-        "except isofast.errors.UserError as error:\n"
-        "    assert 'pip install nvidia-dali-cuda130' in str(error), error\n"
-        "else:\n"
-        "    raise AssertionError('no error')\n"
-    )
-    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+@pytest.mark.parametrize("check", ["full", "headers", "off"])
+def test_views_do_not_depend_on_the_check(pictures: Path, recipe: Recipe, check: Any) -> None:
+    """Without one, sizes come from the headers of a batch's files."""
+    listed = open_dataset(pictures, "train")
+    checked = check_folder(listed, check=check, progress=False)
+    assert (checked.sizes is None) is (check == "off")
+    ours = train_loader(checked, recipe)
+    theirs = train_loader(check_folder(listed, progress=False), recipe)
+    assert_same(take(ours, 14), take(theirs, 14))
+
+
+WITHOUT_DALI = """
+import sys
+sys.modules["nvidia"] = None  # as where it is not installed
+import torch, isofast.data as data
+from isofast.data.check import has_dali
+assert not has_dali()
+root, cpu = sys.argv[1], torch.device("cpu")
+train, val = (data.check_folder(data.open_dataset(root, split)) for split in ("train", "val"))
+recipe = data.recipe_for("cifar10", crop=16)
+common = dict(batch_size=8, device=cpu, threads=1)
+loader = data.make_train_loader("auto", train, recipe, seed=0, **common)
+assert loader.backend == "resident" and next(loader).x1_BCHW.shape == (8, 3, 16, 16)
+batches = list(data.make_eval_loader(loader.backend, val, recipe, range(9), **common))
+assert [len(y_B) for _, y_B in batches] == [8, 1]
+for backend, recipe in (("dali", recipe), ("auto", data.recipe_for("digits"))):
+    try:
+        data.make_train_loader(backend, train, recipe, seed=0, **common)
+    except data.loaders.UserError as error:
+        assert "pip install nvidia-dali-cuda130" in str(error), error
+    else:
+        raise AssertionError("no error")
+"""
+
+
+def test_small_sets_train_and_evaluate_without_dali(digits: Path) -> None:
+    """What needs DALI is an error with the remedy; nothing imports it."""
+    command = [sys.executable, "-c", WITHOUT_DALI, str(digits)]
+    result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-    with pytest.raises(AttributeError, match="NoLoader"):
-        _ = isofast.data.NoLoader

@@ -1,4 +1,7 @@
-"""CIFAR and STL-10: the same pixels and labels as torchvision's readers give, and no trust."""
+"""CIFAR, STL-10 and TinyImageNet: what torchvision's readers give, and archives that are refused.
+
+Small archives stand in for the official ones, with their own checksums in torchvision's tables.
+"""
 
 import bz2
 import gzip
@@ -6,90 +9,135 @@ import hashlib
 import io
 import lzma
 import pickle
+import stat
 import subprocess
 import tarfile
 import zipfile
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 from torchvision import datasets as theirs
 
-from isofast.data import open_dataset, tars, verify_images
+from isofast.data import check_folder, open_dataset
 from isofast.data.prepare import prepare
-from isofast.data.sources import Source, source_of
-from isofast.data.unpickle import load_plain
 from isofast.errors import UserError
 
 Files = dict[str, bytes]
 RNG = np.random.default_rng(0)
-FINE_NAMES = {"fine_label_names": ["aquarium_fish", "bed", "cup"]}
+TOP = "tiny-imagenet-200"
+CIFAR = "cifar-100-python"
+STL = "stl10_binary"
+WHOLE = r"is not a whole tar or zip file.*Download it again"
 
 
 def md5(content: bytes) -> str:
     return hashlib.md5(content, usedforsecurity=False).hexdigest()
 
 
-def cifar_part(labels: list[int], key: str, **more: list[int]) -> bytes:
-    data = RNG.integers(0, 256, (len(labels), 3072), dtype=np.uint8)
-    # protocol 2 is what the official files have
-    return pickle.dumps(more | {"data": data, key: labels, "batch_label": "part"}, protocol=2)
+def jpeg(value: int) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (8, 8), (value, 0, 255 - value)).save(buffer, format="JPEG")
+    return buffer.getvalue()
 
 
-def cifar100_files() -> tuple[Files, Source]:
-    source = source_of("cifar100")
+def tiny_files() -> Files:
+    """Two classes, three train and two val images each, in the official layout."""
     files = {
-        "train": cifar_part([2, 0, 1, 1, 0, 2, 0], "fine_labels", coarse_labels=[0, 1] * 3 + [1]),
-        "test": cifar_part([1, 0, 2, 2], "fine_labels", coarse_labels=[0, 1, 1, 0]),
-        "meta": pickle.dumps({"coarse_label_names": ["fish", "things"]} | FINE_NAMES, protocol=2),
-        "file.txt~": b"not wanted",
+        f"{TOP}/wnids.txt": b"n001\nn002\n",
+        f"{TOP}/words.txt": b"n001\tgoose\nn002\tchair\n",
+        f"{TOP}/test/images/test_0.JPEG": jpeg(1),
     }
-    return files, certified(source, files)
+    lines = []
+    for c, wnid in enumerate(("n001", "n002")):
+        files[f"{TOP}/train/{wnid}/{wnid}_boxes.txt"] = b"boxes"
+        for k in range(3):
+            files[f"{TOP}/train/{wnid}/images/{wnid}_{k}.JPEG"] = jpeg(10 * c + k)
+        for k in range(2):
+            # validation images of both classes lie mixed in one folder
+            files[f"{TOP}/val/images/val_{2 * k + c}.JPEG"] = jpeg(100 + 10 * c + k)
+            lines.append(f"val_{2 * k + c}.JPEG\t{wnid}\t0\t0\t7\t7")
+    files[f"{TOP}/val/val_annotations.txt"] = "\n".join(lines).encode()
+    return files
 
 
-def stl10_files() -> tuple[Files, Source]:
+def cifar100_files() -> Files:
+    def part(labels: list[int], coarse: list[int]) -> bytes:
+        data = RNG.integers(0, 256, (len(labels), 3072), dtype=np.uint8)
+        content = {"data": data, "fine_labels": labels, "coarse_labels": coarse}
+        # protocol 2 is what the official files have
+        return pickle.dumps(content, protocol=2)
+
+    names = {"coarse_label_names": ["fish"], "fine_label_names": ["aquarium_fish", "bed", "cup"]}
+    return {
+        f"{CIFAR}/train": part([2, 0, 1, 1, 0, 2, 0], [0] * 7),
+        f"{CIFAR}/test": part([1, 0, 2, 2], [0] * 4),
+        f"{CIFAR}/meta": pickle.dumps(names, protocol=2),
+        f"{CIFAR}/file.txt~": b"not wanted",
+    }
+
+
+def stl10_files() -> Files:
     def images(count: int) -> bytes:
         return RNG.integers(0, 256, count * 3 * 96 * 96, dtype=np.uint8).tobytes()
 
-    files = {
-        "unlabeled_X.bin": images(7),
-        "test_X.bin": images(4),
-        "test_y.bin": bytes([2, 1, 2, 1]),
-        "train_X.bin": images(5),
-        "class_names.txt": b"airplane\nbird\n",
-        "fold_indices.txt": b"0 1",
-        "train_y.bin": bytes([2, 2, 1, 2, 1]),
+    return {
+        f"{STL}/unlabeled_X.bin": images(7),
+        f"{STL}/test_X.bin": images(4),
+        f"{STL}/test_y.bin": bytes([2, 1, 2, 1]),
+        f"{STL}/train_X.bin": images(5),
+        f"{STL}/class_names.txt": b"airplane\nbird\n",
+        f"{STL}/fold_indices.txt": b"0 1",
+        f"{STL}/train_y.bin": bytes([2, 2, 1, 2, 1]),
     }
-    return files, certified(source_of("stl10"), files)
 
 
-def certified(source: Source, files: Files) -> Source:
-    """The source with the checksums of generated files in place of the official ones."""
-    train, val, others = (
-        {name: md5(files[name]) for name in table}
-        for table in (source.train, source.val, source.others)
-    )
-    return replace(source, train=train, val=val, others=others)
+def certify(patch: pytest.MonkeyPatch, dataset: Any, files: Files) -> None:
+    """Let torchvision take generated files for the official ones."""
+
+    def checksum(name: str) -> str:
+        return md5(files[f"{dataset.base_folder}/{name}"])
+
+    for table in ("train_list", "test_list"):
+        known = [[name, checksum(name)] for name, _ in getattr(dataset, table)]
+        patch.setattr(dataset, table, known)
+    if meta := getattr(dataset, "meta", None):
+        patch.setattr(dataset, "meta", meta | {"md5": checksum(meta["filename"])})
 
 
-def write_tar(path: Path, folder: str, files: Files, mode: str = "w:gz") -> Path:
-    with tarfile.open(path, mode) as archive:
+def write_archive(path: Path, files: Files) -> Path:
+    """A zip or a tar, compressed or not, as the file's name says."""
+    if path.suffix == ".zip":
+        with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as packed:
+            for name, content in files.items():
+                packed.writestr(name, content)
+        return path
+    with tarfile.open(path, "w:" + path.suffix.removeprefix(".").replace("tar", "")) as archive:
         for name, content in files.items():
-            info = tarfile.TarInfo(f"{folder}/{name}")
+            info = tarfile.TarInfo(name)
             info.size = len(content)
             archive.addfile(info, io.BytesIO(content))
     return path
 
 
-def unpacked(root: Path, folder: str, files: Files) -> Path:
-    (root / folder).mkdir(parents=True)
+def unpack(root: Path, files: Files) -> Path:
     for name, content in files.items():
-        (root / folder / name).write_bytes(content)
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(content)
     return root
+
+
+def refuse(name: str, archive: Path, match: str) -> None:
+    """The archive is refused by its name, and nothing but the archive is left."""
+    before = sorted(archive.parent.iterdir())
+    with pytest.raises(UserError, match=match) as caught:
+        prepare(name, archive.parent / "new" / "root", archive)
+    assert archive.name in str(caught.value)
+    assert sorted(archive.parent.iterdir()) == before
 
 
 def assert_same_images(
@@ -106,16 +154,15 @@ def assert_same_images(
 
 @pytest.mark.slow
 def test_real_cifar10_is_torchvisions(cifar10: tuple[Path, Path]) -> None:
-    root, unpacked_root = cifar10
+    root, unpacked = cifar10
     for split, train, count in (("train", True, 5000), ("val", False, 1000)):
-        reader = theirs.CIFAR10(unpacked_root, train=train)
+        reader = theirs.CIFAR10(unpacked, train=train)
         ours = open_dataset(root, split)
         assert list(ours.classes) == reader.classes
         assert Counter(ours.labels.tolist()) == dict.fromkeys(range(10), count)
         names = [reader.classes[label] for label in reader.targets]
         assert_same_images(root, split, reader.data, names, step=7)
-        # all of them were decoded by prepare, and are not again
-        assert (verify_images(ours, progress=False).sizes == 32).all()
+        assert (check_folder(ours, progress=False).sizes == 32).all()
 
 
 def test_real_tinyimagenet_keeps_its_files(tiny_zip: Path, tiny_root: Path) -> None:
@@ -128,39 +175,37 @@ def test_real_tinyimagenet_keeps_its_files(tiny_zip: Path, tiny_root: Path) -> N
     ours = {path.name: path.read_bytes() for path in tiny_root.rglob("*.JPEG")}
     assert len(ours) == 11_000
     assert ours == stored
+    for split, count in (("train", 500), ("val", 50)):
+        dataset = check_folder(open_dataset(tiny_root, split), progress=False)
+        assert Counter(dataset.labels.tolist()) == dict.fromkeys(range(20), count)
+        assert (dataset.sizes == 64).all()
 
 
-@pytest.mark.parametrize("mode", ["w", "w:gz", "w:bz2", "w:xz"])
+@pytest.mark.parametrize("suffix", ["tar", "tar.gz", "tar.bz2", "tar.xz", "zip"])
 def test_cifar100_is_torchvisions(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str
 ) -> None:
-    files, source = cifar100_files()
-    archive = write_tar(tmp_path / "any.name", source.folder, files, mode)
-    counts = prepare("cifar100", tmp_path / "root", archive, source=source)
+    files, root = cifar100_files(), tmp_path / "root"
+    certify(monkeypatch, theirs.CIFAR100, files)
+    counts = prepare("cifar100", root, write_archive(tmp_path / f"any.{suffix}", files))
     assert (counts.classes, counts.train, counts.val, counts.unlabeled) == (3, 7, 4, 0)
-    monkeypatch.setattr(theirs.CIFAR100, "train_list", list(source.train.items()))
-    monkeypatch.setattr(theirs.CIFAR100, "test_list", list(source.val.items()))
-    monkeypatch.setitem(theirs.CIFAR100.meta, "md5", source.others["meta"])
-    folder = unpacked(tmp_path / "unpacked", source.folder, files)
+    unpacked = unpack(tmp_path / "unpacked", files)
     for split, train in (("train", True), ("val", False)):
-        reader = theirs.CIFAR100(folder, train=train)
+        reader = theirs.CIFAR100(unpacked, train=train)
         names = [reader.classes[label] for label in reader.targets]
-        assert_same_images(tmp_path / "root", split, reader.data, names)
-        assert list(open_dataset(tmp_path / "root", split).classes) == reader.classes
+        assert_same_images(root, split, reader.data, names)
+        assert list(open_dataset(root, split).classes) == reader.classes
 
 
 def test_stl10_is_torchvisions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    files, source = stl10_files()
-    archive = write_tar(tmp_path / "stl.tar.gz", source.folder, files)
-    root = tmp_path / "root"
-    counts = prepare("stl10", root, archive, source=source)
+    files, root = stl10_files(), tmp_path / "root"
+    certify(monkeypatch, theirs.STL10, files)
+    counts = prepare("stl10", root, write_archive(tmp_path / "stl.tar.gz", files))
     assert (counts.classes, counts.train, counts.val, counts.unlabeled) == (2, 12, 4, 7)
     assert "12 train (7 without a label) and 4 val" in str(counts)
-    monkeypatch.setattr(theirs.STL10, "train_list", list(source.train.items()))
-    monkeypatch.setattr(theirs.STL10, "test_list", list(source.val.items()))
-    folder = unpacked(tmp_path / "unpacked", source.folder, files)
+    unpacked = unpack(tmp_path / "unpacked", files)
     for split, ours in (("train", "train"), ("test", "val"), ("unlabeled", "unlabeled")):
-        reader = theirs.STL10(folder, split=split)
+        reader = theirs.STL10(unpacked, split=split)
         # the last class of the list stands for -1
         names = [[*reader.classes, "none"][label] for label in reader.labels]
         assert_same_images(root, ours, reader.data.transpose(0, 2, 3, 1), names)
@@ -169,25 +214,93 @@ def test_stl10_is_torchvisions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert Counter(train.labels.tolist()) == {0: 2, 1: 3, -1: 7}
     assert prepare("stl10", root).already_there
     (root / "unlabeled" / "000003.png").unlink()
-    with pytest.raises(UserError, match=r"has changed.*1 class folder\(s\), unlabeled"):
+    with pytest.raises(UserError, match=r"has changed.*1 place\(s\), unlabeled\."):
         prepare("stl10", root)
 
 
-def test_sources_are_torchvisions() -> None:
-    for name, reader in (
-        ("cifar10", theirs.CIFAR10),
-        ("cifar100", theirs.CIFAR100),
-        ("stl10", theirs.STL10),
-    ):
-        source = source_of(name)
-        assert (source.url, source.md5) == (reader.url, reader.tgz_md5)
-        for file, checksum in (*reader.train_list, *reader.test_list):
-            assert source.checksums[file] == checksum
-    assert source_of("cifar10").checksums["batches.meta"] == theirs.CIFAR10.meta["md5"]
+@pytest.mark.parametrize("suffix", ["zip", "tar.gz"])
+def test_tinyimagenet_layout(tmp_path: Path, suffix: str) -> None:
+    files, root = tiny_files(), tmp_path / "root"
+    # a class that is listed twice is one class
+    files[f"{TOP}/wnids.txt"] += b"n001\n"
+    counts = prepare("tinyimagenet", root, write_archive(tmp_path / f"tiny.{suffix}", files))
+    assert (counts.classes, counts.train, counts.val) == (2, 6, 4)
+    expected = {
+        f"train/{w}/{w}_{k}.JPEG": files[f"{TOP}/train/{w}/images/{w}_{k}.JPEG"]
+        for w in ("n001", "n002")
+        for k in range(3)
+    } | {
+        f"val/{w}/val_{k}.JPEG": files[f"{TOP}/val/images/val_{k}.JPEG"]
+        for w, k in (("n001", 0), ("n001", 2), ("n002", 1), ("n002", 3))
+    }
+    written = {str(p.relative_to(root)): p.read_bytes() for p in root.rglob("*.JPEG")}
+    assert written == expected
+
+
+ANNOTATIONS = f"{TOP}/val/val_annotations.txt"
+SPOILED_TINY: dict[str, tuple[Callable[[Files], object], str]] = {
+    "no wnids.txt": (lambda f: f.pop(f"{TOP}/wnids.txt"), "has 0 files FOLDER/wnids.txt"),
+    "two wnids.txt": (lambda f: f.update({"b/wnids.txt": b"n001"}), "has 2 files FOLDER/wnids"),
+    "wnids that escape": (
+        lambda f: f.update({f"{TOP}/wnids.txt": b"..\nn001"}),
+        "unsafe: wnids.txt has class names that are no plain names",
+    ),
+    "no annotations": (lambda f: f.pop(ANNOTATIONS), "no val images of 2 of its 2 classes"),
+    "annotated image missing": (
+        lambda f: f.pop(f"{TOP}/val/images/val_0.JPEG"),
+        r"'val_0\.JPEG.*not in the archive",
+    ),
+    "annotated twice": (
+        lambda f: f.update({ANNOTATIONS: b"val_0.JPEG\tn001\t0\nval_0.JPEG\tn002\t0"}),
+        "has a class already",
+    ),
+    "annotation of no class": (lambda f: f.update({ANNOTATIONS: b"val_0.JPEG\tn999"}), "n999"),
+    "annotation that escapes": (
+        lambda f: f.update({ANNOTATIONS: b"../../../wnids.txt\tn001\t0"}),
+        "not in the archive",
+    ),
+    "class without images": (
+        lambda f: [f.pop(f"{TOP}/train/n002/images/n002_{k}.JPEG") for k in range(3)],
+        "no train images of 1 of its 2 classes: n002",
+    ),
+    "class without val images": (
+        lambda f: f.update({ANNOTATIONS: b"val_0.JPEG\tn001\t0"}),
+        "no val images of 1 of its 2 classes: n002",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SPOILED_TINY)
+def test_spoiled_tinyimagenet_is_refused(tmp_path: Path, name: str) -> None:
+    spoil, match = SPOILED_TINY[name]
+    files = tiny_files()
+    spoil(files)
+    refuse("tinyimagenet", write_archive(tmp_path / "tiny.zip", files), match)
+
+
+def test_a_spoiled_image_can_be_left_out(tmp_path: Path) -> None:
+    files, archive = tiny_files(), tmp_path / "tiny.zip"
+    files[f"{TOP}/train/n001/images/n001_1.JPEG"] = b"text"
+    write_archive(archive, files)
+    unread = r"1 of 6 train images cannot be read: \S*train/n001/n001_1\.JPEG \("
+    with pytest.raises(UserError, match=rf"^{unread}.*archive is spoiled.*--on-bad-image skip$"):
+        prepare("tinyimagenet", tmp_path / "root", archive)
+    assert list(tmp_path.iterdir()) == [archive]
+    counts = prepare("tinyimagenet", tmp_path / "root", archive, on_bad="skip")
+    assert (counts.classes, counts.train, counts.val) == (2, 5, 4)
+    assert "\n1 of 6 train images cannot be read: train/n001/n001_1.JPEG (" in str(counts)
+    # said again, and known to the check before a run
+    again = prepare("tinyimagenet", tmp_path / "root", on_bad="skip")
+    assert again.notes == counts.notes and again.train == 5
+    dataset = check_folder(open_dataset(tmp_path / "root", "train"), on_bad="skip")
+    assert list(dataset.skipped) == ["train/n001/n001_1.JPEG"]
+    write_archive(archive, files | {name: b"text" for name in files if "/n001/images/" in name})
+    with pytest.raises(UserError, match="leaves no image of the class n001"):
+        prepare("tinyimagenet", tmp_path / "other", archive, on_bad="skip")
 
 
 class Malicious:
-    """Unpickled by anyone else, this writes a file."""
+    """Whoever unpickles this writes a file."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -196,154 +309,150 @@ class Malicious:
         return subprocess.check_call, (["touch", str(self.path)],)
 
 
-def test_pickles_run_nothing(tmp_path: Path) -> None:
-    content = pickle.dumps({"data": Malicious(tmp_path / "evil")}, protocol=2)
-    with pytest.raises(ValueError, match=r"asks for \w+\.check_call"):
-        load_plain(content)
-    # not even where someone vouches for the file
-    files, source = cifar100_files()
-    files["train"] = content
-    archive = write_tar(tmp_path / "evil.tar.gz", source.folder, files)
-    with pytest.raises(UserError, match=r"train cannot be used.*check_call"):
-        prepare("cifar100", tmp_path / "root", archive, source=certified(source, files))
-    # and without, it is not looked into
-    with pytest.raises(UserError, match=r"train is not the official file: its md5 is"):
-        prepare("cifar100", tmp_path / "root", archive, source=source)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["evil.tar.gz"]
+@pytest.mark.parametrize("file", ["train", "test", "meta"])
+def test_no_pickle_is_opened_that_is_not_the_official_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str
+) -> None:
+    files = cifar100_files()
+    certify(monkeypatch, theirs.CIFAR100, files)
+    files[f"{CIFAR}/{file}"] = pickle.dumps(Malicious(tmp_path / "evil"), protocol=2)
+    archive = write_archive(tmp_path / "evil.tar.gz", files)
+    refuse("cifar100", archive, f"not the official archive.*another md5: {CIFAR}/{file}. Download")
+    pickle.loads(files[f"{CIFAR}/{file}"])
+    assert (tmp_path / "evil").exists()
 
 
-def refuse(tmp_path: Path, archive: Path, name: str, source: Source, match: str) -> None:
-    """The archive is refused, and nothing of it stays."""
-    with pytest.raises(UserError, match=match) as caught:
-        prepare(name, tmp_path / "root", archive, source=source)
-    assert archive.name in str(caught.value)
-    assert not (tmp_path / "root").exists()
+def test_archives_of_something_else_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = cifar100_files()
+    certify(monkeypatch, theirs.CIFAR100, files)
+    whole = write_archive(tmp_path / "cifar.tar", files)
+    refuse("stl10", whole, "not the official archive stl10_binary.tar.gz.* stl10_binary/train_X")
+    refuse("tinyimagenet", whole, "no TinyImageNet archive")
+    files.pop(f"{CIFAR}/test")
+    lacking = write_archive(tmp_path / "cifar.tar", files)
+    refuse("cifar100", lacking, f"missing, or with another md5: {CIFAR}/test. Download it again")
 
 
-SPOILED_CIFAR: dict[str, tuple[Callable[[Files], object], str]] = {
-    "a file missing": (lambda f: f.pop("test"), r"lacks cifar-100-python/test"),
-    "class that escapes": (
-        lambda f: f.update(meta=pickle.dumps({"fine_label_names": ["..", "b", "c"]}, 2)),
-        r"unsafe: its classes",
-    ),
-    "label of no class": (
-        lambda f: f.update(train=cifar_part([0, 1, 2, 3], "fine_labels")),
-        r"train labels and the 3 classes do not fit: 3",
-    ),
-    "class without images": (
-        lambda f: f.update(test=cifar_part([0, 1], "fine_labels")),
-        r"val labels and the 3 classes do not fit: 2",
-    ),
-    "more labels than rows": (
-        lambda f: f.update(
-            train=pickle.dumps({"data": np.zeros((2, 3072), np.uint8), "fine_labels": [0]}, 2)
-        ),
-        "one row of 3072 bytes and one label",
-    ),
-    "no labels": (
-        lambda f: f.update(train=pickle.dumps({"data": np.zeros((2, 3072), np.uint8)}, 2)),
-        "one row of 3072 bytes and one label",
-    ),
+CLASS_NAMES: dict[str, tuple[bytes | None, str]] = {
+    "none": (None, "unsafe: its classes"),
+    "too few": (b"airplane\n", "unsafe: its classes"),
+    "too many": (b"airplane\nbird\ncar\n", "unsafe: its classes"),
+    "twice the same": (b"bird\nbird\n", "unsafe: its classes"),
+    "an empty one": (b"bird\n\n", "unsafe: its classes"),
+    "above": (b"bird\n..\n", "unsafe: its classes"),
+    "outside": (b"bird\n../../evil\n", "unsafe: its classes"),
+    "absolute": (b"bird\n/tmp/evil\n", "unsafe: its classes"),
 }
 
 
-@pytest.mark.parametrize("name", SPOILED_CIFAR)
-def test_spoiled_cifar_is_refused(tmp_path: Path, name: str) -> None:
-    files, source = cifar100_files()
-    spoil, match = SPOILED_CIFAR[name]
-    spoil(files)
-    if "test" in files:
-        source = certified(source, files)
-    archive = write_tar(tmp_path / "spoiled.tar.gz", source.folder, files)
-    refuse(tmp_path, archive, "cifar100", source, match)
+@pytest.mark.parametrize("case", CLASS_NAMES)
+def test_class_names_of_stl10_are_not_trusted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: str
+) -> None:
+    """No checksum of them is published."""
+    content, match = CLASS_NAMES[case]
+    files = stl10_files()
+    certify(monkeypatch, theirs.STL10, files)
+    del files[f"{STL}/class_names.txt"]
+    if content is not None:
+        files[f"{STL}/class_names.txt"] = content
+    refuse("stl10", write_archive(tmp_path / "stl.tar", files), match)
 
 
-def test_spoiled_stl10_is_refused(tmp_path: Path) -> None:
-    for spoil, match in (
-        ({"train_y.bin": bytes([1, 2, 1])}, "train_y.bin has not one label for each image"),
-        ({"unlabeled_X.bin": bytes(27_650)}, "27,650 bytes, not a multiple"),
-        ({"class_names.txt": b"a\nb\nc"}, "labels and the 3 classes do not fit"),
-        ({"class_names.txt": bytes(2 << 20)}, "class_names.txt unpacks to 2,097,152 bytes"),
-    ):
-        files, source = stl10_files()
-        files |= spoil
-        archive = write_tar(tmp_path / "spoiled.tar.gz", source.folder, files)
-        refuse(tmp_path, archive, "stl10", certified(source, files), match)
-    # one changed pixel, which only the checksum tells, after all of the images were written
-    files, source = stl10_files()
-    files["unlabeled_X.bin"] = (
-        bytes([files["unlabeled_X.bin"][0] ^ 1]) + (files["unlabeled_X.bin"][1:])
-    )
-    archive = write_tar(tmp_path / "spoiled.tar.gz", source.folder, files)
-    refuse(tmp_path, archive, "stl10", source, "unlabeled_X.bin is not the official file")
+def test_one_changed_pixel_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files = stl10_files()
+    certify(monkeypatch, theirs.STL10, files)
+    first, *rest = files[f"{STL}/unlabeled_X.bin"]
+    files[f"{STL}/unlabeled_X.bin"] = bytes([first ^ 1, *rest])
+    refuse("stl10", write_archive(tmp_path / "stl.tar", files), f"another md5: {STL}/unlabeled_X")
+
+
+TO_IMAGE = f"{TOP}/train/n001/images/link.JPEG"
+UNSAFE: dict[str, tuple[dict[str, object], str]] = {
+    "escapes": ({"name": "../evil"}, "outside the destination"),
+    "symlink": ({"type": tarfile.SYMTYPE, "linkname": "/etc/passwd"}, "is a link"),
+    # stays inside until the image is moved
+    "relative symlink": ({"type": tarfile.SYMTYPE, "linkname": "../../../../x.JPEG"}, "is a link"),
+    "hard link": ({"type": tarfile.LNKTYPE, "linkname": f"{TOP}/wnids.txt"}, "is a link"),
+    "device": ({"type": tarfile.CHRTYPE}, "special file"),
+    "fifo": ({"type": tarfile.FIFOTYPE}, "special file"),
+}
+
+
+@pytest.mark.parametrize("case", UNSAFE)
+def test_unsafe_members_of_tars_are_refused(tmp_path: Path, case: str) -> None:
+    member, match = UNSAFE[case]
+    archive = write_archive(tmp_path / "unsafe.tar", tiny_files())
+    info = tarfile.TarInfo(TO_IMAGE)
+    for key, value in member.items():
+        setattr(info, key, value)
+    with tarfile.open(archive, "a") as opened:
+        opened.addfile(info)
+    refuse("tinyimagenet", archive, f"is unsafe: .*{match}")
 
 
 @pytest.mark.parametrize(
-    ("member", "match"),
-    [
-        ({"name": "../evil"}, "points outside"),
-        ({"name": "/tmp/evil"}, "points outside"),
-        ({"name": "x", "type": tarfile.SYMTYPE, "linkname": "/etc/passwd"}, "is a link or a dev"),
-        ({"name": "x", "type": tarfile.LNKTYPE, "linkname": "train"}, "is a link or a dev"),
-        ({"name": "x", "type": tarfile.CHRTYPE}, "is a link or a dev"),
-        ({"name": "x", "type": tarfile.FIFOTYPE}, "is a link or a dev"),
-    ],
-    ids=["escapes", "absolute", "symlink", "hard link", "device", "fifo"],
+    ("suffix", "name"), [("zip", "../evil"), ("zip", "/evil"), ("tar", "/evil")]
 )
-def test_unsafe_members_are_refused(tmp_path: Path, member: dict[str, object], match: str) -> None:
-    files, source = cifar100_files()
-    archive = tmp_path / "unsafe.tar"
-    with tarfile.open(archive, "w") as opened:
-        info = tarfile.TarInfo()
-        for key, value in member.items():
-            setattr(info, key, value)
-        opened.addfile(info)
-        for name, content in files.items():
-            info = tarfile.TarInfo(f"{source.folder}/{name}")
-            info.size = len(content)
-            opened.addfile(info, io.BytesIO(content))
-    refuse(tmp_path, archive, "cifar100", source, match)
+def test_names_outside_that_are_brought_inside(tmp_path: Path, suffix: str, name: str) -> None:
+    """With the rest of what is not wanted they are thrown away."""
+    files = tiny_files() | {name: b"x", f"{TOP}/../../../../evil" if suffix == "zip" else "x": b"x"}
+    archive = write_archive(tmp_path / f"tiny.{suffix}", files)
+    counts = prepare("tinyimagenet", tmp_path / "new" / "root", archive)
+    assert (counts.train, counts.val) == (6, 4)
+    assert list(tmp_path.rglob("evil")) == [] and not Path("/evil").exists()
 
 
-def test_bombs_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    files, source = cifar100_files()
-    files["bomb"] = bytes(1 << 20)
-    archive = write_tar(tmp_path / "bomb.tar.gz", source.folder, files)
-    monkeypatch.setattr(tars, "_MAX_TOTAL_BYTES", 500_000)
-    refuse(tmp_path, archive, "cifar100", source, "more than 1,000 files or 500,000 bytes")
-    monkeypatch.undo()
-    monkeypatch.setattr(tars, "_MAX_MEMBERS", 4)
-    refuse(tmp_path, archive, "cifar100", source, "more than 4 files")
-    monkeypatch.undo()
-    # a name of 100 MB of zeros, which packs to nothing
-    with tarfile.open(archive, "w:gz") as opened:
-        info = tarfile.TarInfo("././@LongLink")
-        info.type, info.size = tarfile.GNUTYPE_LONGNAME, 100 << 20
-        opened.addfile(info, io.BytesIO(bytes(info.size)))
-    assert archive.stat().st_size < 1 << 20
-    refuse(tmp_path, archive, "cifar100", source, r"a header of 104,857,600 bytes")
+def test_a_link_in_a_zip_is_no_image(tmp_path: Path) -> None:
+    archive = write_archive(tmp_path / "tiny.zip", tiny_files())
+    link = zipfile.ZipInfo(TO_IMAGE)
+    link.external_attr = (stat.S_IFLNK | 0o777) << 16
+    with zipfile.ZipFile(archive, "a") as opened:
+        opened.writestr(link, "n001_0.JPEG")
+    with pytest.raises(UserError, match=r"1 of 7 train images cannot be read: .*link\.JPEG"):
+        prepare("tinyimagenet", tmp_path / "root", archive)
 
 
-def test_archives_that_are_no_whole_tar_are_named(tmp_path: Path) -> None:
-    files, source = cifar100_files()
-    plain = write_tar(tmp_path / "plain.tar", source.folder, files, "w").read_bytes()
-    packed = gzip.compress(plain)
+def test_archives_that_are_no_whole_file_are_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = cifar100_files()
+    certify(monkeypatch, theirs.CIFAR100, files)
+    tar = write_archive(tmp_path / "whole.tar", files).read_bytes()
+    packed = gzip.compress(tar)
     flipped = bytearray(packed)
     flipped[len(packed) // 2] ^= 0xFF
-    damaged = "is not a whole tar file.*Download it again"
+    first_member = 512 + 512 * -(-len(files[f"{CIFAR}/train"]) // 512)
+    zipped = write_archive(tmp_path / "whole.zip", tiny_files()).read_bytes()
+    # inside the packed bytes of an image, so only its checksum tells
+    place = zipped.index(b"n002_2.JPEG") + 200
+    locked = bytearray(zipped)
+    # the first of the flags says that a password is needed, in both headers of the file
+    for header, flags in ((b"PK\x03\x04", 6), (b"PK\x01\x02", 8)):
+        locked[locked.index(header) + flags] |= 1
     for name, content, match in (
-        ("cut.tar", plain[: len(plain) // 3], damaged),
-        ("between.tar", plain[: 512 + 512 * -(-len(files["train"]) // 512)], "lacks .*cut short"),
-        ("cut.tar.gz", packed[: len(packed) // 2], damaged),
-        ("cut.tar.bz2", bz2.compress(plain)[:-100], damaged),
-        ("cut.tar.xz", lzma.compress(plain)[: len(packed) // 2], damaged),
-        ("flipped.tar.gz", bytes(flipped), "not a whole tar file|not the official file"),
-        ("text.tar.gz", b"<html>404 not found</html>", damaged),
-        ("empty.tar.gz", b"", damaged),
+        ("cut.tar", tar[: len(tar) // 3], WHOLE),
+        ("between.tar", tar[:first_member], f"missing.*{CIFAR}/test, {CIFAR}/meta. Download"),
+        ("cut.tar.gz", packed[: len(packed) // 2], WHOLE),
+        ("flipped.tar.gz", bytes(flipped), f"{WHOLE}|another md5"),
+        ("cut.tar.bz2", bz2.compress(tar)[:-100], WHOLE),
+        ("cut.tar.xz", lzma.compress(tar)[: len(packed) // 2], WHOLE),
+        ("cut.zip", zipped[: len(zipped) * 2 // 3], WHOLE),
+        ("flipped.zip", zipped[:place] + bytes(8) + zipped[place + 8 :], WHOLE),
+        ("locked.zip", bytes(locked), "password"),
+        ("text.tar.gz", b"<html>404 not found</html>", WHOLE),
+        ("empty.zip", b"", WHOLE),
     ):
         (tmp_path / name).write_bytes(content)
-        refuse(tmp_path, tmp_path / name, "cifar100", source, match)
-    refuse(tmp_path, tmp_path / "nowhere.tar", "cifar100", source, "there is no archive")
-    # the right kind of archive of another data set
-    other = write_tar(tmp_path / "cifar-10.tar", "cifar-10-batches-py", files, "w")
-    refuse(tmp_path, other, "cifar100", source, "lacks cifar-100-python/train")
+        refuse("tinyimagenet" if "zip" in name else "cifar100", tmp_path / name, match)
+    refuse("cifar100", tmp_path / "nowhere.tar", r"there is no archive .*give its path as --arc")
+
+
+@pytest.mark.parametrize("name", ["tinyimagenet", "cifar10"])
+def test_an_archive_that_cannot_be_read(tmp_path: Path, name: str) -> None:
+    """A file of the kernel's, which nobody can read from its start, not even root."""
+    with pytest.raises(UserError, match=r"cannot read the archive /proc/self/mem: Input/output"):
+        prepare(name, tmp_path / "root", "/proc/self/mem")
+    assert list(tmp_path.iterdir()) == []

@@ -2,11 +2,14 @@
 
 import io
 import shutil
-import stat
 import subprocess
 import sys
+import threading
+import time
 import zipfile
 from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -14,12 +17,16 @@ import pytest
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from isofast.data import archives, open_dataset, verify_images
+from isofast.cli import main
+from isofast.data import open_dataset
 from isofast.data import prepare as module
-from isofast.data.prepare import prepare
+from isofast.data.prepare import PreparedCounts, prepare
 from isofast.errors import UserError
 from isofast.presets import VIEWS_OF_DATASET
 
+Pair = tuple[Future[PreparedCounts], Future[PreparedCounts]]
+# seconds that nothing here comes near, unless it hangs
+LONG = 30
 TOP = "tiny-imagenet-200"
 Members = dict[str, bytes]
 
@@ -109,150 +116,6 @@ def test_a_second_call_checks_and_changes_nothing(tmp_path: Path) -> None:
         prepare("tinyimagenet", tmp_path / "root")
 
 
-def test_tinyimagenet_layout(tmp_path: Path) -> None:
-    members = official_members()
-    prepare("tinyimagenet", tmp_path / "root", write_zip(tmp_path / "tiny.zip", members))
-    written = {k: v for k, v in snapshot(tmp_path / "root").items() if k.endswith(".JPEG")}
-    expected = {
-        f"train/{w}/{w}_{k}.JPEG": members[f"{TOP}/train/{w}/images/{w}_{k}.JPEG"]
-        for w in ("n001", "n002")
-        for k in range(3)
-    }
-    expected |= {
-        f"val/{w}/val_{k}.JPEG": members[f"{TOP}/val/images/val_{k}.JPEG"]
-        for w, k in (("n001", 0), ("n001", 2), ("n002", 1), ("n002", 3))
-    }
-    assert written == expected
-
-
-def test_real_tinyimagenet(tiny_root: Path) -> None:
-    for split, count in (("train", 500), ("val", 50)):
-        dataset = verify_images(open_dataset(tiny_root, split), progress=False)
-        assert len(dataset.classes) == 20
-        assert set(Counter(dataset.labels).values()) == {count}
-        assert (dataset.sizes == 64).all()
-
-
-SPOILED = {
-    "no wnids.txt": (lambda m: m.pop(f"{TOP}/wnids.txt"), "needs one"),
-    "no annotations": (
-        lambda m: m.pop(f"{TOP}/val/val_annotations.txt"),
-        "lacks .*val_annotations",
-    ),
-    "annotated image missing": (lambda m: m.pop(f"{TOP}/val/images/val_0.JPEG"), r"'val_0\.JPEG"),
-    "class without images": (
-        lambda m: [m.pop(f"{TOP}/train/n002/images/n002_{k}.JPEG") for k in range(3)],
-        "no train images of 1 of its 2 classes: n002",
-    ),
-    "class without val images": (
-        lambda m: m.update({f"{TOP}/val/val_annotations.txt": b"val_0.JPEG\tn001\t0\t0\t7\t7"}),
-        "no val images of 1 of its 2 classes: n002",
-    ),
-    "annotated twice": (
-        lambda m: m.update(
-            {f"{TOP}/val/val_annotations.txt": b"val_0.JPEG\tn001\t0\nval_0.JPEG\tn002\t0"}
-        ),
-        "has a class already",
-    ),
-    "unknown class": (
-        lambda m: m.update({f"{TOP}/val/val_annotations.txt": b"val_0.JPEG\tn999\t0"}),
-        "n999",
-    ),
-    "annotation that escapes": (
-        lambda m: m.update({f"{TOP}/val/val_annotations.txt": b"../../x.JPEG\tn001\t0"}),
-        "not in the archive",
-    ),
-    "wnids that escape": (
-        lambda m: m.update({f"{TOP}/wnids.txt": b"..\nn001"}),
-        r"unsafe: wnids.txt has the class name '\.\.'",
-    ),
-    "name that escapes": (lambda m: m.update({"../evil.txt": b"x"}), "points outside"),
-    "absolute name": (lambda m: m.update({"/tmp/evil.txt": b"x"}), "points outside"),
-    "image that is none": (
-        lambda m: m.update({f"{TOP}/train/n001/images/n001_1.JPEG": b"text"}),
-        r"1 of 6 train images cannot be read.*n001_1\.JPEG",
-    ),
-}
-
-
-@pytest.mark.parametrize("name", SPOILED)
-def test_spoiled_archives_leave_nothing(tmp_path: Path, name: str) -> None:
-    spoil, message = SPOILED[name]
-    members = official_members()
-    spoil(members)
-    archive = write_zip(tmp_path / "tiny.zip", members)
-    with pytest.raises(UserError, match=message):
-        prepare("tinyimagenet", tmp_path / "root", archive)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["tiny.zip"]
-    assert not Path("/tmp/evil.txt").exists()
-    # and the good archive then works in the same place
-    prepare("tinyimagenet", tmp_path / "root", write_zip(archive, official_members()))
-
-
-def test_a_spoiled_image_can_be_left_out(tmp_path: Path) -> None:
-    members = official_members()
-    members[f"{TOP}/train/n001/images/n001_1.JPEG"] = b"text"
-    archive = write_zip(tmp_path / "tiny.zip", members)
-    # what was unpacked is gone when the message is read, so that it names the place to be
-    named = r"^1 of 6 train images cannot be read: train/n001/n001_1\.JPEG \(.*archive is spoiled"
-    with pytest.raises(UserError, match=f"{named}: get it again, or .*--on-bad-image skip$"):
-        prepare("tinyimagenet", tmp_path / "root", archive)
-    counts = prepare("tinyimagenet", tmp_path / "root", archive, on_bad="skip")
-    assert (counts.classes, counts.train, counts.val) == (2, 5, 4)
-    assert "\n1 of 6 train images cannot be read: train/n001/n001_1.JPEG (" in str(counts)
-    # said again, and known to the check before a run
-    again = prepare("tinyimagenet", tmp_path / "root", on_bad="skip")
-    assert again.left_out == counts.left_out and again.train == 5
-    dataset = verify_images(open_dataset(tmp_path / "root", "train"), on_bad="skip")
-    assert list(dataset.left_out) == ["train/n001/n001_1.JPEG"]
-    write_zip(archive, members | {name: b"text" for name in members if "/n001/images/" in name})
-    with pytest.raises(UserError, match=r": train/n001/.*the class n001: the archive is spoiled"):
-        prepare("tinyimagenet", tmp_path / "other", archive, on_bad="skip")
-
-
-def test_archives_that_are_no_whole_zip_leave_nothing(tmp_path: Path) -> None:
-    whole = write_zip(tmp_path / "whole.zip", official_members()).read_bytes()
-    flipped = bytearray(whole)
-    # inside the packed bytes of an image, so only its checksum tells
-    place = whole.index(b"n002_2.JPEG") + 200
-    flipped[place : place + 8] = bytes(8)
-    for name, content in (
-        ("cut.zip", whole[: len(whole) * 2 // 3]),
-        ("text.zip", b"not found"),
-        ("empty.zip", b""),
-        ("flipped.zip", bytes(flipped)),
-    ):
-        (tmp_path / name).write_bytes(content)
-        with pytest.raises(UserError, match=f"{name} is not a whole zip file.*Download it again"):
-            prepare("tinyimagenet", tmp_path / "root", tmp_path / name)
-        assert not (tmp_path / "root").exists()
-    with pytest.raises(UserError, match=r"there is no archive .*nowhere.zip"):
-        prepare("tinyimagenet", tmp_path / "root", tmp_path / "nowhere.zip")
-
-
-def test_links_are_refused(tmp_path: Path) -> None:
-    archive = write_zip(tmp_path / "tiny.zip", official_members())
-    link = zipfile.ZipInfo(f"{TOP}/train/n001/images/n001_9.JPEG")
-    link.external_attr = (stat.S_IFLNK | 0o777) << 16
-    with zipfile.ZipFile(archive, "a") as opened:
-        opened.writestr(link, "/etc/passwd")
-    with pytest.raises(UserError, match=r"n001_9.JPEG' is a link"):
-        prepare("tinyimagenet", tmp_path / "root", archive)
-
-
-def test_bombs_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    members = official_members()
-    members[f"{TOP}/train/n001/images/n001_9.JPEG"] = bytes(100_000)
-    archive = write_zip(tmp_path / "tiny.zip", members)
-    monkeypatch.setattr(archives, "_MAX_FILE_BYTES", 50_000)
-    with pytest.raises(UserError, match=r"n001_9.JPEG' unpacks to more than 50,000 bytes"):
-        prepare("tinyimagenet", tmp_path / "root", archive)
-    monkeypatch.setattr(archives, "_MAX_TOTAL_BYTES", 90_000)
-    with pytest.raises(UserError, match="more than 90,000"):
-        prepare("tinyimagenet", tmp_path / "root", archive)
-    assert not (tmp_path / "root").exists()
-
-
 def test_an_interrupted_build_starts_over_and_an_interrupted_move_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -277,24 +140,6 @@ def test_an_interrupted_build_starts_over_and_an_interrupted_move_goes_on(
     assert (counts.classes, counts.train, counts.val) == (2, 6, 4)
     assert not (root / ".partial").exists()
     assert prepare("tinyimagenet", root).already_there
-
-
-def test_a_full_disk_is_a_users_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    written: list[Path] = []
-    write = Path.write_bytes
-
-    def fill_up(self: Path, data: bytes) -> int:
-        if self.suffix == ".JPEG" and len(written) == 4:
-            raise OSError(28, "No space left on device")
-        written.append(self)
-        return write(self, data)
-
-    archive = write_zip(tmp_path / "tiny.zip", official_members())
-    monkeypatch.setattr(Path, "write_bytes", fill_up)
-    with pytest.raises(UserError, match=r"No space left on device.*free space"):
-        prepare("tinyimagenet", tmp_path / "root", archive)
-    assert len(written) == 4
-    assert not (tmp_path / "root").exists()
 
 
 def test_a_really_full_disk_is_a_users_error(tmp_path: Path) -> None:
@@ -341,3 +186,164 @@ def test_unknown_names_and_unwanted_archives_are_refused(tmp_path: Path) -> None
         with pytest.raises(UserError, match=f"{name} is made without an archive"):
             prepare(name, tmp_path, tmp_path / "x.zip")
     assert tuple(VIEWS_OF_DATASET) == module.NAMES
+
+
+def test_folders_made_for_nothing_are_removed_with_their_parents(tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    archive = tmp_path / "text.zip"
+    archive.write_bytes(b"not found")
+    with pytest.raises(UserError, match="not a whole tar or zip"):
+        prepare("tinyimagenet", tmp_path / "mine" / "x" / "y" / "z", archive)
+    assert list((tmp_path / "mine").iterdir()) == []
+
+
+def test_what_file_managers_leave_changes_nothing(tmp_path: Path) -> None:
+    root = tmp_path / "root"
+    prepare("digits", root)
+    for folder in (root / "train", root / "train" / "3"):
+        (folder / ".DS_Store").write_bytes(b"x")
+    (root / "val" / ".thumbnails").mkdir()
+    assert prepare("digits", root).already_there
+
+
+def test_leftovers_of_a_command_that_was_killed_at_its_end_are_removed(tmp_path: Path) -> None:
+    root = tmp_path / "root"
+    prepare("digits", root)
+    (root / ".partial").mkdir()
+    (root / ".download").mkdir()
+    (root / ".download" / "archive.zip").write_bytes(b"x")
+    assert prepare("digits", root).already_there
+    assert not (root / ".partial").exists() and not (root / ".download").exists()
+
+
+def test_only_a_full_disk_asks_for_space(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(UserError, match=r"Not a directory: .*file.* mend that or give") as caught:
+        prepare("digits", tmp_path / "file" / "root")
+    assert "free space" not in str(caught.value)
+
+
+def test_ctrl_c_says_what_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def stop(folder: Path) -> None:
+        (folder / "train").mkdir()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, "_write_digits", stop)
+    assert main(["prepare", "digits", "--root", str(tmp_path / "root")]) == 130
+    assert "starts over, but for a whole download" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_move_that_was_stopped_is_finished_under_its_own_name_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = tmp_path / "root"
+    rename = Path.rename
+
+    def stop_at_val(self: Path, target: Path) -> Path:
+        if self.name == "val":
+            raise KeyboardInterrupt
+        return rename(self, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", stop_at_val)
+        with pytest.raises(KeyboardInterrupt):
+            prepare("digits", root)
+    before = sorted(root.rglob("*"))
+    with pytest.raises(UserError) as caught:
+        prepare("stl10", root)
+    assert str(caught.value) == (
+        f"{root} holds digits, half moved into place; finish that with `isofast prepare digits "
+        f"--root {root}`, or give another --root for stl10"
+    )
+    assert sorted(root.rglob("*")) == before
+    assert str(prepare("digits", root)).startswith("digits ready: 10 classes, 1,442 train")
+
+
+@pytest.mark.parametrize("name", ["train/notes.txt", "train/3/notes", "train/3/x.png"])
+def test_what_was_put_into_a_prepared_root_is_a_change(tmp_path: Path, name: str) -> None:
+    root = tmp_path / "root"
+    prepare("digits", root)
+    if name.endswith(".txt"):
+        (root / name).write_text("x")
+    elif name.endswith(".png"):
+        (root / name).symlink_to(root / "nowhere")
+    else:
+        (root / name).mkdir()
+    place = "train/3" if "/3/" in name else name
+    with pytest.raises(UserError, match=rf"has changed .*{place}\. Undo that, or delete"):
+        prepare("digits", root)
+
+
+def test_a_renamed_image_is_a_change(tmp_path: Path) -> None:
+    """Also where the order stays, and so the contents one after the other."""
+    root = tmp_path / "root"
+    prepare("digits", root)
+    folder = root / "train" / "3"
+    last = max(folder.iterdir())
+    last.rename(last.with_name("999.png"))
+    assert max(folder.iterdir()).name == "999.png"
+    with pytest.raises(UserError, match=r"has changed since .* 1 place\(s\), train/3\."):
+        prepare("digits", root)
+
+
+@pytest.fixture
+def start_two(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Iterator[Callable[..., Pair]]:
+    """Start a command that fails or not, and one that is there while the first still builds."""
+    threads = ThreadPoolExecutor(2)
+    going_on = threading.Event()
+    write = module._write_digits
+    said: list[str] = []
+
+    def start(root: Path, *, fails: bool) -> Pair:
+        building = threading.Event()
+
+        def build(folder: Path) -> None:
+            # only the first build is held up
+            if not building.is_set():
+                building.set()
+                assert going_on.wait(LONG)
+                if fails:
+                    raise UserError("spoiled")
+            write(folder)
+
+        monkeypatch.setattr(module, "_write_digits", build)
+        first = threads.submit(prepare, "digits", root)
+        assert building.wait(LONG)
+        second = threads.submit(prepare, "digits", root)
+        ends = time.monotonic() + LONG
+        while "waiting" not in "".join(said) and not second.done() and time.monotonic() < ends:
+            said.append(capsys.readouterr().err)
+            time.sleep(0.01)
+        assert "".join(said) == f"another isofast prepare works on {root}; waiting for it to end\n"
+        assert not second.done()
+        going_on.set()
+        return first, second
+
+    yield start
+    going_on.set()
+    threads.shutdown()
+
+
+def test_the_second_finds_what_the_first_has_made(
+    tmp_path: Path, start_two: Callable[..., Pair]
+) -> None:
+    first, second = start_two(tmp_path / "root", fails=False)
+    assert not first.result(LONG).already_there
+    assert second.result(LONG).already_there
+
+
+def test_the_second_does_what_the_first_has_failed_at(
+    tmp_path: Path, start_two: Callable[..., Pair]
+) -> None:
+    """The first removes the root that it made, with its parents, and the second waits for that."""
+    root = tmp_path / "new" / "root"
+    first, second = start_two(root, fails=True)
+    with pytest.raises(UserError, match="spoiled"):
+        first.result(LONG)
+    assert not second.result(LONG).already_there
+    assert prepare("digits", root).already_there

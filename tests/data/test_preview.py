@@ -73,7 +73,7 @@ def test_the_command_prepares_and_draws(tmp_path: Path, capsys: pytest.CaptureFi
     command = ["prepare", "digits", "--root", str(tmp_path / "digits"), "--preview", str(path)]
     assert main(command) == 0
     first = path.read_bytes()
-    assert f"views of digits as DALI draws them: {path}" in capsys.readouterr().out
+    assert f"views of digits: {path}" in capsys.readouterr().out
     # the same pictures, whenever it is asked
     assert main(command) == 0
     assert path.read_bytes() == first

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,21 +17,22 @@ from isofast.data import (
     Batch,
     ImageFolder,
     Recipe,
-    ResidentLoader,
-    make_train_loader,
+    TrainLoader,
+    check_folder,
     open_dataset,
     recipe_for,
-    verify_images,
+    resolve_backend,
 )
-from isofast.data.backend import resident_gb, resolve_backend
 from isofast.data.draw import draw
-from isofast.data.resident import decode_all, parameter_rows
+from isofast.data.resident import decode_images, parameter_rows, resident_gb
 from isofast.errors import RunError, UserError
 from isofast_kernels.augment_reference import COLUMNS
 
-CPU, GPU = torch.device("cpu"), torch.device("cuda")
+from .conftest import CPU, train_loader
+
+GPU = torch.device("cuda")
 COUNT, HEIGHT, WIDTH = 51, 28, 22
-MakeLoader = Callable[..., ResidentLoader]
+MakeLoader = Callable[..., TrainLoader]
 
 
 def write_photos(root: Path, split: str = "train") -> None:
@@ -52,17 +54,16 @@ def photo_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def photo_set(photo_root: Path) -> ImageFolder:
-    return verify_images(open_dataset(photo_root, "train"), progress=False)
+    return check_folder(open_dataset(photo_root, "train"), progress=False)
 
 
 @pytest.fixture
 def make_resident(photo_set: ImageFolder, recipe: Recipe) -> Iterator[MakeLoader]:
     """Make loaders that are closed after the test."""
-    made: list[ResidentLoader] = []
+    made: list[TrainLoader] = []
 
-    def make(dataset: ImageFolder = photo_set, row: Recipe = recipe, **changes: object) -> object:
-        options = {"batch_size": 4, "seed": 5, "device": CPU, "threads": 2} | changes
-        made.append(ResidentLoader(dataset, row, **options))
+    def make(dataset: ImageFolder = photo_set, row: Recipe = recipe, **changes: Any) -> TrainLoader:
+        made.append(train_loader(dataset, row, backend="resident", **changes))
         return made[-1]
 
     yield make
@@ -70,7 +71,7 @@ def make_resident(photo_set: ImageFolder, recipe: Recipe) -> Iterator[MakeLoader
         loader.close()
 
 
-def take(loader: ResidentLoader, count: int) -> list[Batch]:
+def take(loader: TrainLoader, count: int) -> list[Batch]:
     return list(islice(loader, count))
 
 
@@ -82,7 +83,7 @@ def assert_same(ours: list[Batch], theirs: list[Batch]) -> None:
 
 
 def test_the_stored_images_are_the_files(photo_set: ImageFolder) -> None:
-    images = decode_all(photo_set, CPU, threads=2, progress=False)
+    images = decode_images(photo_set, np.arange(COUNT), CPU, threads=2, progress=False)
     assert images.shape == (COUNT, HEIGHT, WIDTH, 3) and images.dtype == torch.uint8
     for image, path in zip(images, photo_set.paths, strict=True):
         with Image.open(photo_set.root / path) as file:
@@ -92,11 +93,12 @@ def test_the_stored_images_are_the_files(photo_set: ImageFolder) -> None:
 def test_more_images_than_are_decoded_at_once(
     photo_set: ImageFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = decode_all(photo_set, CPU, threads=1, progress=False)
-    monkeypatch.setattr("isofast.data.resident._DECODED_AT_ONCE", 17)
-    assert torch.equal(decode_all(photo_set, CPU, threads=1, progress=False), whole)
-    monkeypatch.setattr("isofast.data.resident._DECODED_AT_ONCE", 20)
-    assert torch.equal(decode_all(photo_set, CPU, threads=1, progress=False), whole)
+    everything = np.arange(COUNT)
+    whole = decode_images(photo_set, everything, CPU, threads=1, progress=False)
+    for size in (17, 20):
+        monkeypatch.setattr("isofast.data.resident._DECODED_AT_ONCE", size)
+        again = decode_images(photo_set, everything, CPU, threads=1, progress=False)
+        assert torch.equal(again, whole)
 
 
 @pytest.mark.parametrize("k", [1, 11, 12, 17])
@@ -104,7 +106,7 @@ def test_resume_is_bit_exact(
     make_resident: MakeLoader, monkeypatch: pytest.MonkeyPatch, k: int
 ) -> None:
     """12 steps an epoch, drawn five at a time: resumed within, before, at and after its end."""
-    monkeypatch.setattr("isofast.data.resident._DRAWN_AT_ONCE", 20)
+    monkeypatch.setattr("isofast.data.loaders._DRAWN_AT_ONCE", 20)
     whole = make_resident()
     assert whole.steps_per_epoch == 12
     take(whole, k)
@@ -118,7 +120,7 @@ def test_what_is_drawn_ahead_changes_nothing(
     make_resident: MakeLoader, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = take(make_resident(), 14)
-    monkeypatch.setattr("isofast.data.resident._DRAWN_AT_ONCE", 1)
+    monkeypatch.setattr("isofast.data.loaders._DRAWN_AT_ONCE", 1)
     assert_same(whole, take(make_resident(), 14))
 
 
@@ -160,7 +162,7 @@ def test_files_do_not_matter_once_they_are_decoded(
     tmp_path: Path, photo_root: Path, make_resident: MakeLoader
 ) -> None:
     shutil.copytree(photo_root, tmp_path / "data")
-    dataset = verify_images(open_dataset(tmp_path / "data", "train"), progress=False)
+    dataset = check_folder(open_dataset(tmp_path / "data", "train"), progress=False)
     loader = make_resident(dataset)
     shutil.rmtree(tmp_path / "data")
     assert_same(take(loader, 14), take(make_resident(), 14))
@@ -168,10 +170,10 @@ def test_files_do_not_matter_once_they_are_decoded(
 
 def test_a_file_lost_before_it_is_decoded_is_named(tmp_path: Path, photo_root: Path) -> None:
     shutil.copytree(photo_root, tmp_path / "data")
-    dataset = verify_images(open_dataset(tmp_path / "data", "train"), progress=False)
+    dataset = check_folder(open_dataset(tmp_path / "data", "train"), progress=False)
     (dataset.root / dataset.paths[7]).unlink()
     with pytest.raises(RunError, match=f"{dataset.paths[7]} is not what it was"):
-        decode_all(dataset, CPU, threads=1, progress=False)
+        decode_images(dataset, np.arange(COUNT), CPU, threads=1, progress=False)
 
 
 def test_labels_pass_through_also_where_there_is_none(
@@ -189,9 +191,9 @@ ALIKE = ViewConfig(jitter_p=0.0, blur_p=0.5, solarize_p=0.2)
 def test_dali_sees_the_same_images_with_the_same_parameters(photo_set: ImageFolder) -> None:
     numbered = replace(photo_set, labels=np.arange(COUNT))
     recipe = replace(recipe_for("tinyimagenet", crop=24), view1=ALIKE, view2=ALIKE)
-    common = {"batch_size": 17, "seed": 3, "device": CPU, "threads": 1}
     loaders = [
-        make_train_loader(backend, numbered, recipe, **common) for backend in ("dali", "resident")
+        train_loader(numbered, recipe, backend=backend, batch_size=17)
+        for backend in ("dali", "resident")
     ]
     assert [loader.backend for loader in loaders] == ["dali", "resident"]
     levels = 255 * torch.tensor(recipe.std).view(3, 1, 1)
@@ -213,16 +215,7 @@ def test_dali_sees_the_same_images_with_the_same_parameters(photo_set: ImageFold
 def test_either_backend_makes_views_of_the_asked_dtype(
     photo_set: ImageFolder, recipe: Recipe, backend: str
 ) -> None:
-    loader = make_train_loader(
-        backend,
-        photo_set,
-        recipe,
-        batch_size=4,
-        seed=0,
-        device=CPU,
-        threads=1,
-        dtype=torch.bfloat16,
-    )
+    loader = train_loader(photo_set, recipe, backend=backend, dtype=torch.bfloat16)
     batch = next(loader)
     assert batch.x1_BCHW.dtype == batch.x2_BCHW.dtype == torch.bfloat16
     loader.close()
@@ -293,11 +286,9 @@ def test_resident_says_why_it_cannot(
 def test_images_of_many_sizes_are_refused_by_resident(train_set: ImageFolder) -> None:
     message = "51 training images have 12 sizes, from 24 x 24 to 28 x 33 pixels.*or use 'dali'"
     with pytest.raises(UserError, match=message):
-        make_train_loader("resident", train_set, recipe_for("cifar10"), device=CPU)
+        train_loader(train_set, recipe_for("cifar10"), backend="resident")
 
 
 def test_fewer_images_than_a_global_batch(photo_set: ImageFolder, recipe: Recipe) -> None:
     with pytest.raises(UserError, match="fewer than one global batch of 60"):
-        ResidentLoader(
-            photo_set, recipe, batch_size=30, world_size=2, seed=0, device=CPU, threads=1
-        )
+        train_loader(photo_set, recipe, backend="resident", batch_size=30, world_size=2)

@@ -1,11 +1,11 @@
-"""Which images make up which batch: the same promise for every backend."""
+"""Which images make up which batch, and what is drawn for them: the same for every renderer."""
 
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from isofast.data.draw import Ints, epoch_order
+from isofast.data.draw import Ints, ViewDraw, epoch_order
 from isofast.errors import UserError
 
 
@@ -19,6 +19,15 @@ class Batch(NamedTuple):
     x1_BCHW: torch.Tensor
     x2_BCHW: torch.Tensor
     y_B: torch.Tensor
+
+
+class Chunk(NamedTuple):
+    """T batches of B images in a row, and the parameters of both views of the N = T * B images."""
+
+    index_TB: Ints
+    label_TB: Ints
+    view1: ViewDraw
+    view2: ViewDraw
 
 
 class BatchOrder:

@@ -1,0 +1,100 @@
+"""Images that passed the check and are refused in a run: named, remembered, left out with skip."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from isofast.data import ImageFolder, check_folder, dali, open_dataset, recipe_for
+from isofast.errors import RunError
+
+from .conftest import eval_loader, train_loader
+from .test_check import BAD, PNG
+
+RECIPE = recipe_for("cifar10")
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    for label in "ab":
+        (tmp_path / "train" / label).mkdir(parents=True)
+        for k in range(32):
+            (tmp_path / "train" / label / f"{k:02d}.png").write_bytes(PNG)
+    return tmp_path
+
+
+@pytest.fixture
+def culprit(root: Path) -> Path:
+    """A file that Pillow takes and DALI refuses."""
+    path = root / "train" / "b" / "17.png"
+    path.write_bytes(BAD["a stray byte"][0])
+    return path
+
+
+def two_epochs(dataset: ImageFolder, **options: Any) -> None:
+    loader = train_loader(dataset, RECIPE, batch_size=16, **options)
+    for _ in range(8):
+        next(loader)
+    loader.close()
+
+
+@pytest.mark.parametrize("check", ["full", "headers"])
+def test_the_culprit_is_named_and_can_be_skipped(root: Path, culprit: Path, check: Any) -> None:
+    """As where a GPU's decoder refuses what a check has let pass."""
+    how: Any = {"check": check, "decoder": "pillow", "progress": False}
+    dataset = check_folder(open_dataset(root, "train"), **how)
+    assert len(dataset) == 64
+    with pytest.raises(RunError, match=r"DALI cannot decode 1 of the \d+ images") as caught:
+        two_epochs(dataset)
+    message = str(caught.value)
+    assert message.count(".png") == 1 and str(culprit) in message
+    assert "data.on_bad_image=skip" in message and "--fresh" in message
+    # that is of no use here
+    assert "evaluation" not in message
+    again = check_folder(open_dataset(root, "train"), on_bad="skip", progress=False)
+    assert set(again.skipped) == {"train/b/17.png"}
+    two_epochs(again)
+
+
+def test_resident_images_are_named_too(root: Path) -> None:
+    path = root / "train" / "b" / "17.png"
+    path.write_bytes(PNG[: len(PNG) // 2])
+    dataset = check_folder(open_dataset(root, "train"), check="headers", progress=False)
+    with pytest.raises(RunError, match=f"Pillow cannot decode {path}.*on_bad_image=skip"):
+        two_epochs(dataset, backend="resident")
+
+
+def test_a_validation_image_need_not_end_the_run(root: Path, culprit: Path) -> None:
+    (root / "train").rename(root / "val")
+    dataset = check_folder(open_dataset(root, "val"), decoder="pillow", progress=False)
+    loader = eval_loader(dataset, RECIPE, range(64), batch_size=16)
+    with pytest.raises(RunError, match=r"bring these back undamaged.*evaluation\.every_epochs=0"):
+        list(loader)
+
+
+def test_where_no_file_is_to_blame_none_is_named(root: Path) -> None:
+    """The window of a recipe for larger pictures lies outside of these."""
+    dataset = check_folder(open_dataset(root, "train"), progress=False)
+    with pytest.raises(RunError, match="no single one of them is to blame"):
+        two_epochs(replace(dataset, sizes=dataset.sizes * 4))
+    assert len(check_folder(dataset, on_bad="skip", progress=False)) == 64
+
+
+def test_a_decoder_that_fails_at_everything_makes_no_file_bad(
+    train_set: ImageFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decoded = dali._decoded
+
+    def broken(encoded: Any, device: torch.device) -> Any:
+        """Without its first byte no file is a picture."""
+        return decoded(encoded[1:], device)
+
+    monkeypatch.setattr(dali, "_decoded", broken)
+    with pytest.raises(RunError, match="no single one of them is to blame"):
+        two_epochs(train_set)
+    memory = Path(train_set.root) / ".isofast-checked-train.json"
+    assert json.loads(memory.read_text())["bad"] == {}
+    assert len(check_folder(train_set, on_bad="skip", progress=False)) == len(train_set)

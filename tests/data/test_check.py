@@ -1,0 +1,288 @@
+"""The check before a run: what each decoder refuses, what is skipped, what is remembered."""
+
+import io
+import json
+import os
+import struct
+import subprocess
+import sys
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from isofast.cli import main
+from isofast.data import ImageFolder, check_folder, open_dataset, recipe_for, skipped_note
+from isofast.data.check import OnBad, read_sizes
+from isofast.errors import UserError
+
+from .conftest import eval_loader, train_loader
+
+DECODERS = ("dali", "pillow")
+BOTH = pytest.mark.parametrize("decoder", DECODERS)
+SIDE = 40
+RNG = np.random.default_rng(1)
+
+
+def encoded(kind: str, **options: object) -> bytes:
+    """A picture of noise."""
+    file = io.BytesIO()
+    pixels = RNG.integers(0, 256, (SIDE, SIDE, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(file, kind, **options)
+    return file.getvalue()
+
+
+PNG, JPEG = encoded("PNG"), encoded("JPEG")
+
+
+def chunk(name: bytes, content: bytes) -> bytes:
+    checksum = struct.pack(">I", zlib.crc32(name + content))
+    return struct.pack(">I", len(content)) + name + content + checksum
+
+
+def short_png() -> bytes:
+    """Seven rows short of what its header says, each chunk whole."""
+    header = struct.pack(">IIBBBBB", SIDE, SIDE, 8, 2, 0, 0, 0)
+    data = zlib.compress((b"\0" + bytes(3 * SIDE)) * (SIDE - 7))
+    return PNG[:8] + chunk(b"IHDR", header) + chunk(b"IDAT", data) + chunk(b"IEND", b"")
+
+
+def flipped(content: bytes, place: int) -> bytes:
+    """One bit is another."""
+    changed = bytearray(content)
+    changed[place] ^= 1
+    return bytes(changed)
+
+
+# what is refused: by both decoders, and by the headers alone?
+BAD = {
+    "empty": (b"", DECODERS, True),
+    "text": (b"this is no picture", DECODERS, True),
+    "GIF": (encoded("GIF"), DECODERS, True),
+    "WebP": (encoded("WEBP"), DECODERS, True),
+    "BMP": (encoded("BMP"), DECODERS, True),
+    "half a JPEG": (JPEG[: len(JPEG) // 2], DECODERS, False),
+    "JPEG cut by 60": (JPEG[:-60], DECODERS, False),
+    **{f"PNG cut by {n}": (PNG[:-n], DECODERS, False) for n in (12, 20, 60)},
+    # all pixels are there, and Pillow reads no further
+    **{f"PNG cut by {n}": (PNG[:-n], ("dali",), False) for n in (1, 4)},
+    "a checksum of pixels": (flipped(PNG, -13), DECODERS, False),
+    # Pillow reads what there is, and leaves the rest black
+    "a PNG short of rows": (short_png(), ("dali",), False),
+    "a stray byte": (JPEG.replace(b"\xff\xdb", b"\0\xff\xdb", 1), ("dali",), False),
+    "a damaged marker": (JPEG.replace(b"\xff\xc4", b"\0\xc4", 1), ("dali",), False),
+    "an unknown critical chunk": (PNG[:33] + chunk(b"ABCD", b"") + PNG[33:], ("dali",), False),
+}
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    """Two classes of three images, two validation images each."""
+    for split, count in (("train", 3), ("val", 2)):
+        for label in "ab":
+            folder = tmp_path / split / label
+            folder.mkdir(parents=True)
+            for k in range(count):
+                (folder / f"{k}.png").write_bytes(PNG)
+    return tmp_path
+
+
+def check(root: Path, on_bad: OnBad = "stop", **options: object) -> ImageFolder:
+    return check_folder(open_dataset(root, "train"), on_bad=on_bad, progress=False, **options)
+
+
+def keep_stamp(path: Path, content: bytes) -> None:
+    """Write other bytes into a file that looks unchanged."""
+    before = path.stat()
+    assert len(content) == before.st_size
+    path.write_bytes(content)
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+@BOTH
+@pytest.mark.parametrize("kind", BAD)
+def test_a_bad_file_is_named_and_can_be_skipped(root: Path, kind: str, decoder: str) -> None:
+    content, refused_by, by_headers = BAD[kind]
+    path = root / "train" / "a" / "1.png"
+    path.write_bytes(content)
+    assert len(check(root, check="off")) == 6
+    if by_headers:
+        with pytest.raises(UserError, match=r"1 of 6 train images"):
+            check(root, check="headers")
+    else:
+        assert len(check(root, check="headers")) == 6
+    if decoder not in refused_by:
+        assert len(check(root, decoder=decoder)) == 6
+        return
+    with pytest.raises(UserError, match=r"Replace or delete.*data\.on_bad_image=skip") as caught:
+        check(root, decoder=decoder)
+    assert f"1 of 6 train images cannot be read: {path} (" in str(caught.value)
+    kept = check(root, "skip", decoder=decoder)
+    assert set(kept.skipped) == {"train/a/1.png"} and len(kept) == len(kept.labels) == 5
+    assert len(kept.sizes) == len(kept.stamps) == 5
+    note = skipped_note(kept)
+    assert note.startswith("1 of 6 train images cannot be read: train/a/1.png (")
+    # what is trained on is what the root would be without the file
+    path.unlink()
+    assert check(root, decoder=decoder).fingerprint == kept.fingerprint
+
+
+def test_many_bad_files_are_counted(root: Path) -> None:
+    for k in range(7):
+        (root / "train" / "b" / f"bad{k}.png").write_text("no picture")
+    with pytest.raises(UserError, match=r"7 of 13.*cannot identify.*and 2 more"):
+        check(root)
+
+
+def test_a_class_without_readable_images_is_an_error(root: Path) -> None:
+    for path in (root / "train" / "b").iterdir():
+        path.write_text("no picture")
+    with pytest.raises(UserError, match=r"3 of 6 train images.*no image of the class b"):
+        check(root, "skip")
+
+
+@BOTH
+def test_what_was_checked_is_not_read_again(root: Path, decoder: str) -> None:
+    first = check(root, decoder=decoder)
+    good, bad = root / "train" / "a" / "0.png", root / "train" / "b" / "0.png"
+    # damage that looks like no change stays unseen
+    keep_stamp(good, bytes(len(PNG)))
+    again = check(root, decoder=decoder)
+    assert np.array_equal(first.sizes, again.sizes) and first.stamps == again.stamps
+    # a new time of change: read again, and remembered as bad
+    os.utime(good, ns=(1, 1))
+    assert set(check(root, "skip", decoder=decoder).skipped) == {"train/a/0.png"}
+    keep_stamp(good, PNG)
+    assert set(check(root, "skip", decoder=decoder).skipped) == {"train/a/0.png"}
+    # who is stopped by a file may have mended it
+    assert len(check(root, decoder=decoder)) == 6
+    Image.new("RGB", (9, 7)).save(bad)
+    changed = check(root, decoder=decoder)
+    assert changed.sizes[changed.paths.index("train/b/0.png")].tolist() == [7, 9]
+
+
+def test_one_decoder_does_not_answer_for_the_other(root: Path) -> None:
+    path = root / "train" / "a" / "1.png"
+    path.write_bytes(short_png())
+    assert len(check(root, decoder="pillow")) == 6
+    with pytest.raises(UserError, match=r"1\.png \(DALI cannot decode it"):
+        check(root, decoder="dali")
+    path.write_bytes(PNG)
+    check(root, decoder="dali")
+    # either will do for the headers
+    keep_stamp(path, bytes(len(PNG)))
+    assert len(check(root, check="headers")) == 6
+    with pytest.raises(UserError, match=r"1\.png"):
+        check(root, decoder="pillow")
+
+
+@pytest.mark.parametrize(
+    "memory", ["", "{", '{"good": {"a": [1]}}', '{"format": 4, "judge": "dali"}']
+)
+def test_a_damaged_memory_is_written_anew(root: Path, memory: str) -> None:
+    path = root / ".isofast-checked-train.json"
+    path.write_text(memory)
+    assert len(check(root, decoder="dali")) == 6
+    assert len(json.loads(path.read_text())["good"]) == 6
+    assert not list(root.glob(".*.part"))
+
+
+def test_a_root_that_cannot_be_written_is_checked_all_the_same(root: Path) -> None:
+    # a folder in the place of the file, which stops even those whom no permission stops
+    (root / ".isofast-checked-train.json").mkdir()
+    assert len(check(root)) == 6
+
+
+def test_a_file_that_cannot_be_read_now_is_tried_again(root: Path) -> None:
+    """A file of the kernel's, which nobody can read from its start, not even root."""
+    (root / "train" / "a" / "closed.png").symlink_to("/proc/self/mem")
+    with pytest.raises(UserError, match=r"closed\.png \(Input/output error\)"):
+        check(root)
+    assert set(check(root, "skip").skipped) == {"train/a/closed.png"}
+    assert json.loads((root / ".isofast-checked-train.json").read_text())["bad"] == {}
+
+
+def test_links_to_what_is_no_file_are_named(root: Path, tmp_path: Path) -> None:
+    """In a process of its own, for whoever opens the pipe waits and cannot be stopped."""
+    os.mkfifo(tmp_path / "pipe")
+    (root / "train" / "a" / "gone.png").symlink_to(tmp_path / "unmounted.png")
+    (root / "train" / "a" / "z.png").symlink_to(tmp_path / "pipe")
+    (root / "train" / "b" / "folder.jpg").symlink_to(tmp_path)
+    command = [sys.executable, "-m", "isofast.cli", "prepare", "imagefolder", "--root", str(root)]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert result.returncode == 2
+    assert "3 of 9 train images cannot be read" in result.stderr
+    for part in ("gone.png (No such file", "z.png (not a file)", "folder.jpg (not a file)"):
+        assert part in result.stderr
+
+
+def test_prepare_skips_and_says_so(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Also where the name of a file is no text."""
+    (root / "train" / "a" / "1.png").write_text("no picture")
+    command = ["prepare", "imagefolder", "--root", str(root)]
+    assert main(command) == 2
+    assert "1 of 6 train images cannot be read" in capsys.readouterr().err
+    with open(os.fsencode(root / "train" / "a") + b"/\xff.png", "wb") as file:
+        file.write(b"no picture")
+    assert main([*command, "--on-bad-image", "skip"]) == 0
+    printed = capsys.readouterr().out
+    assert "2 classes, 5 train and 4 val images" in printed
+    assert "\n2 of 7 train images cannot be read: train/a/1.png" in printed
+    assert r"train/a/\udcff.png (cannot identify" in printed
+
+
+@BOTH
+def test_unusual_images_are_read_as_pillow_reads_them(tmp_path: Path, decoder: str) -> None:
+    folder = tmp_path / "val" / "a"
+    folder.mkdir(parents=True)
+    coarse = np.random.default_rng(0).integers(0, 256, (6, 6, 3), dtype=np.uint8)
+    image = Image.fromarray(coarse).resize((32, 32), Image.Resampling.BICUBIC)
+    image.convert("CMYK").save(folder / "cmyk.jpg")
+    image.convert("L").save(folder / "gray.jpg")
+    image.convert("P").save(folder / "palette.png")
+    image.convert("RGBA").save(folder / "rgba.png")
+    image.convert("LA").save(folder / "gray_alpha.png")
+    image.convert("1").save(folder / "bits.png")
+    image.save(folder / "progressive.jpg", progressive=True)
+    image.save(folder / "png_named.jpg", format="PNG")
+    image.save(folder / "camera.jpg", format="MPO", save_all=True, append_images=[image])
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    image.save(folder / "turned.jpg", exif=turned)
+    levels = np.asarray(image.convert("L"))
+    Image.fromarray(levels.astype(np.uint16) * 257).save(folder / "sixteen.png")
+
+    dataset = check_folder(open_dataset(tmp_path, "val"), decoder=decoder, progress=False)
+    recipe = recipe_for("cifar10")
+    backend = {"dali": "dali", "pillow": "resident"}[decoder]
+    ((x, _),) = eval_loader(dataset, recipe, range(len(dataset)), batch_size=16, backend=backend)
+    ours = np.rint(255 * (x.permute(0, 2, 3, 1).numpy() * recipe.std + recipe.mean))
+    for pixels, path in zip(ours, dataset.paths, strict=True):
+        with Image.open(tmp_path / path) as stored:
+            # Pillow clips 16 bits where it should scale them
+            theirs = stored.convert("RGB") if "sixteen" not in path else image.convert("L")
+            theirs = np.asarray(theirs.convert("RGB"), np.float32)
+        assert np.abs(pixels - theirs).max() <= 1, path
+
+
+@pytest.mark.parametrize("size", [(1, 1), (4000, 10), (10, 4000)], ids=str)
+def test_images_of_odd_sizes_are_trained_and_evaluated_on(
+    tmp_path: Path, size: tuple[int, int]
+) -> None:
+    for split in ("train", "val"):
+        (tmp_path / split / "a").mkdir(parents=True)
+        Image.new("RGB", size, (200, 100, 50)).save(tmp_path / split / "a" / "x.png")
+    recipe = recipe_for("imagefolder", crop=32)
+    train, val = (open_dataset(tmp_path, split) for split in ("train", "val"))
+    assert read_sizes(train, [0]).tolist() == [[size[1], size[0]]]
+    loader = train_loader(train, recipe, batch_size=1)
+    for _ in range(4):
+        batch = next(loader)
+        assert batch.x1_BCHW.shape == (1, 3, 32, 32) and batch.x2_BCHW.isfinite().all()
+    loader.close()
+    for backend in ("dali", "resident"):
+        ((x, _),) = eval_loader(val, recipe, [0], backend=backend)
+        levels = x[0].permute(1, 2, 0).numpy() * np.array(recipe.std) + np.array(recipe.mean)
+        assert np.abs(255 * levels - [200, 100, 50]).max() < 1

@@ -1,0 +1,270 @@
+"""Listing data roots and reading their files: what is found, what is refused, what is ignored."""
+
+import os
+import shutil
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from isofast.cli import main
+from isofast.data import check_folder, ignored_note, open_dataset, recipe_for
+from isofast.data.folder import read_files
+from isofast.data.prepare import prepare
+from isofast.errors import RunError, UserError
+from isofast.images import Images
+
+from .conftest import train_loader
+
+# takes from root what lets it read everything; others have nothing to lose
+UNPRIVILEGED = ["setpriv", "--bounding-set", "-dac_override,-dac_read_search"]
+
+
+def test_listing(pictures: Path) -> None:
+    train = open_dataset(pictures, "train")
+    assert train.classes == ("class0", "class1", "class2")
+    assert len(train) == len(train.paths) == 51
+    assert train.paths == tuple(sorted(train.paths))
+    assert train.paths[0] == "train/class0/000.jpg"
+    assert train.labels.dtype == np.int64
+    assert [train.classes[label] for label in train.labels] == [
+        p.split("/")[1] for p in train.paths
+    ]
+    checked = check_folder(train, progress=False)
+    for path, (height, width) in zip(checked.paths, checked.sizes, strict=True):
+        with Image.open(pictures / path) as image:
+            assert (height, width) == (image.height, image.width)
+
+
+def test_fingerprint_changes_with_names_labels_and_sizes(root: Path) -> None:
+    first = open_dataset(root, "train").fingerprint
+    assert open_dataset(str(root), "train").fingerprint == first
+    path = root / "train" / "class0" / "000.jpg"
+    seen = {first}
+    for change in (
+        lambda: path.write_bytes(path.read_bytes() + b"\0"),
+        lambda: path.rename(path.with_name("999.jpg")),
+        lambda: (root / "train" / "class2").rename(root / "train" / "class3"),
+        lambda: (root / "train" / "class1" / "001.png").unlink(),
+    ):
+        change()
+        fingerprint = open_dataset(root, "train").fingerprint
+        assert fingerprint not in seen
+        seen.add(fingerprint)
+
+
+def test_hidden_and_other_files_are_no_images(root: Path) -> None:
+    before = open_dataset(root, "train").paths
+    folder = root / "train" / "class0"
+    (folder / ".hidden.jpg").write_text("x")
+    (folder / "notes.txt").write_text("x")
+    (root / "train" / ".cache").mkdir()
+    (root / "train" / "README").write_text("x")
+    shutil.copy(folder / "000.jpg", folder / "ZZ.JPEG")
+    assert set(open_dataset(root, "train").paths) - set(before) == {"train/class0/ZZ.JPEG"}
+
+
+def test_missing_folders_are_explained(tmp_path: Path, root: Path) -> None:
+    with pytest.raises(UserError, match=r"nowhere is not a folder.*isofast prepare"):
+        open_dataset(tmp_path / "nowhere", "train")
+    with pytest.raises(ValueError, match="'test'; allowed are train, val"):
+        open_dataset(root, "test")
+    (root / "train" / "class1" / "sub").mkdir()
+    for path in (root / "train" / "class1").glob("*.*"):
+        path.unlink()
+    with pytest.raises(UserError, match=r"class folder .*/train/class1 has no image"):
+        open_dataset(root, "train")
+    shutil.rmtree(root / "train" / "class1")
+    with pytest.raises(UserError, match=r"differ; only in val: class1"):
+        open_dataset(root, "val")
+    shutil.rmtree(root / "train")
+    with pytest.raises(UserError, match="has no folder 'train'"):
+        open_dataset(root, "train")
+    (root / "train").mkdir()
+    with pytest.raises(UserError, match="train has no class folder"):
+        open_dataset(root, "train")
+
+
+@pytest.mark.parametrize("name", ["train/class1", "val/class3", "unlabeled", "train"])
+def test_a_folder_that_is_a_link_to_nowhere_is_refused(root: Path, name: str) -> None:
+    for split in ("train", "val"):
+        # where both splits lose it, the classes still agree
+        if name == "train/class1":
+            shutil.rmtree(root / split / "class1")
+    if name == "train":
+        (root / "unlabeled").mkdir()
+        shutil.copy(root / "train" / "class0" / "000.jpg", root / "unlabeled")
+        shutil.rmtree(root / "train")
+    (root / name).symlink_to(root / "unmounted")
+    with pytest.raises(UserError, match=rf"{name}.* is a link that leads nowhere \(.*unmounted\)"):
+        open_dataset(root, name.split("/")[0].replace("unlabeled", "train"))
+
+
+def test_a_link_to_a_folder_is_a_class(root: Path, tmp_path: Path) -> None:
+    (root / "train" / "class1").rename(tmp_path / "elsewhere")
+    (root / "train" / "class1").symlink_to(tmp_path / "elsewhere")
+    assert len(open_dataset(root, "train")) == 51
+
+
+def test_pictures_that_are_not_used_are_counted(
+    root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert ignored_note(open_dataset(root, "train")) == ""
+    folder = root / "train" / "class0"
+    image = Image.new("RGB", (4, 4))
+    image.save(folder / "a.webp")
+    image.save(folder / "b.BMP")
+    image.save(root / "train" / "stray.png")
+    (folder / "more" / "deep").mkdir(parents=True)
+    image.save(folder / "more" / "c.png")
+    image.save(folder / "more" / "deep" / "d.gif")
+    # neither of these is a picture of the data set
+    (folder / "notes.txt").write_text("x")
+    (folder / ".thumbnails").mkdir()
+    image.save(folder / ".thumbnails" / "e.png")
+    image.save(folder / ".f.gif")
+
+    train = check_folder(open_dataset(root, "train"), progress=False)
+    assert len(train) == 51
+    assert train.ignored == (
+        "train/class0/a.webp",
+        "train/class0/b.BMP",
+        "train/class0/more/c.png",
+        "train/class0/more/deep/d.gif",
+        "train/stray.png",
+    )
+    note = ignored_note(train)
+    assert note.startswith("5 train file(s) look like pictures and are not used: train/class0/a.w")
+    assert "\n" not in note
+    assert main(["prepare", "imagefolder", "--root", str(root)]) == 0
+    assert note in capsys.readouterr().out.splitlines()
+    assert Images(train, open_dataset(root, "val")).notes() == [note]
+
+
+def add_unlabeled(root: Path, count: int) -> None:
+    (root / "unlabeled").mkdir()
+    for k in range(count):
+        Image.new("RGB", (24, 24), (40 * k, 90, 160)).save(root / "unlabeled" / f"{k}.png")
+
+
+def test_unlabeled_pictures_are_trained_on(root: Path) -> None:
+    before = open_dataset(root, "train")
+    add_unlabeled(root, 5)
+    train, val = open_dataset(root, "train"), open_dataset(root, "val")
+    assert train.classes == val.classes == before.classes
+    assert train.paths == (*before.paths, *(f"unlabeled/{k}.png" for k in range(5)))
+    assert train.labels.tolist() == [*before.labels.tolist(), *[-1] * 5]
+    assert train.fingerprint != before.fingerprint
+    assert len(val) == 15
+    loader = train_loader(train, recipe_for("cifar10"), batch_size=56)
+    assert Counter(next(loader).y_B.tolist()) == {0: 17, 1: 17, 2: 17, -1: 5}
+    loader.close()
+    counts = prepare("imagefolder", root)
+    assert (counts.classes, counts.train, counts.val, counts.unlabeled) == (3, 56, 15, 5)
+    assert "56 train (5 without a label) and 15 val" in str(counts)
+
+
+def test_pictures_alone_are_a_data_set(tmp_path: Path, pictures: Path) -> None:
+    add_unlabeled(tmp_path, 4)
+    train = open_dataset(tmp_path, "train")
+    assert train.classes == () and train.labels.tolist() == [-1] * 4
+    assert check_folder(train, progress=False).sizes.tolist() == [[24, 24]] * 4
+    counts = prepare("imagefolder", tmp_path)
+    assert (counts.classes, counts.train, counts.val, counts.unlabeled) == (0, 4, 0, 4)
+    assert "evaluation.every_epochs=0" in str(counts)
+    with pytest.raises(UserError, match=r"no folder 'val'.*evaluation.every_epochs=0"):
+        open_dataset(tmp_path, "val")
+    # validation classes ask for training classes
+    shutil.copytree(pictures / "val", tmp_path / "val")
+    with pytest.raises(UserError, match=r"no folder 'train'.*go into .*/unlabeled"):
+        open_dataset(tmp_path, "val")
+    for path in (tmp_path / "unlabeled").iterdir():
+        path.unlink()
+    with pytest.raises(UserError, match=r"folder .*/unlabeled has no image"):
+        open_dataset(tmp_path, "train")
+
+
+def test_no_validation_images_is_an_error_that_says_what_to_do(root: Path) -> None:
+    shutil.rmtree(root / "val")
+    with pytest.raises(UserError, match=r"no folder 'val'.*evaluation.every_epochs=0"):
+        prepare("imagefolder", root)
+
+
+def test_names_that_are_not_utf8_are_taken(tmp_path: Path) -> None:
+    root = tmp_path / "digits"
+    prepare("digits", root)
+    folder = os.fsencode(root / "train" / "3")
+    first = sorted(os.listdir(folder))[0]
+    os.rename(os.path.join(folder, first), os.path.join(folder, b"\xff.png"))
+    assert len(check_folder(open_dataset(root, "train"), progress=False)) == 1442
+    with pytest.raises(UserError, match="changed"):
+        prepare("digits", root)
+
+
+def test_only_the_files_that_were_checked_are_read(root: Path) -> None:
+    dataset = check_folder(open_dataset(root, "val"), progress=False)
+    paths = [root / path for path in dataset.paths]
+    assert read_files(dataset, [2, 0]) == [paths[2].read_bytes(), paths[0].read_bytes()]
+    paths[3].unlink()
+    os.utime(paths[5], ns=(1, 1))
+    with pytest.raises(RunError, match=f"{paths[3]} .*No such file"):
+        read_files(dataset, [0, 3])
+    with pytest.raises(RunError, match=f"{paths[5]} .*has changed"):
+        read_files(dataset, [5])
+    assert len(read_files(dataset, [0, 1, 2])) == 3
+
+
+def test_a_file_that_comes_in_parts_is_read_to_its_end(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dataset = check_folder(open_dataset(root, "val"), progress=False)
+    path = root / dataset.paths[0]
+    whole, read = path.read_bytes(), os.read
+    monkeypatch.setattr(os, "read", lambda descriptor, size: read(descriptor, min(size, 50)))
+    assert len(whole) > 100 and read_files(dataset, [0]) == [whole]
+    stamp = path.stat().st_mtime_ns
+    for changed in (whole[:-1], whole + b"x"):
+        path.write_bytes(changed)
+        os.utime(path, ns=(stamp, stamp))
+        with pytest.raises(RunError, match="has changed"):
+            read_files(dataset, [0])
+
+
+@pytest.mark.skipif(os.getuid() == 0 and not shutil.which("setpriv"), reason="needs setpriv")
+@pytest.mark.parametrize(
+    ("forbidden", "mode", "named"),
+    [
+        ("root/train/class1", 0o000, "root/train/class1"),
+        ("root/train", 0o400, "root/train"),
+        ("root", 0o600, "root/"),
+        (".", 0o600, "root"),
+        ("out", 0o600, "out/views.png"),
+    ],
+)
+def test_a_forbidden_folder_is_named(
+    forbidden: str, mode: int, named: str, pictures: Path, tmp_path: Path
+) -> None:
+    place = tmp_path / "place"
+    (place / "out").mkdir(parents=True)
+    shutil.copytree(pictures, place / "root")
+    preview = place / "out/views.png" if forbidden == "out" else tmp_path / "views.png"
+    command = [sys.executable, "-m", "isofast.cli", "prepare", "imagefolder"]
+    command += ["--root", str(place / "root"), "--preview", str(preview)]
+    (place / forbidden).chmod(mode)
+    try:
+        done = subprocess.run(
+            [*(UNPRIVILEGED if os.getuid() == 0 else []), *command],
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
+        )
+    finally:
+        (place / forbidden).chmod(0o700)
+    assert done.returncode == 2, done.stderr
+    assert "Permission denied" in done.stderr and "Traceback" not in done.stderr
+    assert f"{place}/{named}" in done.stderr
