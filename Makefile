@@ -5,14 +5,25 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.ready
 SHELL := /bin/bash
 
-.PHONY: quickstart test lint format schema bench clean
+# a worker a core; each on one thread
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal
+INTERPRETED := tests/kernels/test_triton.py tests/kernels/test_augment_triton.py
+
+.PHONY: quickstart test check interpret lint format docs schema bench clean
 
 quickstart: $(STAMP)
 	@$(BIN)/isofast prepare digits --root data/digits
 	@PATH="$(abspath $(BIN)):$$PATH" deepspeed --log_level warning --num_accelerators 1 launch/train.py --config launch/quickstart.json
 
-test: lint
-	$(BIN)/python -m pytest
+test: lint interpret
+	$(PYTEST)
+
+check: lint
+	$(PYTEST) -m "not slow"
+
+# the Triton kernels on a CPU
+interpret: $(STAMP)
+	TRITON_INTERPRET=1 CUDA_VISIBLE_DEVICES= $(PYTEST) $(INTERPRETED)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
@@ -22,6 +33,9 @@ lint: $(STAMP)
 format: $(STAMP)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+docs: $(STAMP)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 schema: $(STAMP)
 	$(BIN)/python -c "from isofast.config import schema_json; print(schema_json(), end='')" > launch/config.schema.json

@@ -1,1 +1,18 @@
-"""isofast: non-contrastive self-supervised learning at the speed of the hardware."""
+"""Non-contrastive self-supervised encoders, trained at the speed of the hardware."""
+
+from typing import Any
+
+__all__ = ["fit", "load_config"]
+
+
+def __getattr__(name: str) -> Any:
+    """Import on first use, for torch and DeepSpeed take their time to load."""
+    if name == "fit":
+        from isofast.train import fit
+
+        return fit
+    if name == "load_config":
+        from isofast.settings import load_config
+
+        return load_config
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

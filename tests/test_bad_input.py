@@ -18,6 +18,8 @@ from isofast.rundir import open_run_dir
 
 from .launcher import launcher_of
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parent.parent
 Write = Callable[..., Path]
 

@@ -12,6 +12,8 @@ import torch
 
 from isofast.distributed import World, cores_of_rank
 
+pytestmark = pytest.mark.slow
+
 SCRIPT = Path(__file__).resolve().parent / "two_ranks.py"
 
 

@@ -18,6 +18,8 @@ from isofast.metrics import read_metrics
 from isofast.settings import validate
 from isofast.train import fit
 
+pytestmark = pytest.mark.slow
+
 METHODS = ("isoloss", "directpred", "directcopy", "byol", "simsiam", "linear")
 TRAINED = ("byol", "simsiam", "linear")
 # what a clock decides

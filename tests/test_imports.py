@@ -39,7 +39,7 @@ def _importers(module: str, within: tuple[str, ...] = ("isofast", "kernels", "la
     [
         ("deepspeed", {"isofast/engine.py"}),
         ("nvidia", {"isofast/data/dali.py"}),
-        ("isofast.train", {"launch/train.py"}),
+        ("isofast.train", {"launch/train.py", "isofast/__init__.py"}),
         ("launch", set()),
         ("bench", set()),
         ("tests", set()),

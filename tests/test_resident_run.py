@@ -3,7 +3,11 @@
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
+
 from .test_train import assert_same_run, command_of, run
+
+pytestmark = pytest.mark.slow
 
 
 def test_a_run_on_resident_images_continues_bit_for_bit(

@@ -234,6 +234,7 @@ def test_no_more_processes_than_have_work_to_do() -> None:
     assert 4 < _useful_workers(alike, cores=64) <= len(alike)
 
 
+@pytest.mark.slow
 def test_the_number_of_processes_changes_nothing() -> None:
     panels = panels_of("figure5", steps=3, samples=5)
     alone, together = (

@@ -74,6 +74,7 @@ def interrupt(process: "subprocess.Popen[str]") -> str:
     return told
 
 
+@pytest.mark.slow
 @needs_proc
 def test_ctrl_c_ends_a_figure_while_its_workers_start(tmp_path: Path) -> None:
     figure = ("theory", "figure2", "--workers", "2", "--steps", "20000", "--output", str(tmp_path))
@@ -86,6 +87,7 @@ def test_ctrl_c_ends_a_figure_while_its_workers_start(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 @needs_proc
 def test_ctrl_c_ends_simulations_that_run_and_that_wait() -> None:
     process = start("-c", PANELS)

@@ -22,6 +22,8 @@ from isofast.metrics import read_metrics
 
 from .launcher import launcher_of
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ROOT.parent / "shared" / "data" / "tiny-imagenet-20-classes.zip"
 Write = Callable[..., Path]

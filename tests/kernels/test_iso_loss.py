@@ -119,6 +119,7 @@ dist.destroy_process_group()
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("gather", [True, False])
 def test_two_ranks_are_one_process_on_the_whole_batch(tmp_path, gather):
     torch.manual_seed(0)

@@ -137,6 +137,7 @@ def test_along_a_stream(decay, rows, matmul):
     assert worst <= BUDGET
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rows", [512, 1024])
 def test_along_an_isotropic_stream(rows):
     """Where IsoLoss drives C: a nearly flat spectrum, whose edge is dense with eigenvalues."""

@@ -196,6 +196,7 @@ def step(corr, z1, z2, t1, t2, decay=0.9, eps=0.1, **loss):
     return asymmetric_loss_pair(2 * z1, 2 * z2, t1, t2, w, **loss)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("metric", ["cosine", "euclidean"])
 @pytest.mark.parametrize("isotropic", [True, False])
 @pytest.mark.parametrize("dynamic", [None, True])
@@ -291,6 +292,7 @@ def run_python(code):
     assert process.returncode == 0, process.stderr
 
 
+@pytest.mark.slow
 def test_the_import_brings_torch_and_triton_alone():
     run_python("""
 import sys, torch, triton
@@ -301,6 +303,7 @@ assert new == {"isofast_kernels"}, new
 """)
 
 
+@pytest.mark.slow
 def test_the_cpu_path_needs_no_triton():
     run_python("""
 import importlib.util, sys
