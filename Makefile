@@ -38,7 +38,7 @@ docs: $(STAMP)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 schema: $(STAMP)
-	$(BIN)/python -c "from isofast.config import schema_json; print(schema_json(), end='')" > launch/config.schema.json
+	$(BIN)/python -c "from isofast.config.schema import schema_json; print(schema_json(), end='')" > launch/config.schema.json
 
 bench: $(STAMP)
 	$(BIN)/python bench/kernels.py

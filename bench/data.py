@@ -33,7 +33,7 @@ from torchvision.datasets import ImageFolder as TorchvisionFolder
 from torchvision.io import ImageReadMode, decode_image
 from torchvision.transforms import v2
 
-from isofast.config import ViewConfig
+from isofast.config.schema import ViewConfig
 from isofast.data import (
     ImageFolder,
     Recipe,

@@ -18,13 +18,13 @@ from torch import Tensor
 from torch.optim import SGD
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from isofast.config import EncoderConfig, ProjectorConfig
+from isofast.config.schema import EncoderConfig, ProjectorConfig
 from isofast.methods.ema import EmaTarget
-from isofast.networks import Branch
-from isofast.optim import LARS
+from isofast.methods.networks import Branch
+from isofast.training.optim import LARS
 
 WD, ETA, MOMENTUM = 1e-4, 0.02, 0.9
-TESTS = ["tests/test_optim.py"]
+TESTS = ["tests/training/test_optim.py"]
 
 
 def released_lars(params: list[Tensor], velocities: list[Tensor], lr: float) -> None:

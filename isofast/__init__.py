@@ -8,11 +8,11 @@ __all__ = ["fit", "load_config"]
 def __getattr__(name: str) -> Any:
     """Import on first use, for torch and DeepSpeed take their time to load."""
     if name == "fit":
-        from isofast.train import fit
+        from isofast.training.loop import fit
 
         return fit
     if name == "load_config":
-        from isofast.settings import load_config
+        from isofast.config.load import load_config
 
         return load_config
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

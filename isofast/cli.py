@@ -8,9 +8,9 @@ from pathlib import Path
 from isofast.data.prepare import NAMES, prepare
 from isofast.data.preview import check_preview_path, write_preview
 from isofast.errors import GOES_ON, exit_code_of
-from isofast.figures_cli import add_figures
-from isofast.reproduce_cli import add_reproduce
-from isofast.theory_cli import add_theory
+from isofast.paper.figures_cli import add_figures
+from isofast.paper.reproduce_cli import add_reproduce
+from isofast.paper.theory_cli import add_theory
 
 _PREPARE_INTERRUPTED = (
     "the same command starts over, but for a whole download and a build that is complete"

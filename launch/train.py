@@ -7,9 +7,9 @@ import argparse
 import sys
 from pathlib import Path
 
+from isofast.config.load import load_config
 from isofast.distributed import launched_rank
 from isofast.errors import exit_code_of
-from isofast.settings import load_config
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -41,8 +41,8 @@ def main(arguments: list[str] | None = None) -> int:
     def command() -> None:
         # imported late, so that a wrong key is refused at once
         config = load_config(args.config, args.set)
-        from isofast.rundir import choose_run_dir
-        from isofast.train import fit
+        from isofast.run.directory import choose_run_dir
+        from isofast.training.loop import fit
 
         fit(config, choose_run_dir(args.config, args.run_dir, args.fresh))
 

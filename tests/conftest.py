@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 
-from isofast.config import Config
+from isofast.config.load import validate
+from isofast.config.presets import merge
+from isofast.config.schema import Config
 from isofast.data.prepare import prepare
-from isofast.presets import merge
-from isofast.reproduce import Request
-from isofast.settings import validate
+from isofast.paper.reproduce import Request
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -99,7 +99,7 @@ def spectrum_runs(
     runs = {}
     # a process for each: DeepSpeed allows one run in each
     processes = multiprocessing.get_context("forkserver")
-    processes.set_forkserver_preload(["isofast.train", "deepspeed"])
+    processes.set_forkserver_preload(["isofast.training.loop", "deepspeed"])
     for name, sections in own.items():
         settings = merge(merge(SMALL, shared), sections)
         run_dir = tmp_path_factory.mktemp("runs") / name.replace(" ", "-")
@@ -112,7 +112,7 @@ def spectrum_runs(
 
 
 def _fit(settings: dict[str, Any], run_dir: Path) -> None:
-    from isofast.train import fit
+    from isofast.training.loop import fit
 
     fit(validate(settings), run_dir)
 

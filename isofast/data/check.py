@@ -22,9 +22,9 @@ import numpy.typing as npt
 from PIL import Image, UnidentifiedImageError
 from tqdm import tqdm
 
+from isofast.data.files import write_atomically
 from isofast.data.folder import ImageFolder, Stamp, fingerprint_of, printable
 from isofast.errors import RunError, UserError
-from isofast.files import write_atomically
 
 Check = Literal["full", "headers", "off"]
 OnBad = Literal["stop", "skip"]
@@ -197,13 +197,13 @@ def remember_bad(dataset: ImageFolder, indices: Sequence[int], reason: str) -> N
     """Note that images which passed the check are bad after all, so that "skip" leaves them out."""
     if dataset.stamps is None:
         return
-    # by whichever judge: this one's "skip" will read it
+    # the judge stays who it was, or the next check would take this for another's memory
     judge, memory = _read_memory(dataset)
     for index in indices:
         path = dataset.paths[index]
         memory.good.pop(path, None)
         memory.bad[path] = (*dataset.stamps[index], reason)
-    _write_memory(dataset, judge, memory)
+    _write_memory(dataset, judge or default_decoder(), memory)
 
 
 def _decode_all(

@@ -17,7 +17,7 @@ from nvidia.dali import Pipeline, fn, types
 from nvidia.dali.plugin.pytorch import feed_ndarray
 from torch.utils.dlpack import from_dlpack
 
-from isofast.config import ViewConfig
+from isofast.config.schema import ViewConfig
 from isofast.data.batches import Batch, Chunk
 from isofast.data.check import read_sizes
 from isofast.data.draw import Ints, ViewDraw, clean_windows, colour_matrices

@@ -14,7 +14,7 @@ from itertools import permutations
 import numpy as np
 import numpy.typing as npt
 
-from isofast.config import ViewConfig
+from isofast.config.schema import ViewConfig
 from isofast.data.recipe import Recipe
 
 Ints = npt.NDArray[np.int64]

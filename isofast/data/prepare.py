@@ -21,9 +21,9 @@ from PIL import Image
 from tqdm import tqdm
 
 from isofast.data.check import REPLACE, OnBad, check_folder, skipped_note
+from isofast.data.files import write_atomically
 from isofast.data.folder import SPLITS, UNLABELED, UNLABELLED, ignored_note, open_dataset
 from isofast.errors import UserError
-from isofast.files import write_atomically
 
 NAMES = ("digits", "cifar10", "cifar100", "stl10", "tinyimagenet", "imagefolder")
 MANIFEST = ".isofast-prepared.json"

@@ -10,11 +10,11 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from isofast.data.check import OnBad, check_folder
+from isofast.data.files import write_atomically
 from isofast.data.folder import ImageFolder, open_dataset
 from isofast.data.loaders import make_train_loader
 from isofast.data.recipe import Recipe, recipe_for
 from isofast.errors import UserError
-from isofast.files import write_atomically
 
 Pixels = npt.NDArray[np.uint8]
 

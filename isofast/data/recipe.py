@@ -8,9 +8,9 @@ drawn order where images are resident), gray, blur, solarize, flip, normalise.
 
 from dataclasses import dataclass
 
-from isofast.config import AugmentationConfig, ViewConfig
+from isofast.config.presets import VIEWS_OF_DATASET
+from isofast.config.schema import AugmentationConfig, ViewConfig
 from isofast.errors import UserError
-from isofast.presets import VIEWS_OF_DATASET
 
 RGB = tuple[float, float, float]
 

@@ -18,7 +18,7 @@ from PIL import Image
 from torchvision.transforms.v2 import functional
 from tqdm import tqdm
 
-from isofast.config import ViewConfig
+from isofast.config.schema import ViewConfig
 from isofast.data.batches import Batch, Chunk
 from isofast.data.draw import Ints, ViewDraw
 from isofast.data.folder import ImageFolder, UndecodableError, read_files

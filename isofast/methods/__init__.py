@@ -1,8 +1,8 @@
 """Methods of self-supervised learning: what makes a loss of two views' embeddings."""
 
-from isofast.config import MethodConfig, ProjectorConfig
+from isofast.config.plugins import method_class
+from isofast.config.schema import MethodConfig, ProjectorConfig
 from isofast.methods.base import Method, Views
-from isofast.plugins import method_class
 
 __all__ = ["Method", "Views", "make_method"]
 

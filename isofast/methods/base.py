@@ -9,7 +9,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor, nn
 
-from isofast.config import MethodConfig, ProjectorConfig
+from isofast.config.schema import MethodConfig, ProjectorConfig
 from isofast.methods.correlation import Correlation
 
 

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from isofast.config import MethodConfig
+from isofast.config.schema import MethodConfig
 from isofast.distributed import mean_over_ranks_, world_size
 from isofast_kernels import correlation_ema_, second_moment
 

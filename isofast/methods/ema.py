@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from isofast.data import Batch
-from isofast.networks import Branch
-from isofast.passes import lerp_
+from isofast.methods.foreach import lerp_
+from isofast.methods.networks import Branch
 
 
 class EmaTarget(nn.Module):

@@ -8,9 +8,9 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from isofast.config import MethodConfig, ProjectorConfig
+from isofast.config.schema import MethodConfig, ProjectorConfig
 from isofast.methods.base import Method, Views, prediction_scalars
-from isofast.networks import autocast, make_projector
+from isofast.methods.networks import autocast, make_projector
 from isofast_kernels import asymmetric_loss_pair
 
 

@@ -9,7 +9,7 @@ import torch
 from scipy import stats
 from torchvision.transforms import ColorJitter, RandomResizedCrop
 
-from isofast.config import ViewConfig
+from isofast.config.schema import ViewConfig
 from isofast.data.draw import clean_windows, colour_matrices, draw, epoch_order, philox
 from isofast.data.recipe import recipe_for
 

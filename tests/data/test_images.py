@@ -14,7 +14,7 @@ from PIL import Image
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as F
 
-from isofast.config import ViewConfig
+from isofast.config.schema import ViewConfig
 from isofast.data import ImageFolder, dali, recipe_for
 from isofast.data.draw import ViewDraw, _affine, draw
 

@@ -18,11 +18,11 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from isofast.cli import main
+from isofast.config.presets import VIEWS_OF_DATASET
 from isofast.data import open_dataset
 from isofast.data import prepare as module
 from isofast.data.prepare import PreparedCounts, prepare
 from isofast.errors import UserError
-from isofast.presets import VIEWS_OF_DATASET
 
 Pair = tuple[Future[PreparedCounts], Future[PreparedCounts]]
 # seconds that nothing here comes near, unless it hangs

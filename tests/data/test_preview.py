@@ -9,11 +9,11 @@ import torch
 from PIL import Image
 
 from isofast.cli import main
+from isofast.config.presets import VIEWS_OF_DATASET
 from isofast.data import preview
 from isofast.data.preview import write_preview
 from isofast.data.recipe import recipe_for
 from isofast.errors import UserError
-from isofast.presets import VIEWS_OF_DATASET
 
 
 def shown(monkeypatch: pytest.MonkeyPatch, name: str, root: Path) -> list[list[np.ndarray]]:

@@ -4,10 +4,10 @@ import json
 
 import pytest
 
-from isofast.config import ViewConfig, to_json
+from isofast.config.load import resolve
+from isofast.config.schema import ViewConfig, to_json
 from isofast.data.recipe import recipe_for
 from isofast.errors import UserError
-from isofast.settings import resolve
 
 # the first view of CIFAR and TinyImageNet; written out, so that no default can drift
 VIEW = {

@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from isofast.config import ViewConfig
+from isofast.config.schema import ViewConfig
 from isofast.data import (
     Batch,
     ImageFolder,

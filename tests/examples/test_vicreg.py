@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 import torch
 
-from isofast.config import ProjectorConfig
+from isofast.config.schema import ProjectorConfig
 from isofast.methods import Views
-from isofast.metrics import read_metrics
+from isofast.run.metrics import read_metrics
 
 HERE = Path(__file__).resolve().parent
 sys.path.append(str(HERE))

@@ -1,0 +1,1 @@
+"""Configuration: its schema, presets, and how files and --set make one."""

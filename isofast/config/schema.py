@@ -1,0 +1,445 @@
+"""The configuration of a run: every key, its default and what it means.
+
+A file names only what differs from the presets (presets.py); what the user says wins.
+"""
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializeAsAny,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
+
+from isofast.config.plugins import method_class
+from isofast.config.presets import (
+    METHODS,
+    STEM_OF_DATASET,
+    VIEWS_OF_DATASET,
+    correlation_preset,
+    merge,
+    optimizer_preset,
+)
+from isofast.errors import UserError
+
+SCHEMA_KEY = "$schema"
+RESNETS = ("resnet18", "resnet34", "resnet50")
+# Marks a field that may change between two starts of one run, because no result depends on it.
+FREE: dict[str, Any] = {"may_change_on_resume": True}
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
+
+
+def _ordered(value: tuple[float, float]) -> tuple[float, float]:
+    if not 0 < value[0] <= value[1]:
+        raise ValueError("a range [low, high] is wanted, 0 < low <= high")
+    return value
+
+
+# JSON has no tuples
+Range = Annotated[tuple[float, float], Field(strict=False), AfterValidator(_ordered)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Strength = Annotated[float, Field(ge=0)]
+
+
+class ViewConfig(_Section):
+    """How one random view of an image is made; probabilities are per image, lengths fractions of
+    the crop, angles degrees. In this order; what can't happen costs nothing."""
+
+    crop_scale: Range = (0.08, 1.0)
+    """Area of the crop, as a share of the image."""
+    crop_ratio: Range = (3 / 4, 4 / 3)
+    """Width of the crop over its height."""
+    degrees: Strength = 0.0
+    """Rotation, at most."""
+    translate: Strength = 0.0
+    """Shift in each direction, at most."""
+    scale: Range = (1.0, 1.0)
+    """Zoom."""
+    shear: Strength = 0.0
+    """Shear along the rows, at most."""
+    jitter_p: Share = 0.8
+    """Probability of colour jitter, of which each strength s draws a factor from 1 - s to 1 + s."""
+    brightness: Strength = 0.4
+    """Strength of the jitter's brightness."""
+    contrast: Strength = 0.4
+    """Strength of the jitter's contrast."""
+    saturation: Strength = 0.2
+    """Strength of the jitter's saturation."""
+    hue: float = Field(0.1, ge=0, le=0.5)
+    """Turn of the jitter's hue, at most, as a share of the colour circle."""
+    gray_p: Share = 0.2
+    """Probability of a gray image."""
+    blur_p: Share = 0.0
+    """Probability of a Gaussian blur."""
+    blur_sigma: Range = (0.1, 2.0)
+    """Its sigma in pixels."""
+    solarize_p: Share = 0.0
+    """Probability of inverting bright pixels."""
+    solarize_threshold: int = Field(128, ge=0, le=255)
+    """The darkest that is inverted, of 0 to 255."""
+    flip_p: Share = 0.5
+    """Probability of a mirror image."""
+
+    @field_validator("crop_scale")
+    @classmethod
+    def _is_a_share(cls, value: tuple[float, float]) -> tuple[float, float]:
+        if value[1] > 1:
+            raise ValueError("a crop is at most the whole image, 1.0")
+        return value
+
+    @property
+    def has_affine(self) -> bool:
+        """Whether any image is rotated, moved, scaled or sheared."""
+        return (self.degrees, self.translate, self.scale, self.shear) != (0.0, 0.0, (1.0, 1.0), 0.0)
+
+    @property
+    def has_colour(self) -> bool:
+        """Whether any image changes colour (jitter or gray)."""
+        strengths = (self.brightness, self.contrast, self.saturation, self.hue)
+        return self.gray_p > 0.0 or (self.jitter_p > 0.0 and any(strengths))
+
+
+class AugmentationConfig(_Section):
+    """The two views' random transforms; the data set's preset is the paper's, for digits and image
+    folders this library's."""
+
+    view1: ViewConfig = ViewConfig()
+    """Of the first view."""
+    view2: ViewConfig = ViewConfig()
+    """Of the second."""
+
+
+class DataConfig(_Section):
+    """Which images, and how they reach the network."""
+
+    dataset: Literal["digits", "cifar10", "cifar100", "stl10", "tinyimagenet", "imagefolder"] = (
+        "imagefolder"
+    )
+    """Names the augmentation recipe and the stem that fit; imagefolder is any folder of images."""
+    root: Path = Field(strict=False, json_schema_extra=FREE)
+    """Folder that holds train/CLASS/IMAGE and val/CLASS/IMAGE (JPEG or PNG), and unlabeled/IMAGE
+    for pictures without a class, which are trained on too."""
+    on_bad_image: Literal["stop", "skip"] = "stop"
+    """What to do about files found unreadable at the start: stop and name them, or train without
+    them. A file that is lost later stops the run in any case."""
+    check: Literal["full", "headers", "off"] = Field("full", json_schema_extra=FREE)
+    """What is done to new files before the first step: full decodes each once, headers reads
+    formats and sizes, off opens none. After the latter two a damaged file ends the run that
+    reaches it, and DALI may crash at it."""
+    backend: Literal["auto", "dali", "resident"] = Field("auto", json_schema_extra=FREE)
+    """What decodes and augments: dali, batch by batch, or resident, which decodes once and keeps
+    the images on the device (images of one size, recipes without affine maps). auto: resident where
+    the set allows it and fits, on a GPU or without DALI; else dali. A run keeps the one it began
+    with."""
+    resident_limit_gb: float = Field(8.0, gt=0, json_schema_extra=FREE)
+    """The most that resident images may take on each device, in 10^9 bytes."""
+    crop: int | None = Field(None, ge=8)
+    """Side of the square the network sees, in pixels; null takes the data set's."""
+    augmentation: AugmentationConfig = Field(default_factory=dict, validate_default=True)
+    """How the views are made; preset: the data set's."""
+    threads: int | None = Field(None, ge=1, json_schema_extra=FREE)
+    """Decoding threads a rank; null shares the machine's cores among its ranks."""
+    prefetch: int = Field(2, ge=1, le=16, json_schema_extra=FREE)
+    """Batches prepared ahead by dali."""
+
+    @field_validator("augmentation", mode="before")
+    @classmethod
+    def _of_the_data_set(cls, raw: Any, info: ValidationInfo) -> Any:
+        dataset = info.data.get("dataset")
+        if dataset is None or not isinstance(raw, Mapping):
+            return raw
+        return merge(VIEWS_OF_DATASET[dataset], raw)
+
+
+class EncoderConfig(_Section):
+    """The backbone, x_BCHW -> h_BF."""
+
+    name: str = "resnet18"
+    """A torchvision ResNet (resnet18, resnet34, resnet50), timm:NAME for a model of timm, or
+    module:function for one of your own, which takes no arguments and returns the module. The other
+    keys are for the ResNets."""
+    stem: Literal["cifar", "tiny", "imagenet"] = "imagenet"
+    """First layers: cifar 3x3 and no pooling, tiny 3x3 and max-pool, imagenet 7x7 stride 2 and
+    max-pool. The data set's preset gives the paper's."""
+    stem_padding: int = Field(1, ge=0, le=2)
+    """Padding of the 3x3 stems in pixels; 2 is the released code's (34 x 34 maps)."""
+    width: int = Field(64, ge=4)
+    """Channels of the first stage; 64 is torchvision's, less suits small machines (basic blocks
+    only: resnet18 and resnet34)."""
+
+    @field_validator("name")
+    @classmethod
+    def _exists(cls, name: str) -> str:
+        if name not in RESNETS and ":" not in name:
+            raise ValueError(f"allowed are {', '.join(RESNETS)}, timm:NAME and module:function")
+        return name
+
+
+class ProjectorConfig(_Section):
+    """Linear - BatchNorm - ReLU - Linear on the backbone's pooled features."""
+
+    hidden: int = Field(4096, ge=1)
+    """Hidden units, here and in the predictor of byol and simsiam."""
+    output: int = Field(256, ge=2)
+    """Embedding dimension D; C and W are D x D, a predictor's input and output have D."""
+
+
+class MethodConfig(_Section):
+    """What every method has; each adds fields of its own (isofast/methods)."""
+
+    name: str
+    """A built-in method, or module:Class for one of your own. isoloss, directpred and directcopy
+    predict with W = f(C), isoloss with the isotropic gradient; byol, simsiam and linear train
+    their predictor."""
+    ema: bool = False
+    """Targets from a slowly moving copy of the network; false reuses the online embeddings."""
+    ema_base: float = Field(0.99, ge=0, le=1)
+    """The target's decay at the first step; it rises to 1 along a half cosine."""
+    decay: float = Field(0.99, ge=0, lt=1)
+    """Weight kept by the moving average C of the embeddings each step."""
+    correlation: Literal["embeddings", "directions"] = "embeddings"
+    """What C averages: z z^T, as in the paper, or that of z / |z|, so that every image counts the
+    same whatever its norm (ours; docs/method/first-steps.md). Preset: directions for the cosine in
+    runs of under 100 epochs and on data sets that are not the paper's."""
+
+
+class OptimizerConfig(_Section):
+    """Optimizer of the network and of the online probe."""
+
+    name: Literal["lars", "sgd", "adamw"] = "lars"
+    """Preset: sgd without EMA, lars with it. With method.correlation directions and EMA, adamw for
+    the closed forms and sgd for the trained predictors."""
+    lr: float = Field(1.0, gt=0)
+    """Peak learning rate at a global batch of 256; scaled linearly with the batch. Preset: 1.0 for
+    lars, 0.1 for sgd, 0.001 for adamw; where method.correlation is directions, 0.3 for the sgd and
+    0.004 for the adamw of the closed forms."""
+    momentum: float = Field(0.9, ge=0, lt=1)
+    """Momentum of lars and sgd, first beta of adamw."""
+    weight_decay: float = Field(1e-4, ge=0)
+    """Weight decay; lars and adamw spare the one-dimensional parameters. Preset: 1e-5 for byol and
+    simsiam, else 1e-4."""
+    eta: float = Field(0.02, gt=0)
+    """Trust coefficient of lars."""
+    probe_lr: float = Field(0.1, gt=0)
+    """Peak learning rate of the online probe at a global batch of 256, on the same schedule."""
+
+
+class ScheduleConfig(_Section):
+    """Learning rate over the run: linear warm-up, then a half cosine to 0."""
+
+    warmup_epochs: float | None = Field(None, ge=0)
+    """Epochs of warm-up; null: 10, or a tenth of a run shorter than 100 epochs."""
+    warmup_start: float = Field(3e-5, ge=0)
+    """Learning rate at the first step."""
+
+
+class TrainConfig(_Section):
+    """Length, batch and arithmetic of the run."""
+
+    epochs: int = Field(1000, ge=1)
+    """Passes over the training images; the schedule's length."""
+    max_steps: int | None = Field(None, ge=1, json_schema_extra=FREE)
+    """Stops after this many steps. The schedule keeps its length, so raising it goes on."""
+    batch_size: int = Field(256, ge=2)
+    """Images a step over all ranks; each rank takes an equal share."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """Autocast type of the networks; auto: bf16 on a GPU, fp32 on a CPU. Parameters, BatchNorm, C
+    and the loss stay fp32."""
+    batch_norm: Literal["auto", "local", "synchronised"] = "auto"
+    """Statistics across ranks; auto: synchronised on GPUs, local on CPUs (where torch has none)."""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """torch.compile of the networks; auto: on a GPU only."""
+    on_collapse: Literal["warn", "stop"] = Field("warn", json_schema_extra=FREE)
+    """What to do when the embeddings have collapsed."""
+
+
+class EvaluationConfig(_Section):
+    """Clean top-1 of the online probe and k-NN, on the validation images."""
+
+    every_epochs: int = Field(10, ge=0, json_schema_extra=FREE)
+    """Epochs between evaluations, beside the one at the end; 0: never at all."""
+    at_start: bool = Field(False, json_schema_extra=FREE)
+    """Also evaluate before the first step."""
+    knn_images: int = Field(5000, ge=1, json_schema_extra=FREE)
+    """Training images in the k-NN bank (fewer if there are fewer)."""
+    knn_k: int = Field(200, ge=1, le=200, json_schema_extra=FREE)
+    """Neighbours that vote (fewer if the bank is smaller)."""
+    knn_temperature: float = Field(0.07, gt=0, json_schema_extra=FREE)
+    """Votes weigh exp(cosine similarity / temperature)."""
+    knn_pixels: bool = Field(False, json_schema_extra=FREE)
+    """Also report the k-NN of the raw pixels, at the end; meant for small images."""
+    batch_size: int = Field(256, ge=1, json_schema_extra=FREE)
+    """Images a forward pass and rank."""
+
+
+class CheckpointConfig(_Section):
+    """When the state is saved; a checkpoint is also written at the end."""
+
+    every_steps: int = Field(1000, ge=1, json_schema_extra=FREE)
+    """Steps between checkpoints."""
+    keep: int = Field(2, ge=1, json_schema_extra=FREE)
+    """How many of the newest are kept."""
+
+
+class LoggingConfig(_Section):
+    """What is written while the run goes on."""
+
+    every_steps: int = Field(50, ge=1, json_schema_extra=FREE)
+    """Steps between records in metrics.jsonl; each is the step's only host synchronisation."""
+    spectrum_every_steps: int | None = Field(None, ge=1, json_schema_extra=FREE)
+    """Steps between further eigenvalues of C in spectrum.npz, which cost no synchronisation; every
+    record and every end of an epoch has its own. null: those alone."""
+    loggers: list[str] = Field(["tensorboard"], json_schema_extra=FREE)
+    """Where records go beside metrics.jsonl: tensorboard, or module:Class for a logger of your own
+    (isofast/run/loggers.py says what it needs)."""
+
+    @field_validator("loggers")
+    @classmethod
+    def _exist(cls, loggers: list[str]) -> list[str]:
+        for name in loggers:
+            if name != "tensorboard" and ":" not in name:
+                raise ValueError(f"{name!r} is no logger; allowed are tensorboard and module:Class")
+        return loggers
+
+
+class Config(_Section):
+    """Everything that decides a run."""
+
+    seed: int = Field(0, ge=0, lt=2**63)
+    """Seeds the weights, the order of the images and the augmentation."""
+    data: DataConfig
+    # before the sections whose presets depend on it
+    train: TrainConfig = TrainConfig()
+    encoder: EncoderConfig = Field(default_factory=dict, validate_default=True)
+    projector: ProjectorConfig = ProjectorConfig()
+    method: SerializeAsAny[MethodConfig] = Field(default_factory=dict, validate_default=True)
+    optimizer: OptimizerConfig = Field(default_factory=dict, validate_default=True)
+    schedule: ScheduleConfig = ScheduleConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    logging: LoggingConfig = LoggingConfig()
+    deepspeed: dict[str, Any] = {}
+    """Passed through to DeepSpeed; what isofast derives may not be repeated here."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_schema_key(cls, raw: Any) -> Any:
+        is_tree = isinstance(raw, Mapping)
+        return {key: raw[key] for key in raw if key != SCHEMA_KEY} if is_tree else raw
+
+    @field_validator("encoder", mode="before")
+    @classmethod
+    def _with_stem(cls, raw: Any, info: ValidationInfo) -> Any:
+        data = info.data.get("data")
+        if data is None or not isinstance(raw, Mapping) or ":" in str(raw.get("name")):
+            return raw
+        return {"stem": STEM_OF_DATASET[data.dataset], **raw}
+
+    @field_validator("method", mode="before")
+    @classmethod
+    def _of_its_class(cls, raw: Any, info: ValidationInfo) -> Any:
+        if not isinstance(raw, Mapping):
+            return raw
+        tree = {"name": "isoloss", **raw}
+        config_class = method_class(tree["name"]).Config
+        data, train = info.data.get("data"), info.data.get("train")
+        if data is not None and train is not None:
+            tree = correlation_preset(data.dataset, train.epochs, tree) | tree
+        return config_class.model_validate(tree)
+
+    @field_validator("optimizer", mode="before")
+    @classmethod
+    def _of_the_method(cls, raw: Any, info: ValidationInfo) -> Any:
+        method = info.data.get("method")
+        if method is None or not isinstance(raw, Mapping):
+            return raw
+        chosen = raw.get("name")
+        implied = optimizer_preset(method.name, method.correlation, method.ema, str(chosen))
+        return {**implied, **raw}
+
+    @field_validator("encoder")
+    @classmethod
+    def _width_needs_basic_blocks(cls, encoder: EncoderConfig) -> EncoderConfig:
+        if encoder.name not in ("resnet18", "resnet34") and encoder.width != 64:
+            raise ValueError(
+                f"width is for resnet18 and resnet34; leave it at 64 for {encoder.name}"
+            )
+        return encoder
+
+    @property
+    def warmup_epochs(self) -> float:
+        """Epochs of warm-up, resolved."""
+        if self.schedule.warmup_epochs is not None:
+            return self.schedule.warmup_epochs
+        return min(10.0, self.train.epochs / 10)
+
+    def batch_size_per_rank(self, world_size: int) -> int:
+        """Images of each rank in a step.
+
+        Raises:
+            UserError: the global batch does not divide by ``world_size``, or leaves a rank with
+                one image, of which BatchNorm has no variance.
+        """
+        share, rest = divmod(self.train.batch_size, world_size)
+        if rest or share < 2:
+            near = max(2, round(self.train.batch_size / world_size)) * world_size
+            raise UserError(
+                f"train.batch_size is the global batch and must be a multiple of the number of "
+                f"processes, with at least 2 images each: got {self.train.batch_size} for "
+                f"{world_size} processes. Try --set train.batch_size={near}"
+            )
+        return share
+
+
+def to_json(config: Config) -> str:
+    """The resolved config as JSON, readable by ``load_config``."""
+    return config.model_dump_json(indent=2) + "\n"
+
+
+def schema_json() -> str:
+    """The JSON schema of a config file, as shipped in launch/config.schema.json."""
+    schema = Config.model_json_schema()
+    definitions = schema["$defs"]
+    of_your_own = definitions.pop("MethodConfig")
+    of_your_own |= {"title": "A class of your own", "additionalProperties": True}
+    of_your_own["properties"]["name"]["pattern"] = ":"
+    definitions["module:Class"] = of_your_own
+    for name in METHODS:
+        definitions[name] = method_class(name).Config.model_json_schema()
+    refs = [{"$ref": f"#/$defs/{name}"} for name in (*METHODS, "module:Class")]
+    schema["properties"]["method"] = {"anyOf": refs}
+    schema["properties"][SCHEMA_KEY] = {"type": "string", "description": "Schema for editors."}
+    return json.dumps(schema, indent=2) + "\n"
+
+
+def changed_keys(old: Config, new: Config) -> list[str]:
+    """What differs between two configs and changes the result, as ``key: old -> new``."""
+    before, after = dict(leaves(old)), dict(leaves(new))
+    return [
+        f"{key}: {before.get(key)!r} -> {after.get(key)!r}"
+        for key in sorted({*before, *after})
+        if before.get(key) != after.get(key)
+    ]
+
+
+def leaves(model: BaseModel, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Every key on which a result depends, as ``section.key``, with its value."""
+    for name, field in type(model).model_fields.items():
+        value = getattr(model, name)
+        if isinstance(value, BaseModel):
+            yield from leaves(value, f"{prefix}{name}.")
+        elif field.json_schema_extra != FREE:
+            yield f"{prefix}{name}", value

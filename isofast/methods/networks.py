@@ -1,0 +1,142 @@
+"""The networks: an encoder (torchvision ResNets with the paper's stems, or another), the projector.
+
+Shapes: B images of a view, C x H x W pixels, F backbone features, D embedding dimensions.
+"""
+
+import importlib
+
+import torch
+from torch import Tensor, nn
+from torchvision.models import resnet
+from torchvision.models.resnet import BasicBlock
+
+from isofast.config.plugins import import_object
+from isofast.config.schema import EncoderConfig, ProjectorConfig
+from isofast.errors import UserError
+
+_STAGES = {"resnet18": (2, 2, 2, 2), "resnet34": (3, 4, 6, 3)}
+
+
+def make_encoder(config: EncoderConfig) -> nn.Module:
+    """The backbone without a classifier, x_BCHW -> h_BF, under its library's parameter names.
+
+    Weights are random, by the library's own initialisation, from torch's global generator.
+
+    Raises:
+        UserError: timm is not installed or lacks the model, or the function fails.
+    """
+    if ":" in config.name:
+        return _make_other(config.name)
+    net: resnet.ResNet = getattr(resnet, config.name)(weights=None)
+    net.fc = nn.Identity()
+    if config.width != 64:
+        _narrow(net, config)
+    if config.stem != "imagenet":
+        net.conv1 = nn.Conv2d(3, config.width, 3, 1, config.stem_padding, bias=False)
+        _initialise(net.conv1)
+    if config.stem == "cifar":
+        net.maxpool = nn.Identity()
+    encoder: nn.Module = net
+    return encoder
+
+
+@torch.no_grad()
+def feature_dim(encoder: nn.Module, side: int) -> int:
+    """F, the size of the pooled features of images of ``side`` x ``side`` pixels.
+
+    Raises:
+        UserError: the encoder cannot take them, or does not return (B, F).
+    """
+    training = encoder.training
+    try:
+        h_BF = encoder.eval()(torch.zeros(1, 3, side, side))
+    except Exception as error:
+        raise UserError(
+            f"the encoder cannot take images of {side} x {side} pixels ({error}); set data.crop to "
+            f"the size that it is made for"
+        ) from error
+    finally:
+        encoder.train(training)
+    if not isinstance(h_BF, Tensor) or h_BF.ndim != 2:
+        shape = tuple(h_BF.shape) if isinstance(h_BF, Tensor) else type(h_BF).__name__
+        raise UserError(f"encoder.name: the encoder must return features (B, F), got {shape}")
+    return h_BF.shape[1]
+
+
+def make_projector(features: int, config: ProjectorConfig) -> nn.Sequential:
+    """h_BF -> z_BD: Linear - BatchNorm - ReLU - Linear, with biases, no BatchNorm at the end."""
+    return nn.Sequential(
+        nn.Linear(features, config.hidden),
+        nn.BatchNorm1d(config.hidden),
+        nn.ReLU(inplace=True),
+        nn.Linear(config.hidden, config.output),
+    )
+
+
+class Branch(nn.Module):
+    """Encoder and projector, x_BCHW -> (h_BF, z_BD), under autocast to ``precision``."""
+
+    def __init__(
+        self,
+        encoder: EncoderConfig,
+        projector: ProjectorConfig,
+        precision: torch.dtype,
+        side: int = 32,
+    ) -> None:
+        """``side``: pixels of the images' sides, from which the encoder's F is found."""
+        super().__init__()
+        self.precision = precision
+        self.encoder = make_encoder(encoder)
+        self.features_out = feature_dim(self.encoder, side)
+        self.projector = make_projector(self.features_out, projector)
+
+    def forward(self, x_BCHW: Tensor) -> tuple[Tensor, Tensor]:
+        with autocast(x_BCHW, self.precision):
+            h_BF = self.encoder(x_BCHW)
+            return h_BF, self.projector(h_BF)
+
+    def features(self, x_BCHW: Tensor) -> Tensor:
+        """h_BF in fp32, in the mode (train or eval) that the module is in."""
+        with autocast(x_BCHW, self.precision):
+            h_BF: Tensor = self.encoder(x_BCHW)
+        return h_BF.float()
+
+
+def autocast(x: Tensor, precision: torch.dtype) -> torch.autocast:
+    """Autocast to ``precision`` on the device of ``x``; none for fp32."""
+    return torch.autocast(x.device.type, precision, enabled=precision != torch.float32)
+
+
+def _make_other(name: str) -> nn.Module:
+    library, _, model = name.partition(":")
+    try:
+        if library == "timm":
+            encoder = importlib.import_module("timm").create_model(model, num_classes=0)
+        else:
+            encoder = import_object(name)()
+    except Exception as error:
+        hint = " Install it with `pip install timm`" if "'timm'" in str(error) else ""
+        raise UserError(
+            f"encoder.name: cannot make {name!r}: {type(error).__name__}: {error}.{hint}"
+        ) from error
+    if not isinstance(encoder, nn.Module):
+        raise UserError(f"encoder.name: {name} returns {type(encoder).__name__}, not a module")
+    return encoder
+
+
+def _narrow(net: resnet.ResNet, config: EncoderConfig) -> None:
+    """Rebuilds the stages with ``config.width`` channels in the first."""
+    width = config.width
+    net.conv1 = nn.Conv2d(3, width, 7, 2, 3, bias=False)
+    net.bn1 = nn.BatchNorm2d(width)
+    net.inplanes = width
+    for stage, blocks in enumerate(_STAGES[config.name]):
+        layer = net._make_layer(BasicBlock, width * 2**stage, blocks, stride=1 if stage == 0 else 2)
+        setattr(net, f"layer{stage + 1}", layer)
+    for module in net.modules():
+        _initialise(module)
+
+
+def _initialise(module: nn.Module) -> None:
+    if isinstance(module, nn.Conv2d):
+        nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")

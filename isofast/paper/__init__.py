@@ -1,0 +1,1 @@
+"""The paper's tables, figures and toy networks."""

@@ -1,0 +1,347 @@
+"""The paper's figures 3, 4, 7 and 8 from runs of one's own, as PNG and SVG.
+
+Colours: viridis for the place of an eigenvalue, Okabe and Ito's palette for runs; both are told
+apart by colour-blind readers, and the palette's lines differ in their dashes as well.
+"""
+
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+
+mpl.use("Agg")
+
+from matplotlib.axes import Axes
+from matplotlib.collections import LineCollection
+from matplotlib.colors import LogNorm
+from matplotlib.figure import Figure
+from matplotlib.gridspec import GridSpec
+from matplotlib.ticker import MaxNLocator
+
+from isofast.config.schema import leaves
+from isofast.data.files import write_atomically
+from isofast.errors import UserError
+from isofast.run.spectrum import effective_rank
+from isofast.run.stored import Array, Run, labels, read_run
+
+_PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+_DASHES = ("-", "--", "-.", (0, (1, 1)), (0, (5, 1, 1, 1, 1, 1)))
+_COLUMNS = 3
+_PANEL_INCHES = (3.3, 2.5)
+# More lines or points than can be told apart only make the files large.
+_MOST_LINES, _MOST_POINTS = 48, 500
+# Eigenvalues below this share of the largest are rounding.
+_LEAST_SHARE = 1e-8
+# What may differ between a run with an EMA target and the one beside it: EMA, and what the presets
+# choose by it.
+_EMA_KEYS = {
+    *("method.ema", "method.ema_base", "method.decay"),
+    *("optimizer.name", "optimizer.lr"),
+}
+_STYLE: Any = {
+    "font.size": 9,
+    "axes.titlesize": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "legend.frameon": False,
+    # the same figure is the same file
+    "svg.hashsalt": "isofast",
+}
+
+
+def draw(number: int, folders: Sequence[Path], output: Path) -> list[Path]:
+    """Draws a figure into ``output``/figureN.png and .svg.
+
+    Args:
+        number: 3 (eigenvalues and accuracy of each run), 4 (alignment of linear predictors with
+            C's eigenvectors), 7 (with EMA beside without), 8 (weight decays).
+        folders: run folders.
+        output: made where it is missing.
+
+    Raises:
+        UserError: an unknown number, a folder that is no run or has nothing to draw, or runs that
+            do not make this figure.
+    """
+    if number not in FIGURES:
+        raise UserError(
+            f"there is no figure {number} to draw from runs; allowed are "
+            f"{', '.join(str(known) for known in FIGURES)}"
+        )
+    runs = [read_run(folder) for folder in dict.fromkeys(folders)]
+    if not runs:
+        raise UserError(f"figure {number} needs at least one run folder")
+    with mpl.rc_context(_STYLE):
+        figure = FIGURES[number](runs)
+        try:
+            output.mkdir(parents=True, exist_ok=True)
+            return [_save(figure, output / f"figure{number}.{kind}") for kind in ("png", "svg")]
+        except OSError as error:
+            raise UserError(f"cannot write to {output}: {error}; name another --output") from None
+
+
+def figure3(runs: Sequence[Run]) -> Figure:
+    """C's eigenvalues over the epochs, a panel a run, and the runs' accuracies below."""
+    return _spectra_above_accuracy(runs, _names(runs))
+
+
+def figure4(runs: Sequence[Run]) -> Figure:
+    """How far C's eigenvectors are a trained linear predictor's as well, above C's eigenvalues."""
+    others = [run for run in runs if run.config.method.name != "linear"]
+    if others:
+        raise UserError(
+            "figure 4 is about the trained linear predictor (method.name linear); "
+            f"{', '.join(f'{run.path} has {run.config.method.name}' for run in others)}. "
+            "Train a run with --set method.name=linear, and give such runs only"
+        )
+    unknown = [str(run.path) for run in runs if run.alignment_TD is None]
+    if unknown:
+        raise UserError(
+            f"{', '.join(unknown)}: spectrum.npz has no alignment, which older versions did not "
+            "keep. Train the run again"
+        )
+    figure, axes = _grid(2, len(runs))
+    for column, (run, name) in enumerate(zip(runs, _names(runs), strict=True)):
+        above, below = axes[0][column], axes[1][column]
+        assert run.alignment_TD is not None
+        _modes(above, run.epochs_T, run.alignment_TD)
+        # C that is zero or infinite has no weights
+        with np.errstate(invalid="ignore"):
+            weights_TD = run.eigenvalues_TD / run.eigenvalues_TD.sum(1, keepdims=True)
+        mean_T = (weights_TD * run.alignment_TD).sum(1)
+        above.plot(
+            run.epochs_T,
+            mean_T,
+            color="#D55E00",
+            linewidth=2,
+            label="mean, weighted by the eigenvalues",
+        )
+        above.set(
+            title=f"{name}{_blow_up(run)}",
+            ylim=(np.nanmin(run.alignment_TD, initial=-0.05) - 0.02, 1.04),
+        )
+        above.axhline(1, color="0.8", linewidth=0.8, zorder=0)
+        _eigenvalues(below, run)
+        below.set_xlabel("epoch")
+    axes[0][0].set_ylabel(r"alignment $\cos(W u_i, u_i)$")
+    _legend(figure, axes[0][0], 1)
+    axes[1][0].set_ylabel(r"eigenvalues $\lambda_i$ of $C$")
+    _same_limits(axes[1])
+    _same_epochs(axes[0] + axes[1], runs)
+    _colorbar(figure, axes[0] + axes[1])
+    return figure
+
+
+def figure7(runs: Sequence[Run]) -> Figure:
+    """Runs with an EMA target beside the same without, a row a pair; accuracies at the right."""
+    pairs = _ema_pairs(runs)
+    figure, axes = _grid(len(pairs), 3)
+    firsts = _names([pair[0] for pair in pairs])
+    for row, (pair, name) in enumerate(zip(pairs, firsts, strict=True)):
+        accuracy = _accuracy_name(pair)
+        for column, (run, kind) in enumerate(zip(pair, ("EMA", "no EMA"), strict=True)):
+            _eigenvalues(axes[row][column], run)
+            axes[row][column].set_title(f"{name}, {kind}{_rank(run)}")
+            _plot_accuracy(axes[row][2], run, accuracy, kind, column)
+        axes[row][0].set_ylabel(r"eigenvalues $\lambda_i$ of $C$")
+        axes[row][2].set_ylabel(_ACCURACIES[accuracy])
+        _same_limits(axes[row][:2])
+        _same_epochs(axes[row], pair)
+    for axis in axes[-1]:
+        axis.set_xlabel("epoch")
+    _legend(figure, axes[0][2], 2)
+    _colorbar(figure, [axis for row in axes for axis in row])
+    return figure
+
+
+def figure8(runs: Sequence[Run]) -> Figure:
+    """Eigenvalues by weight decay, the largest first, and the accuracies below."""
+    decays = {run.config.optimizer.weight_decay for run in runs}
+    if len(decays) < 2:
+        raise UserError(
+            "figure 8 compares weight decays, and these runs all have "
+            f"optimizer.weight_decay {decays.pop():g}. Add a run with another, such as "
+            "--set optimizer.weight_decay=1e-5"
+        )
+    ordered = sorted(runs, key=lambda run: -run.config.optimizer.weight_decay)
+    return _spectra_above_accuracy(ordered, _names(ordered, ["optimizer.weight_decay"]))
+
+
+FIGURES: dict[int, Callable[[Sequence[Run]], Figure]] = {
+    3: figure3,
+    4: figure4,
+    7: figure7,
+    8: figure8,
+}
+_ACCURACIES = {
+    "val_top1": "top-1, validation",
+    "probe_top1": "top-1, training views",
+}
+
+
+def _names(runs: Sequence[Run], first: Sequence[str] = ()) -> list[str]:
+    """The runs' labels, in which a $ begins no formula."""
+    return [label.replace("$", r"\$") for label in labels(runs, first)]
+
+
+def _ema_pairs(runs: Sequence[Run]) -> list[tuple[Run, Run]]:
+    """Pairs (with EMA, without) that are equal otherwise, in the order of the runs given."""
+    kinds: dict[str, dict[bool, list[Run]]] = defaultdict(lambda: defaultdict(list))
+    for run in runs:
+        kinds[_beside_ema(run)][run.config.method.ema].append(run)
+    pairs, left_over = [], []
+    for kind in kinds.values():
+        if len(kind[True]) == len(kind[False]) == 1:
+            pairs.append((kind[True][0], kind[False][0]))
+        else:
+            left_over += kind[True] + kind[False]
+    if not left_over:
+        return pairs
+    names = {run.path: name for run, name in zip(runs, labels(runs), strict=True)}
+    raise UserError(
+        "figure 7 needs for each run with an EMA target exactly one without, of the same "
+        "settings and seed but for EMA, optimizer and learning rate. Not so for "
+        f"{'; '.join(f'{run.path}: {names[run.path]}' for run in left_over)}. Leave them out, or "
+        "train what is missing with --set method.ema=false or true"
+    )
+
+
+def _beside_ema(run: Run) -> str:
+    """The settings of a run but for EMA and what the presets choose by it."""
+    settings = dict(leaves(run.config))
+    # SimSiam is BYOL without EMA
+    if settings["method.name"] == "simsiam":
+        settings["method.name"] = "byol"
+    return repr(sorted((key, value) for key, value in settings.items() if key not in _EMA_KEYS))
+
+
+def _spectra_above_accuracy(runs: Sequence[Run], names: Sequence[str]) -> Figure:
+    # four runs make a square
+    columns = 2 if len(runs) == 4 else min(_COLUMNS, len(runs))
+    rows = -(-len(runs) // columns)
+    width, height = _PANEL_INCHES
+    size = (max(columns, 2) * width + 0.8, (rows + 1) * height)
+    figure = Figure(figsize=size, layout="constrained")
+    grid = GridSpec(rows + 1, columns, figure=figure)
+    panels = [
+        figure.add_subplot(grid[place // columns, place % columns]) for place in range(len(runs))
+    ]
+    for place, (axis, run, name) in enumerate(zip(panels, runs, names, strict=True)):
+        _eigenvalues(axis, run)
+        axis.set_title(f"{name}{_rank(run)}")
+        if place % columns == 0:
+            axis.set_ylabel(r"eigenvalues $\lambda_i$ of $C$")
+        if place + columns >= len(runs):
+            axis.set_xlabel("epoch")
+    _same_limits(panels)
+    _colorbar(figure, panels)
+    below = figure.add_subplot(grid[rows, :])
+    accuracy = _accuracy_name(runs)
+    for place, (run, name) in enumerate(zip(runs, names, strict=True)):
+        _plot_accuracy(below, run, accuracy, name, place)
+    below.set(xlabel="epoch", ylabel=_ACCURACIES[accuracy])
+    _same_epochs([*panels, below], runs)
+    _legend(figure, below, columns)
+    return figure
+
+
+def _grid(rows: int, columns: int) -> tuple[Figure, list[list[Axes]]]:
+    width, height = _PANEL_INCHES
+    size = (columns * width + 0.8, rows * height + 0.2)
+    figure = Figure(figsize=size, layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False)
+    return figure, [list(row) for row in axes]
+
+
+def _eigenvalues(axis: Axes, run: Run) -> None:
+    largest = np.nanmax(run.eigenvalues_TD, initial=0)
+    shown_TD = np.where(run.eigenvalues_TD > _LEAST_SHARE * largest, run.eigenvalues_TD, np.nan)
+    axis.set_yscale("log")
+    _modes(axis, run.epochs_T, shown_TD)
+
+
+def _modes(axis: Axes, epochs_T: Array, values_TD: Array) -> None:
+    """A line for each of C's eigenvectors, coloured by its place."""
+    count, dim = values_TD.shape
+    rows = np.unique(np.linspace(0, count - 1, min(count, _MOST_POINTS)).astype(int))
+    # close together at the front, where the large ones are
+    places = np.unique(np.geomspace(1, dim, min(dim, _MOST_LINES)).round().astype(int)) - 1
+    segments = [np.stack([epochs_T[rows], values_TD[rows, place]], axis=1) for place in places]
+    lines = LineCollection(segments, cmap="viridis", norm=LogNorm(1, dim), linewidths=1)
+    lines.set_array(places + 1)
+    axis.add_collection(lines)
+    axis.autoscale_view()
+    axis.margins(x=0.02)
+    axis.xaxis.set_major_locator(_epochs())
+
+
+def _colorbar(figure: Figure, axes: Sequence[Axes]) -> None:
+    """Says what the colours of the lines in ``axes`` mean."""
+    figure.colorbar(axes[0].collections[0], ax=axes, label="place $i$, largest first", shrink=0.8)
+
+
+def _epochs() -> MaxNLocator:
+    """Few round numbers."""
+    return MaxNLocator(nbins=5, steps=[1, 2, 5, 10])
+
+
+def _legend(figure: Figure, axis: Axes, columns: int) -> None:
+    """The names of the curves in ``axis``, below all panels, where they cover nothing."""
+    figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=columns)
+
+
+def _same_limits(axes: Sequence[Axes]) -> None:
+    """One scale of eigenvalues for panels that are compared."""
+    limits = [axis.get_ylim() for axis in axes]
+    for axis in axes:
+        axis.set_ylim(min(low for low, _ in limits), max(high for _, high in limits))
+
+
+def _same_epochs(axes: Sequence[Axes], runs: Sequence[Run]) -> None:
+    """One scale of epochs, to the end of the longest run, be its last numbers NaN."""
+    last = max(max(run.epochs_T[-1], run.records[-1]["epoch"]) for run in runs)
+    for axis in axes:
+        axis.set_xlim(-0.02 * last, 1.02 * last)
+
+
+def _rank(run: Run) -> str:
+    """The effective rank at the end, for a title."""
+    return _blow_up(run) or f"\neffective rank {effective_rank(run.eigenvalues_TD[-1]):.1f}"
+
+
+def _blow_up(run: Run) -> str:
+    """Since when C has been NaN or infinite, for a title; empty where it is sound."""
+    unsound = ~np.isfinite(run.eigenvalues_TD).all(1)
+    return f"\nNaN from epoch {run.epochs_T[unsound.argmax()]:.3g}" if unsound.any() else ""
+
+
+def _accuracy_name(runs: Sequence[Run]) -> str:
+    """Validation accuracy where every run has a curve of it, else that on the training views."""
+    curves = all(len(run.curve("val_top1")[0]) >= 3 for run in runs)
+    return "val_top1" if curves else "probe_top1"
+
+
+def _plot_accuracy(axis: Axes, run: Run, accuracy: str, name: str, place: int) -> None:
+    epochs_T, values_T = run.curve(accuracy)
+    axis.plot(
+        epochs_T,
+        values_T,
+        color=_PALETTE[place % len(_PALETTE)],
+        linestyle=_DASHES[place % len(_DASHES)],
+        marker="o" if accuracy == "val_top1" and len(epochs_T) < 40 else None,
+        markersize=3,
+        label=name,
+    )
+    axis.set_ylim(0, 1.02)
+    axis.xaxis.set_major_locator(_epochs())
+
+
+def _save(figure: Figure, path: Path) -> Path:
+    kind = path.suffix[1:]
+    metadata = {"Date": None} if kind == "svg" else None
+    write_atomically(
+        path, lambda part: figure.savefig(part, format=kind, dpi=160, metadata=metadata)
+    )
+    return path

@@ -1,0 +1,1 @@
+"""Run folders: metrics, spectra, checkpoints, progress, collapse."""

@@ -1,0 +1,142 @@
+"""Checkpoints: written whole or not at all, the newest whole one used.
+
+A checkpoint is a folder step_00001000 of state.pt (everything the loop changes),
+encoder.safetensors (the backbone alone, under torchvision's names) and manifest.json (sizes and
+checksums, written last). It is filled under another name and renamed when complete.
+"""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from isofast.data.files import sync
+from isofast.errors import RunError, UserError
+
+State = dict[str, Any]
+_STATE, _ENCODER, _MANIFEST = "state.pt", "encoder.safetensors", "manifest.json"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A whole checkpoint on the disk."""
+
+    path: Path
+    step: int
+
+    def load(self) -> State:
+        """The state, on the CPU."""
+        state: State = torch.load(self.path / _STATE, map_location="cpu", weights_only=True)
+        return state
+
+
+def checkpoint_path(folder: Path, step: int) -> Path:
+    """Where the checkpoint of a step is."""
+    return folder / f"step_{step:08d}"
+
+
+def save_checkpoint(folder: Path, step: int, state: State, encoder: nn.Module, keep: int) -> Path:
+    """Writes ``folder``/step_N and removes all but the ``keep`` newest up to it.
+
+    Folders of later steps were passed over when the run went on from an earlier one; they stay
+    until the run has come that far again.
+
+    Args:
+        folder: the run's checkpoints folder.
+        step: steps taken.
+        state: tensors and plain Python values.
+        encoder: the backbone, saved under torchvision's names.
+        keep: checkpoints kept, this one included.
+
+    Raises:
+        RunError: the disk is full or not writable; the older checkpoints are untouched.
+    """
+    path = checkpoint_path(folder, step)
+    part = folder / f".{path.name}.part"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir()
+        torch.save(state, part / _STATE)
+        tensors = {k: v.detach().cpu().contiguous() for k, v in encoder.state_dict().items()}
+        save_file(tensors, part / _ENCODER, metadata={"format": "pt"})
+        manifest = {name: _fingerprint(part / name) for name in (_STATE, _ENCODER)}
+        (part / _MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+        for name in (_STATE, _ENCODER, _MANIFEST):
+            sync(part / name)
+        if path.exists():
+            shutil.rmtree(path)
+        part.rename(path)
+        sync(folder)
+    # torch.save and safetensors wrap a full disk in errors of their own
+    except Exception as error:
+        shutil.rmtree(part, ignore_errors=True)
+        raise RunError(
+            f"could not write the checkpoint {path}: {error}. The older checkpoints are whole; "
+            f"make room, then give the same command to continue"
+        ) from error
+    older = [old for old in _folders(folder) if _step_of(old) <= step]
+    for old in older[keep:]:
+        shutil.rmtree(old, ignore_errors=True)
+    return path
+
+
+def newest_checkpoint(
+    folder: Path, report: Callable[[str], None] = lambda text: None
+) -> Checkpoint | None:
+    """The newest checkpoint whose files have the sizes and checksums of its manifest, or None.
+
+    ``report`` is told of each that is passed over, and why.
+
+    Raises:
+        UserError: there are checkpoints, but none is whole.
+    """
+    folders = _folders(folder)
+    for path in folders:
+        fault = _fault(path)
+        if fault is None:
+            return Checkpoint(path, _step_of(path))
+        report(f"checkpoint {path} is not whole ({fault}); trying the one before it")
+    if folders:
+        raise UserError(
+            f"none of the {len(folders)} checkpoint(s) in {folder} is whole, the newest because "
+            f"{_fault(folders[0])}. Put one back, or start over beside this run with --fresh"
+        )
+    return None
+
+
+def _fault(path: Path) -> str | None:
+    """Why a checkpoint cannot be used, None if it can."""
+    try:
+        manifest = json.loads((path / _MANIFEST).read_text(encoding="utf-8"))
+        for name in (_STATE, _ENCODER):
+            if _fingerprint(path / name) != manifest[name]:
+                return f"{name} has changed since it was written"
+    except (KeyError, TypeError) as error:
+        return f"{_MANIFEST} is damaged: {error}"
+    except (OSError, ValueError) as error:
+        return str(error)
+    return None
+
+
+def _fingerprint(path: Path) -> dict[str, Any]:
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return {"bytes": path.stat().st_size, "sha256": digest}
+
+
+def _folders(folder: Path) -> list[Path]:
+    """Checkpoint folders, newest first."""
+    found = [path for path in folder.glob("step_*") if path.is_dir() and path.name[5:].isdigit()]
+    return sorted(found, key=_step_of, reverse=True)
+
+
+def _step_of(path: Path) -> int:
+    return int(path.name.removeprefix("step_"))

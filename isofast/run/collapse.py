@@ -1,0 +1,139 @@
+"""Detect collapse from a run's records, and suggest what to try.
+
+The thresholds separate recorded runs, good and bad (bench/results/first-steps.json); what they
+miss and how late they are is in docs/method/first-steps.md.
+"""
+
+import math
+from bisect import bisect_right
+from dataclasses import dataclass
+from typing import Literal
+
+from isofast.config.schema import Config, MethodConfig
+from isofast.run.loggers import Record
+
+Kind = Literal["complete", "dimensional", "torn", "blow-up"]
+
+# Healthy embeddings spread by 1/sqrt(D) in each dimension; below this share all images are one ...
+_LEAST_SPREAD = 0.01
+# ... and below this one they fill few dimensions, unless they are still spreading.
+_LOW_SPREAD, _NO_GROWTH = 0.35, 1.1
+# A new network's embeddings all point the same way: wait for the warm-up to end and for C to
+# forget the first steps, two of its time constants.
+_TIME_CONSTANTS = 2
+_LEAST_STEPS = 200
+# A few embeddings this much longer than the median own a raw C, and W shortens the others so far.
+_LONG, _SHORT = 4.0, 0.5
+# Growth of the embeddings' norm since the first record.
+_MOST_GROWTH = 1e3
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What has collapsed, and the message that says so and what to try."""
+
+    kind: Kind
+    message: str
+
+
+class CollapseWatch:
+    """Judges each record of a run by those before it.
+
+    Args:
+        config: the run's.
+        steps_per_epoch: steps of one pass over the images.
+    """
+
+    def __init__(self, config: Config, steps_per_epoch: int) -> None:
+        self._config = config
+        self._dim = config.projector.output
+        memory = _TIME_CONSTANTS / (1 - config.method.decay)
+        warmup = config.warmup_epochs * steps_per_epoch
+        self._grace = max(memory, warmup, _LEAST_STEPS)
+        self._steps: list[int] = []
+        self._spreads: list[float] = []
+        self._first_norm: float | None = None
+        self._torn = 0
+
+    def judge(self, record: Record) -> Finding | None:
+        """What has collapsed by this record's step; None where nothing has.
+
+        Args:
+            record: as in metrics.jsonl, in the order of the steps; None stands for NaN.
+        """
+        step, spread, norm = record["step"], record["embedding_std"], record.get("embedding_norm")
+        assert step is not None
+        if self._first_norm is None:
+            self._first_norm = norm
+        if spread is None or not math.isfinite(spread):
+            return self._found("blow-up", f"the embeddings became NaN or infinite at step {step}")
+        self._steps.append(int(step))
+        self._spreads.append(spread)
+        if norm is not None and norm > _MOST_GROWTH * (self._first_norm or math.inf):
+            return self._found(
+                "blow-up",
+                f"the norms of the embeddings grew from {self._first_norm:.2g} to {norm:.2g} by "
+                f"step {step}",
+            )
+        healthy = 1 / math.sqrt(self._dim)
+        measured = f"at step {step} embedding_std is {spread:.2g}, {healthy:.2g} is healthy"
+        if spread < _LEAST_SPREAD * healthy:
+            return self._found(
+                "complete", f"the embeddings have collapsed completely, to one point: {measured}"
+            )
+        if self._is_torn(record):
+            return self._found(
+                "torn",
+                f"a few long embeddings own C: at step {step} they are "
+                f"{record['norm_spread']:.1f} times as long as the median, and W shortens the "
+                f"others to {record['prediction_norm']:.2f} of their length",
+            )
+        if step >= self._grace and spread < _LOW_SPREAD * healthy and self._has_stopped(spread):
+            return self._found(
+                "dimensional",
+                f"the embeddings have collapsed to few dimensions: {measured}, and the effective "
+                f"rank of C is {record['effective_rank']:.1f} of {self._dim}",
+            )
+        return None
+
+    def _is_torn(self, record: Record) -> bool:
+        """Two records in a row; only a raw C gives long embeddings more weight."""
+        method = self._config.method
+        long, short = record.get("norm_spread"), record.get("prediction_norm")
+        raw = _is_cosine_of_c(method) and method.correlation == "embeddings"
+        if not raw or long is None or short is None:
+            return False
+        self._torn = self._torn + 1 if long > _LONG and short < _SHORT else 0
+        return self._torn > 1
+
+    def _has_stopped(self, spread: float) -> bool:
+        """Whether the spread has hardly grown in the second half of the steps."""
+        half = bisect_right(self._steps, self._steps[-1] // 2)
+        return half > 0 and spread < _NO_GROWTH * self._spreads[half - 1]
+
+    def _found(self, kind: Kind, what: str) -> Finding:
+        return Finding(kind, f"{what}. Try {' or '.join(remedies(self._config, kind))}")
+
+
+def _is_cosine_of_c(method: MethodConfig) -> bool:
+    """Whether the predictor is made of C, and only its direction counts."""
+    return hasattr(method, "alpha") and getattr(method, "metric", None) == "cosine"
+
+
+def remedies(config: Config, kind: Kind) -> list[str]:
+    """What to try against a collapse of ``kind``, the likeliest first."""
+    method, optimizer = config.method, config.optimizer
+    slower = [f"optimizer.lr below {optimizer.lr:g}", "a longer schedule.warmup_epochs"]
+    if kind == "blow-up":
+        return slower
+    tries = []
+    if _is_cosine_of_c(method) and method.correlation == "embeddings":
+        tries.append("method.correlation directions, so that long embeddings don't own C")
+    if method.name in ("directpred", "directcopy"):
+        tries.append("method.name isoloss, which keeps small eigenvalues growing")
+    if not method.ema:
+        name = "method.name byol" if method.name == "simsiam" else "method.ema true"
+        tries.append(f"{name}, for an EMA target")
+    if method.name in ("byol", "simsiam", "linear") and optimizer.name != "sgd":
+        tries.append("optimizer.name sgd")
+    return tries or slower

@@ -1,0 +1,255 @@
+"""What a run writes and shows while it goes on, and the time it takes."""
+
+import math
+import time
+from concurrent.futures import Future
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from isofast.config.schema import Config, to_json
+from isofast.data.files import write_atomically
+from isofast.distributed import World
+from isofast.run.background import Background, HostCopy
+from isofast.run.collapse import CollapseWatch, Finding
+from isofast.run.directory import write_json
+from isofast.run.loggers import Record, make_loggers
+from isofast.run.metrics import Evaluation, MetricsWriter, read_metrics
+from isofast.run.progress import Progress
+from isofast.run.spectrum import Spectrum, measure
+from isofast.run.summary import Summary, results_table
+
+
+@dataclass
+class Totals:
+    """What a run adds up over all its processes, saved with each checkpoint."""
+
+    wall_s: float = 0.0
+    train_s: float = 0.0
+    val_top1: float | None = None
+    knn_top1: float | None = None
+    knn_top1_initial: float | None = None
+    knn_top1_pixels: float | None = None
+    collapse: str | None = None
+
+
+@dataclass
+class _Lap:
+    """The time since the last record, how much of it was spent waiting for data, the steps."""
+
+    began: float = field(default_factory=time.perf_counter)
+    waited: float = 0.0
+    steps: int = 0
+
+
+class Recorder:
+    """Records, progress and timing of one process; only the first of a group writes and prints.
+
+    Args:
+        run_dir: the run's folder; config.json and environment.json are written at once.
+        config: the run's.
+        world: this process among its peers.
+        environment: what is in environment.json.
+        totals: of the processes that took the run to ``step``.
+        step: where the run goes on; records after it are dropped.
+        last_step: where it ends.
+        steps_per_epoch: steps of one pass over the images.
+    """
+
+    def __init__(
+        self,
+        run_dir: Path,
+        config: Config,
+        world: World,
+        environment: dict[str, Any],
+        totals: Totals,
+        *,
+        step: int,
+        last_step: int,
+        steps_per_epoch: int,
+    ) -> None:
+        self.totals = totals
+        self._run_dir = run_dir
+        self._environment = environment
+        self._batch_size = config.train.batch_size
+        self._steps_per_epoch = steps_per_epoch
+        self.progress = Progress(last_step, min(step, last_step), world.is_main)
+        self._background = Background()
+        self._spectrum: Future[Spectrum] | None = None
+        self._finding: Future[Finding | None] | None = None
+        self._watch = CollapseWatch(config, steps_per_epoch)
+        self._writer: MetricsWriter | None = None
+        if world.is_main:
+            text = to_json(config)
+            write_atomically(
+                run_dir / "config.json", lambda path: path.write_text(text, encoding="utf-8")
+            )
+            write_json(run_dir / "environment.json", environment)
+            if step < last_step:
+                (run_dir / "summary.json").unlink(missing_ok=True)
+            self._writer = MetricsWriter(
+                run_dir, step, make_loggers(run_dir, config, step), self.progress.say
+            )
+            for record in read_metrics(run_dir / "metrics.jsonl"):
+                if "embedding_std" in record:
+                    self._watch.judge(record)
+        self._began = time.perf_counter()
+        self._lap = _Lap()
+
+    def waited(self, seconds: float) -> None:
+        """A batch was waited for."""
+        self._lap.waited += seconds
+
+    def stepped(self) -> None:
+        """A step is done."""
+        self._lap.steps += 1
+
+    def resume_clock(self) -> None:
+        """What follows is training again; what came since the last record was not."""
+        self._lap = _Lap()
+
+    def stop_clock(self) -> _Lap:
+        """Ends a lap of training and adds it up; another begins."""
+        lap, self._lap = self._lap, _Lap()
+        if lap.steps:
+            self.totals.train_s += self._lap.began - lap.began
+        return lap
+
+    def spectrum(self, step: int, corr_DD: Tensor, w_DD: Tensor | None) -> None:
+        """Keeps the spectrum of C at this step, of a linear predictor's W as well.
+
+        The matrices are copied off their device and decomposed beside the loop, which waits for
+        neither.
+
+        Args:
+            step: steps taken.
+            corr_DD: C, (D, D).
+            w_DD: the weight of a trained linear predictor; None without one.
+        """
+        if self._writer is None:
+            return
+        writer, corr = self._writer, HostCopy(corr_DD)
+        w = None if w_DD is None else HostCopy(w_DD)
+
+        def work() -> Spectrum:
+            spectrum = measure(corr.get(), None if w is None else w.get())
+            writer.spectrum(step, spectrum)
+            return spectrum
+
+        self._spectrum = self._background.do(work)
+
+    def training(self, step: int, values: Record) -> None:
+        """Writes and shows a step's record: ``values`` with the speed since the last one.
+
+        The step's ``spectrum`` comes before, and what it says is part of the record.
+        """
+        lap = self.stop_clock()
+        elapsed = self._lap.began - lap.began
+        images_per_s = lap.steps * self._batch_size / elapsed
+        data_wait = lap.waited / elapsed
+        record: Record = {
+            "step": step,
+            "epoch": self.epoch(step),
+            **values,
+            "images_per_s": images_per_s,
+            "data_wait": data_wait,
+        }
+        if self._writer is not None and self._spectrum is not None:
+            spectrum = self._spectrum
+            self._finding = self._background.do(lambda: self._write(record, spectrum.result()))
+        shown = {
+            "images/s": f"{images_per_s:,.0f}",
+            "loss": f"{values['loss']:.3f}",
+            "probe": f"{values['probe_top1']:.3f}",
+            "wait": f"{data_wait:.0%}",
+        }
+        self.progress.advance(step, shown)
+
+    def evaluation(self, step: int, result: Evaluation) -> None:
+        """Writes and shows an evaluation."""
+        self.totals.val_top1, self.totals.knn_top1 = result.val_top1, result.knn_top1
+        if step == 0:
+            self.totals.knn_top1_initial = result.knn_top1
+        if self._writer is not None:
+            record: Record = {"step": step, "epoch": self.epoch(step), **asdict(result)}
+            self._background.do(partial(self._writer.write, record))
+        self.progress.say(
+            f"epoch {self.epoch(step):g}: validation top-1 {result.val_top1:.3f}, "
+            f"k-NN {result.knn_top1:.3f}"
+        )
+
+    def finding(self) -> Finding | None:
+        """What the last record says has collapsed; waits for it. None on all ranks but the first.
+
+        Asked for at the next record, it has long been found.
+        """
+        return None if self._finding is None else self._finding.result()
+
+    def note_collapse(self, message: str) -> None:
+        """The run ends by a collapse; summary.json will say so."""
+        self._background.wait()
+        self.totals.collapse = message
+
+    def flush(self) -> Totals:
+        """Brings all records to the disk, those on their way as well; the totals up to now."""
+        self._background.wait()
+        if self._writer is not None:
+            self._writer.flush()
+        return Totals(**(asdict(self.totals) | {"wall_s": self._wall_s()}))
+
+    def summary(self, step: int, corr_DD: Tensor, dropped: int, failure: str | None) -> Summary:
+        """Writes summary.json; a run without ``failure`` is completed and its table printed."""
+        totals = self.flush()
+        rank = measure(corr_DD.cpu()).effective_rank
+        summary: Summary = {
+            "completed": failure is None,
+            "failure": failure,
+            "epochs": self.epoch(step),
+            "steps": step,
+            "val_top1": totals.val_top1,
+            "knn_top1": totals.knn_top1,
+            "knn_top1_initial": totals.knn_top1_initial,
+            "knn_top1_pixels": totals.knn_top1_pixels,
+            "effective_rank": rank if math.isfinite(rank) else None,
+            "images_per_s": step * self._batch_size / totals.train_s if totals.train_s else None,
+            "wall_s": totals.wall_s,
+            "dropped_images_per_epoch": dropped,
+            "collapse": totals.collapse,
+        }
+        if self._writer is not None:
+            write_json(self._run_dir / "summary.json", summary)
+        self.progress.close()
+        if failure is None:
+            table = results_table(self._run_dir, summary, self._environment)
+            warning = f"warning: {totals.collapse}\n" if totals.collapse else ""
+            self.progress.say(f"\n{self._run_dir}: completed\n\n{table}\n{warning}")
+        return summary
+
+    def epoch(self, step: int) -> float:
+        """Passes over the images after ``step`` steps."""
+        return round(step / self._steps_per_epoch, 4)
+
+    def close(self) -> None:
+        """Closes the files and the bar; ends what runs beside the loop."""
+        self.progress.close()
+        self._background.close()
+        if self._writer is not None:
+            self._writer.close()
+
+    def _write(self, record: Record, spectrum: Spectrum) -> Finding | None:
+        """Writes a step's record with what its spectrum says; gives what has collapsed."""
+        assert self._writer is not None
+        record["effective_rank"] = spectrum.effective_rank
+        record["effective_rank_entropy"] = spectrum.effective_rank_entropy
+        if spectrum.predictor_alignment is not None:
+            record["predictor_alignment"] = spectrum.predictor_alignment
+        self._writer.write(record)
+        finding = self._watch.judge(record)
+        self.totals.collapse = None if finding is None else finding.message
+        return finding
+
+    def _wall_s(self) -> float:
+        return self.totals.wall_s + time.perf_counter() - self._began

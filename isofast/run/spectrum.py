@@ -1,0 +1,119 @@
+"""What C's eigenvalues and eigenvectors say about a run: dimensions in use, the predictor's part.
+
+Everything is computed in float64 on the CPU, by the thread beside the training loop
+(isofast/run/background.py), and kept in float32. Shapes: D embedding dimensions.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+Array = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Spectrum:
+    """C = U diag(lambda) U^T at one step, and how a trained linear predictor W lies to it."""
+
+    eigenvalues_D: Array
+    """Descending, clamped at 0, float32; NaN where C is not finite."""
+    alignment_D: Array | None = None
+    """cos(W u_i, u_i), in the order of the eigenvalues, float32; None without such a W."""
+
+    @property
+    def effective_rank(self) -> float:
+        """Participation ratio."""
+        return effective_rank(self.eigenvalues_D)
+
+    @property
+    def effective_rank_entropy(self) -> float:
+        """Exponential of the entropy of the eigenvalues."""
+        return effective_rank_entropy(self.eigenvalues_D)
+
+    @property
+    def trace(self) -> float:
+        """Sum of the eigenvalues: the mean squared norm of the embeddings that C averages."""
+        return float(self.eigenvalues_D.astype(np.float64).sum())
+
+    @property
+    def predictor_alignment(self) -> float | None:
+        """The alignments' mean, weighted by the eigenvalues; None without a linear predictor.
+
+        Weighted, because eigenvectors that the embeddings do not use are arbitrary.
+        """
+        if self.alignment_D is None:
+            return None
+        weights_D = self.eigenvalues_D.astype(np.float64)
+        total = weights_D.sum()
+        return float(weights_D @ self.alignment_D / total) if total != 0 else 0.0
+
+
+@torch.no_grad()
+def measure(corr_DD: Tensor, w_DD: Tensor | None = None) -> Spectrum:
+    """The spectrum of C and, with ``w_DD``, the predictor's alignment with its eigenvectors.
+
+    Args:
+        corr_DD: C, symmetric (D, D), any dtype, on the CPU.
+        w_DD: the weight of a trained linear predictor, p = W z, (D, D); not symmetric in general.
+    """
+    corr_DD = corr_DD.double()
+    if not torch.isfinite(corr_DD).all():
+        lost_D = np.full(len(corr_DD), np.nan, dtype=np.float32)
+        return Spectrum(lost_D, None if w_DD is None else lost_D)
+    if w_DD is None:
+        return Spectrum(_kept(torch.linalg.eigvalsh(corr_DD).flip(0).clamp(min=0)))
+    eigenvalues_D, u_DD = torch.linalg.eigh(corr_DD)
+    alignment_D = predictor_alignment(w_DD.double(), u_DD.flip(1))
+    return Spectrum(_kept(eigenvalues_D.flip(0).clamp(min=0)), _kept(alignment_D))
+
+
+def predictor_alignment(w_DD: Tensor, u_DD: Tensor) -> Tensor:
+    """cos(W u_i, u_i) = u_i^T W u_i / |W u_i|, the measure of P Fig. 4 (after Tian et al., 2021).
+
+    1 where u_i is an eigenvector of W with a positive eigenvalue (so for W = I and any W = f(C)),
+    -1 with a negative one, 0 where W takes u_i to a right angle or to nothing. A W that knows
+    nothing of C gives 0 on average, with a spread of 1/sqrt(D).
+
+    Args:
+        w_DD: the predictor.
+        u_DD: orthonormal eigenvectors of C in the columns.
+
+    Returns:
+        (D,), in the order of the columns, in [-1, 1].
+    """
+    moved_DD = w_DD @ u_DD
+    norm_D = moved_DD.norm(dim=0)
+    cos_D: Tensor = (u_DD * moved_DD).sum(0) / norm_D.clamp(min=torch.finfo(norm_D.dtype).tiny)
+    return cos_D.clamp(-1, 1)
+
+
+def effective_rank(eigenvalues_D: npt.ArrayLike) -> float:
+    """Participation ratio (sum lambda)^2 / sum lambda^2: D if all are equal, 1 if one is left."""
+    values_D = np.asarray(eigenvalues_D, dtype=np.float64)
+    squares = np.square(values_D).sum()
+    # infinite / infinite is NaN, as it should be
+    with np.errstate(invalid="ignore"):
+        return float(np.square(values_D.sum()) / squares) if squares != 0 else 0.0
+
+
+def effective_rank_entropy(eigenvalues_D: npt.ArrayLike) -> float:
+    """exp(-sum p log p) with p = lambda / sum lambda: D if all are equal, 1 if one is left.
+
+    Small eigenvalues count for more here than in the participation ratio, which is never larger.
+    """
+    values_D = np.asarray(eigenvalues_D, dtype=np.float64)
+    if not np.isfinite(values_D).all():
+        return float("nan")
+    used = values_D[values_D > 0]
+    if not len(used):
+        return 0.0
+    p = used / used.sum()
+    return float(np.exp(-(p * np.log(p)).sum()))
+
+
+def _kept(values_D: Tensor) -> Array:
+    kept: Array = values_D.float().numpy()
+    return kept

@@ -1,0 +1,1 @@
+"""Training: the loop, its step, optimizers, parallelism and evaluation beside it."""

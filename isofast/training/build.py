@@ -1,0 +1,156 @@
+"""Everything a run consists of, built from its config, saved and restored as one."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from isofast.config.schema import Config
+from isofast.data import recipe_for
+from isofast.distributed import World, gather_objects
+from isofast.errors import UserError
+from isofast.methods import Method, make_method
+from isofast.methods.ema import EmaTarget
+from isofast.methods.networks import Branch
+from isofast.training.optim import load_optimizer_state, make_optimizer
+from isofast.training.parallel import make_engine, restore_engine
+from isofast.training.step import Online
+from isofast_kernels.arguments import MAX_FEATURES
+
+State = dict[str, Any]
+# of a checkpoint; 2 has C among the method's buffers
+_FORMAT = 2
+
+
+@dataclass
+class TrainState:
+    """The live objects of a run; ``online`` is the raw module inside ``engine``."""
+
+    world: World
+    online: Online
+    target: EmaTarget | None
+    optimizer: Optimizer
+    engine: Any
+
+    @property
+    def method(self) -> Method:
+        """The method, inside ``online``."""
+        return self.online.method
+
+    def capture(self) -> State:
+        """All that training has changed, as tensors and plain values. Called on every rank."""
+        return {
+            "format": _FORMAT,
+            "online": self.online.state_dict(),
+            "target": None if self.target is None else self.target.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "rng": gather_objects(_rng_state(self.world.device)),
+            "world_size": self.world.size,
+            "device": self.world.device.type,
+        }
+
+    def restore(self, state: State, steps: int) -> None:
+        """Puts back what ``capture`` gave, ``steps`` steps into the run.
+
+        Raises:
+            UserError: the state was made by another number of processes, on another device, or by
+                an earlier version.
+        """
+        if state.get("format") != _FORMAT:
+            raise UserError(
+                "the run's checkpoints are of another version of isofast; finish it with that "
+                "version, or start over with --fresh"
+            )
+        if state["device"] != self.world.device.type:
+            raise UserError(
+                f"the run was made on a {state['device']} and would not go on as it was on a "
+                f"{self.world.device.type} (precision, BatchNorm, random numbers); go on there, or "
+                f"start over with --fresh"
+            )
+        if state["world_size"] != self.world.size:
+            raise UserError(
+                f"the run was made by {state['world_size']} processes and cannot go on with "
+                f"{self.world.size}; start as many, or start over with --fresh"
+            )
+        self.online.load_state_dict(state["online"])
+        if self.target is not None:
+            self.target.load_state_dict(state["target"])
+        load_optimizer_state(self.optimizer, state["optimizer"])
+        _set_rng_state(state["rng"][self.world.rank], self.world.device)
+        restore_engine(self.engine, steps)
+
+    def is_finite(self) -> bool:
+        """Whether no parameter has become NaN or infinite. Synchronises with the GPU."""
+        norms = torch._foreach_norm([p.detach() for p in self.online.parameters()])
+        return bool(torch.isfinite(torch.stack(norms)).all())
+
+
+def build(config: Config, world: World, classes: int, batch_norm: str) -> TrainState:
+    """Networks, target, C, optimizer and engine of a new run, from ``config.seed``.
+
+    Args:
+        config: the run's.
+        world: this process among its peers.
+        classes: outputs of the probe.
+        batch_norm: "local" or "synchronised".
+
+    Raises:
+        UserError: the embeddings are wider than the kernels take.
+    """
+    torch.manual_seed(config.seed)
+    cuda = world.device.type == "cuda"
+    if cuda and config.projector.output > MAX_FEATURES:
+        raise UserError(
+            f"projector.output is {config.projector.output}; on a GPU the losses take at most "
+            f"{MAX_FEATURES}. Set projector.output to that or less (the paper has 256)"
+        )
+    torch.backends.cudnn.benchmark = cuda
+    side = recipe_for(config.data.dataset, crop=config.data.crop).crop
+    branch = Branch(config.encoder, config.projector, _precision(config, cuda), side)
+    probe = nn.Linear(branch.features_out, classes)
+    online = Online(branch, probe, make_method(config.method, config.projector))
+    if batch_norm == "synchronised":
+        online = nn.SyncBatchNorm.convert_sync_batchnorm(online)  # type: ignore[no-untyped-call]
+    online.to(world.device)
+    target = EmaTarget(online.branch, config.method.ema_base) if config.method.ema else None
+    if compiles(config, cuda):
+        # in place, so that parameters keep their names
+        online.branch.compile()
+        for part in online.method.children():
+            if any(True for _ in part.parameters()):
+                part.compile()
+        if target is not None:
+            target.branch.compile()
+    optimizer = make_optimizer(online, config)
+    engine = make_engine(online, optimizer, config, world)
+    # only now: DeepSpeed's first broadcast refuses parameters that are not contiguous
+    for module in (online, target):
+        if module is not None:
+            module.to(memory_format=torch.channels_last)
+    return TrainState(world, online, target, optimizer, engine)
+
+
+def compiles(config: Config, cuda: bool) -> bool:
+    """Whether the networks go through torch.compile."""
+    return config.train.compile == "on" or (config.train.compile == "auto" and cuda)
+
+
+def _precision(config: Config, cuda: bool) -> torch.dtype:
+    asked = config.train.precision
+    return torch.bfloat16 if asked == "bf16" or (asked == "auto" and cuda) else torch.float32
+
+
+def _rng_state(device: torch.device) -> State:
+    """torch's generators; nothing in a run draws from numpy's or Python's global ones."""
+    return {
+        "cpu": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
+    }
+
+
+def _set_rng_state(state: State, device: torch.device) -> None:
+    torch.set_rng_state(state["cpu"])
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(state["cuda"], device)

@@ -1,0 +1,343 @@
+"""fit(): a run from its config to its summary, the loop from top to bottom."""
+
+import time
+from contextlib import ExitStack, closing
+from dataclasses import asdict
+from pathlib import Path
+from typing import NoReturn
+
+import torch
+
+from isofast.config.schema import Config
+from isofast.data import Batch, ImageFolder, Recipe, make_train_loader, recipe_for, resolve_backend
+from isofast.data.images import (
+    Images,
+    agree_on_images,
+    check_images,
+    data_set_notes,
+    describe_images,
+    list_images,
+)
+from isofast.distributed import (
+    World,
+    barrier,
+    cores_of_rank,
+    launched_rank,
+    launched_world_size,
+    mean_of_statistics_over_ranks_,
+    mean_over_ranks_,
+)
+from isofast.errors import RunError, UserError
+from isofast.run.checkpoint import newest_checkpoint, save_checkpoint
+from isofast.run.collapse import Finding, remedies
+from isofast.run.directory import describe_environment, open_run_dir
+from isofast.run.recorder import Recorder, Totals
+from isofast.run.summary import Summary
+from isofast.training.build import TrainState, build, compiles
+from isofast.training.online import Evaluator
+from isofast.training.optim import set_lr
+from isofast.training.parallel import (
+    check_pass_through,
+    close_world,
+    init_world,
+    resolve_batch_norm,
+)
+from isofast.training.step import StepOutput, embedding_scalars
+
+
+def fit(config: Config, run_dir: Path) -> Summary:
+    """Trains ``config`` in ``run_dir``, or goes on from its newest whole checkpoint.
+
+    Called by every process of a launcher's group, or by one alone.
+
+    Returns:
+        What is in summary.json.
+
+    Raises:
+        UserError: the configuration, the data or the run dir does not allow the run.
+        RunError: the run cannot go on; what is known is in the run dir.
+    """
+    check_pass_through(config)
+    config.batch_size_per_rank(launched_world_size())
+    data = config.data
+    recipe = recipe_for(data.dataset, crop=data.crop, augmentation=data.augmentation)
+    images = list_images(config)
+    with ExitStack() as stack:
+        if launched_rank() == 0:
+            stack.enter_context(open_run_dir(run_dir, config))
+            images = check_images(config, images)
+        world = init_world()
+        stack.callback(close_world)
+        images = agree_on_images(config, world, images)
+        run = stack.enter_context(closing(_Run(config, run_dir, world, recipe, images)))
+        try:
+            run.train()
+        except Exception as error:
+            # a lost peer shows as an error of a collective
+            run.finish(failure=str(error) or type(error).__name__)
+            raise
+        return run.finish()
+
+
+class _Run:
+    """The objects of one process of a run, and what is done with them."""
+
+    def __init__(
+        self,
+        config: Config,
+        run_dir: Path,
+        world: World,
+        recipe: Recipe,
+        images: Images,
+    ) -> None:
+        self.config, self.run_dir, self.world = config, run_dir, world
+        train, val = images
+        self.batch_norm = resolve_batch_norm(config, world)
+        # without any class the probe has one output, and nothing to learn
+        outputs = max(1, len(train.classes))
+        self.state: TrainState = build(config, world, outputs, self.batch_norm)
+        self.fingerprints = {
+            "training": train.fingerprint,
+            "validation": None if val is None else val.fingerprint,
+        }
+        self.backend_before: str | None = None
+        self.step, totals, notes = self._resume()
+
+        threads = config.data.threads or cores_of_rank(world)
+        self.loader = make_train_loader(
+            self._backend(train, recipe),
+            train,
+            recipe,
+            batch_size=config.batch_size_per_rank(world.size),
+            rank=world.rank,
+            world_size=world.size,
+            seed=config.seed,
+            device=world.device,
+            start_step=self.step,
+            threads=threads,
+            prefetch=config.data.prefetch,
+            resident_limit_gb=config.data.resident_limit_gb,
+            dtype=self.state.online.branch.precision,
+        )
+        self.steps_per_epoch: int = self.loader.steps_per_epoch
+        self.total_steps = config.train.epochs * self.steps_per_epoch
+        self.last_step = min(self.total_steps, config.train.max_steps or self.total_steps)
+        self.evaluator = (
+            None
+            if val is None
+            else Evaluator(
+                config, train, val, recipe, world, backend=self.loader.backend, threads=threads
+            )
+        )
+        precision = str(self.state.online.branch.precision).removeprefix("torch.")
+        resolved = {"backend": self.loader.backend, "precision": precision}
+        environment = describe_environment(world, batch_norm=self.batch_norm, **resolved)
+        self.recorder = Recorder(
+            run_dir,
+            config,
+            world,
+            environment,
+            totals,
+            step=self.step,
+            last_step=self.last_step,
+            steps_per_epoch=self.steps_per_epoch,
+        )
+        notes += images.notes() + data_set_notes(config)
+        notes += self._plan(train, environment["device"])
+        self.recorder.progress.say("\n".join(notes))
+        self.all_finite = torch.ones((), dtype=torch.bool, device=world.device)
+        self.warned: set[str] = set()
+
+    def train(self) -> None:
+        """The loop."""
+        config, state, recorder = self.config, self.state, self.recorder
+        local_statistics = self.world.size > 1 and self.batch_norm == "local"
+        state.online.train()
+        if self.step == 0 and config.evaluation.at_start:
+            self.evaluate()
+        recorder.resume_clock()
+        while self.step < self.last_step:
+            batch = self._next_batch()
+            lr = set_lr(state.optimizer, self.step, self.steps_per_epoch, config)
+            targets = None if state.target is None else state.target(batch)
+            output: StepOutput = state.engine(batch, targets)
+            state.engine.backward(output.loss + output.probe.loss)
+            state.engine.step()
+            progress = self.step / self.total_steps
+            if state.target is not None:
+                state.target.set_decay(progress)
+                state.target.move_(state.online.branch)
+            state.method.after_step(progress)
+            if local_statistics:
+                mean_of_statistics_over_ranks_(state.online)
+            self.all_finite &= torch.isfinite(output.loss.detach())
+            self.step += 1
+            recorder.stepped()
+
+            at_end = self.step == self.last_step
+            record_is_due = at_end or self.step % config.logging.every_steps == 0
+            if record_is_due or self._spectrum_is_due():
+                corr_DD = state.method.correlation.corr_DD
+                recorder.spectrum(self.step, corr_DD, state.method.matrix())
+            if record_is_due:
+                self.log(output, lr)
+            else:
+                recorder.progress.advance(self.step)
+            if at_end or self._evaluation_is_due():
+                self.evaluate()
+            if at_end or self.step % config.checkpoint.every_steps == 0:
+                self.checkpoint()
+
+    def log(self, output: StepOutput, lr: float) -> None:
+        """Records this step; the only place where the loop waits for the GPU."""
+        # of the record before, which is long written; the other ranks learn of it with the numbers
+        finding = self.recorder.finding()
+        scalars = {
+            "loss": output.loss.detach(),
+            "probe_loss": output.probe.loss.detach(),
+            "probe_top1": output.probe.top1,
+            **embedding_scalars(output.z1_BD),
+            **self.state.method.scalars(),
+            "finite": self.all_finite.float(),
+            "collapsed": torch.full_like(output.probe.top1, float(finding is not None)),
+        }
+        means = mean_over_ranks_(torch.stack([*scalars.values()]).float()).tolist()
+        values: dict[str, float] = dict(zip(scalars, means, strict=True))
+        finite, collapsed = values.pop("finite"), values.pop("collapsed")
+        self.recorder.training(self.step, {"alignment": None, **values, "lr": lr})
+        if finite < 1:
+            self._blow_up("the loss")
+        if collapsed > 0:
+            self._tell_collapse(finding)
+
+    def evaluate(self) -> None:
+        """Clean top-1 and k-NN, where there is a validation set; not counted as training time."""
+        if self.evaluator is None:
+            return
+        self.recorder.stop_clock()
+        self.recorder.progress.note(f"evaluating on {self.evaluator.images:,} images")
+        self.recorder.evaluation(self.step, self.evaluator(self.state.online))
+        self.recorder.resume_clock()
+
+    def checkpoint(self) -> None:
+        """Saves everything that training has changed, if it is sound."""
+        self.recorder.stop_clock()
+        if not self.state.is_finite():
+            self._blow_up("a parameter")
+        state = self.state.capture()
+        if self.world.is_main:
+            # first what the checkpoint takes for granted, then the checkpoint
+            state["totals"] = asdict(self.recorder.flush())
+            state["loader"] = self.loader.state_dict()
+            state["images"] = self.fingerprints
+            save_checkpoint(
+                self.run_dir / "checkpoints",
+                self.step,
+                state,
+                self.state.online.branch.encoder,
+                self.config.checkpoint.keep,
+            )
+        barrier()
+        self.recorder.resume_clock()
+
+    def finish(self, failure: str | None = None) -> Summary:
+        """Writes the summary; ``failure`` says why the run could not go on."""
+        if failure is None and self.config.evaluation.knn_pixels and self.evaluator is not None:
+            self.recorder.totals.knn_top1_pixels = self.evaluator.pixels()
+        corr_DD = self.state.method.correlation.corr_DD
+        return self.recorder.summary(self.step, corr_DD, self.loader.dropped_per_epoch, failure)
+
+    def close(self) -> None:
+        """Closes files and the loader."""
+        self.recorder.close()
+        self.loader.close()
+
+    def _resume(self) -> tuple[int, Totals, list[str]]:
+        """Restores the newest whole checkpoint: its step, its totals, what there is to say."""
+        notes: list[str] = []
+        found = newest_checkpoint(self.run_dir / "checkpoints", notes.append)
+        if found is None:
+            if (self.run_dir / "metrics.jsonl").exists():
+                notes.append(f"no checkpoint in {self.run_dir} yet: beginning again at step 0")
+            return 0, Totals(), notes
+        state = found.load()
+        for kind, fingerprint in self.fingerprints.items():
+            # a run may begin or go on without evaluation, and so without validation images
+            if None not in (fingerprint, state["images"][kind]) and (
+                fingerprint != state["images"][kind]
+            ):
+                raise UserError(
+                    f"the {kind} images under {self.config.data.root} are not those that the run "
+                    f"began with (names, classes or file sizes differ); put them back, or start "
+                    f"over with --fresh"
+                )
+        self.backend_before = state["loader"].get("backend")
+        self.state.restore(state, found.step)
+        notes.append(f"continuing from {found.path}")
+        return found.step, Totals(**state["totals"]), notes
+
+    def _backend(self, train: ImageFolder, recipe: Recipe) -> str:
+        """What makes the training images: one and the same through the whole run."""
+        data = self.config.data
+        backend = resolve_backend(
+            data.backend, train, recipe, self.world.device, data.resident_limit_gb
+        )
+        if self.backend_before not in (None, backend):
+            raise UserError(
+                f"the run's images were made by the {self.backend_before} backend, and {backend} "
+                f"jitters colours a little differently; go on with "
+                f"--set data.backend={self.backend_before}, or start over with --fresh"
+            )
+        return backend
+
+    def _plan(self, train: ImageFolder, device: str) -> list[str]:
+        """What the run is about to do, line by line."""
+        config, world = self.config, self.world
+        statistics = "of one process" if world.size == 1 else self.batch_norm
+        lines = [
+            f"{config.method.name} ({self.state.method.describe()}, {config.optimizer.name} "
+            f"{config.optimizer.lr:g}) on {describe_images(train)}, {device}",
+            f"{world.size} process(es), BatchNorm statistics {statistics}, "
+            f"{self.steps_per_epoch} steps an epoch "
+            f"({self.loader.dropped_per_epoch} images left out of each)",
+            self.loader.describe(),
+            f"steps {self.step} to {self.last_step}, written to {self.run_dir}"
+            if self.step < self.last_step
+            else f"{self.run_dir} is at step {self.step} and has nothing left to do",
+        ]
+        if compiles(config, world.device.type == "cuda") and self.step < self.last_step:
+            lines.append("compiling the networks; the first step takes a minute or two")
+        return lines
+
+    def _next_batch(self) -> Batch:
+        began = time.perf_counter()
+        batch: Batch = next(self.loader)
+        self.recorder.waited(time.perf_counter() - began)
+        return batch
+
+    def _evaluation_is_due(self) -> bool:
+        every = self.config.evaluation.every_epochs
+        return every > 0 and self.step % (every * self.steps_per_epoch) == 0
+
+    def _spectrum_is_due(self) -> bool:
+        """Whether C's eigenvalues are wanted at a step without a record."""
+        every = self.config.logging.spectrum_every_steps
+        return self.step % self.steps_per_epoch == 0 or bool(every and self.step % every == 0)
+
+    def _blow_up(self, what: str) -> NoReturn:
+        message = (
+            f"{what} became NaN or infinite before step {self.step}. The last checkpoint is "
+            f"from before; start over with {' or '.join(remedies(self.config, 'blow-up'))}"
+        )
+        self.recorder.note_collapse(message)
+        raise RunError(message)
+
+    def _tell_collapse(self, finding: Finding | None) -> None:
+        """Says once what has collapsed, or stops; all ranks but the first do not know what."""
+        message = finding.message if finding else "the first process reports a collapse"
+        if self.config.train.on_collapse == "stop":
+            self.recorder.note_collapse(message)
+            raise RunError(message)
+        if finding is not None and finding.kind not in self.warned:
+            self.warned.add(finding.kind)
+            self.recorder.progress.say(f"warning: {message}")

@@ -1,0 +1,178 @@
+"""Optimizers: parameter groups, LARS, and the learning rate as a pure function of the step."""
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import SGD, AdamW, Optimizer
+
+from isofast.config.schema import Config
+from isofast.methods.foreach import add_each_scaled_, add_scaled_
+from isofast.training.step import Online
+
+REFERENCE_BATCH = 256
+
+
+class LARS(Optimizer):
+    """Layer-wise adaptive rate scaling, as in the released code, without host synchronisation.
+
+    g' = (g + wd p) min(eta |p| / (|g| + wd |p| + 1e-8) / lr, 1); v <- momentum v + g';
+    p <- p - lr v.
+    Groups with ``adapt`` False get momentum SGD with their own weight decay; a parameter with
+    |p| = 0 or |g| = 0 gets neither decay nor adaptation in that step.
+
+    Args:
+        params: parameters or groups; a group may set ``adapt``.
+        lr: learning rate, a number or a 0-dimensional tensor on the parameters' device, which is
+            only read there: a CUDA graph replays the step at whatever rate the tensor holds.
+        momentum: decay of the velocity.
+        weight_decay: wd.
+        eta: trust coefficient.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float | Tensor,
+        momentum: float = 0.9,
+        weight_decay: float = 0.0,
+        eta: float = 0.02,
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "momentum": momentum,
+            "weight_decay": weight_decay,
+            "eta": eta,
+            "adapt": True,
+        }
+        super().__init__(params, defaults)
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """One update of every parameter that has a gradient."""
+        if closure is not None:
+            raise ValueError("LARS takes no closure")
+        for group in self.param_groups:
+            params: list[Tensor] = []
+            grads: list[Tensor] = []
+            for p in group["params"]:
+                if p.grad is not None:
+                    params.append(p)
+                    grads.append(p.grad)
+                    if "velocity" not in self.state[p]:
+                        self.state[p]["velocity"] = torch.zeros_like(p)
+            if not params:
+                continue
+            velocities = [self.state[p]["velocity"] for p in params]
+            torch._foreach_mul_(velocities, group["momentum"])
+            if group["adapt"]:
+                self._add_adapted(velocities, params, grads, group)
+            else:
+                self._add_plain(velocities, params, grads, group["weight_decay"])
+            lr = torch.as_tensor(group["lr"], dtype=params[0].dtype, device=params[0].device)
+            add_scaled_(params, velocities, lr, value=-1)
+
+    @staticmethod
+    def _add_plain(
+        velocities: list[Tensor], params: list[Tensor], grads: list[Tensor], decay: float
+    ) -> None:
+        torch._foreach_add_(velocities, grads)
+        if decay != 0:
+            torch._foreach_add_(velocities, params, alpha=decay)
+
+    @staticmethod
+    def _add_adapted(
+        velocities: list[Tensor],
+        params: list[Tensor],
+        grads: list[Tensor],
+        group: dict[str, Any],
+    ) -> None:
+        wd = group["weight_decay"]
+        # a rate of 0 moves nothing, whatever the scale
+        lr = torch.as_tensor(group["lr"], device=params[0].device).clamp(min=1e-38)
+        p_norm = torch.stack(torch._foreach_norm(params))
+        g_norm = torch.stack(torch._foreach_norm(grads))
+        applies = (p_norm > 0) & (g_norm > 0)
+        trust = group["eta"] * p_norm / (g_norm + wd * p_norm + 1e-8)
+        scale = torch.where(applies, (trust / lr).clamp(max=1), 1.0)
+        decay = torch.where(applies, wd * scale, 0.0)
+        add_each_scaled_(velocities, grads, scale.unbind())
+        add_each_scaled_(velocities, params, decay.unbind())
+
+
+def make_optimizer(online: Online, config: Config) -> Optimizer:
+    """The configured optimizer over the network's and the probe's parameters.
+
+    Each group carries ``peak_lr``, from which ``set_lr`` makes its rate at a step, and the rate
+    itself as a tensor beside the parameters. Learning rates scale with the global batch, relative
+    to 256.
+    """
+    settings = config.optimizer
+    scale = config.train.batch_size / REFERENCE_BATCH
+    network: list[Tensor] = [*online.branch.parameters(), *online.method.parameters()]
+    matrices = [p for p in network if p.ndim > 1]
+    vectors = [p for p in network if p.ndim <= 1]
+
+    def group(params: Sequence[Tensor], lr: float, decay: float, **more: Any) -> dict[str, Any]:
+        peak = lr * scale
+        rate = torch.tensor(peak, device=params[0].device)
+        return {"params": list(params), "lr": rate, "peak_lr": peak, "weight_decay": decay, **more}
+
+    def probe(**more: Any) -> dict[str, Any]:
+        return group(list(online.probe.parameters()), settings.probe_lr, 0.0, **more)
+
+    decay = settings.weight_decay
+    if settings.name == "sgd":
+        groups = [group([*matrices, *vectors], settings.lr, decay), probe()]
+        # the fused form reads a rate on the device without waiting for it
+        return SGD(groups, momentum=settings.momentum, fused=True)
+    if settings.name == "adamw":
+        groups = [group(matrices, settings.lr, decay), group(vectors, settings.lr, 0.0), probe()]
+        return AdamW(groups, betas=(settings.momentum, 0.999), fused=True)
+    groups = [
+        group(matrices, settings.lr, decay, adapt=True),
+        group(vectors, settings.lr, 0.0, adapt=False),
+        probe(adapt=False),
+    ]
+    return LARS(groups, lr=settings.lr * scale, momentum=settings.momentum, eta=settings.eta)
+
+
+def load_optimizer_state(optimizer: Optimizer, state: dict[str, Any]) -> None:
+    """Restores what ``state_dict`` gave; the rates stay in the tensors that they are in."""
+    rates = [group["lr"] for group in optimizer.param_groups]
+    optimizer.load_state_dict(state)
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
+
+
+def lr_at(
+    step: int, peak: float, *, total_steps: int, warmup_steps: int, warmup_start: float
+) -> float:
+    """Learning rate of a step: linear from ``warmup_start`` to ``peak``, half a cosine to 0."""
+    if step < warmup_steps:
+        return warmup_start + (peak - warmup_start) * step / warmup_steps
+    progress = (step - warmup_steps) / max(total_steps - warmup_steps, 1)
+    return peak * (math.cos(math.pi * min(progress, 1.0)) + 1) / 2
+
+
+def set_lr(optimizer: Optimizer, step: int, steps_per_epoch: int, config: Config) -> float:
+    """Gives every group its rate at ``step``, in place and without waiting for the device.
+
+    Returns:
+        The first group's rate, the network's.
+    """
+    rates = [
+        lr_at(
+            step,
+            group["peak_lr"],
+            total_steps=config.train.epochs * steps_per_epoch,
+            warmup_steps=round(config.warmup_epochs * steps_per_epoch),
+            warmup_start=config.schedule.warmup_start,
+        )
+        for group in optimizer.param_groups
+    ]
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        group["lr"].fill_(rate)
+    return rates[0]

@@ -1,0 +1,195 @@
+"""The only file that imports DeepSpeed: process groups and the data-parallel engine at stage 0."""
+
+import contextlib
+import io
+import logging
+import os
+import warnings
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from isofast.config.schema import Config
+from isofast.distributed import World, launched_rank, launched_world_size, under_srun
+from isofast.errors import RankError, UserError
+
+# What the pass-through section may not say, and where isofast takes it from.
+_DERIVED = {
+    "train_batch_size": "train.batch_size",
+    "train_micro_batch_size_per_gpu": "train.batch_size",
+    "gradient_accumulation_steps": "train.batch_size (one batch a step)",
+    "gradient_clipping": "the paper's recipe, which has none",
+    "steps_per_print": "logging.every_steps",
+    "optimizer": "optimizer.name",
+    "scheduler": "schedule",
+    "fp16": "train.precision",
+    "bf16": "train.precision",
+    "torch_autocast": "train.precision",
+    "amp": "train.precision",
+    "timers": "logging (the throughput timer synchronises every step)",
+    "wall_clock_breakdown": "logging (it synchronises every step)",
+}
+_NEVER_PRINT = 2**62
+
+
+def check_pass_through(config: Config) -> None:
+    """Refuses DeepSpeed settings that isofast derives, and ZeRO stages.
+
+    Raises:
+        UserError: a key is derived, or a ZeRO stage above 0 is asked for.
+    """
+    for key in config.deepspeed:
+        if key in _DERIVED:
+            raise UserError(
+                f"deepspeed.{key} is derived from {_DERIVED[key]}; remove it from the deepspeed "
+                f"section"
+            )
+    zero = config.deepspeed.get("zero_optimization", {})
+    if not isinstance(zero, dict):
+        raise UserError(f"deepspeed.zero_optimization must be a section, got {zero!r}")
+    stage = zero.get("stage", 0)
+    if stage != 0:
+        raise UserError(
+            f"deepspeed.zero_optimization.stage must be 0, got {stage!r}: higher stages hand the "
+            f"optimizer one flat tensor, which takes away the layers that LARS adapts to, and a "
+            f"ResNet's state fits any GPU. Remove the key"
+        )
+
+
+def init_world() -> World:
+    """Joins the process group of the launcher (deepspeed, torchrun, srun), or makes one of one.
+
+    The backend is NCCL where there is a GPU, gloo on a CPU.
+
+    Raises:
+        UserError: the launcher started more processes than there are GPUs, or its port is taken.
+    """
+    _fill_launcher_environment()
+    cuda = torch.cuda.is_available()
+    local_rank = int(os.environ["LOCAL_RANK"])
+    if cuda:
+        if local_rank >= torch.cuda.device_count():
+            raise RankError(
+                f"process {local_rank} on this machine has no GPU of its own: "
+                f"{torch.cuda.device_count()} visible. Start at most as many processes as GPUs"
+            )
+        torch.cuda.set_device(local_rank)
+    deepspeed = _import_deepspeed()
+    if not cuda:
+        # DeepSpeed would compile a shared-memory all-reduce at the first start: 40 s and a
+        # compiler, for collectives that gloo does as well at this size.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    try:
+        deepspeed.init_distributed(
+            dist_backend="nccl" if cuda else "gloo", auto_mpi_discovery=False, verbose=False
+        )
+    except torch.distributed.DistNetworkError as error:
+        if "EADDRINUSE" not in str(error):
+            raise
+        raise UserError(
+            f"port {os.environ['MASTER_PORT']} is taken, by another run on this machine most "
+            f"likely; give the launcher another one, such as deepspeed --master_port 29501"
+        ) from None
+    return World(
+        rank=int(os.environ["RANK"]),
+        size=int(os.environ["WORLD_SIZE"]),
+        local_rank=local_rank,
+        device=torch.device("cuda", local_rank) if cuda else torch.device("cpu"),
+    )
+
+
+def close_world() -> None:
+    """Leaves the process group."""
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def resolve_batch_norm(config: Config, world: World) -> str:
+    """Whose statistics BatchNorm uses: "local" or "synchronised".
+
+    Raises:
+        UserError: synchronised statistics were asked for on a CPU, where torch has none.
+    """
+    asked = config.train.batch_norm
+    if asked == "synchronised" and world.device.type == "cpu":
+        raise UserError(
+            'train.batch_norm "synchronised" needs GPUs (torch has none on a CPU); '
+            "--set train.batch_norm=local"
+        )
+    if asked == "auto":
+        return "synchronised" if world.size > 1 and world.device.type == "cuda" else "local"
+    return asked
+
+
+def make_engine(module: nn.Module, optimizer: Optimizer, config: Config, world: World) -> Any:
+    """DeepSpeed's engine around ``module``: call it, then ``backward(loss)`` and ``step()``.
+
+    Gradients are averaged over the ranks after the backward, in fp32; rank 0's parameters are
+    given to all at the start.
+
+    Raises:
+        UserError: DeepSpeed does not accept the pass-through section.
+    """
+    settings = {
+        **config.deepspeed,
+        "train_batch_size": config.train.batch_size,
+        "train_micro_batch_size_per_gpu": config.batch_size_per_rank(world.size),
+        "gradient_accumulation_steps": 1,
+        # DeepSpeed's own default is 1.0
+        "gradient_clipping": 0.0,
+        "zero_optimization": {**config.deepspeed.get("zero_optimization", {}), "stage": 0},
+        "steps_per_print": _NEVER_PRINT,
+        "wall_clock_breakdown": False,
+        "timers": {"throughput": {"enabled": False}},
+    }
+    deepspeed = _import_deepspeed()
+    try:
+        engine, *_ = deepspeed.initialize(
+            model=module, optimizer=optimizer, config=settings, dist_init_required=False
+        )
+    except Exception as error:
+        if not config.deepspeed:
+            raise
+        # DeepSpeed has no error class of its own for what it is told
+        raise UserError(
+            f"DeepSpeed refused its settings; the deepspeed section of the config adds "
+            f"{config.deepspeed}. It said: {type(error).__name__}: {error}"
+        ) from error
+    return engine
+
+
+def restore_engine(engine: Any, steps: int) -> None:
+    """Tells the engine how many steps were taken before this process."""
+    engine.global_steps = engine.micro_steps = steps
+    engine.global_samples = steps * engine.train_batch_size()
+
+
+def _fill_launcher_environment() -> None:
+    """Slurm's variables under torch's names; one process where no launcher set anything."""
+    env = os.environ
+    if under_srun():
+        rank, size = launched_rank(), launched_world_size()
+        env.update(RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=env["SLURM_LOCALID"])
+        if "MASTER_ADDR" not in env:
+            raise UserError(
+                "started by srun without MASTER_ADDR; export MASTER_ADDR=$(scontrol show hostnames "
+                '"$SLURM_JOB_NODELIST" | head -n 1) and MASTER_PORT before srun'
+            )
+    if "RANK" not in env:
+        env.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1")
+        # any free port: nobody else has to find it
+        env["MASTER_PORT"] = "0"
+    env.setdefault("LOCAL_RANK", "0")
+
+
+def _import_deepspeed() -> Any:
+    """DeepSpeed, without the banners that it and its imports print."""
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        warnings.simplefilter("ignore")
+        import deepspeed
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    return deepspeed

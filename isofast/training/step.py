@@ -1,0 +1,73 @@
+"""The algorithm on one page: everything with a gradient, in one forward call.
+
+Shapes: B images a rank, C x H x W pixels, D embedding dimensions, K classes.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from isofast.data import Batch
+from isofast.methods import Method, Views
+from isofast.methods.networks import Branch
+from isofast.methods.probe import ProbeOutput, probe_loss
+
+
+@dataclass(frozen=True)
+class StepOutput:
+    """One step's results; only ``loss`` and ``probe.loss`` carry a gradient."""
+
+    loss: Tensor
+    """The method's, a scalar."""
+    probe: ProbeOutput
+    z1_BD: Tensor
+    """The first view's embeddings, detached."""
+
+
+class Online(nn.Module):
+    """The branch, the probe on its detached features, and the method.
+
+    Both views go through one forward call, one after the other, so that each has BatchNorm
+    statistics of its own and the running statistics move twice, in order.
+    """
+
+    def __init__(self, branch: Branch, probe: nn.Linear, method: Method) -> None:
+        super().__init__()
+        self.branch = branch
+        self.probe = probe
+        self.method = method
+
+    def forward(self, batch: Batch, targets: tuple[Tensor, Tensor] | None = None) -> StepOutput:
+        """A training step up to the loss; without ``targets`` (t1_BD, t2_BD), z1 and z2 are."""
+        z1_BD, logits1_BK = self._view(batch.x1_BCHW)
+        z2_BD, logits2_BK = self._view(batch.x2_BCHW)
+        t1_BD, t2_BD = targets or (z1_BD, z2_BD)
+        self.method.correlation.update(z1_BD.detach(), z2_BD.detach())
+        loss = self.method.loss(Views(z1_BD, z2_BD, t1_BD.detach(), t2_BD.detach()))
+        return StepOutput(loss, probe_loss(logits1_BK, logits2_BK, batch.y_B), z1_BD.detach())
+
+    def _view(self, x_BCHW: Tensor) -> tuple[Tensor, Tensor]:
+        h_BF, z_BD = self.branch(x_BCHW)
+        return z_BD, self.probe(h_BF.detach().float())
+
+
+@torch.no_grad()
+def embedding_scalars(z_BD: Tensor) -> dict[str, Tensor]:
+    """What a record says of embeddings (B, D), each a scalar.
+
+    embedding_std: mean over dimensions of the std of z / |z|; healthy is 1/sqrt(D).
+    embedding_norm: root of the mean |z|^2.
+    mean_share: |mean z|^2 / mean |z|^2, 1 where all embeddings are one.
+    norm_spread: 95th percentile of |z| over its median; a raw C belongs to the long ones.
+    """
+    z_BD = z_BD.float()
+    # a collapsed batch has finite numbers
+    z_B = z_BD.norm(dim=1).clamp(min=1e-8)
+    return {
+        "embedding_std": functional.normalize(z_BD, dim=1).std(0).mean(),
+        "embedding_norm": z_B.square().mean().sqrt(),
+        "mean_share": z_BD.mean(0).square().sum() / z_B.square().mean(),
+        "norm_spread": z_B.quantile(0.95) / z_B.median(),
+    }

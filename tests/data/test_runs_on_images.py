@@ -1,0 +1,126 @@
+"""Runs on pictures without labels, and beside pictures that cannot be read."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from isofast.config.load import load_config, validate
+from isofast.config.schema import changed_keys
+from isofast.data.images import data_set_notes
+
+from ..support.launcher import launcher_of
+
+pytestmark = pytest.mark.slow
+
+ROOT = Path(__file__).resolve().parents[2]
+Write = Callable[..., Path]
+
+
+@pytest.fixture
+def half_labelled(digits: Path, tmp_path: Path) -> Path:
+    """The digits, with those of the last five classes without labels and one of them spoiled."""
+    root = tmp_path / "digits"
+    shutil.copytree(digits, root, ignore=shutil.ignore_patterns(".isofast*"))
+    (root / "unlabeled").mkdir()
+    for label in "56789":
+        for path in sorted((root / "train" / label).iterdir()):
+            path.rename(root / "unlabeled" / f"{label}-{path.name}")
+        shutil.rmtree(root / "train" / label)
+        shutil.rmtree(root / "val" / label)
+    (root / "unlabeled" / "7-000.png").write_text("no picture")
+    return root
+
+
+def train(config: Path, run_dir: Path, *launcher: str) -> tuple[str, list[Any], Any]:
+    """A run, by a launcher or alone: what it printed, its records and its summary."""
+    command = [sys.executable, *launcher, str(ROOT / "launch/train.py")]
+    command += ["--config", str(config), "--run-dir", str(run_dir)]
+    env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=400, env=env)
+    assert done.returncode == 0, done.stderr
+    records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return done.stderr, records, json.loads((run_dir / "summary.json").read_text())
+
+
+def test_half_labelled_digits_train_on_two_ranks(
+    config_file: Write, half_labelled: Path, tmp_path: Path
+) -> None:
+    (half_labelled / "val" / "3" / "004.png").write_text("no picture")
+    config = config_file(
+        data={"root": str(half_labelled), "on_bad_image": "skip"},
+        evaluation={"every_epochs": 1, "knn_images": 2000},
+    )
+    printed, records, summary = train(config, tmp_path / "run", *launcher_of(2))
+    assert printed.count("1 of 1442 train images cannot be read: unlabeled/7-000.png") == 1
+    val = len(list((half_labelled / "val").glob("?/*.png")))
+    assert printed.count(f"1 of {val} val images cannot be read: val/3/004.png") == 1
+    unlabelled = len(list((half_labelled / "unlabeled").iterdir())) - 1
+    assert f"1,441 images ({unlabelled:,} without a label) of 5 classes" in printed
+    assert summary["completed"] is True
+    # chance is 0.2, and a bank with labels of -1 would have no vote to count
+    assert summary["knn_top1"] > 0.5
+    assert all(record["probe_loss"] > 0 for record in records if "probe_loss" in record)
+
+
+def test_pictures_without_any_label_train(
+    config_file: Write, half_labelled: Path, tmp_path: Path
+) -> None:
+    (half_labelled / "unlabeled" / "7-000.png").unlink()
+    for split in ("train", "val"):
+        shutil.rmtree(half_labelled / split)
+    config = config_file(data={"root": str(half_labelled)})
+    printed, records, summary = train(config, tmp_path / "run")
+    assert "images without labels" in printed
+    assert summary["completed"] is True and summary["val_top1"] is None
+    assert [record["probe_loss"] for record in records] == [0.0] * 6
+    assert all(record["loss"] < 0 for record in records)
+
+
+def test_without_validation_images_the_way_out_is_said(
+    launch: ModuleType,
+    capsys: pytest.CaptureFixture[str],
+    config_file: Write,
+    half_labelled: Path,
+    tmp_path: Path,
+) -> None:
+    shutil.rmtree(half_labelled / "val")
+    config = config_file(data={"root": str(half_labelled)}, evaluation={"every_epochs": 1})
+    arguments = ["--config", str(config), "--run-dir", str(tmp_path / "run")]
+    assert launch.main(arguments) == 2
+    assert "--set evaluation.every_epochs=0" in capsys.readouterr().err
+    # and a bad image stops a run that was not told to skip it
+    assert launch.main([*arguments, "--set", "evaluation.every_epochs=0"]) == 2
+    message = capsys.readouterr().err
+    assert "7-000.png" in message and "data.on_bad_image=skip" in message
+    assert not (tmp_path / "run" / "config.json").exists()
+
+
+def test_a_root_of_another_data_set_is_noted(
+    digits: Path, config_file: Write, tmp_path: Path
+) -> None:
+    """Said and not refused: a recipe may be tried on other images."""
+    other = load_config(config_file(data={"dataset": "cifar10", "crop": 16}), [])
+    (note,) = data_set_notes(other)
+    assert f"{digits} holds digits, and data.dataset is cifar10" in note
+    for name in ("digits", "imagefolder"):
+        assert data_set_notes(load_config(config_file(data={"dataset": name}), [])) == []
+    (tmp_path / ".isofast-prepared.json").write_text("{")
+    assert data_set_notes(load_config(config_file(data={"root": str(tmp_path)}), [])) == []
+    printed, *_ = train(
+        config_file(data={"dataset": "cifar10", "crop": 16}, train={"max_steps": 1}),
+        tmp_path / "run",
+    )
+    assert printed.count(note) == 1
+
+
+def test_what_is_done_about_bad_images_belongs_to_the_result() -> None:
+    stop, skip = (validate({"data": {"root": "x", "on_bad_image": w}}) for w in ("stop", "skip"))
+    assert changed_keys(stop, skip) == ["data.on_bad_image: 'stop' -> 'skip'"]

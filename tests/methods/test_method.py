@@ -1,0 +1,176 @@
+"""The step against an independent statement of the paper's equations, in float64 by autograd."""
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from isofast.config.schema import Config
+from isofast.data import Batch
+from isofast.methods import Views, make_method
+from isofast.methods.closed_form import ClosedForm
+from isofast.methods.ema import EmaTarget
+from isofast.methods.networks import Branch
+from isofast.training.step import Online, embedding_scalars
+
+
+def _predictor(corr_DD: Tensor, config: Config) -> Tensor:
+    """Eq. 1 with the released code's normalisation and shift."""
+    values_D, vectors_DD = torch.linalg.eigh(corr_DD)
+    values_D = values_D.clamp(min=0)
+    if config.method.normalize == "spectral":
+        values_D = values_D / values_D.max()
+    powered_D = (values_D + config.method.eps) ** config.method.alpha
+    return vectors_DD @ powered_D.diag() @ vectors_DD.T
+
+
+def _paper_loss(z_BD: Tensor, t_BD: Tensor, w_DD: Tensor, config: Config) -> Tensor:
+    """The losses as the paper writes them; the isotropic ones through stopped residuals."""
+    p_BD = z_BD @ w_DD
+    isotropic = config.method.name == "isoloss"
+    if config.method.metric == "cosine" and isotropic:
+        a_B, b_B = p_BD.detach().norm(dim=1), t_BD.norm(dim=1)
+        dot_B = (p_BD.detach() * t_BD).sum(1)
+        values, vectors = torch.linalg.eigh(w_DD)
+        half_DD = vectors @ values.clamp(min=0).sqrt().diag() @ vectors.T
+        quadratic_B = (z_BD @ half_DD).square().sum(1)
+        per_B = -(z_BD * t_BD).sum(1) / (a_B * b_B) + dot_B * quadratic_B / (2 * a_B**3 * b_B)
+    elif config.method.metric == "cosine":
+        per_B = -(p_BD * t_BD).sum(1) / (p_BD.norm(dim=1) * t_BD.norm(dim=1))
+    elif isotropic:
+        pulled_BD = (t_BD + z_BD - p_BD).detach()
+        per_B = (z_BD - pulled_BD).square().sum(1) / 2
+    else:
+        per_B = (p_BD - t_BD).square().sum(1) / 2
+    return per_B.mean()
+
+
+@pytest.mark.parametrize("ema", [True, False], ids=["ema", "no-ema"])
+@pytest.mark.parametrize(
+    ("metric", "of"),
+    [("cosine", "embeddings"), ("cosine", "directions"), ("euclidean", "embeddings")],
+)
+@pytest.mark.parametrize("name", ["isoloss", "directpred", "directcopy"])
+def test_gradients_are_the_papers(
+    small_config: Callable[..., Config], name: str, metric: str, of: str, ema: bool
+) -> None:
+    """And with C of directions they differ from the paper's in C alone."""
+    method = {"name": name, "metric": metric, "ema": ema, "decay": 0.5, "correlation": of}
+    config = small_config(method=method)
+    torch.manual_seed(1)
+    batch, dim = 12, 16
+    z1_BD, z2_BD = (torch.randn(batch, dim, requires_grad=True) for _ in range(2))
+    t1_BD, t2_BD = torch.randn(2, batch, dim) if ema else (z1_BD.detach(), z2_BD.detach())
+    step = make_method(config.method, config.projector)
+    # norms that differ, or directions would be embeddings
+    step.correlation.update(torch.randn(64, dim), torch.randn(64, dim) * torch.rand(64, 1))
+    before_DD = step.correlation.corr_DD.double()
+    step.correlation.update(z1_BD.detach(), z2_BD.detach())
+    value = step.loss(Views(z1_BD, z2_BD, t1_BD, t2_BD))
+    value.backward()
+
+    z1, z2 = (z.detach().double().requires_grad_() for z in (z1_BD, z2_BD))
+    u1, u2 = (z.detach() for z in (z1, z2))
+    if of == "directions":
+        u1, u2 = u1 / u1.norm(dim=1, keepdim=True), u2 / u2.norm(dim=1, keepdim=True)
+    moment_DD = (u1.T @ u1 + u2.T @ u2) / (2 * batch)
+    corr_DD = 0.5 * before_DD + 0.5 * moment_DD
+    torch.testing.assert_close(step.correlation.corr_DD.double(), corr_DD, rtol=1e-5, atol=1e-6)
+    w_DD = _predictor(corr_DD, config)
+    t1, t2 = t1_BD.double(), t2_BD.double()
+    loss = 2 * (_paper_loss(z1, t2, w_DD, config) + _paper_loss(z2, t1, w_DD, config))
+    loss.backward()
+    for ours, theirs in ((z1_BD.grad, z1.grad), (z2_BD.grad, z2.grad)):
+        assert ours is not None and theirs is not None
+        torch.testing.assert_close(ours.double(), theirs, rtol=2e-4, atol=1e-6)
+    if not (name == "isoloss" and metric == "euclidean"):
+        # this statement of the isotropic Euclidean loss has its gradient, not its value
+        torch.testing.assert_close(value.double(), loss, rtol=1e-4, atol=1e-6)
+
+
+def _networks(config: Config) -> tuple[Online, EmaTarget, Batch]:
+    torch.manual_seed(0)
+    branch = Branch(config.encoder, config.projector, torch.float32)
+    online = Online(branch, nn.Linear(32, 10), make_method(config.method, config.projector))
+    return online, EmaTarget(branch, 0.99), Batch(*torch.randn(2, 8, 3, 16, 16), torch.arange(8))
+
+
+def test_the_target_takes_no_gradient(small_config: Callable[..., Config]) -> None:
+    online, target, batch = _networks(small_config())
+    output = online(batch, target(batch))
+    (output.loss + output.probe.loss).backward()
+    assert all(p.grad is None for p in target.parameters())
+    assert all(p.grad is not None for p in online.parameters())
+
+
+def test_the_target_has_batch_statistics_of_its_own(
+    small_config: Callable[..., Config],
+) -> None:
+    online, target, batch = _networks(small_config())
+    targets = target(batch)
+    assert target.branch.encoder.bn1.num_batches_tracked == 2
+    assert online.branch.encoder.bn1.num_batches_tracked == 0
+    # a fresh target equals the online network, in train mode too
+    for view, t_BD in zip(batch, targets, strict=False):
+        torch.testing.assert_close(t_BD, online.branch(view)[1].detach())
+
+
+def test_metrics_of_a_step(small_config: Callable[..., Config]) -> None:
+    online, target, batch = _networks(small_config())
+    _, t2_BD = targets = target(batch)
+    output = online(batch, targets)
+    method = online.method
+    assert isinstance(method, ClosedForm)
+    w_DD = method.predictor()
+    p_BD = output.z1_BD @ w_DD
+    cosines = [float(p @ t / (p.norm() * t.norm())) for p, t in zip(p_BD, t2_BD, strict=True)]
+    scalars = embedding_scalars(output.z1_BD) | method.scalars()
+    z_BD = output.z1_BD.double().numpy()
+    z_B = np.linalg.norm(z_BD, axis=1)
+    p_B = np.linalg.norm(z_BD @ w_DD.double().numpy(), axis=1)
+    assert {name: value.item() for name, value in scalars.items()} == pytest.approx(
+        {
+            "alignment": sum(cosines) / len(cosines),
+            "embedding_std": (z_BD / z_B[:, None]).std(0, ddof=1).mean(),
+            "embedding_norm": np.sqrt(np.square(z_B).mean()),
+            "mean_share": np.square(z_BD.mean(0)).sum() / np.square(z_B).mean(),
+            # torch's median is the lower of the two in the middle
+            "norm_spread": np.quantile(z_B, 0.95) / np.sort(z_B)[(len(z_B) - 1) // 2],
+            "prediction_norm": np.sort(p_B / z_B)[(len(z_B) - 1) // 2],
+        },
+        rel=1e-4,
+    )
+    corr_DD = method.correlation.corr_DD
+    assert torch.equal(corr_DD, corr_DD.T)
+
+
+def test_without_targets_the_other_view_is_one(small_config: Callable[..., Config]) -> None:
+    online, _, batch = _networks(small_config(method={"ema": False}))
+    output = online(batch)
+    z1_BD, z2_BD = (online.branch(view)[1] for view in (batch.x1_BCHW, batch.x2_BCHW))
+    value = online.method.loss(Views(z1_BD, z2_BD, z1_BD.detach(), z2_BD.detach()))
+    torch.testing.assert_close(output.loss, value)
+
+
+def test_a_collapsed_batch_gives_finite_numbers(small_config: Callable[..., Config]) -> None:
+    config = small_config(method={"decay": 0.5})
+    z1_BD, z2_BD = (torch.zeros(6, 16, requires_grad=True) for _ in range(2))
+    method = make_method(config.method, config.projector)
+    loss = method.loss(Views(z1_BD, z2_BD, z1_BD.detach(), z2_BD.detach()))
+    loss.backward()
+    scalars = embedding_scalars(z1_BD.detach()) | method.scalars()
+    for value in (loss, z1_BD.grad, z2_BD.grad, *scalars.values()):
+        assert value is not None and torch.isfinite(value).all()
+
+
+def test_unlabelled_images_are_left_out_of_the_probe(
+    small_config: Callable[..., Config],
+) -> None:
+    online, _, batch = _networks(small_config(method={"ema": False}))
+    output = online(batch._replace(y_B=torch.full((8,), -1)))
+    assert output.probe.loss.item() == 0.0 and output.probe.top1.item() == 0.0
+    (output.loss + output.probe.loss).backward()
+    assert online.probe.weight.grad is not None
+    assert torch.equal(online.probe.weight.grad, torch.zeros_like(online.probe.weight))

@@ -1,0 +1,211 @@
+"""The paper's theorems about its toy networks, on the simulations that draw its figures."""
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from isofast.paper.theory import (
+    NOISE,
+    initial_weights,
+    population_gradient,
+    simulate,
+    stream,
+)
+from isofast.paper.toy import Toy
+
+from ..support.toys import COSINE, EUCLIDEAN, changed
+
+Array = NDArray[np.float64]
+
+# lambda' / eta of a mode under V' = -eta dV
+RATES: dict[str, Callable[[Array], Array]] = {
+    "euclidean": lambda x: 2 * x**2 * (1 - x),
+    "iso_euclidean": lambda x: 2 * x * (1 - x),
+    "euclidean_no_stop_gradient": lambda x: -2 * x * ((1 - x) ** 2 + NOISE**2),
+    "euclidean_no_predictor": lambda x: 0 * x,
+}
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+def diagonal_weights(eigenvalues: list[float], inputs: int) -> Tensor:
+    """V (1, M, N) whose V V^T has these eigenvalues."""
+    roots = torch.tensor(eigenvalues, dtype=torch.float64).sqrt()
+    return torch.cat([torch.diag(roots), torch.zeros(len(roots), inputs - len(roots))], 1)[None]
+
+
+def spectra(toy: Toy, records: int = 2) -> Array:
+    """The eigenvalues (T, M) of one initialisation."""
+    return simulate(toy, records=records).eigenvalues[:, 0]
+
+
+def rates_of_modes(toy: Toy, v_SMN: Tensor) -> Array:
+    """lambda' / eta of each mode of V V^T, largest mode first, at V."""
+    dv_MN = population_gradient(toy, v_SMN, stream(0, 1))[0]
+    _, basis = torch.linalg.eigh(v_SMN[0] @ v_SMN[0].T)
+    rates: Array = -2 * (basis.T @ dv_MN @ v_SMN[0].T @ basis).diagonal().flip(0).numpy()
+    return rates
+
+
+@pytest.mark.parametrize("name", EUCLIDEAN)
+def test_a_euclidean_mode_starts_at_the_rate_of_its_equation(name: str) -> None:
+    lr = 1e-7
+    start, after = spectra(changed(EUCLIDEAN[name], steps=1, lr=lr))
+    np.testing.assert_allclose((after - start) / lr, RATES[name](start), rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("name", EUCLIDEAN)
+def test_a_euclidean_mode_follows_its_equation_to_the_end(name: str) -> None:
+    """Runge-Kutta on lambda' against gradient descent on V, whose own error is of order lr."""
+    lr, steps = 1e-3, 4000
+    found = spectra(changed(EUCLIDEAN[name], steps=steps, lr=lr), records=5)
+    rate = RATES[name]
+    mode = found[0].copy()
+    for step in range(1, steps + 1):
+        k1 = rate(mode)
+        k2 = rate(mode + lr / 2 * k1)
+        k3 = rate(mode + lr / 2 * k2)
+        k4 = rate(mode + lr * k3)
+        mode = mode + lr / 6 * (k1 + 2 * k2 + 2 * k3 + k4)
+        if step % (steps // 4) == 0:
+            np.testing.assert_allclose(found[step * 4 // steps], mode, rtol=1e-2, atol=1e-12)
+
+
+@pytest.mark.parametrize(("name", "power"), [("euclidean", 1), ("iso_euclidean", 0)])
+def test_an_embedding_moves_at_the_papers_rate(name: str, power: int) -> None:
+    """z' = eta lambda (1 - lambda) z, IsoLoss eta (1 - lambda) z: half lambda's relative rate."""
+    values, lr = [1.6, 0.7, 0.02], 1e-7
+    toy = changed(EUCLIDEAN[name], inputs=5, outputs=3, steps=1, lr=lr)
+    points = torch.ones(1, 5, dtype=torch.float64)
+    track = simulate(toy, diagonal_weights(values, 5), points_PN=points)
+    z, after = track.points[:, 0, 0]
+    modes = np.array(values)
+    np.testing.assert_allclose((after - z) / lr / z, modes**power * (1 - modes), rtol=1e-5)
+
+
+def test_iso_euclidean_modes_follow_the_logistic_curve_at_one_rate() -> None:
+    lr, steps = 1e-4, 8000
+    start, end = spectra(changed(EUCLIDEAN["iso_euclidean"], steps=steps, lr=lr))
+
+    def logit(x: Array) -> Array:
+        return np.log(x / (1 - x))
+
+    below = start < 1
+    slopes = (logit(end[below]) - logit(start[below])) / (2 * lr * steps)
+    np.testing.assert_allclose(slopes, 1, rtol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["euclidean", "iso_euclidean"])
+def test_euclidean_modes_end_at_one(name: str) -> None:
+    end = spectra(changed(EUCLIDEAN[name], steps=3000))[-1]
+    assert end.min() > 0.998 and end.max() < 1.001
+
+
+def test_a_small_mode_waits_for_the_plain_loss_and_not_for_iso_loss() -> None:
+    start = diagonal_weights([1.0, 0.02], 3)
+    sizes = {"inputs": 3, "outputs": 2}
+    plain, iso = (
+        simulate(changed(EUCLIDEAN[name], **sizes), start).eigenvalues[-1, 0]
+        for name in ("euclidean", "iso_euclidean")
+    )
+    assert plain[1] == pytest.approx(0.05, abs=0.003) and iso[1] > 0.998
+
+
+def test_euclidean_without_stop_gradient_decays() -> None:
+    found = spectra(EUCLIDEAN["euclidean_no_stop_gradient"], records=31)
+    assert (np.diff(found, axis=0) < 0).all()
+    assert np.median(found[-1]) < 1e-3
+    last = np.log(found[-2:, 0])
+    assert last[1] - last[0] < -0.01, "the largest is still on its way down"
+
+
+def test_euclidean_without_predictor_stands_still() -> None:
+    toy = changed(EUCLIDEAN["euclidean_no_predictor"], steps=1000)
+    assert np.array_equal(simulate(toy).weights, initial_weights(toy).numpy())
+
+
+def test_cosine_equalises_at_the_trace_it_started_with() -> None:
+    start, end = spectra(changed(COSINE["cosine"], steps=2500, samples=400))
+    assert end.sum() == pytest.approx(start.sum(), rel=4e-3)
+    np.testing.assert_allclose(end, end.mean(), rtol=5e-3)
+
+
+def test_iso_cosine_equalises_at_a_larger_trace() -> None:
+    start, end = spectra(changed(COSINE["iso_cosine"], samples=400))
+    assert 1.1 * start.sum() < end.sum() < 1.5 * start.sum()
+    np.testing.assert_allclose(end, end.mean(), rtol=5e-3)
+
+
+def test_iso_cosine_recruits_small_modes_at_homogeneous_rates() -> None:
+    """Relative rates of the modes below half the mean, 0.33, 0.084 and 0.043, slowest over fastest.
+
+    0.75 for IsoLoss and 0.18 for the plain loss, which multiplies each by its eigenvalue.
+    """
+    v_SMN = initial_weights(Toy())
+    values = torch.linalg.eigvalsh(v_SMN[0] @ v_SMN[0].T).flip(0).numpy()
+    small = values < values.mean() / 2
+    assert small.sum() == 3
+    iso, plain = (
+        rates_of_modes(changed(COSINE[name], samples=100_000), v_SMN)
+        for name in ("iso_cosine", "cosine")
+    )
+    np.testing.assert_allclose(plain, values * iso, rtol=1e-9, atol=1e-12)
+    relative_iso, relative_plain = (iso / values)[small], (plain / values)[small]
+    assert relative_iso.min() / relative_iso.max() == pytest.approx(0.75, abs=0.05)
+    assert relative_plain.min() / relative_plain.max() == pytest.approx(0.18, abs=0.03)
+
+
+@pytest.mark.parametrize("name", ["cosine", "cosine_no_stop_gradient", "cosine_no_predictor"])
+def test_a_cosine_gradient_leaves_the_trace_alone(name: str) -> None:
+    """Exactly, on any samples: the loss ignores the lengths of its arguments."""
+    v_SMN = initial_weights(Toy())
+    assert abs(rates_of_modes(COSINE[name], v_SMN).sum()) < 1e-12
+
+
+@pytest.mark.parametrize("name", ["iso_cosine", "cosine_paper_gradient"])
+def test_the_other_cosine_gradients_do_not(name: str) -> None:
+    assert rates_of_modes(COSINE[name], initial_weights(Toy())).sum() > 0.1
+
+
+def test_cosine_without_predictor_keeps_the_trace_and_narrows_slowly() -> None:
+    start, end = spectra(changed(COSINE["cosine_no_predictor"], steps=1500))
+    assert end.sum() == pytest.approx(start.sum(), rel=1e-3)
+    assert 0.95 * start[0] < end[0] < 0.99 * start[0]
+    assert 1.05 * start[-1] < end[-1] < 2 * start[-1]
+
+
+def test_cosine_without_stop_gradient_collapses_dimensions_and_the_papers_form_diverges() -> None:
+    start, true = spectra(changed(COSINE["cosine_no_stop_gradient"], samples=400))
+    assert true.sum() == pytest.approx(start.sum(), rel=1e-2)
+    assert np.median(true) < 1e-3 and true[0] > 1.2 * start[0]
+    paper = spectra(changed(COSINE["cosine_paper_gradient"], samples=400))[-1]
+    assert paper.sum() > 20 * start.sum()
+
+
+def test_relu_networks_keep_their_dimensions_and_lose_them_without_stop_gradient() -> None:
+    kept = spectra(Toy(loss="iso_euclidean", relu=True, samples=200))
+    assert kept[-1].min() > 3 * kept[0].min()
+    lost = spectra(Toy(loss="euclidean", stop_gradient=False, relu=True, samples=200))
+    assert lost[-1].sum() < 0.02 * lost[0].sum()
+
+
+def test_the_relu_iso_cosine_of_two_outputs_ends_alike_on_any_samples() -> None:
+    """From one V, its end trace over four draws of the samples is the same to 2 %.
+
+    Its mean gradient exists by the bound on lengths alone: without it single samples decide.
+    """
+    toy = Toy(loss="iso_cosine", relu=True, inputs=6, outputs=2, lr=0.01, samples=500)
+    start = initial_weights(toy)
+    ends = [
+        simulate(changed(toy, seed=seed), start).weight_eigenvalues[-1, 0].sum()
+        for seed in range(4)
+    ]
+    np.testing.assert_allclose(ends, np.mean(ends), rtol=0.02)
+    assert start.square().sum() < min(ends) < 1.2 * start.square().sum()

@@ -1,0 +1,198 @@
+"""The toy networks' gradients against their definition, and how a simulation goes."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from isofast.errors import RunError
+from isofast.paper.theory import (
+    NOISE,
+    correlation,
+    embed,
+    initial_weights,
+    population_gradient,
+    randn,
+    sampled_gradient,
+    simulate,
+    stream,
+)
+from isofast.paper.toy import Toy
+
+from ..support.toys import COSINE, EUCLIDEAN, changed
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+def test_relu_correlation_is_the_mean_outer_product() -> None:
+    toy = Toy(relu=True)
+    v_SMN = initial_weights(toy)
+    rounds = [embed(toy, randn((5000, 15), stream(seed, 9)), v_SMN)[0] for seed in range(40)]
+    means = torch.stack([z.T @ z / 5000 for z in rounds])
+    error = means.std(0) / 40**0.5
+    assert ((means.mean(0) - correlation(toy, v_SMN)[0]).abs() < 5 * error).all()
+
+
+def test_the_relu_networks_drift_without_predictor_is_the_populations() -> None:
+    """By quadrature over u = v.x1 of unit variance; the mean over the noise is the textbook's."""
+    u = np.linspace(0, 9, 200_001)
+    density = np.exp(-(u**2) / 2) / np.sqrt(2 * np.pi)
+    below = np.array([0.5 * (1 + math.erf(x / NOISE / 2**0.5)) for x in u])
+    target = u * below + NOISE * np.exp(-((u / NOISE) ** 2) / 2) / np.sqrt(2 * np.pi)
+    expected = np.trapezoid((u - target) * u * density, u)
+    toy = Toy(predictor=False, relu=True)
+    v_SMN = initial_weights(toy)
+    found = population_gradient(toy, v_SMN, stream(0, 1))
+    torch.testing.assert_close(found, expected * v_SMN, rtol=1e-5, atol=0)
+    sampled = sampled_gradient(changed(toy, samples=400_000), v_SMN, stream(0, 1))
+    assert (sampled - found).abs().max() < 3e-3
+
+
+def test_what_the_relu_iso_cosine_leaves_out_does_not_hang_on_the_scale() -> None:
+    """g is homogeneous of degree -3 in V, as W = V V^T; an absolute bound would end that."""
+    toy = Toy(loss="iso_cosine", relu=True, inputs=6, outputs=2)
+    v_SMN = initial_weights(toy)
+    small, large = (sampled_gradient(toy, v * v_SMN, stream(0, 1)) for v in (0.1, 10.0))
+    torch.testing.assert_close(small, 1e6 * large, rtol=1e-9, atol=0)
+
+
+def test_a_row_of_zeros_is_no_trouble() -> None:
+    v_SMN = torch.zeros(1, 2, 3, dtype=torch.float64)
+    for toy in (Toy(relu=True), Toy(loss="cosine", relu=True), Toy(loss="cosine")):
+        sizes = changed(toy, inputs=3, outputs=2, steps=3, samples=10)
+        assert (simulate(sizes, v_SMN).eigenvalues == 0).all()
+
+
+@pytest.mark.parametrize("name", COSINE)
+def test_relu_embeddings_below_the_norm_floor_move_nothing(name: str) -> None:
+    """One sample of them would otherwise move V by 1e8, along the embedding itself."""
+    toy = changed(COSINE[name], relu=True, samples=200)
+    short = torch.tensor([[[1e-9, 0.0], [0.0, 1e-9]]], dtype=torch.float64)
+    toy = changed(toy, inputs=2, outputs=2)
+    assert (sampled_gradient(toy, short, stream(0, 1)) == 0).all()
+
+
+@pytest.mark.parametrize("name", COSINE)
+@pytest.mark.parametrize("short_side", ["prediction", "target"])
+def test_a_relu_sample_with_one_side_below_the_norm_floor_moves_nothing(
+    short_side: str, name: str
+) -> None:
+    """V takes the only pair of views to one embedding of length 1 and one of 1e-12."""
+    toy = changed(COSINE[name], relu=True, samples=1, inputs=2, outputs=2)
+    generator = stream(0, 1)
+    x1_N = randn((1, 2), generator)[0]
+    views_NV = torch.stack([x1_N, x1_N + NOISE * randn((1, 2), generator)[0]], 1)
+    scales_V = torch.tensor([1e-12, 1.0] if short_side == "prediction" else [1.0, 1e-12])
+    embeddings_MV = torch.tensor([[0.6, 0.8], [0.8, 0.6]], dtype=torch.float64) * scales_V
+    v_SMN = (embeddings_MV @ views_NV.inverse())[None]
+    lengths_V = embed(toy, views_NV.T, v_SMN)[0].norm(dim=-1)
+    torch.testing.assert_close(lengths_V, scales_V.double(), rtol=1e-2, atol=0)
+    assert (sampled_gradient(toy, v_SMN, stream(0, 1)) == 0).all()
+    both = v_SMN.new_tensor([[[0.6, 0.8], [0.8, 0.6]]]) @ views_NV.inverse()
+    assert sampled_gradient(toy, both, stream(0, 1)).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("name", EUCLIDEAN)
+def test_the_closed_form_is_the_mean_of_the_samples(name: str) -> None:
+    toy = changed(EUCLIDEAN[name], samples=4000)
+    v_SMN = initial_weights(toy)
+    generator = stream(0, 1)
+    rounds = torch.stack([sampled_gradient(toy, v_SMN, generator)[0] for _ in range(60)])
+    error = rounds.std(0) / 60**0.5
+    exact = population_gradient(toy, v_SMN, generator)[0]
+    assert ((rounds.mean(0) - exact).abs() < 5 * error).all()
+    assert error.max() < 0.02, "or the bound would hold whatever the closed form said"
+
+
+def definition(toy: Toy, z_BM: Tensor, t_BM: Tensor, w_MM: Tensor) -> Tensor:
+    """The losses as the paper writes them, with its stop-gradients."""
+    t_BM = t_BM.detach() if toy.stop_gradient else t_BM
+    p_BM = z_BM @ w_MM
+    if toy.loss == "euclidean":
+        return 0.5 * (p_BM - t_BM).pow(2).sum(-1).mean()
+    if toy.loss == "iso_euclidean":
+        return 0.5 * (z_BM - (z_BM - p_BM + t_BM).detach()).pow(2).sum(-1).mean()
+    if toy.loss == "cosine":
+        return -torch.nn.functional.cosine_similarity(p_BM, t_BM, dim=-1).mean()
+    a, b = p_BM.norm(dim=-1).detach(), t_BM.norm(dim=-1)
+    d = (p_BM * t_BM).sum(-1).detach()
+    return (-(z_BM * t_BM).sum(-1) / (a * b) + d * (z_BM * p_BM).sum(-1) / (2 * a**3 * b)).mean()
+
+
+@pytest.mark.parametrize("relu", [False, True], ids=["linear", "relu"])
+@pytest.mark.parametrize(
+    "toy",
+    [
+        pytest.param(toy, id=name)
+        for name, toy in {**EUCLIDEAN, **COSINE}.items()
+        # the paper's form is the derivative of nothing
+        if not toy.paper_gradient
+    ],
+)
+def test_the_sampled_gradient_is_autograds_with_the_predictor_held(toy: Toy, relu: bool) -> None:
+    toy = changed(toy, relu=relu, samples=50)
+    found = sampled_gradient(toy, initial_weights(toy), stream(3, 1))[0]
+    generator = stream(3, 1)
+    x1 = randn((50, 15), generator)
+    x2 = x1 + NOISE * randn((50, 15), generator)
+    v = initial_weights(toy)[0].requires_grad_()
+    z, t = (torch.relu(x @ v.T) if relu else x @ v.T for x in (x1, x2))
+    w = (v @ v.T).detach() if toy.predictor else torch.eye(10, dtype=torch.float64)
+    (expected,) = torch.autograd.grad(definition(toy, z, t, w), v)
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("relu", [False, True], ids=["linear", "relu"])
+@pytest.mark.parametrize(
+    "toy", [pytest.param(toy, id=name) for name, toy in {**EUCLIDEAN, **COSINE}.items()]
+)
+def test_initialisations_at_once_equal_one_by_one(toy: Toy, relu: bool) -> None:
+    toy = changed(toy, relu=relu, steps=20, samples=60, lr=0.05)
+    starts = torch.cat([initial_weights(changed(toy, seed=seed)) for seed in (1, 2, 3)])
+    points = randn((4, 15), stream(0, 2))
+    together = simulate(toy, starts, points_PN=points, records=3)
+    for index in range(3):
+        alone = simulate(toy, starts[index : index + 1], points_PN=points, records=3)
+        for field in ("eigenvalues", "weight_eigenvalues", "points"):
+            got, expected = getattr(together, field)[:, index], getattr(alone, field)[:, 0]
+            np.testing.assert_allclose(got, expected, rtol=1e-8, atol=1e-12)
+
+
+def test_a_seed_gives_one_result_and_another_seed_another() -> None:
+    toy = Toy(loss="cosine", steps=30, samples=50)
+    first, again = simulate(toy), simulate(toy)
+    assert np.array_equal(first.weights, again.weights)
+    other = simulate(changed(toy, seed=1))
+    assert not np.allclose(first.eigenvalues[0], other.eigenvalues[0])
+    start = initial_weights(toy)
+    drawn = simulate(changed(toy, seed=1), start)
+    assert not np.array_equal(drawn.weights, first.weights), "the samples have the seed too"
+
+
+def test_no_two_streams_have_anything_to_do_with_each_other() -> None:
+    """Of 10,000 numbers each; by chance a correlation is 0.01."""
+    places = [(seed, index) for seed in range(3) for index in range(4)]
+    drawn = np.stack([randn((10_000,), stream(*place)).numpy() for place in places])
+    assert np.abs(np.corrcoef(drawn) - np.eye(len(places))).max() < 0.06
+    for place, numbers in zip(places, drawn, strict=True):
+        assert np.array_equal(randn((10_000,), stream(*place)).numpy(), numbers)
+
+
+def test_records_are_spread_from_the_first_step_to_the_last() -> None:
+    toy = Toy(steps=10)
+    assert simulate(toy, records=3).steps.tolist() == [0, 5, 10]
+    track = simulate(toy, records=100)
+    assert track.steps.tolist() == list(range(11)) and track.eigenvalues.shape == (11, 1, 10)
+    assert (np.diff(track.eigenvalues, axis=-1) <= 0).all()
+    none = simulate(changed(toy, steps=0), records=5)
+    assert none.steps.tolist() == [0]
+
+
+def test_a_step_too_large_ends_with_a_message() -> None:
+    with pytest.raises(RunError, match="not finite at step 50: lr 5 is too large"):
+        simulate(Toy(lr=5.0, steps=50))

@@ -1,0 +1,188 @@
+"""Work beside the training loop: it is not waited for, stays in order, and tells its errors."""
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from isofast.config.schema import Config
+from isofast.distributed import World
+from isofast.run.background import Background, HostCopy
+from isofast.run.metrics import read_metrics, read_spectra
+from isofast.run.recorder import Recorder, Totals
+from isofast.training.online import Evaluation
+
+
+def test_the_background_runs_in_order_and_the_caller_goes_on(gate: threading.Event) -> None:
+    done: list[int] = []
+    background = Background()
+    background.do(gate.wait)
+    futures = [background.do(lambda n=n: done.append(n)) for n in range(5)]
+    assert done == [] and not any(future.done() for future in futures)
+    gate.set()
+    background.wait()
+    assert done == [0, 1, 2, 3, 4]
+    background.close()
+
+
+def test_a_caller_sixteen_jobs_ahead_waits_for_the_oldest(gate: threading.Event) -> None:
+    background = Background()
+    done: list[int] = []
+    given = 0
+    sixteen, seventeen = threading.Event(), threading.Event()
+
+    def give() -> None:
+        nonlocal given
+        background.do(gate.wait)
+        for given in range(2, 18):
+            background.do(lambda n=given: done.append(n))
+            if given == 16:
+                sixteen.set()
+        seventeen.set()
+
+    caller = threading.Thread(target=give)
+    caller.start()
+    assert sixteen.wait(timeout=30)
+    assert not seventeen.wait(timeout=0.3)
+    gate.set()
+    assert seventeen.wait(timeout=30)
+    background.wait()
+    caller.join()
+    assert done == list(range(2, 18))
+    background.close()
+
+
+def test_an_error_in_the_background_is_raised_once() -> None:
+    background = Background()
+    background.do(lambda: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        background.wait()
+    assert background.do(lambda: 3).result() == 3
+    background.close()
+
+
+def test_an_error_in_the_background_is_raised_by_the_next_job_given() -> None:
+    background = Background()
+    failed = background.do(lambda: 1 / 0)
+    assert isinstance(failed.exception(timeout=30), ZeroDivisionError)
+    with pytest.raises(ZeroDivisionError):
+        background.do(lambda: 3)
+    assert background.do(lambda: 4).result() == 4
+    background.close()
+
+
+def test_a_host_copy_is_of_its_moment() -> None:
+    tensor = torch.ones(3)
+    copy = HostCopy(tensor)
+    tensor.zero_()
+    assert copy.get().tolist() == [1, 1, 1]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_a_host_copy_of_a_gpu_tensor_is_of_its_moment_and_is_not_waited_for() -> None:
+    tensor = torch.ones(256, 256, device="cuda")
+    HostCopy(tensor).get()
+    torch.cuda.synchronize()
+    # about half a second of work in front of the copy
+    torch.cuda._sleep(1_000_000_000)
+    copy = HostCopy(tensor)
+    tensor.zero_()
+    assert not torch.cuda.current_stream().query()
+    assert float(copy.get().min()) == 1 and copy.get().is_pinned()
+
+
+@pytest.fixture
+def gate() -> Iterator[threading.Event]:
+    """What holds up the thread beside the loop, until it is set or the test is over."""
+    event = threading.Event()
+    yield event
+    event.set()
+
+
+@pytest.fixture
+def make_recorder(small_config: Callable[..., Config], tmp_path: Path) -> Callable[[int], Recorder]:
+    """Makes the recorder of a run that goes on from a step; its 200th is the first judged."""
+    world = World(rank=0, size=1, local_rank=0, device=torch.device("cpu"))
+    config = small_config(method={"decay": 0.99})
+
+    def make(step: int) -> Recorder:
+        return Recorder(
+            tmp_path, config, world, {}, Totals(), step=step, last_step=900, steps_per_epoch=4
+        )
+
+    return make
+
+
+def record(
+    recorder: Recorder, step: int, corr_DD: torch.Tensor, spread: float = 0.2, norm: float = 4.0
+) -> None:
+    """A step and its record, as the loop gives them; a spread of 0.25 is healthy."""
+    recorder.stepped()
+    recorder.spectrum(step, corr_DD, None)
+    values: dict[str, Any] = {"loss": 0.0, "probe_top1": 0.0}
+    values |= {"embedding_std": spread, "embedding_norm": norm}
+    recorder.training(step, values)
+
+
+def corr_of(dimensions: int) -> torch.Tensor:
+    """C, (16, 16), of an effective rank just above so many dimensions."""
+    return torch.diag(torch.tensor([1.0] * dimensions + [0.01] * (16 - dimensions)))
+
+
+def test_the_loop_waits_for_no_spectrum_and_records_keep_their_order(
+    make_recorder: Callable[[int], Recorder], gate: threading.Event, tmp_path: Path
+) -> None:
+    recorder = make_recorder(0)
+    recorder._background.do(gate.wait)
+    for step in (1, 2, 3):
+        record(recorder, step, torch.eye(16) * step)
+    recorder.evaluation(3, Evaluation(0.5, 0.25))
+    assert read_metrics(tmp_path / "metrics.jsonl") == []
+    gate.set()
+    recorder.flush()
+    records = read_metrics(tmp_path / "metrics.jsonl")
+    assert [(one["step"], "loss" in one) for one in records] == [
+        *((1, True), (2, True), (3, True), (3, False))
+    ]
+    assert [one["effective_rank"] for one in records[:3]] == [16, 16, 16]
+    spectra = read_spectra(tmp_path / "spectrum.npz")
+    assert {step: one.eigenvalues_D[0] for step, one in spectra.items()} == {1: 1, 2: 2, 3: 3}
+    assert recorder.finding() is None
+    recorder.close()
+
+
+def test_a_collapse_that_recovers_is_told_no_longer(
+    make_recorder: Callable[[int], Recorder], tmp_path: Path
+) -> None:
+    with closing(make_recorder(0)) as recorder:
+        record(recorder, 100, corr_of(8))
+        record(recorder, 200, corr_of(1), spread=0.05)
+        finding = recorder.finding()
+        assert finding is not None and finding.kind == "dimensional"
+        assert recorder.flush().collapse == finding.message
+        record(recorder, 300, corr_of(8))
+        assert recorder.finding() is None and recorder.flush().collapse is None
+        assert recorder.summary(300, corr_of(8), 0, "a full disk")["collapse"] is None
+
+
+def test_a_run_that_goes_on_knows_what_it_had_before(
+    make_recorder: Callable[[int], Recorder],
+) -> None:
+    """The growth of spread and norm are measured from the records of the process before."""
+    with closing(make_recorder(0)) as first:
+        record(first, 100, corr_of(8), spread=0.06)
+        record(first, 120, corr_of(8), spread=0.06)
+    with closing(make_recorder(120)) as second:
+        record(second, 200, corr_of(1), spread=0.07)
+        assert second.finding() is None
+        record(second, 205, corr_of(1), spread=0.06)
+        finding = second.finding()
+        assert finding is not None and finding.kind == "dimensional"
+        record(second, 210, corr_of(8), norm=5e3)
+        finding = second.finding()
+        assert finding is not None and finding.kind == "blow-up"

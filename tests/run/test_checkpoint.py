@@ -1,0 +1,126 @@
+"""Checkpoints: whole or not at all, the newest whole one used, readable by others."""
+
+import json
+import resource
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+from torchvision.models import resnet18
+
+from isofast.config.schema import EncoderConfig
+from isofast.errors import RunError, UserError
+from isofast.methods.networks import make_encoder
+from isofast.run.checkpoint import newest_checkpoint, save_checkpoint
+
+
+def _save(folder: Path, step: int, keep: int = 3) -> Path:
+    state = {"value": torch.full((1000,), float(step))}
+    return save_checkpoint(folder, step, state, nn.Linear(2, 2), keep)
+
+
+def test_the_newest_is_found_and_old_ones_go(tmp_path: Path) -> None:
+    assert newest_checkpoint(tmp_path / "none") is None
+    for step in (9, 10, 100):
+        _save(tmp_path, step, keep=2)
+    found = newest_checkpoint(tmp_path)
+    assert found is not None and found.step == 100
+    assert torch.equal(found.load()["value"], torch.full((1000,), 100.0))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step_00000010", "step_00000100"]
+
+
+@pytest.mark.parametrize(
+    "damage",
+    ["truncated", "flipped", "no-manifest", "gone", "half-manifest", "empty-manifest", "list"],
+)
+def test_a_damaged_one_is_passed_over_and_named(tmp_path: Path, damage: str) -> None:
+    _save(tmp_path, 1)
+    path = _save(tmp_path, 2)
+    state, manifest = path / "state.pt", path / "manifest.json"
+    content = state.read_bytes()
+    if damage == "truncated":
+        state.write_bytes(content[:-10])
+    elif damage == "flipped":
+        state.write_bytes(content[:100] + bytes([content[100] ^ 1]) + content[101:])
+    elif damage == "no-manifest":
+        manifest.unlink()
+    elif damage == "gone":
+        state.unlink()
+    elif damage == "half-manifest":
+        manifest.write_text(manifest.read_text()[:20])
+    else:
+        manifest.write_text("{}" if damage == "empty-manifest" else "[]")
+    told: list[str] = []
+    found = newest_checkpoint(tmp_path, told.append)
+    assert found is not None and found.step == 1
+    assert len(told) == 1 and "step_00000002 is not whole" in told[0]
+
+
+def test_going_on_from_an_older_one_keeps_what_it_saves(tmp_path: Path) -> None:
+    for step in (2, 4, 6):
+        _save(tmp_path, step)
+    (tmp_path / "step_00000006" / "state.pt").write_bytes(b"damaged")
+    found = newest_checkpoint(tmp_path)
+    assert found is not None and found.step == 4
+    assert _save(tmp_path, 5, keep=1).exists()
+    found = newest_checkpoint(tmp_path)
+    assert found is not None and found.step == 5
+    _save(tmp_path, 6, keep=1)
+    assert [path.name for path in tmp_path.iterdir()] == ["step_00000006"]
+
+
+def test_none_whole_is_an_error_and_not_a_new_beginning(tmp_path: Path) -> None:
+    for step in (1, 2):
+        (_save(tmp_path, step) / "state.pt").unlink()
+    with pytest.raises(UserError, match=r"none of the 2 checkpoint.*--fresh"):
+        newest_checkpoint(tmp_path)
+
+
+def test_an_unfinished_folder_is_no_checkpoint(tmp_path: Path) -> None:
+    _save(tmp_path, 1)
+    (tmp_path / ".step_00000002.part").mkdir()
+    (tmp_path / ".step_00000002.part" / "state.pt").write_bytes(b"half")
+    (tmp_path / "step_notes").mkdir()
+    found = newest_checkpoint(tmp_path)
+    assert found is not None and found.step == 1
+    # and it does not stand in the way of the same step
+    assert _save(tmp_path, 2).exists()
+
+
+def test_a_full_disk_leaves_the_older_checkpoint(tmp_path: Path) -> None:
+    _save(tmp_path, 1)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1024, limits[1]))
+    try:
+        with pytest.raises(RunError, match="older checkpoints are whole"):
+            _save(tmp_path, 2)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert [path.name for path in tmp_path.iterdir()] == ["step_00000001"]
+
+
+def test_saving_the_same_step_again_replaces_it(tmp_path: Path) -> None:
+    _save(tmp_path, 5)
+    save_checkpoint(tmp_path, 5, {"value": torch.zeros(1)}, nn.Linear(2, 2), 2)
+    found = newest_checkpoint(tmp_path)
+    assert found is not None and torch.equal(found.load()["value"], torch.zeros(1))
+
+
+def test_the_encoder_loads_into_torchvisions_resnet(tmp_path: Path) -> None:
+    encoder = make_encoder(EncoderConfig())
+    path = save_checkpoint(tmp_path, 1, {}, encoder, 1)
+    theirs = resnet18()
+    answer = theirs.load_state_dict(load_file(path / "encoder.safetensors"), strict=False)
+    assert answer.unexpected_keys == [] and answer.missing_keys == ["fc.weight", "fc.bias"]
+    theirs.fc = nn.Identity()
+    x_BCHW = torch.randn(2, 3, 64, 64)
+    assert torch.equal(theirs.eval()(x_BCHW), encoder.eval()(x_BCHW))
+    assert set(json.loads((path / "manifest.json").read_text())) == {
+        "state.pt",
+        "encoder.safetensors",
+    }

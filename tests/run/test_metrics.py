@@ -1,0 +1,121 @@
+"""metrics.jsonl and spectrum.npz across a crash and a resume."""
+
+import json
+import sys
+import types
+from collections.abc import Callable
+from contextlib import closing
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import pytest
+
+from isofast.config.schema import Config
+from isofast.errors import UserError
+from isofast.run.loggers import Record, make_loggers
+from isofast.run.metrics import MetricsWriter, read_metrics
+from isofast.run.spectrum import Spectrum
+
+
+def _write(run_dir: Path, start: int, steps: range) -> None:
+    with closing(MetricsWriter(run_dir, start)) as writer:
+        for step in steps:
+            writer.write({"step": step, "loss": 0.5 * step})
+            writer.spectrum(step, Spectrum(np.float32([2, 1, 0]) * step))
+
+
+def test_a_resumed_run_drops_what_was_written_after_its_checkpoint(tmp_path: Path) -> None:
+    _write(tmp_path, 0, range(1, 6))
+    _write(tmp_path, 3, range(4, 8))
+    assert [record["step"] for record in read_metrics(tmp_path / "metrics.jsonl")] == [*range(1, 8)]
+    with np.load(tmp_path / "spectrum.npz") as spectrum:
+        assert spectrum["step"].tolist() == [*range(1, 8)]
+        assert spectrum["eigenvalues"].shape == (7, 3)
+        assert spectrum["eigenvalues"][1].tolist() == [4.0, 2.0, 0.0]
+
+
+def test_a_line_cut_short_is_dropped(tmp_path: Path) -> None:
+    _write(tmp_path, 0, range(1, 4))
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 4, "lo')
+    _write(tmp_path, 3, range(4, 5))
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("line", [b"\xff\xfe\n", b"nonsense\n", b'{"loss": 1}\n', b"[3]\n"])
+def test_damaged_records_are_set_aside_and_told(tmp_path: Path, line: bytes) -> None:
+    _write(tmp_path, 0, range(1, 5))
+    path = tmp_path / "metrics.jsonl"
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join([lines[0], line, *lines[2:]]))
+    damaged = path.read_bytes()
+    told: list[str] = []
+    MetricsWriter(tmp_path, 4, report=told.append).close()
+    assert [record["step"] for record in read_metrics(path)] == [1, 3, 4]
+    assert len(told) == 1 and "metrics.jsonl.damaged" in told[0]
+    assert (tmp_path / "metrics.jsonl.damaged").read_bytes() == damaged
+
+
+@pytest.mark.parametrize("content", [b"", b"no archive", b"PK\x03\x04cut"])
+def test_a_damaged_spectrum_is_set_aside_and_told(tmp_path: Path, content: bytes) -> None:
+    _write(tmp_path, 0, range(1, 5))
+    (tmp_path / "spectrum.npz").write_bytes(content)
+    told: list[str] = []
+    with closing(MetricsWriter(tmp_path, 4, report=told.append)) as writer:
+        writer.spectrum(5, Spectrum(np.ones(3, np.float32)))
+    assert len(told) == 1 and "spectrum.npz.damaged" in told[0]
+    with np.load(tmp_path / "spectrum.npz") as spectrum:
+        assert spectrum["step"].tolist() == [5]
+
+
+def test_a_new_run_keeps_nothing(tmp_path: Path) -> None:
+    _write(tmp_path, 0, range(1, 4))
+    _write(tmp_path, 0, range(1, 2))
+    assert len(read_metrics(tmp_path / "metrics.jsonl")) == 1
+
+
+def test_nan_becomes_null(tmp_path: Path) -> None:
+    with closing(MetricsWriter(tmp_path, 0)) as writer:
+        writer.write({"step": 1, "loss": float("nan"), "lr": float("inf")})
+    assert read_metrics(tmp_path / "metrics.jsonl") == [{"step": 1, "loss": None, "lr": None}]
+
+
+class Recording:
+    """A logger of one's own."""
+
+    seen: ClassVar[list[Any]] = []
+
+    def __init__(self, run_dir: Path, config: Config, step: int) -> None:
+        self.seen.append((run_dir, config.seed, step))
+
+    def log(self, record: Record) -> None:
+        self.seen.append(record)
+
+    def flush(self) -> None:
+        self.seen.append("flush")
+
+    def close(self) -> None:
+        self.seen.append("close")
+
+
+def test_a_logger_of_your_own_gets_every_record(
+    tmp_path: Path, small_config: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "my_loggers", types.SimpleNamespace(Recording=Recording))
+    config = small_config(logging={"loggers": ["my_loggers:Recording", "tensorboard"]}, seed=3)
+    with closing(MetricsWriter(tmp_path, 2, make_loggers(tmp_path, config, 2))) as writer:
+        writer.write({"step": 3, "loss": 0.5})
+    assert Recording.seen == [(tmp_path, 3, 2), {"step": 3, "loss": 0.5}, "flush", "close"]
+    assert list((tmp_path / "tensorboard").iterdir())
+
+
+def test_a_logger_that_does_not_start_is_named(
+    tmp_path: Path, small_config: Callable[..., Config]
+) -> None:
+    config = small_config(logging={"loggers": ["no_logger:Here"]})
+    with pytest.raises(UserError, match=r"cannot start 'no_logger:Here'.*No module named"):
+        make_loggers(tmp_path, config, 0)
+    with pytest.raises(UserError, match="'wandb' is no logger; allowed are tensorboard"):
+        small_config(logging={"loggers": ["wandb"]})

@@ -1,0 +1,57 @@
+"""What is printed: durations, the table of results, run dirs that are chosen."""
+
+from pathlib import Path
+
+import pytest
+
+from isofast.run.directory import choose_run_dir
+from isofast.run.progress import duration
+from isofast.run.summary import results_table
+
+SUMMARY = {
+    "knn_top1": 0.9123,
+    "knn_top1_initial": None,
+    "knn_top1_pixels": None,
+    "val_top1": 0.5,
+    "effective_rank": 12.34,
+    "epochs": 30.0,
+    "steps": 660,
+    "images_per_s": 1234.5,
+    "wall_s": 3725.2,
+}
+ENVIRONMENT = {"device": "a machine", "ranks": 2, "batch_norm": "local"}
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0, "0:00"), (65.4, "1:05"), (3725, "1:02:05"), (90061, "25:01:01")]
+)
+def test_duration(seconds: float, text: str) -> None:
+    assert duration(seconds) == text
+
+
+def test_the_table_shows_what_there_is(tmp_path: Path) -> None:
+    checkpoint = tmp_path / "checkpoints" / "step_00000660"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "encoder.safetensors").touch()
+    lines = results_table(tmp_path, SUMMARY, ENVIRONMENT).splitlines()
+    shown = dict(line.strip().split("  ", 1) for line in lines if line)
+    assert shown["k-NN top-1, end of run"].strip() == "0.912"
+    assert "k-NN top-1, before training" not in shown
+    assert shown["wall time"].strip() == "1:02:05"
+    assert shown["images/s while training"].strip() == "1,234.5"
+    assert shown["encoder weights"].strip() == str(checkpoint / "encoder.safetensors")
+    # values in one column
+    assert len({line.index(line.split("  ")[-1].strip()) for line in lines if line}) == 1
+
+
+def test_run_dirs_are_named_after_the_config(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert choose_run_dir(Path("launch/x.json"), None, fresh=False) == Path("runs/x")
+    assert choose_run_dir(Path("launch/x.json"), None, fresh=True) == Path("runs/x")
+    for taken in ("runs/x", "runs/x-2"):
+        Path(taken).mkdir(parents=True)
+    assert choose_run_dir(Path("launch/x.json"), None, fresh=False) == Path("runs/x")
+    assert choose_run_dir(Path("launch/x.json"), None, fresh=True) == Path("runs/x-3")
+    assert choose_run_dir(Path("launch/x.json"), Path("y"), fresh=True) == Path("y")

@@ -1,0 +1,120 @@
+"""One process of a group: a real step of method and engine on its share of a fixed batch.
+
+Called by test_distributed.py with RANK, WORLD_SIZE and the rest in the environment:
+`python two_ranks.py CONFIG OUTPUT`. Rank 0 writes what it has after the backward.
+"""
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from isofast.config.load import load_config
+from isofast.config.schema import Config
+from isofast.data import Batch
+from isofast.data.images import agree_on_images, list_images
+from isofast.distributed import (
+    World,
+    gather_objects,
+    gather_rows,
+    mean_of_statistics_over_ranks_,
+    mean_over_ranks_,
+)
+from isofast.errors import RankError, UserError
+from isofast.training.build import TrainState, build
+from isofast.training.parallel import close_world, init_world
+
+GLOBAL_BATCH = 16
+
+
+def main(config_path: str, output: str) -> None:
+    """Two steps with frozen BatchNorm, then what the ranks exchange beside gradients."""
+    world = init_world()
+    config = load_config(Path(config_path))
+    state = build(config, world, classes=10, batch_norm="local")
+    state.online.train()
+    for network in (state.online, state.target):
+        assert network is not None
+        for module in network.modules():
+            if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
+                module.eval()
+    generator = torch.Generator().manual_seed(5)
+    share = slice(
+        world.rank * GLOBAL_BATCH // world.size, (world.rank + 1) * GLOBAL_BATCH // world.size
+    )
+    results = {}
+    for step in range(2):
+        x1, x2 = torch.randn(2, GLOBAL_BATCH, 3, 16, 16, generator=generator)
+        y = torch.randint(10, (GLOBAL_BATCH,), generator=generator)
+        batch = Batch(x1[share], x2[share], y[share])
+        output_of_step = state.engine(batch, state.target and state.target(batch))
+        loss = output_of_step.loss + output_of_step.probe.loss
+        state.engine.backward(loss)
+        results[f"loss{step}"] = mean_over_ranks_(loss.detach().clone())
+        for name, parameter in state.online.named_parameters():
+            results[f"grad{step}.{name}"] = parameter.grad.clone()
+        state.engine.step()
+        results[f"corr{step}"] = state.method.correlation.corr_DD.clone()
+
+    buffers = [b for b in state.online.branch.buffers() if b.is_floating_point()]
+    for buffer in buffers:
+        buffer.fill_(world.rank)
+    mean_of_statistics_over_ranks_(state.online)
+    results["buffers"] = torch.cat([buffer.flatten() for buffer in buffers])
+    results["rows"] = gather_rows(torch.full((world.rank + 1, 2), float(world.rank)))
+    results["objects"] = torch.tensor([int(str(item)) for item in gather_objects(world.rank)])
+    results["agreed"] = torch.tensor(agreements(config, world))
+    if world.size == 1:
+        results |= check_alone(state, build(config, world, classes=10, batch_norm="synchronised"))
+    if world.is_main:
+        torch.save(results, output)
+    close_world()
+
+
+def agreements(config: Config, world: World) -> list[bool]:
+    """All ranks go on with the same images, and stop together where the last has others."""
+    images = list_images(config)
+    last = world.size > 1 and world.rank == world.size - 1
+    same = agree_on_images(config, world, images).train.fingerprint == images.train.fingerprint
+    others = replace(images.train, fingerprint="others")
+    unreadable = replace(images.train, paths=("train/0/gone.png", *images.train.paths[1:]))
+    told = []
+    for train in (others, unreadable):
+        try:
+            agree_on_images(config, world, images._replace(train=train if last else images.train))
+            told.append("")
+        except RankError as error:
+            told.append(str(error))
+    everyone = gather_objects(told)
+    wanted = ["same images", "same images"] if not last else ["same images", "gone.png"]
+    right = all(word in text for word, text in zip(wanted, told, strict=True))
+    return [same, world.size == 1 or all(gather_objects(right)), everyone == [["", ""]]]
+
+
+def check_alone(state: TrainState, synchronised: TrainState) -> dict[str, torch.Tensor]:
+    """What needs a process group but no peers; each entry is True where it holds."""
+    captured = state.capture()
+    state.restore(captured, 3)
+    refused = False
+    try:
+        state.restore(captured | {"device": "cuda"}, 3)
+    except UserError as error:
+        refused = "made on a cuda" in str(error)
+    # synchronised statistics need GPUs to run, not to be built
+    kinds = {type(module) for module in synchronised.online.modules()}
+    return {
+        "steps restored": torch.tensor(state.engine.global_steps == 3),
+        "another device refused": torch.tensor(refused),
+        "synchronised": torch.tensor(
+            nn.SyncBatchNorm in kinds and not kinds & {nn.BatchNorm1d, nn.BatchNorm2d}
+        ),
+        "names kept": torch.tensor(
+            synchronised.online.state_dict().keys() == state.online.state_dict().keys()
+        ),
+    }
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

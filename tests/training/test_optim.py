@@ -1,0 +1,283 @@
+"""LARS against its formula, parameter groups, schedules."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.optim import SGD
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from isofast.config.load import validate
+from isofast.config.schema import Config, EncoderConfig, ProjectorConfig
+from isofast.methods import foreach as passes
+from isofast.methods import make_method
+from isofast.methods.ema import EmaTarget, ema_decay
+from isofast.methods.networks import Branch
+from isofast.training.optim import LARS, load_optimizer_state, lr_at, make_optimizer, set_lr
+from isofast.training.step import Online
+
+
+def _lars_by_hand(
+    p: torch.Tensor, g: torch.Tensor, v: torch.Tensor, lr: float, wd: float, eta: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """One step of one tensor, as the released code has it."""
+    p_norm, g_norm = p.norm(), g.norm()
+    if p_norm != 0 and g_norm != 0:
+        trust = eta * p_norm / (g_norm + p_norm * wd + 1e-8)
+        g = (g + wd * p) * min(trust / lr, torch.tensor(1.0))
+    v = 0.9 * v + g
+    return p - lr * v, v
+
+
+@pytest.fixture(params=[False, True], ids=["one-pass", "few-launches"])
+def either_form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What CPUs run, and what GPUs run, on a CPU."""
+    monkeypatch.setattr(passes, "few_launches", lambda tensors: request.param)
+
+
+@pytest.mark.usefixtures("either_form")
+@pytest.mark.parametrize("kind", [float, torch.tensor], ids=["number", "tensor"])
+@pytest.mark.parametrize("lr", [1.0, 0.003], ids=["trust-limited", "clipped"])
+def test_lars_follows_its_formula(lr: float, kind: type) -> None:
+    torch.manual_seed(0)
+    start = [torch.randn(5, 3), torch.zeros(4, 2), torch.randn(2, 3, 3, 3) * 10]
+    grads = [[torch.randn_like(p) for p in start] for _ in range(4)]
+    grads[1][0].zero_()
+    params = [nn.Parameter(p.clone()) for p in start]
+    optimizer = LARS(params, lr=kind(lr), weight_decay=1e-2, eta=0.02)
+    expected = [(p.double(), torch.zeros_like(p).double()) for p in start]
+    for step in grads:
+        for p, g in zip(params, step, strict=True):
+            p.grad = g.clone()
+        optimizer.step()
+        expected = [
+            _lars_by_hand(p, g.double(), v, lr, 1e-2, 0.02)
+            for (p, v), g in zip(expected, step, strict=True)
+        ]
+    for p, (q, _) in zip(params, expected, strict=True):
+        torch.testing.assert_close(p.detach(), q.float(), rtol=1e-5, atol=1e-6)
+
+
+def test_lars_leaves_gradients_and_missing_gradients_alone() -> None:
+    with_grad, without = nn.Parameter(torch.ones(3, 3)), nn.Parameter(torch.ones(3, 3))
+    with_grad.grad = torch.full((3, 3), 2.0)
+    LARS([with_grad, without], lr=0.1).step()
+    assert torch.equal(with_grad.grad, torch.full((3, 3), 2.0))
+    assert torch.equal(without, torch.ones(3, 3))
+
+
+def test_lars_without_adaptation_is_momentum_sgd() -> None:
+    torch.manual_seed(0)
+    ours, theirs = (nn.Parameter(torch.arange(4.0)) for _ in range(2))
+    lars = LARS([{"params": [ours], "adapt": False}], lr=0.1, weight_decay=0.01)
+    sgd = SGD([theirs], lr=0.1, momentum=0.9, weight_decay=0.01)
+    for _ in range(3):
+        ours.grad = theirs.grad = torch.randn(4)
+        lars.step()
+        sgd.step()
+    torch.testing.assert_close(ours, theirs)
+
+
+def _config(name: str, batch_size: int = 512) -> Config:
+    return validate(
+        {
+            "data": {"root": "x"},
+            "optimizer": {"name": name, "lr": 1.0, "probe_lr": 0.1, "weight_decay": 1e-4},
+            "train": {"epochs": 100, "batch_size": batch_size},
+        }
+    )
+
+
+def _online(method: str = "isoloss") -> Online:
+    encoder, projector = EncoderConfig(stem="cifar", width=4), ProjectorConfig(hidden=8, output=8)
+    branch = Branch(encoder, projector, torch.float32)
+    config = validate({"data": {"root": "x"}, "method": {"name": method}})
+    return Online(branch, nn.Linear(32, 3), make_method(config.method, projector))
+
+
+@pytest.mark.parametrize("method", ["isoloss", "byol", "linear"])
+@pytest.mark.parametrize("name", ["lars", "sgd", "adamw"])
+def test_groups_cover_every_parameter_once(name: str, method: str) -> None:
+    online = _online(method)
+    optimizer = make_optimizer(online, _config(name))
+    listed = [p for group in optimizer.param_groups for p in group["params"]]
+    assert len(listed) == len(set(listed)) == len(list(online.parameters()))
+    probe = optimizer.param_groups[-1]
+    assert set(probe["params"]) == set(online.probe.parameters())
+    assert probe["weight_decay"] == 0.0
+    assert probe["peak_lr"] == pytest.approx(0.2)
+    assert optimizer.param_groups[0]["peak_lr"] == pytest.approx(2.0)
+    network = set(online.parameters()) - set(online.probe.parameters())
+    vectors = {p for p in network if p.ndim <= 1}
+    spared = {p for g in optimizer.param_groups if g["weight_decay"] == 0 for p in g["params"]}
+    assert spared & network == (vectors if name != "sgd" else set())
+    if name == "lars":
+        adapted = {p for g in optimizer.param_groups if g["adapt"] for p in g["params"]}
+        assert adapted == network - vectors
+
+
+@pytest.mark.parametrize("name", ["lars", "sgd", "adamw"])
+def test_every_setting_reaches_every_group(name: str) -> None:
+    """None of these is a default of torch's, of ours, or of a preset's."""
+    settings = {"name": name, "lr": 1.0, "probe_lr": 0.1, "momentum": 0.8, "weight_decay": 0.03}
+    if name == "lars":
+        settings["eta"] = 0.05
+    config = validate({"data": {"root": "x"}, "optimizer": settings, "train": {"batch_size": 512}})
+    *network, probe = make_optimizer(_online("byol"), config).param_groups
+    for group in (*network, probe):
+        assert group.get("momentum", group.get("betas", (0,))[0]) == 0.8
+        assert group.get("eta") == settings.get("eta")
+    assert [group["peak_lr"] for group in network] == [2.0] * (1 if name == "sgd" else 2)
+    assert [group["weight_decay"] for group in (*network, probe)] == (
+        [0.03, 0.0] if name == "sgd" else [0.03, 0.0, 0.0]
+    )
+    assert probe["peak_lr"] == pytest.approx(0.2)
+
+
+def test_learning_rate_at_its_corners() -> None:
+    def at(step: int) -> float:
+        return lr_at(step, 2.0, total_steps=100, warmup_steps=10, warmup_start=0.5)
+
+    assert at(0) == 0.5
+    assert at(5) == pytest.approx(1.25)
+    assert at(10) == 2.0
+    assert at(55) == pytest.approx(1.0)
+    assert at(99) == pytest.approx(2.0 * (math.cos(math.pi * 89 / 90) + 1) / 2)
+    assert at(100) == at(101) == 0.0
+
+
+def test_every_group_follows_the_schedule() -> None:
+    optimizer = make_optimizer(_online(), _config("lars", 256))
+    assert set_lr(optimizer, 0, 10, _config("lars", 256)) == pytest.approx(3e-5)
+    set_lr(optimizer, 100, 10, _config("lars", 256))
+    assert [float(group["lr"]) for group in optimizer.param_groups] == pytest.approx(
+        [1.0, 1.0, 0.1]
+    )
+
+
+def test_target_decay_at_its_corners() -> None:
+    assert ema_decay(0, 0.99) == 0.99
+    assert ema_decay(0.5, 0.99) == pytest.approx(0.995)
+    assert ema_decay(1.0, 0.99) == 1.0
+    # the last one used, a step before the end
+    last = 1 - 0.01 * (math.cos(math.pi * 499 / 500) + 1) / 2
+    assert ema_decay(499 / 500, 0.99) == pytest.approx(last, abs=1e-15) != 1.0
+
+
+@pytest.mark.parametrize("base", [0.5, 0.9, 0.97, 0.99, 0.996, 0.999, 1.0])
+def test_the_first_target_decay_is_the_base_to_the_bit(base: float) -> None:
+    assert ema_decay(0.0, base) == base
+
+
+@pytest.mark.usefixtures("either_form")
+def test_target_moves_parameters_and_not_buffers() -> None:
+    online = _online().branch
+    target = EmaTarget(online, base=0.75)
+    target.set_decay(0.0)
+    before = [p.clone() for p in target.parameters()]
+    with torch.no_grad():
+        for p in online.parameters():
+            p.add_(1.0)
+        online.encoder.bn1.running_mean.add_(1.0)
+    target.move_(online)
+    for old, new in zip(before, target.parameters(), strict=True):
+        torch.testing.assert_close(new, old + 0.25)
+    assert torch.equal(target.branch.encoder.bn1.running_mean, torch.zeros(4))
+
+
+class _NoSync(TorchDispatchMode):
+    """Raises where a tensor's value is read on the host, which on a GPU waits for it."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        assert func is not torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
+def test_the_watch_for_host_reads_sees_one() -> None:
+    with _NoSync(), pytest.raises(AssertionError):
+        torch.ones(()).item()
+
+
+@pytest.mark.usefixtures("either_form")
+@pytest.mark.parametrize("name", ["lars", "sgd", "adamw"])
+def test_a_step_reads_no_tensor_on_the_host(name: str) -> None:
+    online = _online()
+    optimizer = make_optimizer(online, _config(name))
+    for p in online.parameters():
+        p.grad = torch.ones_like(p)
+    target = EmaTarget(online.branch, base=0.9)
+    with _NoSync():
+        set_lr(optimizer, 200, 10, _config(name))
+        optimizer.step()
+        target.set_decay(0.5)
+        target.move_(online.branch)
+
+
+@pytest.mark.parametrize("name", ["lars", "sgd", "adamw"])
+def test_the_rate_counts_that_the_tensor_holds(name: str) -> None:
+    """A step replayed by a CUDA graph sees new rates only through the tensors it was given."""
+    online = _online()
+    optimizer = make_optimizer(online, _config(name))
+    rates = [group["lr"] for group in optimizer.param_groups]
+    set_lr(optimizer, 1000, 10, _config(name))
+    load_optimizer_state(optimizer, optimizer.state_dict())
+    assert all(g["lr"] is rate for g, rate in zip(optimizer.param_groups, rates, strict=True))
+    before = [p.clone() for p in online.parameters()]
+    for p in online.parameters():
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    assert all(map(torch.equal, before, online.parameters()))
+    rates[0].fill_(0.5)
+    optimizer.step()
+    moved = [not torch.equal(*pair) for pair in zip(before, online.parameters(), strict=True)]
+    in_first = {id(p) for p in optimizer.param_groups[0]["params"]}
+    assert moved == [id(p) in in_first for p in online.parameters()]
+
+
+@pytest.mark.usefixtures("either_form")
+def test_the_last_move_of_the_target_moves_nothing() -> None:
+    online = _online().branch
+    target = EmaTarget(online, base=0.99)
+    before = [p.clone() for p in target.parameters()]
+    with torch.no_grad():
+        for p in online.parameters():
+            p.add_(1.0)
+    target.set_decay(1.0)
+    target.move_(online)
+    assert all(map(torch.equal, before, target.parameters()))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("name", ["lars", "sgd"])
+def test_a_captured_step_follows_the_rates(name: str) -> None:
+    torch.manual_seed(0)
+    config, replayed, eager = _config(name), _online().cuda(), _online().cuda()
+    eager.load_state_dict(replayed.state_dict())
+    for p, q in zip(replayed.parameters(), eager.parameters(), strict=True):
+        p.grad = torch.randn_like(p)
+        q.grad = p.grad.clone()
+    step, same_step = make_optimizer(replayed, config), make_optimizer(eager, config)
+    target, same_target = (EmaTarget(one.branch, base=0.5) for one in (replayed, eager))
+    for optimizer in (step, same_step):
+        # velocities are made by the first step, which may not be captured
+        set_lr(optimizer, 0, 10, config)
+        optimizer.step()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step.step()
+        target.move_(replayed.branch)
+    for k in (50, 100, 600):
+        for optimizer in (step, same_step):
+            set_lr(optimizer, k, 10, config)
+        for one in (target, same_target):
+            one.set_decay(k / 1000)
+        graph.replay()
+        same_step.step()
+        same_target.move_(eager.branch)
+    for p, q in zip(replayed.parameters(), eager.parameters(), strict=True):
+        torch.testing.assert_close(p, q)
+    for p, q in zip(target.parameters(), same_target.parameters(), strict=True):
+        torch.testing.assert_close(p, q)

@@ -1,0 +1,346 @@
+"""Whole runs as a user starts them: what they leave, killed and continued, with two processes."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from isofast.data.prepare import prepare
+from isofast.run.checkpoint import newest_checkpoint
+from isofast.run.metrics import read_metrics
+
+from ..support.launcher import launcher_of
+
+pytestmark = pytest.mark.slow
+
+ROOT = Path(__file__).resolve().parents[2]
+TINY = ROOT.parent / "shared" / "data" / "tiny-imagenet-20-classes.zip"
+Write = Callable[..., Path]
+# what a clock decides
+TIMED = ("images_per_s", "data_wait", "wall_s")
+
+
+def command_of(config: Path, run_dir: Path, *more: str, ranks: int = 0) -> list[str]:
+    """`python launch/train.py ...`, or through DeepSpeed's launcher with ``ranks`` processes."""
+    launcher = launcher_of(ranks) if ranks else []
+    program = [str(ROOT / "launch" / "train.py"), "--config", str(config)]
+    return [sys.executable, *launcher, *program, "--run-dir", str(run_dir), *more]
+
+
+def run(command: list[str], **env: str) -> subprocess.CompletedProcess[str]:
+    """Runs to the end, on the CPU, with one thread a process."""
+    return subprocess.run(
+        command, capture_output=True, text=True, timeout=400, env=environment() | env
+    )
+
+
+def environment() -> dict[str, str]:
+    """One thread, no GPU: bitwise the same on every machine state."""
+    return os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+
+
+def timeless(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Records without what a clock decides."""
+    return [{k: v for k, v in record.items() if k not in TIMED} for record in records]
+
+
+def assert_same_run(one: Path, other: Path) -> None:
+    """Metrics, spectrum and the last checkpoint are bitwise the same."""
+    records = timeless(read_metrics(one / "metrics.jsonl"))
+    assert records and records == timeless(read_metrics(other / "metrics.jsonl"))
+    with np.load(one / "spectrum.npz") as a, np.load(other / "spectrum.npz") as b:
+        assert np.array_equal(a["step"], b["step"])
+        assert np.array_equal(a["eigenvalues"], b["eigenvalues"])
+    found = [newest_checkpoint(folder / "checkpoints") for folder in (one, other)]
+    assert found[0] is not None and found[1] is not None and found[0].step == found[1].step
+    states = [checkpoint.load() for checkpoint in found if checkpoint is not None]
+    for state in states:
+        del state["totals"]
+    assert_equal_trees(*states)
+
+
+def assert_equal_trees(a: Any, b: Any, where: str = "") -> None:
+    """Nested containers with bitwise equal tensors."""
+    assert type(a) is type(b), where
+    if isinstance(a, dict):
+        assert a.keys() == b.keys(), where
+        for key in a:
+            assert_equal_trees(a[key], b[key], f"{where}.{key}")
+    elif isinstance(a, list | tuple):
+        assert len(a) == len(b), where
+        for index, (x, y) in enumerate(zip(a, b, strict=True)):
+            assert_equal_trees(x, y, f"{where}[{index}]")
+    elif isinstance(a, torch.Tensor):
+        assert torch.equal(a, b), where
+    else:
+        assert a == b, where
+
+
+@pytest.fixture
+def config(config_file: Write) -> Path:
+    """30 steps over one border of epochs, a checkpoint every 7, evaluated after each epoch."""
+    return config_file(
+        train={"max_steps": 30},
+        evaluation={"every_epochs": 1, "at_start": True, "knn_images": 200},
+        checkpoint={"every_steps": 7},
+        logging={"every_steps": 2, "loggers": ["tensorboard"]},
+    )
+
+
+def test_a_killed_run_ends_as_one_never_killed(config: Path, tmp_path: Path) -> None:
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    done = run(command_of(config, whole))
+    assert done.returncode == 0, done.stderr
+
+    for kill_after in (10, 24):
+        victim = subprocess.Popen(
+            command_of(config, broken), stderr=subprocess.PIPE, env=environment()
+        )
+        _wait_for_step(broken, kill_after, victim)
+        victim.send_signal(signal.SIGKILL)
+        victim.communicate()
+        assert not (broken / "summary.json").exists()
+        # nor may an older summary speak for a run that goes on
+        (broken / "summary.json").write_text("{}")
+    # a crash may cut a line short, and leave half a checkpoint
+    with (broken / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 26, "lo')
+    again = run(command_of(config, broken))
+    assert again.returncode == 0, again.stderr
+    assert "continuing from" in again.stderr and "step_000000" in again.stderr
+    assert_same_run(whole, broken)
+
+    _check_run_dir(whole, done.stderr)
+    _check_finished_run_is_left_alone(config, whole)
+
+
+def _wait_for_step(run_dir: Path, step: int, process: subprocess.Popen[bytes]) -> None:
+    while True:
+        assert process.poll() is None, process.communicate()
+        records = read_metrics(run_dir / "metrics.jsonl")
+        if records and records[-1]["step"] >= step:
+            return
+        time.sleep(0.002)
+
+
+def _check_run_dir(run_dir: Path, printed: str) -> None:
+    """What DESIGN.md promises, and that the run says what it did."""
+    names = {path.name for path in run_dir.iterdir() if path.name != ".lock"}
+    assert names == {
+        "config.json",
+        "environment.json",
+        "metrics.jsonl",
+        "spectrum.npz",
+        "tensorboard",
+        "checkpoints",
+        "summary.json",
+    }
+    summary = json.loads((run_dir / "summary.json").read_text())
+    assert summary["completed"] is True and summary["steps"] == 30
+    assert summary["epochs"] == pytest.approx(30 / 22, abs=1e-4)
+    assert summary["dropped_images_per_epoch"] == 1442 - 22 * 64
+    for key in ("val_top1", "knn_top1", "knn_top1_initial"):
+        assert 0 < summary[key] <= 1
+    assert summary["effective_rank"] > 1 and summary["images_per_s"] > 0 < summary["wall_s"]
+
+    records = read_metrics(run_dir / "metrics.jsonl")
+    steps = [record for record in records if "loss" in record]
+    evaluations = [record for record in records if "knn_top1" in record]
+    assert [record["step"] for record in steps] == [*range(2, 31, 2)]
+    assert [record["step"] for record in evaluations] == [0, 22, 30]
+    assert set(steps[0]) == {
+        "step",
+        "epoch",
+        "loss",
+        "lr",
+        "probe_loss",
+        "probe_top1",
+        "images_per_s",
+        "data_wait",
+        "effective_rank",
+        "effective_rank_entropy",
+        "embedding_std",
+        "embedding_norm",
+        "alignment",
+        "mean_share",
+        "norm_spread",
+        "prediction_norm",
+    }
+    assert set(evaluations[0]) == {"step", "epoch", "val_top1", "knn_top1"}
+    assert summary["knn_top1"] == evaluations[-1]["knn_top1"]
+    assert summary["knn_top1_initial"] == evaluations[0]["knn_top1"]
+    with np.load(run_dir / "spectrum.npz") as spectrum:
+        eigenvalues = spectrum["eigenvalues"]
+        assert spectrum["step"].tolist() == [record["step"] for record in steps]
+    assert (np.diff(eigenvalues, axis=1) <= 0).all() and (eigenvalues >= 0).all()
+    rank = eigenvalues[-1].sum() ** 2 / np.square(eigenvalues[-1]).sum()
+    assert rank == pytest.approx(summary["effective_rank"], rel=1e-4)
+
+    environment_json = json.loads((run_dir / "environment.json").read_text())
+    assert environment_json["versions"]["torch"] == torch.__version__.partition("+")[0]
+    assert environment_json["ranks"] == 1 and environment_json["device"]
+    assert (environment_json["backend"], environment_json["precision"]) == ("dali", "float32")
+    checkpoints = sorted(path.name for path in (run_dir / "checkpoints").iterdir())
+    assert checkpoints == ["step_00000028", "step_00000030"]
+    encoder = load_file(run_dir / "checkpoints" / checkpoints[-1] / "encoder.safetensors")
+    assert "layer4.1.bn2.running_var" in encoder and "conv1.weight" in encoder
+    for text in (f"{summary['knn_top1']:.3f}", str(run_dir / "metrics.jsonl"), "one process"):
+        assert text in printed
+
+
+def _check_finished_run_is_left_alone(config: Path, run_dir: Path) -> None:
+    before = (run_dir / "metrics.jsonl").read_text()
+    again = run(command_of(config, run_dir))
+    assert again.returncode == 0, again.stderr
+    assert "completed" in again.stderr
+    assert (run_dir / "metrics.jsonl").read_text() == before
+
+
+def test_two_processes_continue_as_they_would_have(config_file: Write, tmp_path: Path) -> None:
+    config = config_file(train={"max_steps": 4}, evaluation={"every_epochs": 1, "knn_images": 99})
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    done = run(command_of(config, whole, ranks=2))
+    assert done.returncode == 0, done.stderr
+    assert "2 process(es), BatchNorm statistics local" in done.stderr
+    assert json.loads((whole / "environment.json").read_text())["batch_norm"] == "local"
+    assert run(command_of(config, parts, "--set", "train.max_steps=2", ranks=2)).returncode == 0
+    # another number of processes would be another run
+    alone = run(command_of(config, parts))
+    assert alone.returncode == 2 and "made by 2 processes" in alone.stderr
+    assert run(command_of(config, parts, ranks=2)).returncode == 0
+    records = timeless(read_metrics(whole / "metrics.jsonl"))
+    # the shorter run was evaluated at its end, too
+    continued = [
+        record
+        for record in timeless(read_metrics(parts / "metrics.jsonl"))
+        if not (record["step"] == 2 and "knn_top1" in record)
+    ]
+    assert continued == records
+
+
+def test_lost_data_on_one_rank_is_told_and_written_down(
+    config_file: Write, digits: Path, tmp_path: Path
+) -> None:
+    root = tmp_path / "digits"
+    shutil.copytree(digits, root)
+    config = config_file(data={"root": str(root)}, train={"max_steps": 40})
+    run_dir = tmp_path / "run"
+    process = subprocess.Popen(
+        command_of(config, run_dir, ranks=2), stderr=subprocess.PIPE, env=environment(), text=True
+    )
+    while not (run_dir / "metrics.jsonl").exists():
+        assert process.poll() is None
+        time.sleep(0.01)
+    shutil.rmtree(root / "train" / "4")
+    _, printed = process.communicate(timeout=300)
+    assert process.returncode != 0
+    assert "when the run began" in printed
+    summary = json.loads((run_dir / "summary.json").read_text())
+    assert summary["completed"] is False and summary["failure"]
+
+
+@pytest.mark.skipif(not TINY.exists(), reason=f"{TINY} is missing")
+def test_tinyimagenet_trains_as_shipped(tmp_path: Path) -> None:
+    """The paper's network and recipe, full width, on real pictures, through the launcher."""
+    root = tmp_path / "tinyimagenet"
+    counts = prepare("tinyimagenet", root, TINY)
+    assert (counts.classes, counts.train, counts.val) == (20, 10_000, 1_000)
+    settings = [f"data.root={root}", "train.max_steps=2", "train.batch_size=8"]
+    settings += ["logging.every_steps=1", "evaluation.every_epochs=0"]
+    overrides = [word for setting in settings for word in ("--set", setting)]
+    shipped = ROOT / "launch" / "tinyimagenet.json"
+    done = run(command_of(shipped, tmp_path / "run", *overrides, ranks=1))
+    assert done.returncode == 0, done.stderr
+    losses = [record["loss"] for record in read_metrics(tmp_path / "run" / "metrics.jsonl")]
+    assert len(losses) == 2 and all(-4 < loss < 0 for loss in losses)
+
+
+def test_fresh_starts_beside_and_deletes_nothing(config_file: Write, tmp_path: Path) -> None:
+    config = config_file(train={"max_steps": 2})
+    run_dir = tmp_path / "run"
+    assert run(command_of(config, run_dir)).returncode == 0
+    kept = (run_dir / "metrics.jsonl").read_text()
+    done = run(command_of(config, run_dir, "--fresh", "--set", "seed=3"))
+    assert done.returncode == 0, done.stderr
+    assert (run_dir / "metrics.jsonl").read_text() == kept
+    assert json.loads((tmp_path / "run-2" / "config.json").read_text())["seed"] == 3
+
+
+def test_a_loss_that_blows_up_ends_the_run_and_keeps_the_checkpoint(
+    config_file: Write, tmp_path: Path
+) -> None:
+    config = config_file(
+        method={"ema": False, "metric": "euclidean", "name": "directpred"},
+        optimizer={"name": "sgd", "lr": 1e12},
+        schedule={"warmup_epochs": 0.5, "warmup_start": 1e-3},
+        train={"max_steps": 20},
+        checkpoint={"every_steps": 1, "keep": 30},
+    )
+    run_dir = tmp_path / "run"
+    done = run(command_of(config, run_dir))
+    assert done.returncode == 1, done.stderr
+    assert "NaN or infinite" in done.stderr and "optimizer.lr" in done.stderr
+    assert "Traceback" not in done.stderr
+    summary = json.loads((run_dir / "summary.json").read_text())
+    assert summary["completed"] is False and "NaN" in summary["failure"]
+    found = newest_checkpoint(run_dir / "checkpoints")
+    assert found is not None
+    online = found.load()["online"]
+    assert all(torch.isfinite(value).all() for value in online.values())
+
+
+def test_collapse_stops_where_it_is_told_to(config_file: Write, tmp_path: Path) -> None:
+    # a projector of weight decay alone shrinks to its bias: all embeddings become one
+    config = config_file(
+        optimizer={"name": "sgd", "lr": 1e-9, "weight_decay": 2e9},
+        schedule={"warmup_epochs": 0},
+        train={"on_collapse": "stop", "max_steps": 20},
+        checkpoint={"every_steps": 100},
+    )
+    done = run(command_of(config, tmp_path / "run"))
+    assert done.returncode == 1, done.stderr
+    assert "collapsed" in done.stderr and "Traceback" not in done.stderr
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["completed"] is False and "collapsed completely" in summary["failure"]
+    assert summary["collapse"] == summary["failure"]
+
+
+def test_two_runs_in_one_folder_are_refused(config_file: Write, tmp_path: Path) -> None:
+    config = config_file(train={"max_steps": 40}, logging={"every_steps": 1})
+    run_dir = tmp_path / "run"
+    first = subprocess.Popen(command_of(config, run_dir), stderr=subprocess.PIPE, env=environment())
+    try:
+        _wait_for_step(run_dir, 1, first)
+        first.send_signal(signal.SIGSTOP)
+        second = run(command_of(config, run_dir))
+    finally:
+        first.send_signal(signal.SIGCONT)
+        first.communicate(timeout=300)
+    assert second.returncode == 2 and "another process" in second.stderr
+    assert first.returncode == 0
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_changed_images_are_noticed_on_resume(
+    config_file: Write, digits: Path, tmp_path: Path, split: str
+) -> None:
+    root = tmp_path / "digits"
+    shutil.copytree(digits, root)
+    evaluation = {"every_epochs": 1, "knn_images": 99}
+    config = config_file(data={"root": str(root)}, train={"max_steps": 2}, evaluation=evaluation)
+    run_dir = tmp_path / "run"
+    assert run(command_of(config, run_dir)).returncode == 0
+    next((root / split / "0").iterdir()).unlink()
+    done = run(command_of(config, run_dir, "--set", "train.max_steps=4"))
+    assert done.returncode == 2 and "not those that the run began with" in done.stderr
