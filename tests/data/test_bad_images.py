@@ -6,9 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
-from isofast.data import ImageFolder, check_folder, dali, open_dataset, recipe_for
+from isofast.data import ImageFolder, check_folder, open_dataset, recipe_for
 from isofast.errors import RunError
 
 from .conftest import eval_loader, train_loader
@@ -54,7 +53,8 @@ def test_the_culprit_is_named_and_can_be_skipped(root: Path, culprit: Path, chec
     assert "data.on_bad_image=skip" in message and "--fresh" in message
     # that is of no use here
     assert "evaluation" not in message
-    again = check_folder(open_dataset(root, "train"), on_bad="skip", progress=False)
+    # remembered, though the check itself would let it pass again
+    again = check_folder(open_dataset(root, "train"), on_bad="skip", **how)
     assert set(again.skipped) == {"train/b/17.png"}
     two_epochs(again)
 
@@ -62,9 +62,25 @@ def test_the_culprit_is_named_and_can_be_skipped(root: Path, culprit: Path, chec
 def test_resident_images_are_named_too(root: Path) -> None:
     path = root / "train" / "b" / "17.png"
     path.write_bytes(PNG[: len(PNG) // 2])
-    dataset = check_folder(open_dataset(root, "train"), check="headers", progress=False)
+    how: Any = {"check": "headers", "progress": False}
+    dataset = check_folder(open_dataset(root, "train"), **how)
     with pytest.raises(RunError, match=f"Pillow cannot decode {path}.*on_bad_image=skip"):
         two_epochs(dataset, backend="resident")
+    again = check_folder(open_dataset(root, "train"), on_bad="skip", **how)
+    assert set(again.skipped) == {"train/b/17.png"}
+    two_epochs(again, backend="resident")
+
+
+@pytest.mark.parametrize("backend", ["dali", "resident"])
+@pytest.mark.parametrize("content", [b"", b"no picture", None], ids=["empty", "text", "gone"])
+def test_without_a_check_a_file_without_a_header_is_named(
+    root: Path, backend: str, content: bytes | None
+) -> None:
+    dataset = check_folder(open_dataset(root, "train"), check="off")
+    path = root / "train" / "b" / "17.png"
+    path.unlink() if content is None else path.write_bytes(content)
+    with pytest.raises(RunError, match=rf"cannot read the size of {path}: .*data\.check=full"):
+        two_epochs(dataset, backend=backend)
 
 
 def test_a_validation_image_need_not_end_the_run(root: Path, culprit: Path) -> None:
@@ -83,18 +99,10 @@ def test_where_no_file_is_to_blame_none_is_named(root: Path) -> None:
     assert len(check_folder(dataset, on_bad="skip", progress=False)) == 64
 
 
-def test_a_decoder_that_fails_at_everything_makes_no_file_bad(
-    train_set: ImageFolder, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    decoded = dali._decoded
-
-    def broken(encoded: Any, device: torch.device) -> Any:
-        """Without its first byte no file is a picture."""
-        return decoded(encoded[1:], device)
-
-    monkeypatch.setattr(dali, "_decoded", broken)
+def test_a_decoder_that_fails_at_everything_makes_no_file_bad(root: Path, culprit: Path) -> None:
+    for path in (root / "train").glob("*/*.png"):
+        path.write_bytes(culprit.read_bytes())
+    dataset = check_folder(open_dataset(root, "train"), check="headers", progress=False)
     with pytest.raises(RunError, match="no single one of them is to blame"):
-        two_epochs(train_set)
-    memory = Path(train_set.root) / ".isofast-checked-train.json"
-    assert json.loads(memory.read_text())["bad"] == {}
-    assert len(check_folder(train_set, on_bad="skip", progress=False)) == len(train_set)
+        two_epochs(dataset)
+    assert json.loads((root / ".isofast-checked-train.json").read_text())["bad"] == {}

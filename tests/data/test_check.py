@@ -3,9 +3,11 @@
 import io
 import json
 import os
+import signal
 import struct
 import subprocess
 import sys
+import time
 import zlib
 from pathlib import Path
 
@@ -16,6 +18,7 @@ from PIL import Image
 from isofast.cli import main
 from isofast.data import ImageFolder, check_folder, open_dataset, recipe_for, skipped_note
 from isofast.data.check import OnBad, read_sizes
+from isofast.data.dali import SingleDecoder
 from isofast.errors import UserError
 
 from .conftest import eval_loader, train_loader
@@ -42,11 +45,15 @@ def chunk(name: bytes, content: bytes) -> bytes:
     return struct.pack(">I", len(content)) + name + content + checksum
 
 
-def short_png() -> bytes:
-    """Seven rows short of what its header says, each chunk whole."""
-    header = struct.pack(">IIBBBBB", SIDE, SIDE, 8, 2, 0, 0, 0)
-    data = zlib.compress((b"\0" + bytes(3 * SIDE)) * (SIDE - 7))
-    return PNG[:8] + chunk(b"IHDR", header) + chunk(b"IDAT", data) + chunk(b"IEND", b"")
+def png_of(data: bytes, colour: int = 2, depth: int = 8, interlaced: bool = False) -> bytes:
+    """A PNG whose header says SIDE x SIDE, each chunk whole, whatever the rows hold."""
+    header = struct.pack(">IIBBBBB", SIDE, SIDE, depth, colour, 0, 0, interlaced)
+    palette = chunk(b"PLTE", bytes(768)) if colour == 3 else b""
+    pixels = chunk(b"IDAT", zlib.compress(data))
+    return PNG[:8] + chunk(b"IHDR", header) + palette + pixels + chunk(b"IEND", b"")
+
+
+SHORT_PNG = png_of((b"\0" + bytes(3 * SIDE)) * (SIDE - 7))
 
 
 def flipped(content: bytes, place: int) -> bytes:
@@ -70,7 +77,7 @@ BAD = {
     **{f"PNG cut by {n}": (PNG[:-n], ("dali",), False) for n in (1, 4)},
     "a checksum of pixels": (flipped(PNG, -13), DECODERS, False),
     # Pillow reads what there is, and leaves the rest black
-    "a PNG short of rows": (short_png(), ("dali",), False),
+    "a PNG short of rows": (SHORT_PNG, ("dali",), False),
     "a stray byte": (JPEG.replace(b"\xff\xdb", b"\0\xff\xdb", 1), ("dali",), False),
     "a damaged marker": (JPEG.replace(b"\xff\xc4", b"\0\xc4", 1), ("dali",), False),
     "an unknown critical chunk": (PNG[:33] + chunk(b"ABCD", b"") + PNG[33:], ("dali",), False),
@@ -129,6 +136,77 @@ def test_a_bad_file_is_named_and_can_be_skipped(root: Path, kind: str, decoder: 
     assert check(root, decoder=decoder).fingerprint == kept.fingerprint
 
 
+def test_every_kind_of_png_passes_at_its_full_length_only(root: Path) -> None:
+    folder = root / "train" / "a"
+    for colour, depth, bits in (
+        *((0, 1, 1), (0, 16, 16), (2, 8, 24)),
+        *((3, 4, 4), (4, 8, 16), (6, 16, 64)),
+    ):
+        row = b"\0" + bytes(SIDE * bits // 8)
+        for name, content in (
+            ("whole", png_of(row * SIDE, colour, depth)),
+            # rows too many and bytes after the end do no harm
+            ("long", png_of(row * (SIDE + 9), colour, depth) + b"more"),
+            ("short", png_of(row * (SIDE - 1), colour, depth)),
+        ):
+            (folder / f"{name}-{colour}-{depth}.png").write_bytes(content)
+    # the seven passes of 40 x 40 are 25, 25, 50, 100, 200, 400 and 800 pixels, in 75 rows
+    data = bytes(1600 * 3 + 75)
+    (folder / "whole-passes.png").write_bytes(png_of(data, interlaced=True))
+    (folder / "short-passes.png").write_bytes(png_of(data[:-1], interlaced=True))
+    kept = check(root, "skip", decoder="dali")
+    assert len(kept.skipped) == 7 and all("/short-" in name for name in kept.skipped)
+    # Pillow leaves missing rows black, but for those of passes
+    assert set(check(root, "skip", decoder="pillow").skipped) == {"train/a/short-passes.png"}
+
+
+def test_no_file_is_to_blame_where_dali_decodes_nothing(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as broken:
+        broken.setattr(SingleDecoder, "decodes", lambda self, content: False)
+        with pytest.raises(UserError, match=r"6 of 6 .*decodes nothing at all at the moment"):
+            check(root, decoder="dali")
+    assert len(check(root, "skip", decoder="dali")) == 6
+
+
+def test_headers_are_checked_without_reading_the_files(root: Path) -> None:
+    def characters_read() -> int:
+        return int(Path("/proc/self/io").read_text().split()[1])
+
+    path = root / "train" / "a" / "1.png"
+    with open(path, "ab") as file:
+        file.truncate(1 << 24)
+    before = characters_read()
+    assert len(check(root, check="headers")) == 6
+    assert characters_read() - before < 1 << 20
+    before = characters_read()
+    check(root, decoder="pillow")
+    assert characters_read() - before > 1 << 24
+
+
+def test_who_stops_a_check_does_not_wait_for_its_end(tmp_path: Path) -> None:
+    folder = tmp_path / "train" / "a"
+    folder.mkdir(parents=True)
+    Image.fromarray(RNG.integers(0, 256, (1000, 1000, 3), dtype=np.uint8)).save(folder / "0.png")
+    for k in range(1, 2000):
+        (folder / f"{k}.png").hardlink_to(folder / "0.png")
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    handler = signal.signal(signal.SIGALRM, stop)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.5)
+        start = time.monotonic()
+        with pytest.raises(KeyboardInterrupt):
+            check(tmp_path, decoder="pillow")
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, handler)
+    assert time.monotonic() - start < 5
+
+
 def test_many_bad_files_are_counted(root: Path) -> None:
     for k in range(7):
         (root / "train" / "b" / f"bad{k}.png").write_text("no picture")
@@ -165,7 +243,7 @@ def test_what_was_checked_is_not_read_again(root: Path, decoder: str) -> None:
 
 def test_one_decoder_does_not_answer_for_the_other(root: Path) -> None:
     path = root / "train" / "a" / "1.png"
-    path.write_bytes(short_png())
+    path.write_bytes(SHORT_PNG)
     assert len(check(root, decoder="pillow")) == 6
     with pytest.raises(UserError, match=r"1\.png \(DALI cannot decode it"):
         check(root, decoder="dali")

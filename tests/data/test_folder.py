@@ -1,4 +1,4 @@
-"""Listing a data root: classes, links, labels, fingerprints, and what is explained."""
+"""Listing data roots and reading their files: what is found, what is refused, what is ignored."""
 
 import os
 import shutil
@@ -13,9 +13,10 @@ from PIL import Image
 
 from isofast.cli import main
 from isofast.data import check_folder, ignored_note, open_dataset, recipe_for
+from isofast.data.folder import read_files
 from isofast.data.images import Images
 from isofast.data.prepare import prepare
-from isofast.errors import UserError
+from isofast.errors import RunError, UserError
 
 from .conftest import train_loader
 
@@ -23,45 +24,48 @@ from .conftest import train_loader
 UNPRIVILEGED = ["setpriv", "--bounding-set", "-dac_override,-dac_read_search"]
 
 
-@pytest.fixture
-def root(tmp_path: Path, pictures: Path) -> Path:
-    """A copy of the pictures that a test may spoil."""
-    shutil.copytree(pictures, tmp_path / "data", ignore=shutil.ignore_patterns(".isofast*"))
-    return tmp_path / "data"
-
-
-def add_unlabeled(root: Path, count: int) -> None:
-    (root / "unlabeled").mkdir()
-    for k in range(count):
-        Image.new("RGB", (24, 24), (40 * k, 90, 160)).save(root / "unlabeled" / f"{k}.png")
-
-
-def test_images_are_listed_by_path_with_their_classes(pictures: Path) -> None:
+def test_listing(pictures: Path) -> None:
     train = open_dataset(pictures, "train")
     assert train.classes == ("class0", "class1", "class2")
-    assert len(train) == len(train.paths) == 51 and train.paths == tuple(sorted(train.paths))
-    assert train.paths[0] == "train/class0/000.jpg" and train.labels.dtype == np.int64
-    assert [train.classes[k] for k in train.labels] == [path.split("/")[1] for path in train.paths]
-    # listing opens nothing
-    assert train.sizes is None and train.stamps is None
+    assert len(train) == len(train.paths) == 51
+    assert train.paths == tuple(sorted(train.paths))
+    assert train.paths[0] == "train/class0/000.jpg"
+    assert train.labels.dtype == np.int64
+    assert [train.classes[label] for label in train.labels] == [
+        p.split("/")[1] for p in train.paths
+    ]
+    checked = check_folder(train, progress=False)
+    for path, (height, width) in zip(checked.paths, checked.sizes, strict=True):
+        with Image.open(pictures / path) as image:
+            assert (height, width) == (image.height, image.width)
 
 
-def test_the_fingerprint_changes_with_names_labels_and_sizes(root: Path) -> None:
-    seen = {open_dataset(root, "train").fingerprint}
-    assert open_dataset(str(root), "train").fingerprint in seen
+def test_fingerprint_changes_with_names_labels_and_sizes(root: Path) -> None:
+    first = open_dataset(root, "train").fingerprint
+    assert open_dataset(str(root), "train").fingerprint == first
     path = root / "train" / "class0" / "000.jpg"
-    for count, change in enumerate(
-        (
-            lambda: path.write_bytes(path.read_bytes() + b"\0"),
-            lambda: path.rename(path.with_name("999.jpg")),
-            lambda: (root / "train" / "class2").rename(root / "train" / "class3"),
-            lambda: (root / "train" / "class1" / "001.png").unlink(),
-            lambda: add_unlabeled(root, 1),
-        )
+    seen = {first}
+    for change in (
+        lambda: path.write_bytes(path.read_bytes() + b"\0"),
+        lambda: path.rename(path.with_name("999.jpg")),
+        lambda: (root / "train" / "class2").rename(root / "train" / "class3"),
+        lambda: (root / "train" / "class1" / "001.png").unlink(),
     ):
         change()
-        seen.add(open_dataset(root, "train").fingerprint)
-        assert len(seen) == count + 2
+        fingerprint = open_dataset(root, "train").fingerprint
+        assert fingerprint not in seen
+        seen.add(fingerprint)
+
+
+def test_hidden_and_other_files_are_no_images(root: Path) -> None:
+    before = open_dataset(root, "train").paths
+    folder = root / "train" / "class0"
+    (folder / ".hidden.jpg").write_text("x")
+    (folder / "notes.txt").write_text("x")
+    (root / "train" / ".cache").mkdir()
+    (root / "train" / "README").write_text("x")
+    shutil.copy(folder / "000.jpg", folder / "ZZ.JPEG")
+    assert set(open_dataset(root, "train").paths) - set(before) == {"train/class0/ZZ.JPEG"}
 
 
 def test_missing_folders_are_explained(tmp_path: Path, root: Path) -> None:
@@ -75,7 +79,7 @@ def test_missing_folders_are_explained(tmp_path: Path, root: Path) -> None:
     with pytest.raises(UserError, match=r"class folder .*/train/class1 has no image"):
         open_dataset(root, "train")
     shutil.rmtree(root / "train" / "class1")
-    with pytest.raises(UserError, match="differ; only in val: class1"):
+    with pytest.raises(UserError, match=r"differ; only in val: class1"):
         open_dataset(root, "val")
     shutil.rmtree(root / "train")
     with pytest.raises(UserError, match="has no folder 'train'"):
@@ -83,23 +87,21 @@ def test_missing_folders_are_explained(tmp_path: Path, root: Path) -> None:
     (root / "train").mkdir()
     with pytest.raises(UserError, match="train has no class folder"):
         open_dataset(root, "train")
-    shutil.rmtree(root / "val")
-    with pytest.raises(UserError, match=r"no folder 'val'.*evaluation.every_epochs=0"):
-        open_dataset(root, "val")
 
 
 @pytest.mark.parametrize("name", ["train/class1", "val/class3", "unlabeled", "train"])
 def test_a_folder_that_is_a_link_to_nowhere_is_refused(root: Path, name: str) -> None:
-    if name == "train/class1":
+    for split in ("train", "val"):
         # where both splits lose it, the classes still agree
-        for split in ("train", "val"):
+        if name == "train/class1":
             shutil.rmtree(root / split / "class1")
     if name == "train":
-        add_unlabeled(root, 1)
+        (root / "unlabeled").mkdir()
+        shutil.copy(root / "train" / "class0" / "000.jpg", root / "unlabeled")
         shutil.rmtree(root / "train")
     (root / name).symlink_to(root / "unmounted")
     with pytest.raises(UserError, match=rf"{name}.* is a link that leads nowhere \(.*unmounted\)"):
-        open_dataset(root, "val" if name.startswith("val") else "train")
+        open_dataset(root, name.split("/")[0].replace("unlabeled", "train"))
 
 
 def test_a_link_to_a_folder_is_a_class(root: Path, tmp_path: Path) -> None:
@@ -111,21 +113,30 @@ def test_a_link_to_a_folder_is_a_class(root: Path, tmp_path: Path) -> None:
 def test_pictures_that_are_not_used_are_counted(
     root: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    before = open_dataset(root, "train")
-    assert before.ignored == () and ignored_note(before) == ""
+    assert ignored_note(open_dataset(root, "train")) == ""
     folder = root / "train" / "class0"
-    ignored = ["class0/a.webp", "class0/b.BMP", "class0/more/c.png", "class0/more/deep/d.gif"]
-    # hidden ones and text are no pictures of the data set
-    others = ["class0/.thumbnails/e.png", "class0/.f.gif", "class0/notes.txt", "README", ".g/h.png"]
-    for name in [*ignored, "stray.png", *others]:
-        (root / "train" / name).parent.mkdir(parents=True, exist_ok=True)
-        (root / "train" / name).write_text("x")
-    shutil.copy(folder / "000.jpg", folder / "ZZ.JPEG")
+    image = Image.new("RGB", (4, 4))
+    image.save(folder / "a.webp")
+    image.save(folder / "b.BMP")
+    image.save(root / "train" / "stray.png")
+    (folder / "more" / "deep").mkdir(parents=True)
+    image.save(folder / "more" / "c.png")
+    image.save(folder / "more" / "deep" / "d.gif")
+    # neither of these is a picture of the data set
+    (folder / "notes.txt").write_text("x")
+    (folder / ".thumbnails").mkdir()
+    image.save(folder / ".thumbnails" / "e.png")
+    image.save(folder / ".f.gif")
 
     train = check_folder(open_dataset(root, "train"), progress=False)
-    assert train.classes == before.classes
-    assert set(train.paths) - set(before.paths) == {"train/class0/ZZ.JPEG"}
-    assert train.ignored == tuple(f"train/{name}" for name in [*ignored, "stray.png"])
+    assert len(train) == 51
+    assert train.ignored == (
+        "train/class0/a.webp",
+        "train/class0/b.BMP",
+        "train/class0/more/c.png",
+        "train/class0/more/deep/d.gif",
+        "train/stray.png",
+    )
     note = ignored_note(train)
     assert note.startswith("5 train file(s) look like pictures and are not used: train/class0/a.w")
     assert "\n" not in note
@@ -134,14 +145,21 @@ def test_pictures_that_are_not_used_are_counted(
     assert Images(train, open_dataset(root, "val")).notes() == [note]
 
 
+def add_unlabeled(root: Path, count: int) -> None:
+    (root / "unlabeled").mkdir()
+    for k in range(count):
+        Image.new("RGB", (24, 24), (40 * k, 90, 160)).save(root / "unlabeled" / f"{k}.png")
+
+
 def test_unlabeled_pictures_are_trained_on(root: Path) -> None:
     before = open_dataset(root, "train")
     add_unlabeled(root, 5)
     train, val = open_dataset(root, "train"), open_dataset(root, "val")
-    assert train.classes == val.classes == before.classes and len(val) == 15
+    assert train.classes == val.classes == before.classes
     assert train.paths == (*before.paths, *(f"unlabeled/{k}.png" for k in range(5)))
     assert train.labels.tolist() == [*before.labels.tolist(), *[-1] * 5]
-    train = check_folder(train, progress=False)
+    assert train.fingerprint != before.fingerprint
+    assert len(val) == 15
     loader = train_loader(train, recipe_for("cifar10"), batch_size=56)
     assert Counter(next(loader).y_B.tolist()) == {0: 17, 1: 17, 2: 17, -1: 5}
     loader.close()
@@ -170,26 +188,65 @@ def test_pictures_alone_are_a_data_set(tmp_path: Path, pictures: Path) -> None:
         open_dataset(tmp_path, "train")
 
 
-def test_a_labelled_set_is_prepared_with_validation_images_only(root: Path) -> None:
+def test_no_validation_images_is_an_error_that_says_what_to_do(root: Path) -> None:
     shutil.rmtree(root / "val")
     with pytest.raises(UserError, match=r"no folder 'val'.*evaluation.every_epochs=0"):
         prepare("imagefolder", root)
 
 
-def test_names_need_not_be_utf8(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    folder = os.fsencode(root / "train" / "class0")
-    os.rename(folder + b"/000.jpg", folder + b"/\xfe.jpg")
-    assert len(check_folder(open_dataset(root, "train"), progress=False)) == 51
-    # neither those of files that are left out or ignored, nor that of the root
+def test_names_that_are_not_utf8_are_taken(tmp_path: Path) -> None:
+    root = tmp_path / "digits"
+    prepare("digits", root)
+    folder = os.fsencode(root / "train" / "3")
+    first = sorted(os.listdir(folder))[0]
+    os.rename(os.path.join(folder, first), os.path.join(folder, b"\xff.png"))
+    assert len(check_folder(open_dataset(root, "train"), progress=False)) == 1442
+    with pytest.raises(UserError, match="changed"):
+        prepare("digits", root)
+
+
+def test_names_that_are_not_utf8_are_printed(
+    root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of files that are left out or ignored, and of the root."""
     for name in (b"/\xff.png", b"/\xff.gif"):
-        Path(os.fsdecode(folder + name)).write_text("no picture")
+        Path(os.fsdecode(os.fsencode(root / "train" / "class0") + name)).write_text("no picture")
     there = os.fsdecode(os.fsencode(root) + b"\xff")
-    os.rename(root, there)
-    command = ["prepare", "imagefolder", "--root", there, "--on-bad-image", "skip"]
-    assert main(command) == 0
+    root.rename(there)
+    assert main(["prepare", "imagefolder", "--root", there, "--on-bad-image", "skip"]) == 0
     printed = capsys.readouterr().out
-    assert all(rf"{name}\udcff" in printed for name in ("data", "class0/"))
-    assert r"class0/\udcff.png" in printed and r"class0/\udcff.gif" in printed
+    assert r"data\udcff" in printed
+    assert r"class0/\udcff.png (cannot identify" in printed
+    assert r"not used: train/class0/\udcff.gif" in printed
+
+
+def test_only_the_files_that_were_checked_are_read(root: Path) -> None:
+    dataset = check_folder(open_dataset(root, "val"), progress=False)
+    paths = [root / path for path in dataset.paths]
+    assert read_files(dataset, [2, 0]) == [paths[2].read_bytes(), paths[0].read_bytes()]
+    paths[3].unlink()
+    os.utime(paths[5], ns=(1, 1))
+    with pytest.raises(RunError, match=f"{paths[3]} .*No such file"):
+        read_files(dataset, [0, 3])
+    with pytest.raises(RunError, match=f"{paths[5]} .*has changed"):
+        read_files(dataset, [5])
+    assert len(read_files(dataset, [0, 1, 2])) == 3
+
+
+def test_a_file_that_comes_in_parts_is_read_to_its_end(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dataset = check_folder(open_dataset(root, "val"), progress=False)
+    path = root / dataset.paths[0]
+    whole, read = path.read_bytes(), os.read
+    monkeypatch.setattr(os, "read", lambda descriptor, size: read(descriptor, min(size, 50)))
+    assert len(whole) > 100 and read_files(dataset, [0]) == [whole]
+    stamp = path.stat().st_mtime_ns
+    for changed in (whole[:-1], whole + b"x"):
+        path.write_bytes(changed)
+        os.utime(path, ns=(stamp, stamp))
+        with pytest.raises(RunError, match="has changed"):
+            read_files(dataset, [0])
 
 
 @pytest.mark.skipif(os.getuid() == 0 and not shutil.which("setpriv"), reason="needs setpriv")
@@ -207,7 +264,6 @@ def test_names_need_not_be_utf8(root: Path, capsys: pytest.CaptureFixture[str]) 
 def test_what_may_not_be_read_is_named(
     forbidden: str, mode: int, named: str, pictures: Path, tmp_path: Path
 ) -> None:
-    """Without the privileges that root has."""
     place = tmp_path / "place"
     (place / "out").mkdir(parents=True)
     shutil.copytree(pictures, place / "root", ignore=shutil.ignore_patterns(".isofast*"))
@@ -221,6 +277,7 @@ def test_what_may_not_be_read_is_named(
             capture_output=True,
             text=True,
             timeout=120,
+            check=False,
         )
     finally:
         (place / forbidden).chmod(0o700)
