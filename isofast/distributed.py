@@ -1,4 +1,4 @@
-"""The few collectives that isofast does itself: means, gathers and agreement among ranks."""
+"""Collectives that isofast runs itself: means and gathers over the ranks."""
 
 import os
 from dataclasses import dataclass
@@ -60,7 +60,7 @@ def mean_over_ranks_(tensor: Tensor) -> Tensor:
 def mean_of_statistics_over_ranks_(module: nn.Module) -> None:
     """Gives every rank the mean of BatchNorm's running statistics, in one collective.
 
-    DeepSpeed reduces gradients only, so that they drift apart where each rank has its own.
+    DeepSpeed reduces gradients only; local statistics would drift apart.
     """
     norms = [norm for norm in module.modules() if isinstance(norm, _BatchNorm)]
     buffers = [b for norm in norms for b in norm.buffers() if b.is_floating_point()]

@@ -1,8 +1,7 @@
-"""Passes over all tensors of a network whose factor lies on the device, where alone it is read.
+"""Fused in-place updates over parameter lists, scaled by a device scalar.
 
-On a GPU what counts is the number of launches: a product and a sum over all tensors at once are a
-handful, and their temporaries cost less than a launch a tensor. On a CPU what counts is memory:
-the factor is stretched over each tensor, without memory of its own, for one pass over it.
+On a GPU launches count: one product and one sum over all tensors, whose temporaries cost less than
+a launch per tensor. On a CPU memory counts: the scalar is expanded over each tensor for one pass.
 """
 
 from collections.abc import Sequence

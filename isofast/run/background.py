@@ -1,4 +1,4 @@
-"""Work beside the training loop: one thread, everything in the order in which it was given."""
+"""A background thread for the training loop; jobs run in order."""
 
 from collections import deque
 from collections.abc import Callable
@@ -24,7 +24,7 @@ class Background:
         self._pending: deque[Future[object]] = deque()
 
     def do(self, job: Callable[[], _Result]) -> "Future[_Result]":
-        """Runs ``job`` later, after all that was given before; returns at once."""
+        """Queue ``job`` and return at once."""
         while self._pending and (self._pending[0].done() or len(self._pending) >= _MOST_PENDING):
             self._pending.popleft().result()
         future = self._pool.submit(job)
@@ -32,23 +32,23 @@ class Background:
         return future
 
     def wait(self) -> None:
-        """Waits until everything that was given is done; then raises the first error there was."""
+        """Wait for all queued jobs; raise the first error."""
         pending, self._pending = self._pending, deque()
         errors = [error for future in pending if (error := future.exception()) is not None]
         if errors:
             raise errors[0]
 
     def close(self) -> None:
-        """Finishes what was given and ends the thread. Raises nothing."""
+        """Finish queued jobs and end the thread. Raises nothing."""
         self._pool.shutdown(wait=True)
         self._pending.clear()
 
 
 class HostCopy:
-    """A tensor as it is at this point of the device's stream, on its way to the CPU.
+    """A snapshot of a tensor, copied to the CPU.
 
-    On a GPU the copy goes to pinned memory without the loop waiting for it; what changes the tensor
-    afterwards is queued behind it. On a CPU the copy is there at once.
+    On a GPU the copy to pinned memory is asynchronous and ordered in the current stream, so later
+    writes do not change it. On a CPU it is immediate.
     """
 
     def __init__(self, tensor: Tensor) -> None:
@@ -63,7 +63,7 @@ class HostCopy:
         self._event.record(torch.cuda.current_stream(tensor.device))
 
     def get(self) -> Tensor:
-        """The copy, on the CPU; waits for it."""
+        """Wait for the copy and return it."""
         if self._event is not None:
             self._event.synchronize()
         return self._host

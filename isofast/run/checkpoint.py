@@ -45,8 +45,7 @@ def checkpoint_path(folder: Path, step: int) -> Path:
 def save_checkpoint(folder: Path, step: int, state: State, encoder: nn.Module, keep: int) -> Path:
     """Writes ``folder``/step_N and removes all but the ``keep`` newest up to it.
 
-    Folders of later steps were passed over when the run went on from an earlier one; they stay
-    until the run has come that far again.
+    Folders of later steps, skipped as damaged when the run resumed, stay until it gets there again.
 
     Args:
         folder: the run's checkpoints folder.
@@ -93,7 +92,7 @@ def newest_checkpoint(
 ) -> Checkpoint | None:
     """The newest checkpoint whose files have the sizes and checksums of its manifest, or None.
 
-    ``report`` is told of each that is passed over, and why.
+    Calls ``report`` with the reason for each one skipped.
 
     Raises:
         UserError: there are checkpoints, but none is whole.

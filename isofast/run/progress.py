@@ -1,4 +1,4 @@
-"""What a person watching a run sees: a bar on a terminal, a line now and then in a log file."""
+"""A progress bar on a terminal, an occasional line in a log file."""
 
 import sys
 import time

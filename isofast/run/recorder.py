@@ -1,4 +1,4 @@
-"""What a run writes and shows while it goes on, and the time it takes."""
+"""Records, progress and timing of a running process."""
 
 import math
 import time
@@ -100,19 +100,19 @@ class Recorder:
         self._lap = _Lap()
 
     def waited(self, seconds: float) -> None:
-        """A batch was waited for."""
+        """Count seconds spent waiting for a batch."""
         self._lap.waited += seconds
 
     def stepped(self) -> None:
-        """A step is done."""
+        """Count a step."""
         self._lap.steps += 1
 
     def resume_clock(self) -> None:
-        """What follows is training again; what came since the last record was not."""
+        """Restart the timer, excluding time since the last record."""
         self._lap = _Lap()
 
     def stop_clock(self) -> _Lap:
-        """Ends a lap of training and adds it up; another begins."""
+        """Add the current lap to the total and start another."""
         lap, self._lap = self._lap, _Lap()
         if lap.steps:
             self.totals.train_s += self._lap.began - lap.began
@@ -142,10 +142,8 @@ class Recorder:
         self._spectrum = self._background.do(work)
 
     def training(self, step: int, values: Record) -> None:
-        """Writes and shows a step's record: ``values`` with the speed since the last one.
-
-        The step's ``spectrum`` comes before, and what it says is part of the record.
-        """
+        """Writes and shows a step's record: ``values``, the speed since the last one, and what
+        ``spectrum``, called before, found at this step."""
         lap = self.stop_clock()
         elapsed = self._lap.began - lap.began
         images_per_s = lap.steps * self._batch_size / elapsed
@@ -182,19 +180,19 @@ class Recorder:
         )
 
     def finding(self) -> Finding | None:
-        """What the last record says has collapsed; waits for it. None on all ranks but the first.
+        """What has collapsed by the last record; None on all ranks but the first.
 
-        Asked for at the next record, it has long been found.
+        Waits for that record; asked at the next one, it is ready.
         """
         return None if self._finding is None else self._finding.result()
 
     def note_collapse(self, message: str) -> None:
-        """The run ends by a collapse; summary.json will say so."""
+        """Note in summary.json that a collapse ends the run."""
         self._background.wait()
         self.totals.collapse = message
 
     def flush(self) -> Totals:
-        """Brings all records to the disk, those on their way as well; the totals up to now."""
+        """Writes all pending records to the disk; returns the totals so far."""
         self._background.wait()
         if self._writer is not None:
             self._writer.flush()
@@ -233,7 +231,7 @@ class Recorder:
         return round(step / self._steps_per_epoch, 4)
 
     def close(self) -> None:
-        """Closes the files and the bar; ends what runs beside the loop."""
+        """Closes the files, the bar and the background thread."""
         self.progress.close()
         self._background.close()
         if self._writer is not None:

@@ -1,7 +1,7 @@
-"""What C's eigenvalues and eigenvectors say about a run: dimensions in use, the predictor's part.
+"""C's spectrum: effective ranks, and the alignment of a trained linear predictor with it.
 
-Everything is computed in float64 on the CPU, by the thread beside the training loop
-(isofast/run/background.py), and kept in float32. Shapes: D embedding dimensions.
+Computed in float64 on the CPU by the background thread, kept in float32. Shapes: D embedding
+dimensions.
 """
 
 from dataclasses import dataclass

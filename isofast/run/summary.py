@@ -1,4 +1,4 @@
-"""How a run ended: summary.json, and the table printed for a person."""
+"""The results table printed at the end of a run."""
 
 from collections.abc import Mapping
 from pathlib import Path

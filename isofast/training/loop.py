@@ -1,4 +1,4 @@
-"""fit(): a run from its config to its summary, the loop from top to bottom."""
+"""fit(): a run from its config to its summary; the loop from top to bottom."""
 
 import time
 from contextlib import ExitStack, closing
@@ -46,7 +46,7 @@ from isofast.training.step import StepOutput, embedding_scalars
 
 
 def fit(config: Config, run_dir: Path) -> Summary:
-    """Trains ``config`` in ``run_dir``, or goes on from its newest whole checkpoint.
+    """Trains ``config`` in ``run_dir``, or continues from its newest whole checkpoint.
 
     Called by every process of a launcher's group, or by one alone.
 
@@ -80,7 +80,7 @@ def fit(config: Config, run_dir: Path) -> Summary:
 
 
 class _Run:
-    """The objects of one process of a run, and what is done with them."""
+    """One process of a run."""
 
     def __init__(
         self,
@@ -190,7 +190,7 @@ class _Run:
 
     def log(self, output: StepOutput, lr: float) -> None:
         """Records this step; the only place where the loop waits for the GPU."""
-        # of the record before, which is long written; the other ranks learn of it with the numbers
+        # of the previous record, so the loop doesn't wait; other ranks learn it with the metrics
         finding = self.recorder.finding()
         scalars = {
             "loss": output.loss.detach(),
@@ -220,13 +220,13 @@ class _Run:
         self.recorder.resume_clock()
 
     def checkpoint(self) -> None:
-        """Saves everything that training has changed, if it is sound."""
+        """Saves a checkpoint, unless a parameter is NaN or infinite."""
         self.recorder.stop_clock()
         if not self.state.is_finite():
             self._blow_up("a parameter")
         state = self.state.capture()
         if self.world.is_main:
-            # first what the checkpoint takes for granted, then the checkpoint
+            # records first: a checkpoint promises them
             state["totals"] = asdict(self.recorder.flush())
             state["loader"] = self.loader.state_dict()
             state["images"] = self.fingerprints
@@ -253,7 +253,7 @@ class _Run:
         self.loader.close()
 
     def _resume(self) -> tuple[int, Totals, list[str]]:
-        """Restores the newest whole checkpoint: its step, its totals, what there is to say."""
+        """Restores the newest whole checkpoint: its step, its totals, notes for the user."""
         notes: list[str] = []
         found = newest_checkpoint(self.run_dir / "checkpoints", notes.append)
         if found is None:
@@ -277,7 +277,7 @@ class _Run:
         return found.step, Totals(**state["totals"]), notes
 
     def _backend(self, train: ImageFolder, recipe: Recipe) -> str:
-        """What makes the training images: one and the same through the whole run."""
+        """The backend, which must not change during a run."""
         data = self.config.data
         backend = resolve_backend(
             data.backend, train, recipe, self.world.device, data.resident_limit_gb
@@ -333,7 +333,7 @@ class _Run:
         raise RunError(message)
 
     def _tell_collapse(self, finding: Finding | None) -> None:
-        """Says once what has collapsed, or stops; all ranks but the first do not know what."""
+        """Warns once a kind of collapse, or stops; only the first rank knows which kind."""
         message = finding.message if finding else "the first process reports a collapse"
         if self.config.train.on_collapse == "stop":
             self.recorder.note_collapse(message)

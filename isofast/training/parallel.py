@@ -15,7 +15,7 @@ from isofast.config.schema import Config
 from isofast.distributed import World, launched_rank, launched_world_size, under_srun
 from isofast.errors import RankError, UserError
 
-# What the pass-through section may not say, and where isofast takes it from.
+# keys that the pass-through section may not set, and what sets them
 _DERIVED = {
     "train_batch_size": "train.batch_size",
     "train_micro_batch_size_per_gpu": "train.batch_size",
@@ -59,7 +59,7 @@ def check_pass_through(config: Config) -> None:
 
 
 def init_world() -> World:
-    """Joins the process group of the launcher (deepspeed, torchrun, srun), or makes one of one.
+    """Join the launcher's process group (deepspeed, torchrun, srun), or start one of one process.
 
     The backend is NCCL where there is a GPU, gloo on a CPU.
 
@@ -152,7 +152,7 @@ def make_engine(module: nn.Module, optimizer: Optimizer, config: Config, world: 
     except Exception as error:
         if not config.deepspeed:
             raise
-        # DeepSpeed has no error class of its own for what it is told
+        # DeepSpeed has no error class for bad settings
         raise UserError(
             f"DeepSpeed refused its settings; the deepspeed section of the config adds "
             f"{config.deepspeed}. It said: {type(error).__name__}: {error}"
