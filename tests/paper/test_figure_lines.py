@@ -16,6 +16,8 @@ from isofast.config.schema import to_json
 from isofast.paper.figures import figure3, figure7, figure8
 from isofast.run.stored import Run, read_run
 
+pytestmark = pytest.mark.slow
+
 Runs = dict[str, tuple[dict[str, Any], Path]]
 
 ACCURACIES = {"ema": (0.31, 0.52, 0.78), "no ema": (0.2, 0.4, 0.3), "linear": (0.1, 0.15, 0.25)}

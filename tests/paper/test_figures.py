@@ -16,6 +16,8 @@ from isofast.errors import UserError
 from isofast.paper.figures import figure3, figure4, figure7, figure8
 from isofast.run.stored import Run, labels, read_run
 
+pytestmark = pytest.mark.slow
+
 Runs = dict[str, tuple[dict[str, Any], Path]]
 
 

@@ -12,6 +12,8 @@ from PIL import Image
 from isofast.cli import main
 from isofast.paper.toy_panels import _useful_workers, arrays_of, panels_of, run_panels
 
+pytestmark = pytest.mark.slow
+
 SHORT = ("--steps", "3", "--samples", "20")
 VARIANTS = {
     "euclidean": ("no_stop_gradient", "no_predictor", "plain", "iso"),

@@ -15,6 +15,8 @@ from isofast.cli import main
 from isofast.paper.theory import Trajectory, initial_weights, randn, simulate, stream
 from isofast.paper.toy import Toy
 
+pytestmark = pytest.mark.slow
+
 STEPS, SAMPLES = 3, 20
 # what a title promises
 PROMISES: dict[str, dict[str, Any]] = {

@@ -16,6 +16,8 @@ from isofast.errors import RunError
 from isofast.paper.toy import Toy
 from isofast.paper.toy_panels import Panel, run_panels
 
+pytestmark = pytest.mark.slow
+
 # `quick` counts as the longest, so that it is the first to be done; three are left for two workers
 QUICK = 'Panel("quick", Toy(loss="euclidean", outputs=2, steps=2000))'
 LONG = 'Panel(name, Toy(loss="euclidean", inputs=600, outputs=600, steps=1999, lr=1e-6))'
