@@ -12,6 +12,8 @@ import pytest
 from safetensors.torch import load_file
 from torchvision.models import resnet18
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parent.parent
 TRAIN = str(ROOT / "launch" / "train.py")
 ISOFAST = [sys.executable, "-m", "isofast.cli"]
@@ -67,7 +69,6 @@ def lines_of(run: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.slow
 def test_a_run_and_its_folder(outside: Path) -> None:
     train(outside)
     run = outside / "runs" / "tiny"
@@ -98,7 +99,6 @@ def test_a_run_and_its_folder(outside: Path) -> None:
     assert json.loads((run / "summary.json").read_text())["steps"] == 6
 
 
-@pytest.mark.slow
 def test_a_method_in_a_file_of_ones_own(outside: Path) -> None:
     mine = ("--run-dir", "mine", "--set", "method.name=my_file:MyMethod", "--set", "method.pull=2")
     train(outside, *mine)

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from isofast.data.batches import Batch, BatchOrder, Chunk
-from isofast.data.check import default_decoder, has_dali, read_sizes, remember_bad
+from isofast.data.check import has_dali, read_sizes, remember_bad
 from isofast.data.draw import Ints, draw
 from isofast.data.folder import ImageFolder, UndecodableError
 from isofast.data.recipe import Recipe
@@ -359,11 +359,12 @@ def _bad_images_remembered(dataset: ImageFolder) -> Iterator[None]:
     try:
         yield
     except UndecodableError as error:
-        remember_bad(dataset, error.indices, f"{default_decoder()} cannot decode it")
+        remember_bad(dataset, error.indices, "it could not be decoded in training")
+        # only what was checked is remembered
+        way_out = "data.on_bad_image=skip" if dataset.stamps is not None else "data.check=full"
         aside = ", or do without them: evaluation.every_epochs=0" * (dataset.split == "val")
         raise RunError(
             f"{error}. A run without a checkpoint can begin without them: replace or delete what "
-            "is named, or give data.on_bad_image=skip. One that has a checkpoint goes on with no "
-            f"other images than its own: bring these back undamaged{aside}, or start over with "
-            "--fresh"
+            f"is named, or give {way_out}. One that has a checkpoint goes on with no other images "
+            f"than its own: bring these back undamaged{aside}, or start over with --fresh"
         ) from error

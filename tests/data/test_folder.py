@@ -249,6 +249,7 @@ def test_a_file_that_comes_in_parts_is_read_to_its_end(
             read_files(dataset, [0])
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.getuid() == 0 and not shutil.which("setpriv"), reason="needs setpriv")
 @pytest.mark.parametrize(
     ("forbidden", "mode", "named"),

@@ -254,6 +254,7 @@ def test_a_file_spoiled_during_the_run_is_named(
         list(evaluation)
 
 
+@pytest.mark.slow
 def test_memory_stays_flat(pictures: Path) -> None:
     """In a process of its own, where nothing else comes and goes."""
     program = f"""

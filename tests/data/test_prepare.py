@@ -142,6 +142,7 @@ def test_an_interrupted_build_starts_over_and_an_interrupted_move_goes_on(
     assert prepare("tinyimagenet", root).already_there
 
 
+@pytest.mark.slow
 def test_a_really_full_disk_is_a_users_error(tmp_path: Path) -> None:
     """1 MB, in which the digits do not fit, in a mount namespace that ends with the command."""
     disk = tmp_path / "disk"
