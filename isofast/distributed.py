@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.batchnorm import _NormBase
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ def mean_of_statistics_over_ranks_(module: nn.Module) -> None:
 
     DeepSpeed reduces gradients only; local statistics would drift apart.
     """
-    norms = [norm for norm in module.modules() if isinstance(norm, _BatchNorm)]
+    norms = [norm for norm in module.modules() if isinstance(norm, _NormBase)]
     buffers = [b for norm in norms for b in norm.buffers() if b.is_floating_point()]
     flat = mean_over_ranks_(torch.cat([buffer.flatten() for buffer in buffers]))
     sizes = [buffer.numel() for buffer in buffers]

@@ -259,7 +259,7 @@ class TrainConfig(_Section):
     """Autocast type of the networks; auto: bf16 on a GPU, fp32 on a CPU. Parameters, BatchNorm, C
     and the loss stay fp32."""
     batch_norm: Literal["auto", "local", "synchronised"] = "auto"
-    """Statistics across ranks; auto: synchronised on GPUs, local on CPUs (where torch has none)."""
+    """Statistics of one rank or of all; auto: synchronised."""
     compile: Literal["auto", "on", "off"] = "auto"
     """torch.compile of the networks; auto: on a GPU only."""
     on_collapse: Literal["warn", "stop"] = Field("warn", json_schema_extra=FREE)

@@ -32,7 +32,8 @@ class EmaTarget(nn.Module):
     @torch.no_grad()
     def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """t1_BD, t2_BD."""
-        return self.branch(batch.x1_BCHW)[1], self.branch(batch.x2_BCHW)[1]
+        (_, t1_BD), (_, t2_BD) = self.branch.of_views(batch)
+        return t1_BD, t2_BD
 
     def set_decay(self, progress: float) -> None:
         """Sets tau for ``progress`` of the run done, in [0, 1], without waiting for the device."""

@@ -12,7 +12,9 @@ from torchvision.models.resnet import BasicBlock
 
 from isofast.config.plugins import import_object
 from isofast.config.schema import EncoderConfig, ProjectorConfig
+from isofast.data import Batch
 from isofast.errors import UserError
+from isofast.methods.batch_norm import convert_batch_norm, foreign_batch_norms
 
 _STAGES = {"resnet18": (2, 2, 2, 2), "resnet34": (3, 4, 6, 3)}
 
@@ -74,7 +76,20 @@ def make_projector(features: int, config: ProjectorConfig) -> nn.Sequential:
 
 
 class Branch(nn.Module):
-    """Encoder and projector, x_BCHW -> (h_BF, z_BD), under autocast to ``precision``."""
+    """Encoder and projector, x_BCHW -> (h_BF, z_BD), under autocast to ``precision``.
+
+    Args:
+        encoder, projector: the config's sections.
+        precision: of the networks' arithmetic.
+        side: pixels of the images' sides, from which the encoder's F is found.
+        stacked: put both views of a batch through the network in one call, which halves the
+            launches on a GPU; not done for an encoder with a BatchNorm that is not torch's. On a
+            CPU a view at a time is 5 to 10 % faster.
+        synchronised: take BatchNorm statistics over all ranks.
+
+    Raises:
+        UserError: the encoder cannot be made, or its BatchNorm cannot be synchronised.
+    """
 
     def __init__(
         self,
@@ -82,18 +97,36 @@ class Branch(nn.Module):
         projector: ProjectorConfig,
         precision: torch.dtype,
         side: int = 32,
+        *,
+        stacked: bool = False,
+        synchronised: bool = False,
     ) -> None:
-        """``side``: pixels of the images' sides, from which the encoder's F is found."""
         super().__init__()
         self.precision = precision
         self.encoder = make_encoder(encoder)
         self.features_out = feature_dim(self.encoder, side)
         self.projector = make_projector(self.features_out, projector)
+        foreign = foreign_batch_norms(self)
+        if foreign and synchronised:
+            raise UserError(
+                f"{encoder.name} has {', '.join(sorted(foreign))}, whose statistics cannot be "
+                f"synchronised over the processes; --set train.batch_norm=local"
+            )
+        self.stacked = stacked and not foreign
+        convert_batch_norm(self, views=2 if self.stacked else 1, synchronised=synchronised)
 
     def forward(self, x_BCHW: Tensor) -> tuple[Tensor, Tensor]:
         with autocast(x_BCHW, self.precision):
             h_BF = self.encoder(x_BCHW)
             return h_BF, self.projector(h_BF)
+
+    def of_views(self, batch: Batch) -> list[tuple[Tensor, Tensor]]:
+        """(h_BF, z_BD) of each view, in one call of the network where ``stacked``."""
+        views = [batch.x1_BCHW, batch.x2_BCHW]
+        if not self.stacked:
+            return [self(x_BCHW) for x_BCHW in views]
+        h_NF, z_ND = self(torch.cat(views))
+        return list(zip(h_NF.chunk(2), z_ND.chunk(2), strict=True))
 
     def features(self, x_BCHW: Tensor) -> Tensor:
         """h_BF in fp32, in the mode (train or eval) that the module is in."""

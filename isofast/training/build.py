@@ -12,6 +12,7 @@ from isofast.data import recipe_for
 from isofast.distributed import World, gather_objects
 from isofast.errors import UserError
 from isofast.methods import Method, make_method
+from isofast.methods.batch_norm import convert_batch_norm
 from isofast.methods.ema import EmaTarget
 from isofast.methods.networks import Branch
 from isofast.training.optim import load_optimizer_state, make_optimizer
@@ -20,8 +21,8 @@ from isofast.training.step import Online
 from isofast_kernels.arguments import MAX_FEATURES
 
 State = dict[str, Any]
-# of a checkpoint; 2 has C among the method's buffers
-_FORMAT = 2
+# of a checkpoint; 3 has no counters of BatchNorm
+_FORMAT = 3
 
 
 @dataclass
@@ -87,14 +88,13 @@ class TrainState:
         return bool(torch.isfinite(torch.stack(norms)).all())
 
 
-def build(config: Config, world: World, classes: int, batch_norm: str) -> TrainState:
+def build(config: Config, world: World, classes: int) -> TrainState:
     """Networks, target, C, optimizer and engine of a new run, from ``config.seed``.
 
     Args:
         config: the run's.
         world: this process among its peers.
         classes: outputs of the probe.
-        batch_norm: "local" or "synchronised".
 
     Raises:
         UserError: the embeddings are wider than the kernels take.
@@ -108,11 +108,19 @@ def build(config: Config, world: World, classes: int, batch_norm: str) -> TrainS
         )
     torch.backends.cudnn.benchmark = cuda
     side = recipe_for(config.data.dataset, crop=config.data.crop).crop
-    branch = Branch(config.encoder, config.projector, _precision(config, cuda), side)
+    synchronised = synchronises_batch_norm(config, world)
+    branch = Branch(
+        config.encoder,
+        config.projector,
+        _precision(config, cuda),
+        side,
+        stacked=cuda,
+        synchronised=synchronised,
+    )
     probe = nn.Linear(branch.features_out, classes)
-    online = Online(branch, probe, make_method(config.method, config.projector))
-    if batch_norm == "synchronised":
-        online = nn.SyncBatchNorm.convert_sync_batchnorm(online)  # type: ignore[no-untyped-call]
+    method = make_method(config.method, config.projector)
+    convert_batch_norm(method, views=1, synchronised=synchronised)
+    online = Online(branch, probe, method)
     online.to(world.device)
     target = EmaTarget(online.branch, config.method.ema_base) if config.method.ema else None
     if compiles(config, cuda):
@@ -130,6 +138,11 @@ def build(config: Config, world: World, classes: int, batch_norm: str) -> TrainS
         if module is not None:
             module.to(memory_format=torch.channels_last)
     return TrainState(world, online, target, optimizer, engine)
+
+
+def synchronises_batch_norm(config: Config, world: World) -> bool:
+    """Whether BatchNorm's statistics are those of all ranks."""
+    return world.size > 1 and config.train.batch_norm != "local"
 
 
 def compiles(config: Config, cuda: bool) -> bool:

@@ -33,14 +33,13 @@ from isofast.run.collapse import Finding, remedies
 from isofast.run.directory import describe_environment, open_run_dir
 from isofast.run.recorder import Recorder, Totals
 from isofast.run.summary import Summary
-from isofast.training.build import TrainState, build, compiles
+from isofast.training.build import TrainState, build, compiles, synchronises_batch_norm
 from isofast.training.online import Evaluator
 from isofast.training.optim import set_lr
 from isofast.training.parallel import (
     check_pass_through,
     close_world,
     init_world,
-    resolve_batch_norm,
 )
 from isofast.training.step import StepOutput, embedding_scalars
 
@@ -92,10 +91,10 @@ class _Run:
     ) -> None:
         self.config, self.run_dir, self.world = config, run_dir, world
         train, val = images
-        self.batch_norm = resolve_batch_norm(config, world)
+        self.synchronised = synchronises_batch_norm(config, world)
         # without any class the probe has one output, and nothing to learn
         outputs = max(1, len(train.classes))
-        self.state: TrainState = build(config, world, outputs, self.batch_norm)
+        self.state: TrainState = build(config, world, outputs)
         self.fingerprints = {
             "training": train.fingerprint,
             "validation": None if val is None else val.fingerprint,
@@ -131,7 +130,8 @@ class _Run:
         )
         precision = str(self.state.online.branch.precision).removeprefix("torch.")
         resolved = {"backend": self.loader.backend, "precision": precision}
-        environment = describe_environment(world, batch_norm=self.batch_norm, **resolved)
+        statistics = "synchronised" if self.synchronised else "local"
+        environment = describe_environment(world, batch_norm=statistics, **resolved)
         self.recorder = Recorder(
             run_dir,
             config,
@@ -151,7 +151,7 @@ class _Run:
     def train(self) -> None:
         """The loop."""
         config, state, recorder = self.config, self.state, self.recorder
-        local_statistics = self.world.size > 1 and self.batch_norm == "local"
+        local_statistics = self.world.size > 1 and not self.synchronised
         state.online.train()
         if self.step == 0 and config.evaluation.at_start:
             self.evaluate()
@@ -293,7 +293,7 @@ class _Run:
     def _plan(self, train: ImageFolder, device: str) -> list[str]:
         """What the run is about to do, line by line."""
         config, world = self.config, self.world
-        statistics = "of one process" if world.size == 1 else self.batch_norm
+        statistics = "synchronised" if self.synchronised else "of one process"
         lines = [
             f"{config.method.name} ({self.state.method.describe()}, {config.optimizer.name} "
             f"{config.optimizer.lr:g}) on {describe_images(train)}, {device}",

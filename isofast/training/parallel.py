@@ -106,23 +106,6 @@ def close_world() -> None:
         torch.distributed.destroy_process_group()
 
 
-def resolve_batch_norm(config: Config, world: World) -> str:
-    """Whose statistics BatchNorm uses: "local" or "synchronised".
-
-    Raises:
-        UserError: synchronised statistics were asked for on a CPU, where torch has none.
-    """
-    asked = config.train.batch_norm
-    if asked == "synchronised" and world.device.type == "cpu":
-        raise UserError(
-            'train.batch_norm "synchronised" needs GPUs (torch has none on a CPU); '
-            "--set train.batch_norm=local"
-        )
-    if asked == "auto":
-        return "synchronised" if world.size > 1 and world.device.type == "cuda" else "local"
-    return asked
-
-
 def make_engine(module: nn.Module, optimizer: Optimizer, config: Config, world: World) -> Any:
     """DeepSpeed's engine around ``module``: call it, then ``backward(loss)`` and ``step()``.
 

@@ -29,8 +29,7 @@ class StepOutput:
 class Online(nn.Module):
     """The branch, the probe on its detached features, and the method.
 
-    Both views go through one forward call, one after the other, so that each has BatchNorm
-    statistics of its own and the running statistics move twice, in order.
+    Each view has BatchNorm statistics of its own, and moves the running statistics in turn.
     """
 
     def __init__(self, branch: Branch, probe: nn.Linear, method: Method) -> None:
@@ -41,16 +40,12 @@ class Online(nn.Module):
 
     def forward(self, batch: Batch, targets: tuple[Tensor, Tensor] | None = None) -> StepOutput:
         """A training step up to the loss; without ``targets`` (t1_BD, t2_BD), z1 and z2 are."""
-        z1_BD, logits1_BK = self._view(batch.x1_BCHW)
-        z2_BD, logits2_BK = self._view(batch.x2_BCHW)
+        (h1_BF, z1_BD), (h2_BF, z2_BD) = self.branch.of_views(batch)
         t1_BD, t2_BD = targets or (z1_BD, z2_BD)
         self.method.correlation.update(z1_BD.detach(), z2_BD.detach())
         loss = self.method.loss(Views(z1_BD, z2_BD, t1_BD.detach(), t2_BD.detach()))
+        logits1_BK, logits2_BK = (self.probe(h_BF.detach().float()) for h_BF in (h1_BF, h2_BF))
         return StepOutput(loss, probe_loss(logits1_BK, logits2_BK, batch.y_B), z1_BD.detach())
-
-    def _view(self, x_BCHW: Tensor) -> tuple[Tensor, Tensor]:
-        h_BF, z_BD = self.branch(x_BCHW)
-        return z_BD, self.probe(h_BF.detach().float())
 
 
 @torch.no_grad()

@@ -98,7 +98,6 @@ def test_each_view_has_its_own_batch_statistics() -> None:
     alone(x2)
     # running statistics moved twice, in order
     torch.testing.assert_close(branch.encoder.bn1.running_mean, alone.encoder.bn1.running_mean)
-    assert branch.encoder.bn1.num_batches_tracked == 2
 
 
 def test_the_probe_sends_no_gradient_to_the_encoder() -> None:
@@ -139,7 +138,7 @@ def test_bf16_autocast_keeps_parameters_and_batchnorm_in_fp32() -> None:
 def test_an_encoder_of_timm_is_timms() -> None:
     branch = Branch(EncoderConfig(name="timm:resnet10t"), ProjectorConfig(output=8), torch.float32)
     theirs = timm.create_model("resnet10t", num_classes=0)
-    assert branch.encoder.state_dict().keys() == theirs.state_dict().keys()
+    theirs.load_state_dict(dict(branch.encoder.state_dict()))
     h_BF, z_BD = branch(torch.randn(2, 3, 32, 32))
     assert h_BF.shape == (2, theirs.num_features) and z_BD.shape == (2, 8)
 

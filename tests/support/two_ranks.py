@@ -9,7 +9,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from torch import nn
 
 from isofast.config.load import load_config
 from isofast.config.schema import Config
@@ -30,16 +29,11 @@ GLOBAL_BATCH = 16
 
 
 def main(config_path: str, output: str) -> None:
-    """Two steps with frozen BatchNorm, then what the ranks exchange beside gradients."""
+    """Two steps, then what the ranks exchange beside gradients."""
     world = init_world()
     config = load_config(Path(config_path))
-    state = build(config, world, classes=10, batch_norm="local")
+    state = build(config, world, classes=10)
     state.online.train()
-    for network in (state.online, state.target):
-        assert network is not None
-        for module in network.modules():
-            if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
-                module.eval()
     generator = torch.Generator().manual_seed(5)
     share = slice(
         world.rank * GLOBAL_BATCH // world.size, (world.rank + 1) * GLOBAL_BATCH // world.size
@@ -67,7 +61,7 @@ def main(config_path: str, output: str) -> None:
     results["objects"] = torch.tensor([int(str(item)) for item in gather_objects(world.rank)])
     results["agreed"] = torch.tensor(agreements(config, world))
     if world.size == 1:
-        results |= check_alone(state, build(config, world, classes=10, batch_norm="synchronised"))
+        results |= check_alone(state)
     if world.is_main:
         torch.save(results, output)
     close_world()
@@ -93,7 +87,7 @@ def agreements(config: Config, world: World) -> list[bool]:
     return [same, world.size == 1 or all(gather_objects(right)), everyone == [["", ""]]]
 
 
-def check_alone(state: TrainState, synchronised: TrainState) -> dict[str, torch.Tensor]:
+def check_alone(state: TrainState) -> dict[str, torch.Tensor]:
     """What needs a process group but no peers; each entry is True where it holds."""
     captured = state.capture()
     state.restore(captured, 3)
@@ -102,17 +96,9 @@ def check_alone(state: TrainState, synchronised: TrainState) -> dict[str, torch.
         state.restore(captured | {"device": "cuda"}, 3)
     except UserError as error:
         refused = "made on a cuda" in str(error)
-    # synchronised statistics need GPUs to run, not to be built
-    kinds = {type(module) for module in synchronised.online.modules()}
     return {
         "steps restored": torch.tensor(state.engine.global_steps == 3),
         "another device refused": torch.tensor(refused),
-        "synchronised": torch.tensor(
-            nn.SyncBatchNorm in kinds and not kinds & {nn.BatchNorm1d, nn.BatchNorm2d}
-        ),
-        "names kept": torch.tensor(
-            synchronised.online.state_dict().keys() == state.online.state_dict().keys()
-        ),
     }
 
 

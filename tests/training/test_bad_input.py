@@ -202,11 +202,3 @@ def test_a_port_that_is_taken(config_file: Write, tmp_path: Path) -> None:
         done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=env)
     assert done.returncode == 2 and "--master_port" in done.stderr
     assert "Traceback" not in done.stderr
-
-
-def test_synchronised_batchnorm_on_a_cpu(
-    refused: Callable[..., str], config_file: Write, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    message = refused("--config", config_file(), "--set", "train.batch_norm=synchronised")
-    assert "train.batch_norm=local" in message

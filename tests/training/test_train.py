@@ -212,8 +212,8 @@ def test_two_processes_continue_as_they_would_have(config_file: Write, tmp_path:
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     done = run(command_of(config, whole, ranks=2))
     assert done.returncode == 0, done.stderr
-    assert "2 process(es), BatchNorm statistics local" in done.stderr
-    assert json.loads((whole / "environment.json").read_text())["batch_norm"] == "local"
+    assert "2 process(es), BatchNorm statistics synchronised" in done.stderr
+    assert json.loads((whole / "environment.json").read_text())["batch_norm"] == "synchronised"
     assert run(command_of(config, parts, "--set", "train.max_steps=2", ranks=2)).returncode == 0
     # another number of processes would be another run
     alone = run(command_of(config, parts))

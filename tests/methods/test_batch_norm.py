@@ -1,0 +1,163 @@
+"""BatchNorm by view: equal to a call a view, on one rank and on several, eager and compiled."""
+
+import copy
+import os
+import socket
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import Tensor, nn
+from torchvision.models import resnet18
+
+from isofast.config.schema import EncoderConfig, ProjectorConfig
+from isofast.data import Batch
+from isofast.errors import UserError
+from isofast.methods.batch_norm import ViewBatchNorm, convert_batch_norm
+from isofast.methods.networks import Branch, make_encoder, make_projector
+
+# of each tensor's norm
+BUDGET = {torch.float32: 1e-5, torch.float64: 1e-12}
+STEMS = {"cifar": 16, "tiny": 32, "imagenet": 48}
+
+
+def network(stem: str, dtype: torch.dtype) -> nn.Module:
+    """torch's own BatchNorm, with weights that are not all one."""
+    torch.manual_seed(0)
+    encoder = make_encoder(EncoderConfig(stem=stem, width=8))
+    net = nn.Sequential(encoder, make_projector(64, ProjectorConfig(hidden=32, output=16)))
+    for norm in net.modules():
+        if isinstance(norm, nn.BatchNorm1d | nn.BatchNorm2d):
+            nn.init.uniform_(norm.weight, 0.5, 1.5)
+            nn.init.normal_(norm.bias, std=0.5)
+    return net.to(dtype)
+
+
+def images(side: int, dtype: torch.dtype) -> Tensor:
+    """(2, 8, 3, side, side), the second view of another mean and contrast."""
+    x_VBCHW = torch.randn(2, 8, 3, side, side, generator=torch.Generator().manual_seed(1))
+    x_VBCHW[1] = 3 * x_VBCHW[1] + 1
+    return x_VBCHW.to(dtype)
+
+
+def results(net: nn.Module, z_ND: Tensor) -> dict[str, Tensor]:
+    """Outputs, gradients and running statistics after a backward of a loss that weighs rows."""
+    weight = torch.linspace(-1, 2, z_ND.numel(), dtype=z_ND.dtype).view_as(z_ND)
+    (z_ND * weight + z_ND.square()).mean().backward()
+    found = {"output": z_ND.detach()}
+    # the bias before a BatchNorm has no gradient but rounding
+    found |= {f"grad {n}": p.grad for n, p in net.named_parameters() if n != "1.0.bias"}
+    return found | {n: b for n, b in net.named_buffers() if b.is_floating_point()}
+
+
+def assert_equal(ours: dict[str, Tensor], theirs: dict[str, Tensor], budget: float) -> None:
+    assert ours.keys() == theirs.keys()
+    for name, expected in theirs.items():
+        error = (ours[name] - expected).norm() / expected.norm().clamp(min=1e-6)
+        assert error <= budget, f"{name}: {error:.1e}"
+
+
+@pytest.mark.parametrize("dtype", BUDGET, ids=str)
+@pytest.mark.parametrize("stem", STEMS)
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+def test_one_call_equals_a_call_a_view(stem: str, dtype: torch.dtype, training: bool) -> None:
+    theirs = network(stem, dtype).train(training)
+    ours = convert_batch_norm(copy.deepcopy(theirs), views=2, synchronised=False)
+    x_VBCHW = images(STEMS[stem], dtype)
+    expected = results(theirs, torch.cat([theirs(x_BCHW) for x_BCHW in x_VBCHW]))
+    assert_equal(results(ours, ours(x_VBCHW.flatten(0, 1))), expected, BUDGET[dtype])
+
+
+def test_the_order_of_the_views_matters() -> None:
+    first, second = (ViewBatchNorm(3) for _ in range(2))
+    x_VBCHW = images(4, torch.float32)
+    first(x_VBCHW.flatten(0, 1))
+    second(x_VBCHW.flip(0).flatten(0, 1))
+    assert not torch.equal(first.running_mean, second.running_mean)
+
+
+def test_a_view_more_or_less() -> None:
+    with pytest.raises(ValueError, match="7 rows do not hold 2 views"):
+        ViewBatchNorm(3)(torch.randn(7, 3))
+
+
+def test_compiled_without_a_graph_break() -> None:
+    ours = convert_batch_norm(network("cifar", torch.float32), views=2, synchronised=False)
+    compiled = torch.compile(copy.deepcopy(ours), backend="aot_eager", fullgraph=True)
+    x_NCHW = images(16, torch.float32).flatten(0, 1)
+    compiled_results = results(compiled._orig_mod, compiled(x_NCHW))
+    assert_equal(compiled_results, results(ours, ours(x_NCHW)), 1e-5)
+
+
+def test_a_branch_stacks_views_and_a_target_does() -> None:
+    x1_BCHW, x2_BCHW = images(16, torch.float32)
+    batch = Batch(x1_BCHW, x2_BCHW, torch.zeros(8))
+    branches = []
+    for stacked in (True, False):
+        torch.manual_seed(0)
+        config = EncoderConfig(stem="cifar", width=8), ProjectorConfig(hidden=32, output=16)
+        branches.append(Branch(*config, torch.float32, 16, stacked=stacked))
+    one, two = (branch.of_views(batch) for branch in branches)
+    for (h_BF, z_BD), (other_h_BF, other_z_BD) in zip(one, two, strict=True):
+        torch.testing.assert_close(h_BF, other_h_BF, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(z_BD, other_z_BD, rtol=1e-5, atol=1e-6)
+    assert branches[0].state_dict().keys() == branches[1].state_dict().keys()
+
+
+def test_weights_load_into_torchvision() -> None:
+    encoder = convert_batch_norm(make_encoder(EncoderConfig()), views=2, synchronised=False)
+    theirs = resnet18()
+    theirs.fc = nn.Identity()
+    theirs.load_state_dict({name: value.clone() for name, value in encoder.state_dict().items()})
+
+
+def test_a_batchnorm_with_an_activation_stays() -> None:
+    config = EncoderConfig(name="timm:efficientnet_lite0")
+    branch = Branch(config, ProjectorConfig(), torch.float32, 32, stacked=True)
+    assert not branch.stacked
+    with pytest.raises(UserError, match=r"BatchNormAct2d.*train.batch_norm=local"):
+        Branch(config, ProjectorConfig(), torch.float32, 32, synchronised=True)
+
+
+def _rank(rank: int, size: int, port: int, compiled: bool, folder: str) -> None:
+    """Our part of the global batch: rows of every view."""
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    dist.init_process_group("gloo", rank=rank, world_size=size)
+    torch.set_num_threads(1)
+    net = convert_batch_norm(network("cifar", torch.float64), views=2, synchronised=True)
+    target = copy.deepcopy(net).requires_grad_(False)
+    x_NCHW = images(16, torch.float64).chunk(size, dim=1)[rank].flatten(0, 1)
+    call = torch.compile(net, backend="aot_eager", fullgraph=True) if compiled else net
+    z_VBD = call(x_NCHW).unflatten(0, (2, -1))
+    weight = torch.linspace(-1, 2, 2 * 8 * 16, dtype=torch.float64).view(2, 8, 16)
+    loss = (z_VBD * weight.chunk(size, dim=1)[rank] + z_VBD.square()).mean()
+    loss.backward()
+    for p in net.parameters():
+        dist.all_reduce(p.grad)
+        p.grad /= size
+    found = {f"grad {n}": p.grad for n, p in net.named_parameters() if n != "1.0.bias"}
+    found |= dict(net.named_buffers())
+    found["target"] = target(x_NCHW)
+    torch.save(found | {"output": z_VBD.detach()}, f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("size", "compiled"), [(2, False), (2, True), (4, False)])
+def test_ranks_equal_one_process(size: int, compiled: bool, tmp_path: Path) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    mp.spawn(_rank, (size, port, compiled, str(tmp_path)), nprocs=size)
+    ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(size)]
+    one = convert_batch_norm(network("cifar", torch.float64), views=2, synchronised=False)
+    x_VBCHW = images(16, torch.float64)
+    expected = results(one, one(x_VBCHW.flatten(0, 1)))
+    for rank, found in enumerate(ranks):
+        target_ND, z_VBD = found.pop("target"), found.pop("output")
+        torch.testing.assert_close(target_ND.view_as(z_VBD), z_VBD, rtol=1e-12, atol=1e-12)
+        share_VBD = expected["output"].view(2, 8, 16).chunk(size, dim=1)[rank]
+        torch.testing.assert_close(z_VBD, share_VBD, rtol=1e-12, atol=1e-12)
+        assert_equal(found, {name: expected[name] for name in found}, 1e-12)
