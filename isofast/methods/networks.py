@@ -4,6 +4,7 @@ Shapes: B images of a view, C x H x W pixels, F backbone features, D embedding d
 """
 
 import importlib
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -135,9 +136,11 @@ class Branch(nn.Module):
         return h_BF.float()
 
 
-def autocast(x: Tensor, precision: torch.dtype) -> torch.autocast:
+def autocast(x: Tensor, precision: torch.dtype) -> AbstractContextManager[object]:
     """Autocast to ``precision`` on the device of ``x``; none for fp32."""
-    return torch.autocast(x.device.type, precision, enabled=precision != torch.float32)
+    if precision == torch.float32:
+        return nullcontext()
+    return torch.autocast(x.device.type, precision)
 
 
 def _make_other(name: str) -> nn.Module:
