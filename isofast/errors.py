@@ -1,4 +1,4 @@
-"""The two ways a command ends badly, and the exit codes they become."""
+"""Errors of commands and the exit codes they become."""
 
 import errno
 import sys
@@ -10,30 +10,30 @@ STARTS_OVER = "the same command starts over"
 
 
 class UserError(ValueError):
-    """Something the user gave is wrong; the message says what, what is allowed, what to do.
+    """A user's mistake: the message says what was got, what is allowed and what to do.
 
-    Commands end with exit code 2 and print the message without a traceback.
+    Commands print it without a traceback and exit with code 2.
     """
 
 
 class RankError(UserError):
-    """A user's mistake that shows on some processes of a group only, so that they must tell."""
+    """A user's mistake that only some ranks of a group see; each of those prints it."""
 
 
 class RunError(RuntimeError):
-    """A run cannot go on (non-finite loss, collapse, lost data); commands end with exit code 1."""
+    """A run cannot continue (non-finite loss, collapse, lost data). Commands exit with code 1."""
 
 
 def exit_code_of(
     command: Callable[[], None], *, debug: bool, rank: int = 0, interrupted: str = GOES_ON
 ) -> int:
-    """Runs ``command``; returns 0, or prints its error and returns that error's exit code.
+    """Run ``command``; return 0, or print its error and return that error's exit code.
 
     Args:
         command: what to run.
-        debug: show tracebacks of the user's mistakes as well.
-        rank: of this process in its group. Only the first tells what all of them find.
-        interrupted: what the same command does after Ctrl-C.
+        debug: print tracebacks of user errors too.
+        rank: of this process; only rank 0 prints what all ranks find.
+        interrupted: what repeating the command after Ctrl-C does.
     """
     try:
         command()

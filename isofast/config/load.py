@@ -15,30 +15,26 @@ from isofast.errors import UserError
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
-    """Reads ``path``, applies ``--set`` overrides (``key.path=value``), fills presets, validates.
+    """Read ``path``, apply ``--set`` overrides (``key.path=value``), fill presets, validate.
 
     Raises:
         UserError: the file is missing or not JSON, or a key or value is not allowed; the message
-            names every wrong key with its nearest allowed name.
+            names every wrong key and its nearest allowed name.
     """
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         known = ", ".join(sorted(str(p) for p in path.parent.glob("*.json"))) or "none"
         raise UserError(f"no config file {path}. JSON files beside it: {known}") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read config file {path}: {error}") from None
-    except json.JSONDecodeError as error:
-        raise UserError(
-            f"{path} is not valid JSON: {error.msg} at line {error.lineno}, column {error.colno}"
-        ) from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read {path} as JSON: {error}") from None
     if not isinstance(raw, dict):
         raise UserError(f"{path} must hold a JSON object of sections, got {type(raw).__name__}")
     return resolve(raw, overrides)
 
 
 def resolve(raw: Mapping[str, Any], overrides: Sequence[str] = ()) -> Config:
-    """The config of a tree of sections with ``--set`` overrides on top; ``raw`` is not changed.
+    """Return the config of a tree of sections under ``--set`` overrides; ``raw`` stays unchanged.
 
     Raises:
         UserError: a key or value is not allowed.
@@ -50,7 +46,7 @@ def resolve(raw: Mapping[str, Any], overrides: Sequence[str] = ()) -> Config:
 
 
 def validate(raw: Mapping[str, Any]) -> Config:
-    """The config of a tree of sections, presets filled in.
+    """Return the config of a tree of sections, presets filled in.
 
     Raises:
         UserError: a key or value is not allowed.
@@ -62,10 +58,30 @@ def validate(raw: Mapping[str, Any]) -> Config:
         lines = [
             _explain(dict(item), known)
             for item in error.errors()
-            # a preset that depends on a key that is wrong
+            # a preset that depends on a wrong key
             if item["type"] != "default_factory_not_called"
         ]
         raise UserError("the configuration is not valid:\n  " + "\n  ".join(lines)) from None
+
+
+def read_stored(path: Path) -> Config:
+    """Read the config.json of a run, also of an earlier version.
+
+    Without method.correlation C was that of embeddings; trained predictors had an alpha of null;
+    TensorBoard had its own key.
+
+    Raises:
+        OSError, ValueError: it cannot be read or is no config.
+    """
+    raw = json.loads(path.read_text(encoding="utf-8"))
+    if isinstance(raw, dict) and isinstance(raw.get("method"), dict):
+        raw["method"] = {"correlation": "embeddings", **raw["method"]}
+        for key in ("alpha", "eps", "normalize"):
+            if raw["method"].get(key, 0) is None:
+                del raw["method"][key]
+    if isinstance(raw, dict) and isinstance(raw.get("logging"), dict):
+        raw["logging"].pop("tensorboard", None)
+    return validate(raw)
 
 
 def _apply_override(raw: dict[str, Any], override: str) -> None:
@@ -84,26 +100,6 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
         node[name] = text
 
 
-def read_stored(path: Path) -> Config:
-    """The config.json of a run, also of an earlier version.
-
-    Before method.correlation C was that of embeddings; trained predictors had an alpha of null, and
-    TensorBoard a key of its own.
-
-    Raises:
-        OSError, ValueError: it cannot be read or is no config.
-    """
-    raw = json.loads(path.read_text(encoding="utf-8"))
-    if isinstance(raw, dict) and isinstance(raw.get("method"), dict):
-        raw["method"] = {"correlation": "embeddings", **raw["method"]}
-        for key in ("alpha", "eps", "normalize"):
-            if raw["method"].get(key, 0) is None:
-                del raw["method"][key]
-    if isinstance(raw, dict) and isinstance(raw.get("logging"), dict):
-        raw["logging"].pop("tensorboard", None)
-    return validate(raw)
-
-
 def _explain(item: dict[str, Any], known: Sequence[str]) -> str:
     key = ".".join(str(part) for part in item["loc"])
     if item["type"] == "extra_forbidden":
@@ -113,33 +109,22 @@ def _explain(item: dict[str, Any], known: Sequence[str]) -> str:
     if item["type"] == "missing":
         key = "data.root" if key == "data" else key
         return f"{key}: missing. Give it in the file or with --set {key}=VALUE"
-    message = item["msg"].removeprefix("Value error, ")
-    got = item["input"]
-    shown = "" if isinstance(got, BaseModel) else f"got {got!r}; "
+    got, message = item["input"], item["msg"].removeprefix("Value error, ")
     example = next((name for name in known if name.startswith(f"{key}.")), None)
-    if example is not None and not isinstance(got, BaseModel | dict):
-        return f"{key}: {shown}this is a section; set one of its keys, such as {example}"
-    if item["type"] == "path_type":
-        return f"{key}: {shown}a path is wanted, as text"
-    return f"{key}: {shown}{message[:1].lower()}{message[1:]}"
+    if example is not None and not isinstance(got, dict):
+        message = f"this is a section; set one of its keys, such as {example}"
+    return f"{key}: got {got!r}; {message[:1].lower()}{message[1:]}"
 
 
 def _nearest(key: str, known: Sequence[str]) -> str:
     section, _, leaf = key.rpartition(".")
-    # a right leaf in a wrong section is as common as a slip of the finger
-    elsewhere = [name for name in known if name.rpartition(".")[2] == leaf]
-    siblings = [name for name in known if name.rpartition(".")[0] == section]
-    by_leaf = {name.rpartition(".")[2]: name for name in siblings}
-    slips = difflib.get_close_matches(leaf, by_leaf, 1, 0.6)
-    close = (
-        elsewhere
-        or [by_leaf[slip] for slip in slips]
-        or (difflib.get_close_matches(key, known, 1, 0.5) if section not in known else [])
-    )
-    if close:
-        return f"Did you mean {close[0]}?"
-    allowed = siblings or sorted({name.partition(".")[0] for name in known})
-    return "Allowed: " + ", ".join(allowed)
+    siblings = {
+        name.rpartition(".")[2]: name for name in known if name.rpartition(".")[0] == section
+    }
+    # the right key in the wrong section is as common as a typo
+    close = [name for name in known if name.rpartition(".")[2] == leaf]
+    close += [siblings[slip] for slip in difflib.get_close_matches(leaf, siblings, 1)]
+    return f"Did you mean {close[0]}?" if close else "Allowed: " + ", ".join(siblings.values())
 
 
 def _all_keys(raw: Mapping[str, Any]) -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""What a config names by import path: methods, encoders and loggers of your own."""
+"""Methods, encoders and loggers of your own, named in a config by import path."""
 
 import difflib
 import importlib
@@ -13,7 +13,7 @@ from isofast.config.presets import METHODS
 
 
 def import_object(path: str) -> Any:
-    """``module:attribute``; modules are looked up in the working directory too."""
+    """Import ``module:attribute``; modules are also looked up in the working directory."""
     module, _, attribute = path.partition(":")
     if str(Path.cwd()) not in sys.path:
         sys.path.append(str(Path.cwd()))
@@ -21,9 +21,7 @@ def import_object(path: str) -> Any:
 
 
 def method_class(name: Any) -> Any:
-    """The class of ``method.name``: a built-in method's, or module:Class of your own.
-
-    Modules are looked up in the working directory too. The class has a ``Config``, its section.
+    """Return the class of ``method.name``, a built-in name or module:Class.
 
     Raises:
         PydanticCustomError: there is no such class, or its module fails to import.
@@ -32,14 +30,14 @@ def method_class(name: Any) -> Any:
     def refuse(reason: str) -> PydanticCustomError:
         return PydanticCustomError("method_name", "{reason}", {"reason": reason, "got": name})
 
-    path = METHODS.get(name) if isinstance(name, str) else None
-    if path is None and (not isinstance(name, str) or ":" not in name):
-        close = difflib.get_close_matches(str(name), METHODS, 1)
+    path = METHODS.get(str(name), str(name))
+    if ":" not in path:
+        close = difflib.get_close_matches(path, METHODS, 1)
         hint = f"did you mean {close[0]!r}? " if close else ""
         allowed = ", ".join(map(repr, METHODS))
         raise refuse(f"{hint}allowed are {allowed} and module:Class, for a class of your own")
     try:
-        found = import_object(path or name)
+        found = import_object(path)
     except Exception as error:
         raise refuse(f"cannot import it: {type(error).__name__}: {error}") from error
     if not (inspect.isclass(found) and hasattr(found, "loss") and hasattr(found, "Config")):

@@ -1,9 +1,8 @@
-"""What a data set, the length of a run and a method imply, filled in where the user says nothing.
+"""Defaults that depend on the data set, the length of the run and the method.
 
-The values are those of the paper (Halvagal, Laborieux, Zenke, NeurIPS 2023) and of its authors'
-released code, fmi-basel/implicit-var-reg; the comments name which one where the two differ. Digits,
-image folders and AdamW are in neither: their values are this library's. What a method implies of
-itself stands with its Config.
+From the paper (Halvagal, Laborieux, Zenke, NeurIPS 2023) and its authors' released code,
+fmi-basel/implicit-var-reg; comments say which where they differ. Values for digits, image folders
+and AdamW are ours. A method's own defaults are in its Config.
 """
 
 from collections.abc import Mapping
@@ -21,10 +20,9 @@ STEM_OF_DATASET = {
     "imagefolder": "imagenet",
 }
 
-# What each data set's views have that ViewConfig's defaults have not: the paper's first view is the
-# default, and its second solarizes.
+# Over ViewConfig's defaults, the paper's first view; its second solarizes.
 _SOLARIZED: Tree = {"solarize_p": 0.2}
-# 8 x 8 gray digits: no flip (a mirrored 2 is no digit), no crop that could lose a stroke
+# 8 x 8 gray digits: no flip (a mirrored 2 is no digit), no crop (it could lose a stroke)
 _DIGIT_VIEW: Tree = {
     "crop_scale": (1.0, 1.0),
     "crop_ratio": (1.0, 1.0),
@@ -46,7 +44,7 @@ VIEWS_OF_DATASET: dict[str, Tree] = {
     "imagefolder": {"view2": _SOLARIZED},
 }
 
-# A method's name in a config, and its class. Any other class is named module:Class.
+# Built-in methods and their classes; any other is named module:Class.
 METHODS = {
     "isoloss": "isofast.methods.closed_form:IsoLoss",
     "directpred": "isofast.methods.closed_form:DirectPred",
@@ -59,14 +57,14 @@ _CLOSED_FORMS = ("isoloss", "directpred", "directcopy")
 
 _PEAK_LR = {"lars": 1.0, "sgd": 0.1, "adamw": 1e-3}
 
-# Runs of fewer epochs, and data sets that the paper does not have, get C of directions and an
-# optimizer to go with it, both ours (docs/method/first-steps.md).
+# Shorter runs, and data sets outside the paper, get C of directions and an optimizer to go with it,
+# both ours (docs/method/first-steps.md).
 SHORT_RUN_EPOCHS = 100
 _PAPER_DATASETS = ("cifar10", "cifar100", "stl10", "tinyimagenet")
 
 
 def correlation_preset(dataset: str, epochs: int, method: Mapping[str, Any]) -> Tree:
-    """method.correlation of the built-in methods."""
+    """Return the method.correlation of a built-in method, {} for the default."""
     ours = epochs < SHORT_RUN_EPOCHS or dataset not in _PAPER_DATASETS
     if method["name"] in METHODS and ours and method.get("metric", "cosine") == "cosine":
         return {"correlation": "directions"}
@@ -74,15 +72,14 @@ def correlation_preset(dataset: str, epochs: int, method: Mapping[str, Any]) -> 
 
 
 def optimizer_preset(method: str, correlation: str, ema: bool, chosen: str) -> Tree:
-    """The optimizer of a method; a method that is not built in has SimSiam's.
+    """Return the optimizer of a method; your own methods have SimSiam's.
 
     Args:
-        method: its name.
-        correlation: method.correlation. The values for C of directions are from
-            bench/results/first-steps.md; a trained predictor is not made of C, but is in the same
-            kind of run.
+        method: method.name.
+        correlation: method.correlation, which marks short runs for trained predictors too; the
+            values for directions are from bench/results/first-steps.md.
         ema: method.ema.
-        chosen: optimizer.name as the user gives it, or any other text.
+        chosen: optimizer.name as given by the user, or any other text.
     """
     closed = method in _CLOSED_FORMS
     if method not in METHODS:
@@ -93,13 +90,13 @@ def optimizer_preset(method: str, correlation: str, ema: bool, chosen: str) -> T
         name, lr = ("lars", 1.0) if ema and correlation == "embeddings" else ("sgd", 0.1)
     if chosen in _PEAK_LR and chosen != name:
         name, lr = chosen, _PEAK_LR[chosen]
-    # The released table's runs; the paper's closed forms have 4e-4. A linear predictor, for which
-    # neither gives one, has that of the closed forms it is compared with.
+    # The released table's runs; the paper's closed forms have 4e-4. Neither gives one for a linear
+    # predictor, which is compared with the closed forms.
     return {"name": name, "lr": lr, "weight_decay": 1e-4 if closed or method == "linear" else 1e-5}
 
 
 def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> Tree:
-    """``base`` with the values of ``over`` on top, section by section; neither is changed."""
+    """Return ``base`` with ``over`` laid over it, section by section; neither is changed."""
     merged: Tree = dict(base)
     for key, value in over.items():
         below = merged.get(key)

@@ -1,6 +1,6 @@
 """The configuration of a run: every key, its default and what it means.
 
-A file names only what differs from the presets (presets.py); what the user says wins.
+What the user sets wins over the presets (presets.py), which win over the defaults here.
 """
 
 import json
@@ -32,7 +32,7 @@ from isofast.errors import UserError
 
 SCHEMA_KEY = "$schema"
 RESNETS = ("resnet18", "resnet34", "resnet50")
-# Marks a field that may change between two starts of one run, because no result depends on it.
+# Marks a field that may change when a run continues, because no result depends on it.
 FREE: dict[str, Any] = {"may_change_on_resume": True}
 
 
@@ -44,7 +44,13 @@ class _Section(BaseModel):
 
 def _ordered(value: tuple[float, float]) -> tuple[float, float]:
     if not 0 < value[0] <= value[1]:
-        raise ValueError("a range [low, high] is wanted, 0 < low <= high")
+        raise ValueError("should be a range [low, high], 0 < low <= high")
+    return value
+
+
+def _share(value: tuple[float, float]) -> tuple[float, float]:
+    if value[1] > 1:
+        raise ValueError("a crop is at most the whole image, 1.0")
     return value
 
 
@@ -55,23 +61,23 @@ Strength = Annotated[float, Field(ge=0)]
 
 
 class ViewConfig(_Section):
-    """How one random view of an image is made; probabilities are per image, lengths fractions of
-    the crop, angles degrees. In this order; what can't happen costs nothing."""
+    """The transforms of one random view, in this order. Probabilities are per image, lengths
+    fractions of the crop, angles degrees; an operation that can't happen costs nothing."""
 
-    crop_scale: Range = (0.08, 1.0)
+    crop_scale: Annotated[Range, AfterValidator(_share)] = (0.08, 1.0)
     """Area of the crop, as a share of the image."""
     crop_ratio: Range = (3 / 4, 4 / 3)
     """Width of the crop over its height."""
     degrees: Strength = 0.0
-    """Rotation, at most."""
+    """Largest rotation."""
     translate: Strength = 0.0
-    """Shift in each direction, at most."""
+    """Largest shift in each direction."""
     scale: Range = (1.0, 1.0)
     """Zoom."""
     shear: Strength = 0.0
-    """Shear along the rows, at most."""
+    """Largest shear along the rows."""
     jitter_p: Share = 0.8
-    """Probability of colour jitter, of which each strength s draws a factor from 1 - s to 1 + s."""
+    """Probability of colour jitter; a strength s draws a factor from 1 - s to 1 + s."""
     brightness: Strength = 0.4
     """Strength of the jitter's brightness."""
     contrast: Strength = 0.4
@@ -79,7 +85,7 @@ class ViewConfig(_Section):
     saturation: Strength = 0.2
     """Strength of the jitter's saturation."""
     hue: float = Field(0.1, ge=0, le=0.5)
-    """Turn of the jitter's hue, at most, as a share of the colour circle."""
+    """Largest turn of the hue, as a share of the colour circle."""
     gray_p: Share = 0.2
     """Probability of a gray image."""
     blur_p: Share = 0.0
@@ -92,13 +98,6 @@ class ViewConfig(_Section):
     """The darkest that is inverted, of 0 to 255."""
     flip_p: Share = 0.5
     """Probability of a mirror image."""
-
-    @field_validator("crop_scale")
-    @classmethod
-    def _is_a_share(cls, value: tuple[float, float]) -> tuple[float, float]:
-        if value[1] > 1:
-            raise ValueError("a crop is at most the whole image, 1.0")
-        return value
 
     @property
     def has_affine(self) -> bool:
@@ -113,8 +112,7 @@ class ViewConfig(_Section):
 
 
 class AugmentationConfig(_Section):
-    """The two views' random transforms; the data set's preset is the paper's, for digits and image
-    folders this library's."""
+    """The two views' random transforms; preset: the paper's, for digits and image folders ours."""
 
     view1: ViewConfig = ViewConfig()
     """Of the first view."""
@@ -130,26 +128,24 @@ class DataConfig(_Section):
     )
     """Names the augmentation recipe and the stem that fit; imagefolder is any folder of images."""
     root: Path = Field(strict=False, json_schema_extra=FREE)
-    """Folder that holds train/CLASS/IMAGE and val/CLASS/IMAGE (JPEG or PNG), and unlabeled/IMAGE
-    for pictures without a class, which are trained on too."""
+    """Folder with train/CLASS/IMAGE and val/CLASS/IMAGE (JPEG or PNG) and, for more training
+    images without a class, unlabeled/IMAGE."""
     on_bad_image: Literal["stop", "skip"] = "stop"
-    """What to do about files found unreadable at the start: stop and name them, or train without
-    them. A file that is lost later stops the run in any case."""
+    """For files found unreadable at the start: stop and name them, or skip them. A file lost later
+    always stops the run."""
     check: Literal["full", "headers", "off"] = Field("full", json_schema_extra=FREE)
-    """What is done to new files before the first step: full decodes each once, headers reads
-    formats and sizes, off opens none. After the latter two a damaged file ends the run that
-    reaches it, and DALI may crash at it."""
+    """Check of new files before the first step: full decodes each, headers reads formats and sizes,
+    off opens none. Without full, a damaged file ends the run that reaches it or crashes DALI."""
     backend: Literal["auto", "dali", "resident"] = Field("auto", json_schema_extra=FREE)
-    """What decodes and augments: dali, batch by batch, or resident, which decodes once and keeps
-    the images on the device (images of one size, recipes without affine maps). auto: resident where
-    the set allows it and fits, on a GPU or without DALI; else dali. A run keeps the one it began
-    with."""
+    """dali decodes batch by batch; resident decodes once and keeps the images on the device (images
+    of one size, no affine maps). auto: resident if the images allow it and fit, on a GPU or without
+    DALI; else dali. A run keeps its first backend."""
     resident_limit_gb: float = Field(8.0, gt=0, json_schema_extra=FREE)
-    """The most that resident images may take on each device, in 10^9 bytes."""
+    """Limit of resident images on each device, in 10^9 bytes."""
     crop: int | None = Field(None, ge=8)
-    """Side of the square the network sees, in pixels; null takes the data set's."""
+    """Side of the network's square input, in pixels; null takes the data set's."""
     augmentation: AugmentationConfig = Field(default_factory=dict, validate_default=True)
-    """How the views are made; preset: the data set's."""
+    """Random transforms; preset: the data set's."""
     threads: int | None = Field(None, ge=1, json_schema_extra=FREE)
     """Decoding threads a rank; null shares the machine's cores among its ranks."""
     prefetch: int = Field(2, ge=1, le=16, json_schema_extra=FREE)
@@ -158,27 +154,23 @@ class DataConfig(_Section):
     @field_validator("augmentation", mode="before")
     @classmethod
     def _of_the_data_set(cls, raw: Any, info: ValidationInfo) -> Any:
-        dataset = info.data.get("dataset")
-        if dataset is None or not isinstance(raw, Mapping):
-            return raw
-        return merge(VIEWS_OF_DATASET[dataset], raw)
+        preset = VIEWS_OF_DATASET.get(info.data.get("dataset", ""))
+        return merge(preset, raw) if preset and isinstance(raw, Mapping) else raw
 
 
 class EncoderConfig(_Section):
     """The backbone, x_BCHW -> h_BF."""
 
     name: str = "resnet18"
-    """A torchvision ResNet (resnet18, resnet34, resnet50), timm:NAME for a model of timm, or
-    module:function for one of your own, which takes no arguments and returns the module. The other
-    keys are for the ResNets."""
+    """A torchvision ResNet (resnet18, resnet34, resnet50), timm:NAME, or module:function, your own
+    function that returns the module. The other keys are for the ResNets."""
     stem: Literal["cifar", "tiny", "imagenet"] = "imagenet"
-    """First layers: cifar 3x3 and no pooling, tiny 3x3 and max-pool, imagenet 7x7 stride 2 and
-    max-pool. The data set's preset gives the paper's."""
+    """First layers: cifar 3x3 without pooling, tiny 3x3 and max-pool, imagenet 7x7 stride 2 and
+    max-pool. Preset: the paper's for the data set."""
     stem_padding: int = Field(1, ge=0, le=2)
     """Padding of the 3x3 stems in pixels; 2 is the released code's (34 x 34 maps)."""
     width: int = Field(64, ge=4)
-    """Channels of the first stage; 64 is torchvision's, less suits small machines (basic blocks
-    only: resnet18 and resnet34)."""
+    """Channels of the first stage of resnet18 or resnet34; 64 is torchvision's, less is faster."""
 
     @field_validator("name")
     @classmethod
@@ -187,23 +179,30 @@ class EncoderConfig(_Section):
             raise ValueError(f"allowed are {', '.join(RESNETS)}, timm:NAME and module:function")
         return name
 
+    @field_validator("width")
+    @classmethod
+    def _needs_basic_blocks(cls, width: int, info: ValidationInfo) -> int:
+        name = info.data.get("name")
+        if width != 64 and name not in (None, "resnet18", "resnet34"):
+            raise ValueError(f"only resnet18 and resnet34 have a width; leave it at 64 for {name}")
+        return width
+
 
 class ProjectorConfig(_Section):
     """Linear - BatchNorm - ReLU - Linear on the backbone's pooled features."""
 
     hidden: int = Field(4096, ge=1)
-    """Hidden units, here and in the predictor of byol and simsiam."""
+    """Hidden units, also of byol's and simsiam's predictor."""
     output: int = Field(256, ge=2)
-    """Embedding dimension D; C and W are D x D, a predictor's input and output have D."""
+    """Embedding dimension D."""
 
 
 class MethodConfig(_Section):
     """What every method has; each adds fields of its own (isofast/methods)."""
 
     name: str
-    """A built-in method, or module:Class for one of your own. isoloss, directpred and directcopy
-    predict with W = f(C), isoloss with the isotropic gradient; byol, simsiam and linear train
-    their predictor."""
+    """A built-in method, or module:Class for your own. isoloss, directpred and directcopy predict
+    with W = f(C), isoloss with the isotropic gradient; the others train a predictor."""
     ema: bool = False
     """Targets from a slowly moving copy of the network; false reuses the online embeddings."""
     ema_base: float = Field(0.99, ge=0, le=1)
@@ -211,26 +210,26 @@ class MethodConfig(_Section):
     decay: float = Field(0.99, ge=0, lt=1)
     """Weight kept by the moving average C of the embeddings each step."""
     correlation: Literal["embeddings", "directions"] = "embeddings"
-    """What C averages: z z^T, as in the paper, or that of z / |z|, so that every image counts the
-    same whatever its norm (ours; docs/method/first-steps.md). Preset: directions for the cosine in
-    runs of under 100 epochs and on data sets that are not the paper's."""
+    """What C averages: z z^T, as in the paper, or that of z / |z|, so that long embeddings don't
+    dominate (ours; docs/method/first-steps.md). Preset: directions for the cosine in runs of under
+    100 epochs and on data sets that are not the paper's."""
 
 
 class OptimizerConfig(_Section):
     """Optimizer of the network and of the online probe."""
 
     name: Literal["lars", "sgd", "adamw"] = "lars"
-    """Preset: sgd without EMA, lars with it. With method.correlation directions and EMA, adamw for
+    """Preset: sgd without EMA, lars with it; with EMA and method.correlation directions, adamw for
     the closed forms and sgd for the trained predictors."""
     lr: float = Field(1.0, gt=0)
     """Peak learning rate at a global batch of 256; scaled linearly with the batch. Preset: 1.0 for
-    lars, 0.1 for sgd, 0.001 for adamw; where method.correlation is directions, 0.3 for the sgd and
-    0.004 for the adamw of the closed forms."""
+    lars, 0.1 for sgd, 0.001 for adamw; for closed forms with method.correlation directions, 0.3 for
+    sgd without EMA and 0.004 for adamw with it."""
     momentum: float = Field(0.9, ge=0, lt=1)
     """Momentum of lars and sgd, first beta of adamw."""
     weight_decay: float = Field(1e-4, ge=0)
-    """Weight decay; lars and adamw spare the one-dimensional parameters. Preset: 1e-5 for byol and
-    simsiam, else 1e-4."""
+    """Weight decay; lars and adamw spare one-dimensional parameters. Preset: 1e-5 for byol, simsiam
+    and your own methods, else 1e-4."""
     eta: float = Field(0.02, gt=0)
     """Trust coefficient of lars."""
     probe_lr: float = Field(0.1, gt=0)
@@ -252,12 +251,12 @@ class TrainConfig(_Section):
     epochs: int = Field(1000, ge=1)
     """Passes over the training images; the schedule's length."""
     max_steps: int | None = Field(None, ge=1, json_schema_extra=FREE)
-    """Stops after this many steps. The schedule keeps its length, so raising it goes on."""
+    """Stop after this many steps. The schedule keeps its length; raise it to continue."""
     batch_size: int = Field(256, ge=2)
     """Images a step over all ranks; each rank takes an equal share."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Autocast type of the networks; auto: bf16 on a GPU, fp32 on a CPU. Parameters, BatchNorm, C
-    and the loss stay fp32."""
+    and the loss are always fp32."""
     batch_norm: Literal["auto", "local", "synchronised"] = "auto"
     """Statistics of one rank or of all; auto: synchronised."""
     compile: Literal["auto", "on", "off"] = "auto"
@@ -270,7 +269,7 @@ class EvaluationConfig(_Section):
     """Clean top-1 of the online probe and k-NN, on the validation images."""
 
     every_epochs: int = Field(10, ge=0, json_schema_extra=FREE)
-    """Epochs between evaluations, beside the one at the end; 0: never at all."""
+    """Epochs between evaluations, with one at the end; 0: never."""
     at_start: bool = Field(False, json_schema_extra=FREE)
     """Also evaluate before the first step."""
     knn_images: int = Field(5000, ge=1, json_schema_extra=FREE)
@@ -286,7 +285,7 @@ class EvaluationConfig(_Section):
 
 
 class CheckpointConfig(_Section):
-    """When the state is saved; a checkpoint is also written at the end."""
+    """When the state is saved, besides at the end."""
 
     every_steps: int = Field(1000, ge=1, json_schema_extra=FREE)
     """Steps between checkpoints."""
@@ -295,16 +294,16 @@ class CheckpointConfig(_Section):
 
 
 class LoggingConfig(_Section):
-    """What is written while the run goes on."""
+    """What is recorded during the run."""
 
     every_steps: int = Field(50, ge=1, json_schema_extra=FREE)
-    """Steps between records in metrics.jsonl; each is the step's only host synchronisation."""
+    """Steps between records in metrics.jsonl, the loop's only host synchronisations."""
     spectrum_every_steps: int | None = Field(None, ge=1, json_schema_extra=FREE)
-    """Steps between further eigenvalues of C in spectrum.npz, which cost no synchronisation; every
-    record and every end of an epoch has its own. null: those alone."""
+    """Steps between additional spectra of C in spectrum.npz, without synchronisation; null: only at
+    records and ends of epochs."""
     loggers: list[str] = Field(["tensorboard"], json_schema_extra=FREE)
-    """Where records go beside metrics.jsonl: tensorboard, or module:Class for a logger of your own
-    (isofast/run/loggers.py says what it needs)."""
+    """Where records go beside metrics.jsonl: tensorboard, or module:Class for your own Logger
+    (isofast/run/loggers.py)."""
 
     @field_validator("loggers")
     @classmethod
@@ -332,7 +331,7 @@ class Config(_Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     logging: LoggingConfig = LoggingConfig()
     deepspeed: dict[str, Any] = {}
-    """Passed through to DeepSpeed; what isofast derives may not be repeated here."""
+    """Passed through to DeepSpeed; may not set what isofast derives."""
 
     @model_validator(mode="before")
     @classmethod
@@ -340,58 +339,38 @@ class Config(_Section):
         is_tree = isinstance(raw, Mapping)
         return {key: raw[key] for key in raw if key != SCHEMA_KEY} if is_tree else raw
 
-    @field_validator("encoder", mode="before")
+    @field_validator("encoder", "method", "optimizer", mode="before")
     @classmethod
-    def _with_stem(cls, raw: Any, info: ValidationInfo) -> Any:
-        data = info.data.get("data")
-        if data is None or not isinstance(raw, Mapping) or ":" in str(raw.get("name")):
-            return raw
-        return {"stem": STEM_OF_DATASET[data.dataset], **raw}
-
-    @field_validator("method", mode="before")
-    @classmethod
-    def _of_its_class(cls, raw: Any, info: ValidationInfo) -> Any:
+    def _with_preset(cls, raw: Any, info: ValidationInfo) -> Any:
         if not isinstance(raw, Mapping):
             return raw
-        tree = {"name": "isoloss", **raw}
-        config_class = method_class(tree["name"]).Config
-        data, train = info.data.get("data"), info.data.get("train")
-        if data is not None and train is not None:
-            tree = correlation_preset(data.dataset, train.epochs, tree) | tree
-        return config_class.model_validate(tree)
-
-    @field_validator("optimizer", mode="before")
-    @classmethod
-    def _of_the_method(cls, raw: Any, info: ValidationInfo) -> Any:
-        method = info.data.get("method")
-        if method is None or not isinstance(raw, Mapping):
-            return raw
-        chosen = raw.get("name")
-        implied = optimizer_preset(method.name, method.correlation, method.ema, str(chosen))
-        return {**implied, **raw}
-
-    @field_validator("encoder")
-    @classmethod
-    def _width_needs_basic_blocks(cls, encoder: EncoderConfig) -> EncoderConfig:
-        if encoder.name not in ("resnet18", "resnet34") and encoder.width != 64:
-            raise ValueError(
-                f"width is for resnet18 and resnet34; leave it at 64 for {encoder.name}"
-            )
-        return encoder
+        data, train, method = (info.data.get(name) for name in ("data", "train", "method"))
+        if info.field_name == "encoder" and data is not None and ":" not in str(raw.get("name")):
+            return {"stem": STEM_OF_DATASET[data.dataset], **raw}
+        if info.field_name == "optimizer" and method is not None:
+            chosen = str(raw.get("name"))
+            implied = optimizer_preset(method.name, method.correlation, method.ema, chosen)
+            return {**implied, **raw}
+        if info.field_name == "method":
+            tree = {"name": "isoloss", **raw}
+            config_class = method_class(tree["name"]).Config
+            if data is not None and train is not None:
+                tree = correlation_preset(data.dataset, train.epochs, tree) | tree
+            return config_class.model_validate(tree)
+        return raw
 
     @property
     def warmup_epochs(self) -> float:
         """Epochs of warm-up, resolved."""
-        if self.schedule.warmup_epochs is not None:
-            return self.schedule.warmup_epochs
-        return min(10.0, self.train.epochs / 10)
+        given = self.schedule.warmup_epochs
+        return min(10.0, self.train.epochs / 10) if given is None else given
 
     def batch_size_per_rank(self, world_size: int) -> int:
-        """Images of each rank in a step.
+        """Return the images of each rank in a step.
 
         Raises:
-            UserError: the global batch does not divide by ``world_size``, or leaves a rank with
-                one image, of which BatchNorm has no variance.
+            UserError: the global batch does not divide by ``world_size``, or leaves a rank a
+                single image, which has no batch statistics.
         """
         share, rest = divmod(self.train.batch_size, world_size)
         if rest or share < 2:
@@ -405,12 +384,12 @@ class Config(_Section):
 
 
 def to_json(config: Config) -> str:
-    """The resolved config as JSON, readable by ``load_config``."""
+    """Return the resolved config as JSON, readable by ``load_config``."""
     return config.model_dump_json(indent=2) + "\n"
 
 
 def schema_json() -> str:
-    """The JSON schema of a config file, as shipped in launch/config.schema.json."""
+    """Return the JSON schema of a config file, as shipped in launch/config.schema.json."""
     schema = Config.model_json_schema()
     definitions = schema["$defs"]
     of_your_own = definitions.pop("MethodConfig")
@@ -426,7 +405,7 @@ def schema_json() -> str:
 
 
 def changed_keys(old: Config, new: Config) -> list[str]:
-    """What differs between two configs and changes the result, as ``key: old -> new``."""
+    """Return what differs between two configs and changes the result, as ``key: old -> new``."""
     before, after = dict(leaves(old)), dict(leaves(new))
     return [
         f"{key}: {before.get(key)!r} -> {after.get(key)!r}"
@@ -436,7 +415,7 @@ def changed_keys(old: Config, new: Config) -> list[str]:
 
 
 def leaves(model: BaseModel, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Every key on which a result depends, as ``section.key``, with its value."""
+    """Yield every key on which a result depends, as ``section.key``, with its value."""
     for name, field in type(model).model_fields.items():
         value = getattr(model, name)
         if isinstance(value, BaseModel):

@@ -14,10 +14,7 @@ _MOST_PENDING = 16
 
 
 class Background:
-    """One worker thread; jobs run one after the other, in order.
-
-    An error in a job is raised by the next call of ``do`` or ``wait``.
-    """
+    """Runs jobs in order on one thread; the next ``do`` or ``wait`` raises a job's error."""
 
     def __init__(self) -> None:
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="isofast-background")
@@ -45,10 +42,9 @@ class Background:
 
 
 class HostCopy:
-    """A snapshot of a tensor, copied to the CPU.
+    """A snapshot of a tensor on the CPU.
 
-    On a GPU the copy to pinned memory is asynchronous and ordered in the current stream, so later
-    writes do not change it. On a CPU it is immediate.
+    Copied from a GPU asynchronously, in the current stream's order: later writes don't change it.
     """
 
     def __init__(self, tensor: Tensor) -> None:
@@ -58,7 +54,7 @@ class HostCopy:
             return
         self._host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
         self._host.copy_(tensor.detach(), non_blocking=True)
-        # blocking: the thread that waits sleeps instead of burning a core
+        # blocking: the waiting thread sleeps
         self._event = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
         self._event.record(torch.cuda.current_stream(tensor.device))
 

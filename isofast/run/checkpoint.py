@@ -1,8 +1,8 @@
-"""Checkpoints: written whole or not at all, the newest whole one used.
+"""Checkpoints: written whole or not at all; a run continues from the newest whole one.
 
-A checkpoint is a folder step_00001000 of state.pt (everything the loop changes),
-encoder.safetensors (the backbone alone, under torchvision's names) and manifest.json (sizes and
-checksums, written last). It is filled under another name and renamed when complete.
+A checkpoint is a folder step_00001000 with state.pt (everything the loop changes),
+encoder.safetensors (the backbone, under torchvision's names) and manifest.json (sizes and
+checksums). It is filled under another name and renamed when complete.
 """
 
 import hashlib
@@ -26,32 +26,32 @@ _STATE, _ENCODER, _MANIFEST = "state.pt", "encoder.safetensors", "manifest.json"
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A whole checkpoint on the disk."""
+    """A whole checkpoint on disk."""
 
     path: Path
     step: int
 
     def load(self) -> State:
-        """The state, on the CPU."""
+        """Return the state, on the CPU."""
         state: State = torch.load(self.path / _STATE, map_location="cpu", weights_only=True)
         return state
 
 
 def checkpoint_path(folder: Path, step: int) -> Path:
-    """Where the checkpoint of a step is."""
+    """Return the folder of a step's checkpoint."""
     return folder / f"step_{step:08d}"
 
 
 def save_checkpoint(folder: Path, step: int, state: State, encoder: nn.Module, keep: int) -> Path:
-    """Writes ``folder``/step_N and removes all but the ``keep`` newest up to it.
+    """Write ``folder``/step_N and remove all but the ``keep`` newest up to it.
 
-    Folders of later steps, skipped as damaged when the run resumed, stay until it gets there again.
+    Folders of later steps, damaged ones that a resume has skipped, stay until they are replaced.
 
     Args:
         folder: the run's checkpoints folder.
         step: steps taken.
         state: tensors and plain Python values.
-        encoder: the backbone, saved under torchvision's names.
+        encoder: the backbone.
         keep: checkpoints kept, this one included.
 
     Raises:
@@ -74,7 +74,7 @@ def save_checkpoint(folder: Path, step: int, state: State, encoder: nn.Module, k
             shutil.rmtree(path)
         part.rename(path)
         sync(folder)
-    # torch.save and safetensors wrap a full disk in errors of their own
+    # torch.save and safetensors have their own errors for a full disk
     except Exception as error:
         shutil.rmtree(part, ignore_errors=True)
         raise RunError(
@@ -90,7 +90,7 @@ def save_checkpoint(folder: Path, step: int, state: State, encoder: nn.Module, k
 def newest_checkpoint(
     folder: Path, report: Callable[[str], None] = lambda text: None
 ) -> Checkpoint | None:
-    """The newest checkpoint whose files have the sizes and checksums of its manifest, or None.
+    """Return the newest checkpoint whose files match its manifest, or None without any.
 
     Calls ``report`` with the reason for each one skipped.
 

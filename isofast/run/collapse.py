@@ -1,7 +1,7 @@
 """Detect collapse from a run's records, and suggest what to try.
 
-The thresholds separate recorded runs, good and bad (bench/results/first-steps.json); what they
-miss and how late they are is in docs/method/first-steps.md.
+The thresholds separate recorded runs, good and bad (bench/results/first-steps.json).
+docs/method/first-steps.md says what they miss, and how late they are.
 """
 
 import math
@@ -14,15 +14,13 @@ from isofast.run.loggers import Record
 
 Kind = Literal["complete", "dimensional", "torn", "blow-up"]
 
-# Healthy embeddings spread by 1/sqrt(D) in each dimension; below this share all images are one ...
-_LEAST_SPREAD = 0.01
-# ... and below this one they fill few dimensions, unless they are still spreading.
-_LOW_SPREAD, _NO_GROWTH = 0.35, 1.1
-# A new network's embeddings all point the same way: wait for the warm-up to end and for C to
-# forget the first steps, two of its time constants.
-_TIME_CONSTANTS = 2
-_LEAST_STEPS = 200
-# A few embeddings this much longer than the median own a raw C, and W shortens the others so far.
+# As shares of the healthy spread 1/sqrt(D): below the first all images are one point, below the
+# second they fill few dimensions unless still spreading by more than _NO_GROWTH.
+_LEAST_SPREAD, _LOW_SPREAD, _NO_GROWTH = 0.01, 0.35, 1.1
+# A new network's embeddings all point the same way: wait for the warm-up and for C to forget the
+# first steps.
+_TIME_CONSTANTS, _LEAST_STEPS = 2, 200
+# The longest embeddings over the median, and the median |W z| / |z|, when the former own a raw C.
 _LONG, _SHORT = 4.0, 0.5
 # Growth of the embeddings' norm since the first record.
 _MOST_GROWTH = 1e3
@@ -30,37 +28,27 @@ _MOST_GROWTH = 1e3
 
 @dataclass(frozen=True)
 class Finding:
-    """What has collapsed, and the message that says so and what to try."""
+    """A collapse, and the message that explains it and what to try."""
 
     kind: Kind
     message: str
 
 
 class CollapseWatch:
-    """Judges each record of a run by those before it.
-
-    Args:
-        config: the run's.
-        steps_per_epoch: steps of one pass over the images.
-    """
+    """Judges each record of a run by those before it."""
 
     def __init__(self, config: Config, steps_per_epoch: int) -> None:
         self._config = config
         self._dim = config.projector.output
-        memory = _TIME_CONSTANTS / (1 - config.method.decay)
         warmup = config.warmup_epochs * steps_per_epoch
-        self._grace = max(memory, warmup, _LEAST_STEPS)
+        self._grace = max(warmup, _TIME_CONSTANTS / (1 - config.method.decay), _LEAST_STEPS)
         self._steps: list[int] = []
         self._spreads: list[float] = []
         self._first_norm: float | None = None
         self._torn = 0
 
     def judge(self, record: Record) -> Finding | None:
-        """What has collapsed by this record's step; None where nothing has.
-
-        Args:
-            record: as in metrics.jsonl, in the order of the steps; None stands for NaN.
-        """
+        """Return what has collapsed by this record, the next one in metrics.jsonl, or None."""
         step, spread, norm = record["step"], record["embedding_std"], record.get("embedding_norm")
         assert step is not None
         if self._first_norm is None:
@@ -72,7 +60,7 @@ class CollapseWatch:
         if norm is not None and norm > _MOST_GROWTH * (self._first_norm or math.inf):
             return self._found(
                 "blow-up",
-                f"the norms of the embeddings grew from {self._first_norm:.2g} to {norm:.2g} by "
+                f"the embeddings' norm grew from {self._first_norm:.2g} to {norm:.2g} by "
                 f"step {step}",
             )
         healthy = 1 / math.sqrt(self._dim)
@@ -97,11 +85,9 @@ class CollapseWatch:
         return None
 
     def _is_torn(self, record: Record) -> bool:
-        """Two records in a row; only a raw C gives long embeddings more weight."""
-        method = self._config.method
+        """Whether long embeddings own C in two records in a row."""
         long, short = record.get("norm_spread"), record.get("prediction_norm")
-        raw = _is_cosine_of_c(method) and method.correlation == "embeddings"
-        if not raw or long is None or short is None:
+        if not _is_cosine_of_raw_c(self._config.method) or long is None or short is None:
             return False
         self._torn = self._torn + 1 if long > _LONG and short < _SHORT else 0
         return self._torn > 1
@@ -115,19 +101,20 @@ class CollapseWatch:
         return Finding(kind, f"{what}. Try {' or '.join(remedies(self._config, kind))}")
 
 
-def _is_cosine_of_c(method: MethodConfig) -> bool:
-    """Whether the predictor is made of C, and only its direction counts."""
-    return hasattr(method, "alpha") and getattr(method, "metric", None) == "cosine"
+def _is_cosine_of_raw_c(method: MethodConfig) -> bool:
+    """Whether long embeddings get more weight in a predictor whose scale doesn't count."""
+    cosine = hasattr(method, "alpha") and getattr(method, "metric", None) == "cosine"
+    return cosine and method.correlation == "embeddings"
 
 
 def remedies(config: Config, kind: Kind) -> list[str]:
-    """What to try against a collapse of ``kind``, the likeliest first."""
+    """Return what to try against a collapse of ``kind``, the likeliest first."""
     method, optimizer = config.method, config.optimizer
     slower = [f"optimizer.lr below {optimizer.lr:g}", "a longer schedule.warmup_epochs"]
     if kind == "blow-up":
         return slower
     tries = []
-    if _is_cosine_of_c(method) and method.correlation == "embeddings":
+    if _is_cosine_of_raw_c(method):
         tries.append("method.correlation directions, so that long embeddings don't own C")
     if method.name in ("directpred", "directcopy"):
         tries.append("method.name isoloss, which keeps small eigenvalues growing")

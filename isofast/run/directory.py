@@ -1,8 +1,9 @@
-"""The folder of a run: made, recognised, locked, continued or refused."""
+"""The folder of a run: chosen, checked, locked."""
 
 import fcntl
 import json
 import platform
+import re
 import subprocess
 import sys
 from importlib import metadata
@@ -18,19 +19,13 @@ from isofast.distributed import World
 from isofast.errors import UserError
 
 _PACKAGES = (
-    "torch",
-    "torchvision",
-    "triton",
-    "deepspeed",
-    "nvidia-dali-cuda130",
-    "numpy",
-    "pydantic",
-    "isofast",
+    *("torch", "torchvision", "triton", "deepspeed", "nvidia-dali-cuda130"),
+    *("numpy", "pydantic", "isofast"),
 )
 
 
 def choose_run_dir(config_path: Path, run_dir: Path | None, fresh: bool) -> Path:
-    """``run_dir``, by default runs/NAME of the config file; with ``fresh`` a new one beside it."""
+    """Return ``run_dir`` or runs/NAME of the config file; if ``fresh``, a new one beside it."""
     chosen = run_dir or Path("runs") / config_path.stem
     if not fresh or not chosen.exists():
         return chosen
@@ -41,23 +36,23 @@ def choose_run_dir(config_path: Path, run_dir: Path | None, fresh: bool) -> Path
 
 
 def open_run_dir(run_dir: Path, config: Config) -> IO[str]:
-    """Makes the folder, or checks that ``config`` continues what is in it; locks it.
+    """Create and lock the folder, or check that ``config`` continues the run in it.
 
     Returns:
-        The lock; the folder is this process's until it is closed or the process ends.
+        The lock, held until it is closed or the process ends.
 
     Raises:
-        UserError: the folder holds something else, another config, or a run that is going on.
+        UserError: the folder holds something else, another config, or a run in progress.
     """
     stored = run_dir / "config.json"
-    if run_dir.exists() and not run_dir.is_dir():
+    if run_dir.is_file():
         raise UserError(f"--run-dir {run_dir} is a file; name a folder")
-    if run_dir.is_dir() and not stored.exists() and _has_foreign_files(run_dir):
+    if stored.exists():
+        _refuse_other_config(stored, config)
+    elif run_dir.exists() and any(path.name[0] != "." for path in run_dir.iterdir()):
         raise UserError(
             f"{run_dir} holds files but no config.json, so it is not a run; name another --run-dir"
         )
-    if stored.exists():
-        _refuse_other_config(stored, config)
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         lock = (run_dir / ".lock").open("w", encoding="utf-8")
@@ -71,7 +66,7 @@ def open_run_dir(run_dir: Path, config: Config) -> IO[str]:
             f"another process is training in {run_dir}; wait for it, or name another --run-dir"
         ) from None
     except OSError:
-        # some network file systems have no locks, which is no reason not to train
+        # some network file systems have no locks; train without
         pass
     for part in run_dir.glob(".*.part"):
         part.unlink()
@@ -79,25 +74,29 @@ def open_run_dir(run_dir: Path, config: Config) -> IO[str]:
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Writes ``content``, whole or not at all."""
-    text = json.dumps(content, indent=2) + "\n"
+    """Write ``content``, whole or not at all."""
+    write_text(path, json.dumps(content, indent=2) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write ``text``, whole or not at all."""
     write_atomically(path, lambda part: part.write_text(text, encoding="utf-8"))
 
 
 def describe_environment(world: World, **resolved: str) -> dict[str, Any]:
-    """Versions, device, commit: what a reader needs to place a run's numbers.
+    """Return what places a run's numbers: versions, device, commit.
 
     Args:
         world: this process among its peers.
-        resolved: what "auto" in the config has become, by name.
+        resolved: what each "auto" of the config has become, by name.
     """
-    device = world.device
+    cuda = world.device.type == "cuda"
     return {
         "versions": {name: _version(name) for name in _PACKAGES},
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name(),
-        "cuda": torch.version.cuda if device.type == "cuda" else None,
+        "device": torch.cuda.get_device_name(world.device) if cuda else _cpu_name(),
+        "cuda": torch.version.cuda if cuda else None,
         "torch_threads": torch.get_num_threads(),
         "ranks": world.size,
         **resolved,
@@ -107,24 +106,17 @@ def describe_environment(world: World, **resolved: str) -> dict[str, Any]:
 
 
 def _refuse_other_config(stored: Path, config: Config) -> None:
-    remedy = (
-        "give the old values back, name another --run-dir, or start over beside it with --fresh"
-    )
+    remedy = "restore the old values, name another --run-dir, or start over beside it with --fresh"
     try:
         old = read_stored(stored)
     except (OSError, ValueError) as error:
         raise UserError(f"cannot read {stored}: {error}; {remedy}") from None
-    changes = changed_keys(old, config)
-    if changes:
+    if changes := changed_keys(old, config):
+        listed = "\n  ".join(changes)
         raise UserError(
-            f"{stored.parent} holds a run of another configuration:\n  "
-            + "\n  ".join(changes)
-            + f"\nTo go on, {remedy}."
+            f"{stored.parent} holds a run of another configuration:\n  {listed}\n"
+            f"To continue, {remedy}."
         )
-
-
-def _has_foreign_files(run_dir: Path) -> bool:
-    return any(not path.name.startswith(".") for path in run_dir.iterdir())
 
 
 def _version(package: str) -> str | None:
@@ -136,21 +128,17 @@ def _version(package: str) -> str | None:
 
 def _cpu_name() -> str:
     cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
+    text = cpuinfo.read_text(encoding="utf-8") if cpuinfo.exists() else ""
+    named = re.search(r"^model name\s*: (.*)$", text, re.MULTILINE)
+    return named[1].strip() if named else platform.processor() or platform.machine()
 
 
 def _commit() -> str | None:
-    """The commit of the source tree, with + where files differ from it; None outside git."""
-    here = Path(__file__).parent
+    """The commit of the source tree, with + if tracked files differ; None outside git."""
 
     def git(*arguments: str) -> str:
-        return subprocess.run(
-            ["git", *arguments], cwd=here, capture_output=True, text=True, check=True
-        ).stdout.strip()
+        command = ["git", "-C", str(Path(__file__).parent), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
     try:
         return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else "")

@@ -1,9 +1,8 @@
-"""What a run records: metrics.jsonl and spectrum.npz, written whole and read back."""
+"""metrics.jsonl and spectrum.npz: written, continued after a break, read back."""
 
 import json
 import os
-import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,8 @@ from zipfile import BadZipFile
 import numpy as np
 
 from isofast.data.files import write_atomically
+from isofast.errors import UserError
+from isofast.run.directory import write_text
 from isofast.run.loggers import Logger, Record
 from isofast.run.spectrum import Spectrum
 
@@ -25,43 +26,32 @@ class Evaluation:
 
 
 class MetricsWriter:
-    """Appends records; continues a run from ``step`` by dropping what was written after it.
+    """Appends records and spectra; drops what an interrupted run wrote after ``step``.
 
     Args:
         run_dir: the run's folder.
-        step: the step from which the run goes on; 0 for a new run (nothing is kept then).
+        step: where the run continues; 0 for a new run, which keeps nothing.
         loggers: receive each record too.
-        report: is told of records that are damaged; they are kept beside the new file.
 
     Attributes:
-        spectra: those of ``spectrum.npz``, by step, in order.
+        records: the records kept.
+
+    Raises:
+        UserError: spectrum.npz cannot be read.
     """
 
-    def __init__(
-        self,
-        run_dir: Path,
-        step: int,
-        loggers: Sequence[Logger] = (),
-        report: Callable[[str], None] = lambda text: None,
-    ) -> None:
-        self._path = run_dir / "metrics.jsonl"
-        self._spectrum_path = run_dir / "spectrum.npz"
-        if step and _has_damage(self._path):
-            report(_set_aside(self._path))
-        kept = [record for record in read_metrics(self._path) if step and record["step"] <= step]
-        text = "".join(json.dumps(record) + "\n" for record in kept)
-        write_atomically(self._path, lambda path: path.write_text(text, encoding="utf-8"))
-        self._file = self._path.open("a", encoding="utf-8")
-        try:
-            kept_spectra = read_spectra(self._spectrum_path) if step else {}
-        except (ValueError, KeyError, EOFError, OSError, BadZipFile):
-            report(_set_aside(self._spectrum_path))
-            kept_spectra = {}
-        self.spectra = {at: one for at, one in kept_spectra.items() if at <= step}
+    def __init__(self, run_dir: Path, step: int, loggers: Sequence[Logger] = ()) -> None:
+        path, self._spectrum_path = run_dir / "metrics.jsonl", run_dir / "spectrum.npz"
+        self.records = [one for one in read_metrics(path) if step and one["step"] <= step]
+        spectra = read_spectra(self._spectrum_path) if step else {}
+        self._spectra = {at: spectrum for at, spectrum in spectra.items() if at <= step}
+        text = "".join(json.dumps(record) + "\n" for record in self.records)
+        write_text(path, text)
+        self._file = path.open("a", encoding="utf-8")
         self._loggers = loggers
 
     def write(self, record: Record) -> None:
-        """Appends one record; NaN and infinity become null, which is what JSON has."""
+        """Append a record; NaN and infinity, which JSON lacks, become null."""
         clean = {k: v if v is None or np.isfinite(v) else None for k, v in record.items()}
         self._file.write(json.dumps(clean) + "\n")
         self._file.flush()
@@ -69,21 +59,20 @@ class MetricsWriter:
             logger.log(record)
 
     def spectrum(self, step: int, spectrum: Spectrum) -> None:
-        """Keeps C's spectrum for ``flush``."""
-        self.spectra[step] = spectrum
+        """Keep C's spectrum for ``flush``."""
+        self._spectra[step] = spectrum
 
     def flush(self) -> None:
-        """Writes spectrum.npz and whatever is buffered to the disk."""
-        if self.spectra:
-            arrays = _spectra_as_arrays(self.spectra)
+        """Write spectrum.npz, and bring records and spectra to the disk."""
+        if self._spectra:
+            arrays = _spectra_as_arrays(self._spectra)
             write_atomically(self._spectrum_path, lambda path: _save_npz(path, arrays))
-        self._file.flush()
         os.fsync(self._file.fileno())
         for logger in self._loggers:
             logger.flush()
 
     def close(self) -> None:
-        """Flushes and closes."""
+        """Flush and close."""
         self.flush()
         self._file.close()
         for logger in self._loggers:
@@ -91,7 +80,7 @@ class MetricsWriter:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The records of a metrics.jsonl; a line that a crash cut short or damaged is left out."""
+    """Return the records of a metrics.jsonl, without lines that a crash cut short."""
     if not path.exists():
         return []
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
@@ -99,22 +88,26 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def read_spectra(path: Path) -> dict[int, Spectrum]:
-    """The spectra of a spectrum.npz by step, in order; none where there is no file.
+    """Return the spectra of a spectrum.npz by step, in order; none if there is no file.
 
     Raises:
-        ValueError, KeyError, EOFError, OSError, BadZipFile: the file is damaged.
+        UserError: the file is damaged.
     """
     if not path.exists():
         return {}
-    with np.load(path) as stored:
-        steps, eigenvalues = stored["step"].tolist(), stored["eigenvalues"].astype(np.float32)
-        # runs without a linear predictor have none
-        alignments = (
-            stored["alignment"].astype(np.float32) if "alignment" in stored else [None] * len(steps)
-        )
+    try:
+        with np.load(path) as stored:
+            steps, eigenvalues = stored["step"].tolist(), stored["eigenvalues"].astype(np.float32)
+            # only runs with a linear predictor have alignments
+            alignments = stored["alignment"].astype(np.float32) if "alignment" in stored else None
+    except (ValueError, KeyError, EOFError, OSError, BadZipFile) as error:
+        raise UserError(
+            f"cannot read {path}: {error}; put it back, or move it away to do without the "
+            f"eigenvalues up to here"
+        ) from None
     return {
-        step: Spectrum(eigenvalues_D, alignment_D)
-        for step, eigenvalues_D, alignment_D in zip(steps, eigenvalues, alignments, strict=True)
+        step: Spectrum(eigenvalues[t], None if alignments is None else alignments[t])
+        for t, step in enumerate(steps)
     }
 
 
@@ -126,35 +119,17 @@ def _record(line: str) -> dict[str, Any] | None:
     return record if isinstance(record, dict) and isinstance(record.get("step"), int) else None
 
 
-def _has_damage(path: Path) -> bool:
-    """Whether any line but the last, which a crash may cut short, is no record."""
-    if not path.exists():
-        return False
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-    return any(_record(line) is None for line in lines[:-1])
-
-
-def _set_aside(path: Path) -> str:
-    """Copies a damaged file to NAME.damaged; gives what there is to say."""
-    aside = path.with_name(f"{path.name}.damaged")
-    shutil.copyfile(path, aside)
-    return f"{path} is damaged; what can be read of it is kept, and the file as it was in {aside}"
-
-
 def _save_npz(path: Path, arrays: dict[str, Any]) -> None:
     with path.open("wb") as file:
         np.savez_compressed(file, **arrays)
 
 
 def _spectra_as_arrays(spectra: Mapping[int, Spectrum]) -> dict[str, Any]:
-    """What spectrum.npz holds: step (T,), eigenvalues (T, D) and, where there is any, alignment."""
-    arrays: dict[str, Any] = {
-        "step": np.array([*spectra], dtype=np.int64),
-        "eigenvalues": np.stack([spectrum.eigenvalues_D for spectrum in spectra.values()]),
-    }
-    if any(spectrum.alignment_D is not None for spectrum in spectra.values()):
-        unknown = np.full_like(arrays["eigenvalues"][0], np.nan)
-        arrays["alignment"] = np.stack(
-            [unknown if s.alignment_D is None else s.alignment_D for s in spectra.values()]
-        )
+    """step (T,), eigenvalues (T, D) and, if any is known, alignment (T, D)."""
+    eigenvalues_TD = np.stack([spectrum.eigenvalues_D for spectrum in spectra.values()])
+    arrays = {"step": np.array([*spectra], dtype=np.int64), "eigenvalues": eigenvalues_TD}
+    alignments = [spectrum.alignment_D for spectrum in spectra.values()]
+    if any(alignment_D is not None for alignment_D in alignments):
+        unknown_D = np.full_like(eigenvalues_TD[0], np.nan)
+        arrays["alignment"] = np.stack([unknown_D if a is None else a for a in alignments])
     return arrays

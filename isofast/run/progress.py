@@ -7,36 +7,31 @@ from collections.abc import Mapping
 from tqdm import tqdm
 
 _LINE_EVERY_S = 15.0
-# what fits 80 columns; tqdm's own leaves no room for the values
+# fits 80 columns; tqdm's own format leaves no room for the values
 _BAR = "{percentage:3.0f}% {n_fmt}/{total_fmt} {elapsed}<{remaining}{postfix}"
 
 
 class Progress:
-    """Shows steps, speed, time left and a few values; silent on all ranks but the first.
+    """Shows steps, time left and a few values.
 
     Args:
         total: steps of the whole run.
         start: steps taken before.
-        speak: whether this process prints.
+        speak: whether this process prints; only the main rank does.
     """
 
     def __init__(self, total: int, start: int, speak: bool) -> None:
         terminal = sys.stderr.isatty()
-        self._total, self._start = total, start
+        self._total, self._start, self._speak = total, start, speak
         self._lines = speak and not terminal
-        self._speak = speak
         self._began = self._last_line = time.monotonic()
+        disable = not (speak and terminal)
         self._bar = tqdm(
-            total=total,
-            initial=start,
-            unit="step",
-            dynamic_ncols=True,
-            bar_format=_BAR,
-            disable=not (speak and terminal),
+            total=total, initial=start, dynamic_ncols=True, bar_format=_BAR, disable=disable
         )
 
     def advance(self, done: int, values: Mapping[str, str] | None = None) -> None:
-        """One more step is done; ``values`` are new ones to show, by name."""
+        """Count a step, the ``done``-th; show new ``values`` by name."""
         self._bar.update(1)
         if values is None:
             return
@@ -49,17 +44,17 @@ class Progress:
             self.say(f"step {done}/{self._total}  {shown}  left {duration(left)}")
 
     def say(self, text: str) -> None:
-        """A line of its own, above the bar."""
+        """Print a line above the bar."""
         if self._speak:
             tqdm.write(text, file=sys.stderr)
 
     def note(self, text: str) -> None:
-        """A line in a log file only: on a terminal a bar of its own says it."""
+        """Print a line in a log file only; a terminal has a bar for it."""
         if self._lines:
             self.say(text)
 
     def close(self) -> None:
-        """Leaves the bar as it is."""
+        """Leave the bar as it is."""
         self._bar.close()
 
 

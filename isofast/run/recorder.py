@@ -3,7 +3,7 @@
 import math
 import time
 from concurrent.futures import Future
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,13 +11,12 @@ from typing import Any
 from torch import Tensor
 
 from isofast.config.schema import Config, to_json
-from isofast.data.files import write_atomically
 from isofast.distributed import World
 from isofast.run.background import Background, HostCopy
 from isofast.run.collapse import CollapseWatch, Finding
-from isofast.run.directory import write_json
+from isofast.run.directory import write_json, write_text
 from isofast.run.loggers import Record, make_loggers
-from isofast.run.metrics import Evaluation, MetricsWriter, read_metrics
+from isofast.run.metrics import Evaluation, MetricsWriter
 from isofast.run.progress import Progress
 from isofast.run.spectrum import Spectrum, measure
 from isofast.run.summary import Summary, results_table
@@ -25,7 +24,7 @@ from isofast.run.summary import Summary, results_table
 
 @dataclass
 class Totals:
-    """What a run adds up over all its processes, saved with each checkpoint."""
+    """What a run accumulates over all its processes; saved with each checkpoint."""
 
     wall_s: float = 0.0
     train_s: float = 0.0
@@ -38,7 +37,7 @@ class Totals:
 
 @dataclass
 class _Lap:
-    """The time since the last record, how much of it was spent waiting for data, the steps."""
+    """The time since the last record, the part of it spent waiting for data, and the steps."""
 
     began: float = field(default_factory=time.perf_counter)
     waited: float = 0.0
@@ -46,15 +45,17 @@ class _Lap:
 
 
 class Recorder:
-    """Records, progress and timing of one process; only the first of a group writes and prints.
+    """Records, progress and timing of one rank; only the main rank writes and prints.
+
+    Writes config.json and environment.json at once.
 
     Args:
-        run_dir: the run's folder; config.json and environment.json are written at once.
+        run_dir: the run's folder.
         config: the run's.
         world: this process among its peers.
-        environment: what is in environment.json.
+        environment: the content of environment.json.
         totals: of the processes that took the run to ``step``.
-        step: where the run goes on; records after it are dropped.
+        step: where the run continues; later records are dropped.
         last_step: where it ends.
         steps_per_epoch: steps of one pass over the images.
     """
@@ -72,28 +73,22 @@ class Recorder:
         steps_per_epoch: int,
     ) -> None:
         self.totals = totals
-        self._run_dir = run_dir
-        self._environment = environment
+        self.progress = Progress(last_step, min(step, last_step), world.is_main)
+        self._run_dir, self._environment = run_dir, environment
         self._batch_size = config.train.batch_size
         self._steps_per_epoch = steps_per_epoch
-        self.progress = Progress(last_step, min(step, last_step), world.is_main)
         self._background = Background()
         self._spectrum: Future[Spectrum] | None = None
         self._finding: Future[Finding | None] | None = None
         self._watch = CollapseWatch(config, steps_per_epoch)
         self._writer: MetricsWriter | None = None
         if world.is_main:
-            text = to_json(config)
-            write_atomically(
-                run_dir / "config.json", lambda path: path.write_text(text, encoding="utf-8")
-            )
+            write_text(run_dir / "config.json", to_json(config))
             write_json(run_dir / "environment.json", environment)
             if step < last_step:
                 (run_dir / "summary.json").unlink(missing_ok=True)
-            self._writer = MetricsWriter(
-                run_dir, step, make_loggers(run_dir, config, step), self.progress.say
-            )
-            for record in read_metrics(run_dir / "metrics.jsonl"):
+            self._writer = MetricsWriter(run_dir, step, make_loggers(run_dir, config, step))
+            for record in self._writer.records:
                 if "embedding_std" in record:
                     self._watch.judge(record)
         self._began = time.perf_counter()
@@ -119,10 +114,7 @@ class Recorder:
         return lap
 
     def spectrum(self, step: int, corr_DD: Tensor, w_DD: Tensor | None) -> None:
-        """Keeps the spectrum of C at this step, of a linear predictor's W as well.
-
-        The matrices are copied off their device and decomposed beside the loop, which waits for
-        neither.
+        """Keep the spectrum of C, measured in the background; the loop doesn't wait.
 
         Args:
             step: steps taken.
@@ -142,19 +134,14 @@ class Recorder:
         self._spectrum = self._background.do(work)
 
     def training(self, step: int, values: Record) -> None:
-        """Writes and shows a step's record: ``values``, the speed since the last one, and what
-        ``spectrum``, called before, found at this step."""
+        """Write and show a step's record: ``values``, the speed since the last record, and the
+        ranks of the spectrum taken at this step."""
         lap = self.stop_clock()
         elapsed = self._lap.began - lap.began
         images_per_s = lap.steps * self._batch_size / elapsed
         data_wait = lap.waited / elapsed
-        record: Record = {
-            "step": step,
-            "epoch": self.epoch(step),
-            **values,
-            "images_per_s": images_per_s,
-            "data_wait": data_wait,
-        }
+        record: Record = {"step": step, "epoch": self.epoch(step), **values}
+        record |= {"images_per_s": images_per_s, "data_wait": data_wait}
         if self._writer is not None and self._spectrum is not None:
             spectrum = self._spectrum
             self._finding = self._background.do(lambda: self._write(record, spectrum.result()))
@@ -167,7 +154,7 @@ class Recorder:
         self.progress.advance(step, shown)
 
     def evaluation(self, step: int, result: Evaluation) -> None:
-        """Writes and shows an evaluation."""
+        """Write and show an evaluation."""
         self.totals.val_top1, self.totals.knn_top1 = result.val_top1, result.knn_top1
         if step == 0:
             self.totals.knn_top1_initial = result.knn_top1
@@ -180,9 +167,9 @@ class Recorder:
         )
 
     def finding(self) -> Finding | None:
-        """What has collapsed by the last record; None on all ranks but the first.
+        """Return what the last record shows to have collapsed; None on all ranks but the main one.
 
-        Waits for that record; asked at the next one, it is ready.
+        Waits for that record, which is ready by the time of the next.
         """
         return None if self._finding is None else self._finding.result()
 
@@ -192,53 +179,50 @@ class Recorder:
         self.totals.collapse = message
 
     def flush(self) -> Totals:
-        """Writes all pending records to the disk; returns the totals so far."""
+        """Bring all pending records to the disk; return the totals so far."""
         self._background.wait()
         if self._writer is not None:
             self._writer.flush()
-        return Totals(**(asdict(self.totals) | {"wall_s": self._wall_s()}))
+        wall_s = self.totals.wall_s + time.perf_counter() - self._began
+        return replace(self.totals, wall_s=wall_s)
 
     def summary(self, step: int, corr_DD: Tensor, dropped: int, failure: str | None) -> Summary:
-        """Writes summary.json; a run without ``failure`` is completed and its table printed."""
-        totals = self.flush()
+        """Write summary.json; without ``failure`` the run is completed and its table printed."""
+        totals = asdict(self.flush())
+        train_s = totals.pop("train_s")
         rank = measure(corr_DD.cpu()).effective_rank
         summary: Summary = {
             "completed": failure is None,
             "failure": failure,
             "epochs": self.epoch(step),
             "steps": step,
-            "val_top1": totals.val_top1,
-            "knn_top1": totals.knn_top1,
-            "knn_top1_initial": totals.knn_top1_initial,
-            "knn_top1_pixels": totals.knn_top1_pixels,
             "effective_rank": rank if math.isfinite(rank) else None,
-            "images_per_s": step * self._batch_size / totals.train_s if totals.train_s else None,
-            "wall_s": totals.wall_s,
+            "images_per_s": step * self._batch_size / train_s if train_s else None,
             "dropped_images_per_epoch": dropped,
-            "collapse": totals.collapse,
+            **totals,
         }
         if self._writer is not None:
             write_json(self._run_dir / "summary.json", summary)
         self.progress.close()
         if failure is None:
             table = results_table(self._run_dir, summary, self._environment)
-            warning = f"warning: {totals.collapse}\n" if totals.collapse else ""
-            self.progress.say(f"\n{self._run_dir}: completed\n\n{table}\n{warning}")
+            warning = f"\nwarning: {self.totals.collapse}" if self.totals.collapse else ""
+            self.progress.say(f"\n{self._run_dir}: completed\n\n{table}{warning}\n")
         return summary
 
     def epoch(self, step: int) -> float:
-        """Passes over the images after ``step`` steps."""
+        """Return the passes over the images after ``step`` steps."""
         return round(step / self._steps_per_epoch, 4)
 
     def close(self) -> None:
-        """Closes the files, the bar and the background thread."""
+        """Close the files, the bar and the background thread."""
         self.progress.close()
         self._background.close()
         if self._writer is not None:
             self._writer.close()
 
     def _write(self, record: Record, spectrum: Spectrum) -> Finding | None:
-        """Writes a step's record with what its spectrum says; gives what has collapsed."""
+        """Write a record with its spectrum's ranks; return what has collapsed."""
         assert self._writer is not None
         record["effective_rank"] = spectrum.effective_rank
         record["effective_rank_entropy"] = spectrum.effective_rank_entropy
@@ -248,6 +232,3 @@ class Recorder:
         finding = self._watch.judge(record)
         self.totals.collapse = None if finding is None else finding.message
         return finding
-
-    def _wall_s(self) -> float:
-        return self.totals.wall_s + time.perf_counter() - self._began

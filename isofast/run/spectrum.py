@@ -1,7 +1,6 @@
 """C's spectrum: effective ranks, and the alignment of a trained linear predictor with it.
 
-Computed in float64 on the CPU by the background thread, kept in float32. Shapes: D embedding
-dimensions.
+Computed in float64, kept in float32. Shapes: D embedding dimensions.
 """
 
 from dataclasses import dataclass
@@ -16,12 +15,12 @@ Array = npt.NDArray[np.float32]
 
 @dataclass(frozen=True)
 class Spectrum:
-    """C = U diag(lambda) U^T at one step, and how a trained linear predictor W lies to it."""
+    """The spectrum of C = U diag(lambda) U^T, and a linear predictor's alignment with U."""
 
     eigenvalues_D: Array
-    """Descending, clamped at 0, float32; NaN where C is not finite."""
+    """Descending, clamped at 0, float32; NaN if C is not finite."""
     alignment_D: Array | None = None
-    """cos(W u_i, u_i), in the order of the eigenvalues, float32; None without such a W."""
+    """cos(W u_i, u_i), in the order of the eigenvalues, float32; None without a linear W."""
 
     @property
     def effective_rank(self) -> float:
@@ -30,20 +29,21 @@ class Spectrum:
 
     @property
     def effective_rank_entropy(self) -> float:
-        """Exponential of the entropy of the eigenvalues."""
-        return effective_rank_entropy(self.eigenvalues_D)
+        """exp(-sum p log p) with p = lambda / sum lambda: D if all eigenvalues are equal.
 
-    @property
-    def trace(self) -> float:
-        """Sum of the eigenvalues: the mean squared norm of the embeddings that C averages."""
-        return float(self.eigenvalues_D.astype(np.float64).sum())
+        Never below the participation ratio: small eigenvalues count for more.
+        """
+        values_D = self.eigenvalues_D.astype(np.float64)
+        if not np.isfinite(values_D).all():
+            return float("nan")
+        used = values_D[values_D > 0]
+        p = used / used.sum()
+        return float(np.exp(-(p * np.log(p)).sum())) if len(used) else 0.0
 
     @property
     def predictor_alignment(self) -> float | None:
-        """The alignments' mean, weighted by the eigenvalues; None without a linear predictor.
-
-        Weighted, because eigenvectors that the embeddings do not use are arbitrary.
-        """
+        """The alignments' mean, weighted by the eigenvalues since eigenvectors of small ones are
+        arbitrary; None without a linear predictor."""
         if self.alignment_D is None:
             return None
         weights_D = self.eigenvalues_D.astype(np.float64)
@@ -53,11 +53,15 @@ class Spectrum:
 
 @torch.no_grad()
 def measure(corr_DD: Tensor, w_DD: Tensor | None = None) -> Spectrum:
-    """The spectrum of C and, with ``w_DD``, the predictor's alignment with its eigenvectors.
+    """Return the spectrum of C and, with ``w_DD``, the predictor's alignment with it.
+
+    The alignment is cos(W u_i, u_i) = u_i^T W u_i / |W u_i|, P Fig. 4 (after Tian et al., 2021): 1
+    if u_i is an eigenvector of W with a positive eigenvalue (so for any W = f(C)), -1 with a
+    negative one, 0 if W u_i is. A random W gives 0 on average, with a spread of 1/sqrt(D).
 
     Args:
         corr_DD: C, symmetric (D, D), any dtype, on the CPU.
-        w_DD: the weight of a trained linear predictor, p = W z, (D, D); not symmetric in general.
+        w_DD: the weight (D, D) of a trained linear predictor p = W z; need not be symmetric.
     """
     corr_DD = corr_DD.double()
     if not torch.isfinite(corr_DD).all():
@@ -66,52 +70,20 @@ def measure(corr_DD: Tensor, w_DD: Tensor | None = None) -> Spectrum:
     if w_DD is None:
         return Spectrum(_kept(torch.linalg.eigvalsh(corr_DD).flip(0).clamp(min=0)))
     eigenvalues_D, u_DD = torch.linalg.eigh(corr_DD)
-    alignment_D = predictor_alignment(w_DD.double(), u_DD.flip(1))
-    return Spectrum(_kept(eigenvalues_D.flip(0).clamp(min=0)), _kept(alignment_D))
-
-
-def predictor_alignment(w_DD: Tensor, u_DD: Tensor) -> Tensor:
-    """cos(W u_i, u_i) = u_i^T W u_i / |W u_i|, the measure of P Fig. 4 (after Tian et al., 2021).
-
-    1 where u_i is an eigenvector of W with a positive eigenvalue (so for W = I and any W = f(C)),
-    -1 with a negative one, 0 where W takes u_i to a right angle or to nothing. A W that knows
-    nothing of C gives 0 on average, with a spread of 1/sqrt(D).
-
-    Args:
-        w_DD: the predictor.
-        u_DD: orthonormal eigenvectors of C in the columns.
-
-    Returns:
-        (D,), in the order of the columns, in [-1, 1].
-    """
-    moved_DD = w_DD @ u_DD
-    norm_D = moved_DD.norm(dim=0)
-    cos_D: Tensor = (u_DD * moved_DD).sum(0) / norm_D.clamp(min=torch.finfo(norm_D.dtype).tiny)
-    return cos_D.clamp(-1, 1)
+    u_DD = u_DD.flip(1)
+    moved_DD = w_DD.double() @ u_DD
+    norm_D = moved_DD.norm(dim=0).clamp(min=torch.finfo(torch.float64).tiny)
+    cos_D = ((u_DD * moved_DD).sum(0) / norm_D).clamp(-1, 1)
+    return Spectrum(_kept(eigenvalues_D.flip(0).clamp(min=0)), _kept(cos_D))
 
 
 def effective_rank(eigenvalues_D: npt.ArrayLike) -> float:
-    """Participation ratio (sum lambda)^2 / sum lambda^2: D if all are equal, 1 if one is left."""
+    """Return the participation ratio (sum lambda)^2 / sum lambda^2: D if all are equal."""
     values_D = np.asarray(eigenvalues_D, dtype=np.float64)
     squares = np.square(values_D).sum()
     # infinite / infinite is NaN, as it should be
     with np.errstate(invalid="ignore"):
         return float(np.square(values_D.sum()) / squares) if squares != 0 else 0.0
-
-
-def effective_rank_entropy(eigenvalues_D: npt.ArrayLike) -> float:
-    """exp(-sum p log p) with p = lambda / sum lambda: D if all are equal, 1 if one is left.
-
-    Small eigenvalues count for more here than in the participation ratio, which is never larger.
-    """
-    values_D = np.asarray(eigenvalues_D, dtype=np.float64)
-    if not np.isfinite(values_D).all():
-        return float("nan")
-    used = values_D[values_D > 0]
-    if not len(used):
-        return 0.0
-    p = used / used.sum()
-    return float(np.exp(-(p * np.log(p)).sum()))
 
 
 def _kept(values_D: Tensor) -> Array:

@@ -1,10 +1,9 @@
-"""Runs read back from their folders, and what to call each of them beside the others."""
+"""Runs read back from their folders, and short names that tell them apart."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from zipfile import BadZipFile
 
 import numpy as np
 import numpy.typing as npt
@@ -24,7 +23,7 @@ TITLES = {
     "simsiam": "SimSiam",
     "linear": "linear predictor",
 }
-# What a reader wants to know of runs that differ in it; of other keys only what tells runs apart.
+# Named whenever runs differ in them; other keys only if needed to tell runs apart.
 _ALWAYS_KEYS = ("method.metric", "method.ema")
 _WORDS = {
     "method.name": TITLES,
@@ -40,26 +39,26 @@ class Run:
     path: Path
     config: Config
     records: list[dict[str, Any]]
-    """Those of training, in order; at least one."""
+    """Of training, in order; at least one."""
     evaluations: list[dict[str, Any]]
     epochs_T: Array
-    """When the spectra were taken."""
+    """Of the spectra."""
     eigenvalues_TD: Array
     """Descending in each row."""
     alignment_TD: Array | None
-    """Of a linear predictor; NaN where it is not known."""
+    """Of a linear predictor; NaN where unknown."""
 
     def curve(self, name: str) -> tuple[Array, Array]:
-        """Epochs and values of a record's or an evaluation's number, where it is known."""
+        """Return epochs and values of a recorded or evaluated number, where known."""
         known = [r for r in (*self.records, *self.evaluations) if r.get(name) is not None]
         return np.array([r["epoch"] for r in known]), np.array([float(r[name]) for r in known])
 
 
 def read_run(path: Path) -> Run:
-    """Reads what a run has written up to now.
+    """Read what a run has written so far.
 
     Raises:
-        UserError: the folder is no run, has no records or no spectra yet, or is damaged.
+        UserError: the folder is not a run, has no records or spectra yet, or is damaged.
     """
     config_path = path / "config.json"
     if not config_path.is_file():
@@ -70,7 +69,7 @@ def read_run(path: Path) -> Run:
     try:
         config = read_stored(config_path)
         spectra = read_spectra(path / "spectrum.npz")
-    except (OSError, ValueError, KeyError, EOFError, BadZipFile) as error:
+    except (OSError, ValueError) as error:
         raise UserError(f"cannot read the run {path}: {error}") from None
     found = read_metrics(path / "metrics.jsonl")
     records = [record for record in found if "loss" in record]
@@ -81,25 +80,24 @@ def read_run(path: Path) -> Run:
             f"{config.checkpoint.every_steps} steps and at its end. Train it on, or leave it out"
         )
     steps_per_epoch = records[-1]["step"] / records[-1]["epoch"]
-    alignments = [spectrum.alignment_D for spectrum in spectra.values()]
-    known = [alignment_D for alignment_D in alignments if alignment_D is not None]
+    known = [one.alignment_D for one in spectra.values() if one.alignment_D is not None]
     return Run(
         path,
         config,
         records,
         [record for record in found if "val_top1" in record],
         np.array([*spectra]) / steps_per_epoch,
-        np.stack([spectrum.eigenvalues_D for spectrum in spectra.values()]).astype(np.float64),
-        np.stack(known).astype(np.float64) if len(known) == len(alignments) else None,
+        np.stack([one.eigenvalues_D for one in spectra.values()]).astype(np.float64),
+        np.stack(known).astype(np.float64) if known else None,
     )
 
 
 def labels(runs: Sequence[Run], first: Sequence[str] = ()) -> list[str]:
-    """A short name for each run: its method, and as much of what differs as tells them apart.
+    """Return a short name for each run: its method, and the settings that tell it apart.
 
     Args:
         runs: the runs of one figure.
-        first: keys to name in any case, such as optimizer.weight_decay.
+        first: keys always named, such as optimizer.weight_decay.
     """
     settings = [dict(leaves(run.config)) for run in runs]
     differing = [key for key in _ALWAYS_KEYS if len({_key(one, [key]) for one in settings}) > 1]

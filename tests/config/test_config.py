@@ -116,7 +116,7 @@ def test_malformed_override_is_refused(tmp_path: Path, override: str) -> None:
 
 @pytest.mark.parametrize(
     ("text", "words"),
-    [("{", "line 1"), ("[1]", "JSON object"), ("\xff", "not valid JSON")],
+    [("{", "line 1"), ("[1]", "JSON object"), ("\xff", "as JSON")],
 )
 def test_a_file_that_is_not_a_config_is_refused(tmp_path: Path, text: str, words: str) -> None:
     path = tmp_path / "c.json"

@@ -44,30 +44,15 @@ def test_a_line_cut_short_is_dropped(tmp_path: Path) -> None:
     assert [json.loads(line)["step"] for line in lines] == [1, 2, 3, 4]
 
 
-@pytest.mark.parametrize("line", [b"\xff\xfe\n", b"nonsense\n", b'{"loss": 1}\n', b"[3]\n"])
-def test_damaged_records_are_set_aside_and_told(tmp_path: Path, line: bytes) -> None:
-    _write(tmp_path, 0, range(1, 5))
-    path = tmp_path / "metrics.jsonl"
-    lines = path.read_bytes().splitlines(keepends=True)
-    path.write_bytes(b"".join([lines[0], line, *lines[2:]]))
-    damaged = path.read_bytes()
-    told: list[str] = []
-    MetricsWriter(tmp_path, 4, report=told.append).close()
-    assert [record["step"] for record in read_metrics(path)] == [1, 3, 4]
-    assert len(told) == 1 and "metrics.jsonl.damaged" in told[0]
-    assert (tmp_path / "metrics.jsonl.damaged").read_bytes() == damaged
-
-
 @pytest.mark.parametrize("content", [b"", b"no archive", b"PK\x03\x04cut"])
-def test_a_damaged_spectrum_is_set_aside_and_told(tmp_path: Path, content: bytes) -> None:
+def test_a_damaged_spectrum_is_named_and_left_alone(tmp_path: Path, content: bytes) -> None:
     _write(tmp_path, 0, range(1, 5))
     (tmp_path / "spectrum.npz").write_bytes(content)
-    told: list[str] = []
-    with closing(MetricsWriter(tmp_path, 4, report=told.append)) as writer:
-        writer.spectrum(5, Spectrum(np.ones(3, np.float32)))
-    assert len(told) == 1 and "spectrum.npz.damaged" in told[0]
-    with np.load(tmp_path / "spectrum.npz") as spectrum:
-        assert spectrum["step"].tolist() == [5]
+    with pytest.raises(UserError, match=r"spectrum\.npz.*move it away"):
+        MetricsWriter(tmp_path, 4)
+    assert (tmp_path / "spectrum.npz").read_bytes() == content
+    assert len(read_metrics(tmp_path / "metrics.jsonl")) == 4
+    _write(tmp_path, 0, range(1, 2))
 
 
 def test_a_new_run_keeps_nothing(tmp_path: Path) -> None:
