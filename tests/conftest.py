@@ -2,7 +2,6 @@
 
 import importlib.util
 import json
-import multiprocessing
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +16,7 @@ from isofast.config.schema import Config
 from isofast.data.prepare import prepare
 from isofast.paper.reproduce import Request
 
-ROOT = Path(__file__).resolve().parent.parent
+from .support.runs import ROOT, fit_apart
 
 SMALL: dict[str, Any] = {
     "data": {"dataset": "digits", "backend": "dali", "threads": 1},
@@ -97,24 +96,12 @@ def spectrum_runs(
         "logging": {"every_steps": 10},
     }
     runs = {}
-    # a process for each: DeepSpeed allows one run in each
-    processes = multiprocessing.get_context("forkserver")
-    processes.set_forkserver_preload(["isofast.training.loop", "deepspeed"])
     for name, sections in own.items():
         settings = merge(merge(SMALL, shared), sections)
         run_dir = tmp_path_factory.mktemp("runs") / name.replace(" ", "-")
-        process = processes.Process(target=_fit, args=(settings, run_dir))
-        process.start()
-        process.join(timeout=200)
-        assert process.exitcode == 0
+        fit_apart(settings, run_dir)
         runs[name] = (settings, run_dir)
     return runs
-
-
-def _fit(settings: dict[str, Any], run_dir: Path) -> None:
-    from isofast.training.loop import fit
-
-    fit(validate(settings), run_dir)
 
 
 @pytest.fixture

@@ -1,8 +1,6 @@
 """What other people's scripts rely on, tried from outside: commands, files, keys, exit codes."""
 
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,9 +10,10 @@ import pytest
 from safetensors.torch import load_file
 from torchvision.models import resnet18
 
+from .support.runs import ROOT, call
+
 pytestmark = pytest.mark.slow
 
-ROOT = Path(__file__).resolve().parent.parent
 TRAIN = str(ROOT / "launch" / "train.py")
 ISOFAST = [sys.executable, "-m", "isofast.cli"]
 STEP_KEYS = {
@@ -50,79 +49,71 @@ def outside(tmp_path: Path, small: Any) -> Path:
     return tmp_path
 
 
-def call(folder: Path, *command: str, code: int = 0) -> subprocess.CompletedProcess[str]:
-    """Run a command there; its exit code must be the given one."""
-    env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(
-        command, cwd=folder, env=env, capture_output=True, text=True, timeout=300, check=False
-    )
-    assert done.returncode == code, done.stderr
-    assert code == 1 or "Traceback" not in done.stderr
-    return done
+def run(folder: Path, *options: str, code: int = 0) -> str:
+    """Train tiny.json there; return what was printed."""
+    command = [sys.executable, TRAIN, "--config", "tiny.json", *options]
+    return call(command, cwd=folder, code=code).stderr
 
 
-def train(folder: Path, *options: str, code: int = 0) -> subprocess.CompletedProcess[str]:
-    return call(folder, sys.executable, TRAIN, "--config", "tiny.json", *options, code=code)
-
-
-def lines_of(run: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+def lines_of(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
 def test_a_run_and_its_folder(outside: Path) -> None:
-    train(outside)
-    run = outside / "runs" / "tiny"
+    run(outside)
+    folder = outside / "runs" / "tiny"
     names = ("config.json", "environment.json", "metrics.jsonl", "spectrum.npz", "checkpoints")
-    assert all((run / name).exists() for name in (*names, "summary.json"))
-    steps = [line for line in lines_of(run) if "loss" in line]
-    evaluations = [line for line in lines_of(run) if "knn_top1" in line]
+    assert all((folder / name).exists() for name in (*names, "summary.json"))
+    steps = [line for line in lines_of(folder) if "loss" in line]
+    evaluations = [line for line in lines_of(folder) if "knn_top1" in line]
     assert [line["step"] for line in steps] == [1, 2, 3, 4]
     assert all(line.keys() >= STEP_KEYS for line in steps)
     assert evaluations[-1].keys() >= {"step", "epoch", "val_top1", "knn_top1"}
-    summary = json.loads((run / "summary.json").read_text())
+    summary = json.loads((folder / "summary.json").read_text())
     assert summary.keys() >= SUMMARY_KEYS
     assert summary["completed"] is True and summary["steps"] == 4
     assert 0 <= summary["knn_top1"] <= 1
-    with np.load(run / "spectrum.npz") as spectrum:
+    with np.load(folder / "spectrum.npz") as spectrum:
         count, features = spectrum["eigenvalues"].shape
         assert spectrum["step"].shape == (count,) and features == 16
         assert (np.diff(spectrum["eigenvalues"], axis=1) <= 0).all()
-    (encoder,) = sorted(run.glob("checkpoints/*/encoder.safetensors"))[-1:]
+    (encoder,) = sorted(folder.glob("checkpoints/*/encoder.safetensors"))[-1:]
     assert load_file(encoder).keys() == {k for k in resnet18().state_dict() if k[:3] != "fc."}
 
     # raising max_steps continues; what changes the result is refused; --fresh deletes nothing
-    assert "continuing from" in train(outside, "--set", "train.max_steps=6").stderr
-    refused = train(outside, "--set", "seed=1", "--set", "train.max_steps=6", code=2)
-    assert "seed" in refused.stderr and "--fresh" in refused.stderr
-    train(outside, "--set", "seed=1", "--fresh")
+    assert "continuing from" in run(outside, "--set", "train.max_steps=6")
+    refused = run(outside, "--set", "seed=1", "--set", "train.max_steps=6", code=2)
+    assert "seed" in refused and "--fresh" in refused
+    run(outside, "--set", "seed=1", "--fresh")
     assert len(list((outside / "runs").iterdir())) == 2
-    assert json.loads((run / "summary.json").read_text())["steps"] == 6
+    assert json.loads((folder / "summary.json").read_text())["steps"] == 6
 
 
 def test_a_method_in_a_file_of_ones_own(outside: Path) -> None:
     mine = ("--run-dir", "mine", "--set", "method.name=my_file:MyMethod", "--set", "method.pull=2")
-    train(outside, *mine)
-    assert "continuing from" in train(outside, *mine, "--set", "train.max_steps=6").stderr
+    run(outside, *mine)
+    assert "continuing from" in run(outside, *mine, "--set", "train.max_steps=6")
     lines = lines_of(outside / "mine")
     assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3, 4, 5, 6]
     assert all(line["pull"] == 2 for line in lines if "loss" in line)
     assert any("knn_top1" in line for line in lines)
-    wrong = train(outside, *mine[:4], "--set", "method.push=2", code=2).stderr
+    wrong = run(outside, *mine[:4], "--set", "method.push=2", code=2)
     assert "method.push" in wrong and "pull" in wrong
 
 
 def test_prepare_is_idempotent_and_prints_counts(tmp_path: Path) -> None:
     command = [*ISOFAST, "prepare", "digits", "--root", "digits"]
     counts = "10 classes, 1,442 train and 355 val images"
-    assert counts in call(tmp_path, *command).stdout
-    assert counts in call(tmp_path, *command).stdout
-    call(tmp_path, *ISOFAST, "prepare", "cifar10", "--root", "c", "--archive", "no.tar", code=2)
+    assert counts in call(command, cwd=tmp_path).stdout
+    assert counts in call(command, cwd=tmp_path).stdout
+    wrong = [*ISOFAST, "prepare", "cifar10", "--root", "c", "--archive", "no.tar"]
+    call(wrong, cwd=tmp_path, code=2)
     assert not (tmp_path / "c").exists()
 
 
 def test_theory_prints_json_alone(tmp_path: Path) -> None:
     command = [*ISOFAST, "theory", "simulate", "--loss", "iso_cosine", "--steps", "5", "--json"]
-    printed = json.loads(call(tmp_path, *command).stdout)
+    printed = json.loads(call(command, cwd=tmp_path).stdout)
     assert printed.keys() >= {"loss", "initial", "final", "trace"}
     assert printed["final"] == sorted(printed["final"], reverse=True)
     assert len(printed["trace"]) == 2
@@ -142,4 +133,4 @@ criterion = IsoLoss(4, alpha=0.5, eps=0.0, decay=0.9, metric="cosine", isotropic
 criterion(z1, z2).backward()
 assert "corr_DD" in dict(criterion.named_buffers())
 """
-    call(outside, sys.executable, "-c", code)
+    call([sys.executable, "-c", code], cwd=outside)

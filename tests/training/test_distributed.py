@@ -1,6 +1,6 @@
 """Two processes and one on the same global batch agree, through gloo and the real engine."""
 
-import os
+import json
 import socket
 import subprocess
 import sys
@@ -10,61 +10,55 @@ from pathlib import Path
 import pytest
 import torch
 
-from isofast.distributed import World, cores_of_rank
+from ..support.runs import ROOT, environment
 
 pytestmark = pytest.mark.slow
 
-SCRIPT = Path(__file__).resolve().parents[1] / "support" / "two_ranks.py"
+SCRIPT = ROOT / "tests" / "support" / "two_ranks.py"
+Results = Callable[[int], dict[str, torch.Tensor]]
+# the variables in which a launcher gives rank and size
+LAUNCHERS = {
+    "torchrun": ("RANK", "WORLD_SIZE", "LOCAL_RANK"),
+    "srun": ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID"),
+}
 
 
-def _run(config: Path, output: Path, size: int) -> dict[str, torch.Tensor]:
+def _run(config: Path, output: Path, size: int, launcher: str) -> dict[str, torch.Tensor]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1])}
     processes = []
     for rank in range(size):
-        env = os.environ | {
-            "RANK": str(rank),
-            "WORLD_SIZE": str(size),
-            "LOCAL_RANK": str(rank),
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port),
-            "OMP_NUM_THREADS": "1",
-            "CUDA_VISIBLE_DEVICES": "",
-        }
+        given = dict(zip(LAUNCHERS[launcher], map(str, (rank, size, rank)), strict=True))
         command = [sys.executable, str(SCRIPT), str(config), str(output)]
-        processes.append(subprocess.Popen(command, env=env))
-    codes = [process.wait(timeout=300) for process in processes]
-    assert codes == [0] * size
+        processes.append(subprocess.Popen(command, env=environment(**address, **given)))
+    assert [process.wait(timeout=300) for process in processes] == [0] * size
     result: dict[str, torch.Tensor] = torch.load(output)
     return result
 
 
-@pytest.fixture(scope="module", params=["isoloss", "byol"])
+@pytest.fixture(scope="module", params=[("isoloss", "torchrun"), ("byol", "srun")], ids="-".join)
 def results(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, digits: Path
-) -> Callable[[int], dict[str, torch.Tensor]]:
+) -> Results:
     """What one and two processes computed, by the number of processes."""
-    import json
-
+    method, launcher = request.param
     folder = tmp_path_factory.mktemp("ranks")
     config = folder / "config.json"
     settings = {
         "data": {"dataset": "digits", "root": str(digits)},
         "encoder": {"width": 4},
         "projector": {"hidden": 32, "output": 16},
-        "method": {"name": request.param, "decay": 0.5},
+        "method": {"name": method, "decay": 0.5},
         "train": {"batch_size": 16, "epochs": 2},
     }
     config.write_text(json.dumps(settings))
-    computed = {size: _run(config, folder / f"{size}.pt", size) for size in (1, 2)}
+    computed = {size: _run(config, folder / f"{size}.pt", size, launcher) for size in (1, 2)}
     return lambda size: computed[size]
 
 
 @pytest.mark.parametrize("step", [0, 1])
-def test_loss_correlation_and_gradients_agree(
-    results: Callable[[int], dict[str, torch.Tensor]], step: int
-) -> None:
+def test_loss_correlation_and_gradients_agree(results: Results, step: int) -> None:
     one, two = results(1), results(2)
     names = [name for name in one if name.startswith((f"loss{step}", f"corr{step}", f"grad{step}"))]
     assert len(names) > 60
@@ -78,7 +72,7 @@ def test_loss_correlation_and_gradients_agree(
 
 
 def test_the_correlation_stays_bitwise_symmetric(
-    results: Callable[[int], dict[str, torch.Tensor]],
+    results: Results,
 ) -> None:
     for size in (1, 2):
         corr_DD = results(size)["corr1"]
@@ -86,7 +80,7 @@ def test_the_correlation_stays_bitwise_symmetric(
 
 
 def test_buffers_rows_and_objects_are_exchanged(
-    results: Callable[[int], dict[str, torch.Tensor]],
+    results: Results,
 ) -> None:
     two = results(2)
     assert torch.equal(two["buffers"], torch.full_like(two["buffers"], 0.5))
@@ -95,7 +89,7 @@ def test_buffers_rows_and_objects_are_exchanged(
 
 
 def test_ranks_agree_on_their_images_or_stop_together(
-    results: Callable[[int], dict[str, torch.Tensor]],
+    results: Results,
 ) -> None:
     # same images go on, others are told by every rank; a rank alone has nobody to differ from
     assert results(2)["agreed"].tolist() == [True, True, False]
@@ -103,30 +97,5 @@ def test_ranks_agree_on_their_images_or_stop_together(
 
 
 @pytest.mark.parametrize("claim", ["steps restored", "another device refused"])
-def test_state_in_a_group_of_one(
-    results: Callable[[int], dict[str, torch.Tensor]], claim: str
-) -> None:
+def test_state_in_a_group_of_one(results: Results, claim: str) -> None:
     assert results(1)[claim]
-
-
-@pytest.mark.parametrize(
-    ("environment", "share"),
-    [
-        ({}, 2),
-        ({"LOCAL_WORLD_SIZE": "4"}, 4),
-        ({"LOCAL_SIZE": "16"}, 1),
-        ({"LOCAL_WORLD_SIZE": "64"}, 1),
-        # Slurm has bound the process to its own cores
-        ({"SLURM_STEP_NUM_TASKS": "8", "LOCAL_WORLD_SIZE": "8"}, 16),
-    ],
-)
-def test_cores_are_shared_with_the_neighbours(
-    environment: dict[str, str], share: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "SLURM_STEP_NUM_TASKS"):
-        monkeypatch.delenv(name, raising=False)
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(16)))
-    world = World(rank=0, size=8, local_rank=0, device=torch.device("cpu"))
-    assert cores_of_rank(world) == share

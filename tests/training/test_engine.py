@@ -1,4 +1,4 @@
-"""Launchers' environments, BatchNorm across ranks, what DeepSpeed is told."""
+"""The launchers' environments, the cores of a rank, BatchNorm across ranks."""
 
 import os
 
@@ -6,54 +6,53 @@ import pytest
 import torch
 
 from isofast.config.load import validate
-from isofast.distributed import World, launched_rank, launched_world_size
-from isofast.errors import UserError
+from isofast.distributed import World, cores_of_rank, launched_rank, launched_world_size
 from isofast.training.build import synchronises_batch_norm
-from isofast.training.parallel import _fill_launcher_environment
 
-VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-SLURM = {"SLURM_STEP_NUM_TASKS": "4", "SLURM_PROCID": "3", "SLURM_LOCALID": "1"}
+LAUNCHERS = ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "SLURM_STEP_NUM_TASKS", "SLURM_PROCID")
 
 
-def test_one_process_without_a_launcher() -> None:
-    _fill_launcher_environment()
-    assert [os.environ[name] for name in VARIABLES[:4]] == ["0", "1", "0", "127.0.0.1"]
-    # the system chooses one that is free
-    assert os.environ["MASTER_PORT"] == "0"
-
-
-def test_a_launchers_variables_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in zip(VARIABLES, ("2", "4", "0", "node", "7"), strict=True):
+@pytest.fixture
+def launched(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
+    """The launcher's environment given as parameter, and nothing else of a launcher."""
+    for name in LAUNCHERS:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in request.param.items():
         monkeypatch.setenv(name, value)
-    _fill_launcher_environment()
-    assert [os.environ[name] for name in VARIABLES] == ["2", "4", "0", "node", "7"]
 
 
-def test_slurm(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in SLURM.items():
-        monkeypatch.setenv(name, value)
-    with pytest.raises(UserError, match="MASTER_ADDR"):
-        _fill_launcher_environment()
-    for name in VARIABLES[:3]:
-        os.environ.pop(name)
-    monkeypatch.setenv("MASTER_ADDR", "node")
-    monkeypatch.setenv("MASTER_PORT", "7")
-    _fill_launcher_environment()
-    assert [os.environ[name] for name in VARIABLES] == ["3", "4", "1", "node", "7"]
+@pytest.mark.parametrize(
+    ("launched", "expected"),
+    [
+        ({}, (0, 1)),
+        ({"RANK": "2", "WORLD_SIZE": "4"}, (2, 4)),
+        ({"SLURM_STEP_NUM_TASKS": "4", "SLURM_PROCID": "3"}, (3, 4)),
+        # a batch script without srun
+        ({"SLURM_NTASKS": "4", "SLURM_PROCID": "0"}, (0, 1)),
+    ],
+    indirect=["launched"],
+)
+@pytest.mark.usefixtures("launched")
+def test_the_rank_is_known_before_the_group_exists(expected: tuple[int, int]) -> None:
+    assert (launched_rank(), launched_world_size()) == expected
 
 
-def test_a_batch_script_without_srun_is_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("SLURM_NTASKS", "4")
-    monkeypatch.setenv("SLURM_PROCID", "0")
-    assert (launched_rank(), launched_world_size()) == (0, 1)
-    _fill_launcher_environment()
-    assert os.environ["WORLD_SIZE"] == "1"
-
-
-def test_srun_tells_the_rank_before_the_group_exists(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in SLURM.items():
-        monkeypatch.setenv(name, value)
-    assert (launched_rank(), launched_world_size()) == (3, 4)
+@pytest.mark.parametrize(
+    ("launched", "sharing"),
+    [
+        ({}, 8),
+        ({"LOCAL_WORLD_SIZE": "2"}, 2),
+        ({"LOCAL_SIZE": "1"}, 1),
+        ({"LOCAL_WORLD_SIZE": "64"}, 64),
+        # Slurm has bound the process to its cores
+        ({"SLURM_STEP_NUM_TASKS": "8", "LOCAL_WORLD_SIZE": "8"}, 1),
+    ],
+    indirect=["launched"],
+)
+@pytest.mark.usefixtures("launched")
+def test_cores_are_shared_with_the_neighbours(sharing: int) -> None:
+    world = World(rank=0, size=8, local_rank=0, device=torch.device("cpu"))
+    assert cores_of_rank(world) == max(1, len(os.sched_getaffinity(0)) // sharing)
 
 
 @pytest.mark.parametrize(

@@ -1,84 +1,80 @@
-"""The same code on a GPU: DALI's views against the CPU's, a run from end to end."""
+"""The same code on a GPU: views against the CPU's, a run from end to end."""
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from isofast.data import check_folder, make_train_loader, open_dataset, recipe_for
+from isofast.data import (
+    Batch,
+    ImageFolder,
+    Recipe,
+    TrainLoader,
+    check_folder,
+    make_train_loader,
+    open_dataset,
+    recipe_for,
+)
 from isofast.run.metrics import read_metrics
 
-ROOT = Path(__file__).resolve().parents[2]
+from ..support.runs import train
+
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
 
 
-def test_dali_makes_the_same_views_on_both_devices(digits: Path) -> None:
-    dataset = check_folder(open_dataset(digits, "train"), progress=False)
+@pytest.fixture
+def images(digits: Path) -> ImageFolder:
+    return check_folder(open_dataset(digits, "train"), progress=False)
+
+
+def loader_on(device: str, backend: str, images: ImageFolder, recipe: Recipe) -> TrainLoader:
+    kind: dict[str, Any] = {"batch_size": 64, "seed": 3, "threads": 2}
+    return make_train_loader(backend, images, recipe, device=torch.device(device), **kind)
+
+
+def differences(on_cpu: Batch, on_gpu: Batch, recipe: Recipe) -> list[torch.Tensor]:
+    """Of both views, in 8-bit levels; labels and layout must be right."""
+    assert torch.equal(on_cpu.y_B, on_gpu.y_B.cpu())
+    levels = 255 * torch.tensor(recipe.std).view(-1, 1, 1)
+    views = list(zip(on_cpu[:2], on_gpu[:2], strict=True))
+    assert all(gpu.is_contiguous(memory_format=torch.channels_last) for _, gpu in views)
+    return [(cpu - gpu.cpu()).abs() * levels for cpu, gpu in views]
+
+
+def test_dali_makes_the_same_views_on_both_devices(images: ImageFolder) -> None:
     recipe = recipe_for("digits")
-    batches = {}
-    for device in ("cpu", "cuda"):
-        loader = make_train_loader(
-            "dali",
-            dataset,
-            recipe,
-            batch_size=64,
-            seed=3,
-            device=torch.device(device),
-            threads=2,
-        )
-        batches[device] = [next(loader) for _ in range(3)]
+    loaders = [loader_on(device, "dali", images, recipe) for device in ("cpu", "cuda")]
+    for _ in range(3):
+        for difference in differences(*map(next, loaders), recipe):
+            # resampling and rounding differ a little between the two
+            assert difference.mean() < 1.5
+    for loader in loaders:
         loader.close()
-    for on_cpu, on_gpu in zip(batches["cpu"], batches["cuda"], strict=True):
-        assert torch.equal(on_cpu.y_B, on_gpu.y_B.cpu())
-        for cpu_BCHW, gpu_BCHW in ((on_cpu.x1_BCHW, on_gpu.x1_BCHW), (on_cpu[1], on_gpu[1])):
-            assert gpu_BCHW.is_contiguous(memory_format=torch.channels_last)
-            # in 8-bit levels; resampling and rounding differ a little between the two
-            levels = (cpu_BCHW - gpu_BCHW.cpu()).abs().mean().item() * 255 * recipe.std[0]
-            assert levels < 1.5
 
 
-def test_resident_views_are_the_cpu_s_reference(digits: Path) -> None:
+def test_resident_views_are_the_cpu_s_reference(images: ImageFolder) -> None:
     """Stored 8 x 8 digits under the CIFAR-10 recipe; auto takes the resident backend here."""
-    dataset = check_folder(open_dataset(digits, "train"), progress=False)
     recipe = recipe_for("cifar10", crop=24)
-    batches = {}
-    for backend, device in (("resident", "cpu"), ("auto", "cuda")):
-        loader = make_train_loader(
-            backend, dataset, recipe, batch_size=64, seed=3, device=torch.device(device), threads=2
-        )
-        assert loader.backend == "resident"
-        batches[device] = [next(loader) for _ in range(40)]
-        loader.close()
-    levels = 255 * torch.tensor(recipe.std).view(3, 1, 1)
-    for on_cpu, on_gpu in zip(batches["cpu"], batches["cuda"], strict=True):
-        assert torch.equal(on_cpu.y_B, on_gpu.y_B.cpu())
-        for cpu_BCHW, gpu_BCHW in ((on_cpu.x1_BCHW, on_gpu.x1_BCHW), (on_cpu[1], on_gpu[1])):
-            assert gpu_BCHW.is_contiguous(memory_format=torch.channels_last)
-            difference = (cpu_BCHW - gpu_BCHW.cpu()).abs() * levels
+    kinds = (("cpu", "resident"), ("cuda", "auto"))
+    loaders = [loader_on(device, backend, images, recipe) for device, backend in kinds]
+    assert all(loader.backend == "resident" for loader in loaders)
+    for _ in range(40):
+        for difference in differences(*map(next, loaders), recipe):
             # a filter's sum in another order rounds to another level now and then
             assert (difference > 0.5).float().mean() < 5e-3
             assert difference.mean() < 0.05
+    for loader in loaders:
+        loader.close()
 
 
-def test_making_resident_batches_waits_for_nothing(digits: Path) -> None:
-    dataset = check_folder(open_dataset(digits, "train"), progress=False)
-    loader = make_train_loader(
-        "resident",
-        dataset,
-        recipe_for("cifar10", crop=24),
-        batch_size=64,
-        seed=3,
-        device=torch.device("cuda"),
-        threads=2,
-    )
+def test_making_resident_batches_waits_for_nothing(images: ImageFolder) -> None:
+    loader = loader_on("cuda", "resident", images, recipe_for("cifar10", crop=24))
     next(loader)
     torch.cuda.set_sync_debug_mode("error")
     try:
@@ -95,15 +91,7 @@ def test_a_run_from_end_to_end(config_file: Callable[..., Path], tmp_path: Path)
         evaluation={"every_epochs": 1, "knn_images": 200},
     )
     run_dir = tmp_path / "run"
-    command = [sys.executable, str(ROOT / "launch" / "train.py"), "--config", str(config)]
-    done = subprocess.run(
-        [*command, "--run-dir", str(run_dir)],
-        capture_output=True,
-        text=True,
-        timeout=500,
-        env=os.environ | {"CUDA_VISIBLE_DEVICES": "0"},
-    )
-    assert done.returncode == 0, done.stderr
+    train(config, run_dir, CUDA_VISIBLE_DEVICES="0")
     records = [r for r in read_metrics(run_dir / "metrics.jsonl") if "loss" in r]
     assert len(records) == 12 and all(r["loss"] is not None for r in records)
     assert json.loads((run_dir / "environment.json").read_text())["cuda"]

@@ -1,15 +1,12 @@
 """Whole runs as a user starts them: what they leave, killed and continued, with two processes."""
 
 import json
-import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -20,71 +17,12 @@ from isofast.data.prepare import prepare
 from isofast.run.checkpoint import newest_checkpoint
 from isofast.run.metrics import read_metrics
 
-from ..support.launcher import launcher_of
+from ..support.runs import ROOT, assert_same_run, command_of, environment, timeless, train
 
 pytestmark = pytest.mark.slow
 
-ROOT = Path(__file__).resolve().parents[2]
 TINY = ROOT.parent / "shared" / "data" / "tiny-imagenet-20-classes.zip"
 Write = Callable[..., Path]
-# what a clock decides
-TIMED = ("images_per_s", "data_wait", "wall_s")
-
-
-def command_of(config: Path, run_dir: Path, *more: str, ranks: int = 0) -> list[str]:
-    """`python launch/train.py ...`, or through DeepSpeed's launcher with ``ranks`` processes."""
-    launcher = launcher_of(ranks) if ranks else []
-    program = [str(ROOT / "launch" / "train.py"), "--config", str(config)]
-    return [sys.executable, *launcher, *program, "--run-dir", str(run_dir), *more]
-
-
-def run(command: list[str], **env: str) -> subprocess.CompletedProcess[str]:
-    """Runs to the end, on the CPU, with one thread a process."""
-    return subprocess.run(
-        command, capture_output=True, text=True, timeout=400, env=environment() | env
-    )
-
-
-def environment() -> dict[str, str]:
-    """One thread, no GPU: bitwise the same on every machine state."""
-    return os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-
-
-def timeless(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Records without what a clock decides."""
-    return [{k: v for k, v in record.items() if k not in TIMED} for record in records]
-
-
-def assert_same_run(one: Path, other: Path) -> None:
-    """Metrics, spectrum and the last checkpoint are bitwise the same."""
-    records = timeless(read_metrics(one / "metrics.jsonl"))
-    assert records and records == timeless(read_metrics(other / "metrics.jsonl"))
-    with np.load(one / "spectrum.npz") as a, np.load(other / "spectrum.npz") as b:
-        assert np.array_equal(a["step"], b["step"])
-        assert np.array_equal(a["eigenvalues"], b["eigenvalues"])
-    found = [newest_checkpoint(folder / "checkpoints") for folder in (one, other)]
-    assert found[0] is not None and found[1] is not None and found[0].step == found[1].step
-    states = [checkpoint.load() for checkpoint in found if checkpoint is not None]
-    for state in states:
-        del state["totals"]
-    assert_equal_trees(*states)
-
-
-def assert_equal_trees(a: Any, b: Any, where: str = "") -> None:
-    """Nested containers with bitwise equal tensors."""
-    assert type(a) is type(b), where
-    if isinstance(a, dict):
-        assert a.keys() == b.keys(), where
-        for key in a:
-            assert_equal_trees(a[key], b[key], f"{where}.{key}")
-    elif isinstance(a, list | tuple):
-        assert len(a) == len(b), where
-        for index, (x, y) in enumerate(zip(a, b, strict=True)):
-            assert_equal_trees(x, y, f"{where}[{index}]")
-    elif isinstance(a, torch.Tensor):
-        assert torch.equal(a, b), where
-    else:
-        assert a == b, where
 
 
 @pytest.fixture
@@ -100,9 +38,7 @@ def config(config_file: Write) -> Path:
 
 def test_a_killed_run_ends_as_one_never_killed(config: Path, tmp_path: Path) -> None:
     whole, broken = tmp_path / "whole", tmp_path / "broken"
-    done = run(command_of(config, whole))
-    assert done.returncode == 0, done.stderr
-
+    printed = train(config, whole)
     for kill_after in (10, 24):
         victim = subprocess.Popen(
             command_of(config, broken), stderr=subprocess.PIPE, env=environment()
@@ -116,13 +52,15 @@ def test_a_killed_run_ends_as_one_never_killed(config: Path, tmp_path: Path) -> 
     # a crash may cut a line short, and leave half a checkpoint
     with (broken / "metrics.jsonl").open("a") as file:
         file.write('{"step": 26, "lo')
-    again = run(command_of(config, broken))
-    assert again.returncode == 0, again.stderr
-    assert "continuing from" in again.stderr and "step_000000" in again.stderr
+    again = train(config, broken)
+    assert "continuing from" in again and "step_000000" in again
     assert_same_run(whole, broken)
 
-    _check_run_dir(whole, done.stderr)
-    _check_finished_run_is_left_alone(config, whole)
+    _check_run_dir(whole, printed)
+    # a finished run is left alone
+    before = (whole / "metrics.jsonl").read_text()
+    assert "completed" in train(config, whole)
+    assert (whole / "metrics.jsonl").read_text() == before
 
 
 def _wait_for_step(run_dir: Path, step: int, process: subprocess.Popen[bytes]) -> None:
@@ -135,17 +73,10 @@ def _wait_for_step(run_dir: Path, step: int, process: subprocess.Popen[bytes]) -
 
 
 def _check_run_dir(run_dir: Path, printed: str) -> None:
-    """What DESIGN.md promises, and that the run says what it did."""
+    """The files and numbers a run promises, and that it says what it did."""
+    files = "config.json environment.json metrics.jsonl spectrum.npz summary.json"
     names = {path.name for path in run_dir.iterdir() if path.name != ".lock"}
-    assert names == {
-        "config.json",
-        "environment.json",
-        "metrics.jsonl",
-        "spectrum.npz",
-        "tensorboard",
-        "checkpoints",
-        "summary.json",
-    }
+    assert names == {*files.split(), "tensorboard", "checkpoints"}
     summary = json.loads((run_dir / "summary.json").read_text())
     assert summary["completed"] is True and summary["steps"] == 30
     assert summary["epochs"] == pytest.approx(30 / 22, abs=1e-4)
@@ -159,24 +90,11 @@ def _check_run_dir(run_dir: Path, printed: str) -> None:
     evaluations = [record for record in records if "knn_top1" in record]
     assert [record["step"] for record in steps] == [*range(2, 31, 2)]
     assert [record["step"] for record in evaluations] == [0, 22, 30]
-    assert set(steps[0]) == {
-        "step",
-        "epoch",
-        "loss",
-        "lr",
-        "probe_loss",
-        "probe_top1",
-        "images_per_s",
-        "data_wait",
-        "effective_rank",
-        "effective_rank_entropy",
-        "embedding_std",
-        "embedding_norm",
-        "alignment",
-        "mean_share",
-        "norm_spread",
-        "prediction_norm",
-    }
+    keys = (
+        "step epoch loss lr probe_loss probe_top1 images_per_s data_wait effective_rank alignment"
+    )
+    more = "effective_rank_entropy embedding_std embedding_norm mean_share norm_spread"
+    assert set(steps[0]) == {*keys.split(), *more.split(), "prediction_norm"}
     assert set(evaluations[0]) == {"step", "epoch", "val_top1", "knn_top1"}
     assert summary["knn_top1"] == evaluations[-1]["knn_top1"]
     assert summary["knn_top1_initial"] == evaluations[0]["knn_top1"]
@@ -199,34 +117,19 @@ def _check_run_dir(run_dir: Path, printed: str) -> None:
         assert text in printed
 
 
-def _check_finished_run_is_left_alone(config: Path, run_dir: Path) -> None:
-    before = (run_dir / "metrics.jsonl").read_text()
-    again = run(command_of(config, run_dir))
-    assert again.returncode == 0, again.stderr
-    assert "completed" in again.stderr
-    assert (run_dir / "metrics.jsonl").read_text() == before
-
-
 def test_two_processes_continue_as_they_would_have(config_file: Write, tmp_path: Path) -> None:
     config = config_file(train={"max_steps": 4}, evaluation={"every_epochs": 1, "knn_images": 99})
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    done = run(command_of(config, whole, ranks=2))
-    assert done.returncode == 0, done.stderr
-    assert "2 process(es), BatchNorm statistics synchronised" in done.stderr
+    assert "2 process(es), BatchNorm statistics synchronised" in train(config, whole, ranks=2)
     assert json.loads((whole / "environment.json").read_text())["batch_norm"] == "synchronised"
-    assert run(command_of(config, parts, "--set", "train.max_steps=2", ranks=2)).returncode == 0
+    train(config, parts, "--set", "train.max_steps=2", ranks=2)
     # another number of processes would be another run
-    alone = run(command_of(config, parts))
-    assert alone.returncode == 2 and "made by 2 processes" in alone.stderr
-    assert run(command_of(config, parts, ranks=2)).returncode == 0
-    records = timeless(read_metrics(whole / "metrics.jsonl"))
+    assert "made by 2 processes" in train(config, parts, code=2)
+    train(config, parts, ranks=2)
     # the shorter run was evaluated at its end, too
-    continued = [
-        record
-        for record in timeless(read_metrics(parts / "metrics.jsonl"))
-        if not (record["step"] == 2 and "knn_top1" in record)
-    ]
-    assert continued == records
+    extra = [r for r in timeless(parts) if r["step"] == 2 and "knn_top1" in r]
+    assert len(extra) == 1
+    assert [record for record in timeless(parts) if record not in extra] == timeless(whole)
 
 
 def test_lost_data_on_one_rank_is_told_and_written_down(
@@ -259,22 +162,9 @@ def test_tinyimagenet_trains_as_shipped(tmp_path: Path) -> None:
     settings = [f"data.root={root}", "train.max_steps=2", "train.batch_size=8"]
     settings += ["logging.every_steps=1", "evaluation.every_epochs=0"]
     overrides = [word for setting in settings for word in ("--set", setting)]
-    shipped = ROOT / "launch" / "tinyimagenet.json"
-    done = run(command_of(shipped, tmp_path / "run", *overrides, ranks=1))
-    assert done.returncode == 0, done.stderr
+    train(ROOT / "launch" / "tinyimagenet.json", tmp_path / "run", *overrides, ranks=1)
     losses = [record["loss"] for record in read_metrics(tmp_path / "run" / "metrics.jsonl")]
     assert len(losses) == 2 and all(-4 < loss < 0 for loss in losses)
-
-
-def test_fresh_starts_beside_and_deletes_nothing(config_file: Write, tmp_path: Path) -> None:
-    config = config_file(train={"max_steps": 2})
-    run_dir = tmp_path / "run"
-    assert run(command_of(config, run_dir)).returncode == 0
-    kept = (run_dir / "metrics.jsonl").read_text()
-    done = run(command_of(config, run_dir, "--fresh", "--set", "seed=3"))
-    assert done.returncode == 0, done.stderr
-    assert (run_dir / "metrics.jsonl").read_text() == kept
-    assert json.loads((tmp_path / "run-2" / "config.json").read_text())["seed"] == 3
 
 
 def test_a_loss_that_blows_up_ends_the_run_and_keeps_the_checkpoint(
@@ -288,10 +178,8 @@ def test_a_loss_that_blows_up_ends_the_run_and_keeps_the_checkpoint(
         checkpoint={"every_steps": 1, "keep": 30},
     )
     run_dir = tmp_path / "run"
-    done = run(command_of(config, run_dir))
-    assert done.returncode == 1, done.stderr
-    assert "NaN or infinite" in done.stderr and "optimizer.lr" in done.stderr
-    assert "Traceback" not in done.stderr
+    printed = train(config, run_dir, code=1)
+    assert "NaN or infinite" in printed and "optimizer.lr" in printed
     summary = json.loads((run_dir / "summary.json").read_text())
     assert summary["completed"] is False and "NaN" in summary["failure"]
     found = newest_checkpoint(run_dir / "checkpoints")
@@ -308,9 +196,7 @@ def test_collapse_stops_where_it_is_told_to(config_file: Write, tmp_path: Path) 
         train={"on_collapse": "stop", "max_steps": 20},
         checkpoint={"every_steps": 100},
     )
-    done = run(command_of(config, tmp_path / "run"))
-    assert done.returncode == 1, done.stderr
-    assert "collapsed" in done.stderr and "Traceback" not in done.stderr
+    assert "collapsed" in train(config, tmp_path / "run", code=1)
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["completed"] is False and "collapsed completely" in summary["failure"]
     assert summary["collapse"] == summary["failure"]
@@ -323,11 +209,10 @@ def test_two_runs_in_one_folder_are_refused(config_file: Write, tmp_path: Path) 
     try:
         _wait_for_step(run_dir, 1, first)
         first.send_signal(signal.SIGSTOP)
-        second = run(command_of(config, run_dir))
+        assert "another process" in train(config, run_dir, code=2)
     finally:
         first.send_signal(signal.SIGCONT)
         first.communicate(timeout=300)
-    assert second.returncode == 2 and "another process" in second.stderr
     assert first.returncode == 0
 
 
@@ -340,7 +225,25 @@ def test_changed_images_are_noticed_on_resume(
     evaluation = {"every_epochs": 1, "knn_images": 99}
     config = config_file(data={"root": str(root)}, train={"max_steps": 2}, evaluation=evaluation)
     run_dir = tmp_path / "run"
-    assert run(command_of(config, run_dir)).returncode == 0
+    train(config, run_dir)
     next((root / split / "0").iterdir()).unlink()
-    done = run(command_of(config, run_dir, "--set", "train.max_steps=4"))
-    assert done.returncode == 2 and "not those that the run began with" in done.stderr
+    printed = train(config, run_dir, "--set", "train.max_steps=4", code=2)
+    assert "not those that the run began with" in printed
+
+
+def test_a_run_on_resident_images_continues_bit_for_bit(config_file: Write, tmp_path: Path) -> None:
+    config = config_file(
+        data={"dataset": "cifar10", "crop": 16, "backend": "resident"},
+        train={"max_steps": 6},
+        checkpoint={"every_steps": 3},
+    )
+    whole, parted = tmp_path / "whole", tmp_path / "parted"
+    assert "images resident on the device (0.00 GB of 8 x 8 pixels)" in train(config, whole)
+    for steps in (3, 6):
+        train(config, parted, "--set", f"train.max_steps={steps}")
+    assert_same_run(whole, parted)
+
+    more = ("--set", "train.max_steps=7", "--set", "data.backend=dali")
+    printed = train(config, parted, *more, code=2)
+    assert "made by the resident backend" in printed
+    assert "--set data.backend=resident" in printed
