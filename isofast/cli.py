@@ -1,16 +1,15 @@
 """The `isofast` command."""
 
 import argparse
+import json
+import shlex
 import sys
+from dataclasses import fields
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
-from isofast.data.prepare import NAMES, prepare
-from isofast.data.preview import check_preview_path, write_preview
-from isofast.errors import GOES_ON, exit_code_of
-from isofast.paper.figures_cli import add_figures
-from isofast.paper.reproduce_cli import add_reproduce
-from isofast.paper.theory_cli import add_theory
+from isofast.errors import GOES_ON, STARTS_OVER, exit_code_of
 
 _PREPARE_INTERRUPTED = (
     "the same command starts over, but for a whole download and a build that is complete"
@@ -18,12 +17,56 @@ _PREPARE_INTERRUPTED = (
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs the command line; returns the exit code."""
+    """Run the command line; return the exit code."""
     args = _parser().parse_args(arguments)
     return exit_code_of(lambda: args.run(args), debug=args.debug, interrupted=args.interrupted)
 
 
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="isofast", description=__doc__)
+    parser.add_argument("--version", action="version", version=f"isofast {version('isofast')}")
+    commands = parser.add_subparsers(dest="command", required=True)
+    _add_prepare(commands)
+    _add_theory(commands)
+    _add_figures(commands)
+    _add_reproduce(commands)
+    return parser
+
+
+def _finish(parser: argparse.ArgumentParser, run: Any, interrupted: str) -> None:
+    """Add what all commands have; ``interrupted`` says what the same command does after Ctrl-C."""
+    parser.add_argument("--debug", action="store_true", help="show tracebacks of user errors too")
+    parser.set_defaults(run=run, interrupted=interrupted)
+
+
+def _add_prepare(commands: Any) -> None:
+    parser = commands.add_parser("prepare", help="turn a data set into folders of classes")
+    parser.add_argument(
+        "name",
+        choices=("digits", "cifar10", "cifar100", "stl10", "tinyimagenet", "imagefolder"),
+        help="which data set",
+    )
+    parser.add_argument("--root", type=Path, required=True, help="folder to fill, or to check")
+    parser.add_argument("--archive", type=Path, help="the official archive; nothing is downloaded")
+    parser.add_argument(
+        "--on-bad-image",
+        choices=("stop", "skip"),
+        default="stop",
+        help="what to do about unreadable images: stop (default) or leave them out",
+    )
+    parser.add_argument(
+        "--preview",
+        type=Path,
+        metavar="FILE.png",
+        help="also draw some images with both of their augmented views",
+    )
+    _finish(parser, _prepare, _PREPARE_INTERRUPTED)
+
+
 def _prepare(args: argparse.Namespace) -> None:
+    from isofast.data.prepare import prepare
+    from isofast.data.preview import check_preview_path, write_preview
+
     if args.preview is not None:
         check_preview_path(args.preview)
     _say(str(prepare(args.name, args.root, args.archive, on_bad=args.on_bad_image)))
@@ -32,39 +75,225 @@ def _prepare(args: argparse.Namespace) -> None:
         _say(f"views of {args.name}: {args.preview}")
 
 
+def _add_theory(commands: Any) -> None:
+    theory = commands.add_parser("theory", help="the paper's toy networks")
+    what = theory.add_subparsers(dest="theory", required=True, metavar="WHAT")
+    parser = what.add_parser("simulate", help="one network; prints its spectrum")
+    parser.add_argument(
+        "--loss", choices=("euclidean", "iso_euclidean", "cosine", "iso_cosine"), required=True
+    )
+    for name, text in (
+        ("stop-gradient", "learn through the target"),
+        ("predictor", "W = I in place of V V^T"),
+    ):
+        dest = name.replace("-", "_")
+        parser.add_argument(f"--no-{name}", dest=dest, action="store_false", help=text)
+    parser.add_argument("--relu", action="store_true", help="a ReLU on the embeddings")
+    parser.add_argument(
+        "--paper-gradient",
+        action="store_true",
+        help="the cosine without stop-gradient as the paper prints it, which is not the derivative",
+    )
+    parser.add_argument("--inputs", type=int, default=15, metavar="N", help="default 15")
+    parser.add_argument("--outputs", type=int, default=10, metavar="M", help="default 10")
+    parser.add_argument(
+        "--lr", type=float, help="default 0.1; for the Euclidean losses with a predictor 0.01"
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    _add_descent(parser)
+    _finish(parser, _simulate, STARTS_OVER)
+    for name, text in (
+        ("figure2", "linear networks under every loss: embeddings and eigenvalues"),
+        ("figure5", "the Euclidean and the cosine loss from three initialisations"),
+        ("figure6", "as figure2, with a ReLU on the embeddings"),
+    ):
+        description = f"P Fig. {name[-1]}: {text}. The planes take ten times --samples."
+        parser = what.add_parser(name, help=text, description=description)
+        parser.add_argument("--output", type=Path, required=True, help="folder for PNG and NPZ")
+        _add_descent(parser)
+        _finish(parser, _toy_figure, STARTS_OVER)
+
+
+def _add_descent(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--steps", type=int, help="default 1,500; without predictor 100,000")
+    parser.add_argument(
+        "--samples",
+        type=int,
+        default=1000,
+        help="pairs of views per step, where the gradient has no closed form (default 1,000)",
+    )
+    parser.add_argument("--seed", type=int, default=0)
+
+
+def _simulate(args: argparse.Namespace) -> None:
+    import torch
+
+    from isofast.paper.toy import Toy, simulate
+
+    toy = Toy(**{field.name: getattr(args, field.name) for field in fields(Toy)})
+    # the matrices are small: threads cost more than they give
+    torch.set_num_threads(1)
+    initial, final = simulate(toy).eigenvalues[[0, -1], 0]
+    trace = [initial.sum(), final.sum()]
+    if args.json:
+        spectra = {"initial": initial.tolist(), "final": final.tolist(), "trace": trace}
+        print(json.dumps({"loss": toy.loss, "matrix": toy.matrix, **spectra}))
+        return
+    print(f"{toy}, {toy.default_steps:,} steps at lr {toy.default_lr:g}, seed {toy.seed}")
+    print(f"eigenvalues of {toy.matrix}\n{'':>5}  {'initial':>10}  {'final':>10}")
+    for mode, (first, last) in enumerate(zip(initial, final, strict=True), 1):
+        print(f"{mode:>5}  {first:>10.4f}  {last:>10.4f}")
+    print(f"trace  {trace[0]:>10.4f}  {trace[1]:>10.4f}")
+
+
+def _toy_figure(args: argparse.Namespace) -> None:
+    import torch
+
+    from isofast.paper.toy_figures import write_figure
+
+    torch.set_num_threads(1)
+    settings = {"seed": args.seed, "samples": args.samples, "steps": args.steps}
+    paths = write_figure(
+        args.theory, args.output, say=lambda text: print(text, file=sys.stderr), **settings
+    )
+    print(*paths, sep="\n")
+
+
+def _add_figures(commands: Any) -> None:
+    parser = commands.add_parser(
+        "figures",
+        help="draw the paper's figures 3, 4, 7 and 8 from runs",
+        description="3: C's eigenvalues and the accuracy of each run; 4: alignment of trained "
+        "linear predictors with C's eigenvectors; 7: runs with an EMA target beside runs without; "
+        "8: weight decays.",
+    )
+    parser.add_argument("number", type=int, choices=(3, 4, 7, 8), help="which figure")
+    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="folders of runs")
+    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="where it goes")
+    _finish(parser, _figures, STARTS_OVER)
+
+
+def _figures(args: argparse.Namespace) -> None:
+    from isofast.paper.figures import draw
+
+    print(*draw(args.number, args.runs, args.output), sep="\n")
+
+
+def _add_reproduce(commands: Any) -> None:
+    parser = commands.add_parser(
+        "reproduce",
+        help="train the runs of one of the paper's tables, and print it beside the paper's",
+        description="Trains every method of the table with several seeds, one run after the "
+        "other. The same command skips finished runs and continues stopped ones.",
+    )
+    parser.add_argument(
+        "table",
+        choices=("table2", "table3"),
+        help="table2: byol, simsiam and alpha 0.5 (directpred, isoloss); "
+        "table3: alpha 1 (directcopy, isoloss)",
+    )
+    parser.add_argument(
+        "--datasets",
+        type=_words,
+        nargs="+",
+        default=[],
+        metavar="NAME",
+        help="some of cifar10, cifar100, stl10, tinyimagenet, digits (default: all but digits; "
+        "with --scale small cifar10)",
+    )
+    parser.add_argument(
+        "--methods", type=_words, nargs="+", default=[], metavar="NAME", help="only these"
+    )
+    parser.add_argument(
+        "--scale",
+        choices=("paper", "small"),
+        default="paper",
+        help="small: a narrow network for 10 epochs (20 on the digits), one seed, with figures 3 "
+        "and 7",
+    )
+    parser.add_argument(
+        "--seeds", type=_count, metavar="N", help="seeds 0 to N-1 (5; with --scale small 1)"
+    )
+    parser.add_argument(
+        "--epochs", type=_count, metavar="N", help="default: the scale's, 1,000 for the paper's"
+    )
+    parser.add_argument(
+        "--root", type=Path, required=True, metavar="DIR", help="holds each data set as DIR/NAME"
+    )
+    parser.add_argument(
+        "--runs", type=Path, default=Path("runs/reproduce"), metavar="DIR", help="where runs go"
+    )
+    parser.add_argument(
+        "--launcher",
+        type=_command,
+        default=[sys.executable],
+        metavar="COMMAND",
+        help="what stands before launch/train.py, such as 'deepspeed --num_gpus 4' or 'srun "
+        ".venv/bin/python' (default: this Python)",
+    )
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="override one key in every run; may be repeated",
+    )
+    parser.add_argument("--train-script", type=Path, metavar="FILE", help="launch/train.py")
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="write the runs' config files and print the commands, for a scheduler or by hand; "
+        "start nothing",
+    )
+    _finish(parser, _reproduce, GOES_ON)
+
+
+def _reproduce(args: argparse.Namespace) -> None:
+    from isofast.paper.reproduce import reproduce
+    from isofast.paper.tables import TRAIN_SCRIPT, Request
+
+    request = Request(
+        table=args.table,
+        root=args.root,
+        runs=args.runs,
+        datasets=[name for names in args.datasets for name in names],
+        seeds=args.seeds,
+        scale=args.scale,
+        epochs=args.epochs,
+        methods=[name for names in args.methods for name in names],
+        overrides=args.set,
+        launcher=args.launcher,
+        train_script=args.train_script or TRAIN_SCRIPT,
+    )
+    reproduce(request, lambda text: print(text, flush=True), dry_run=args.dry_run)
+
+
+def _command(text: str) -> list[str]:
+    """A shell command as a list of words."""
+    try:
+        return shlex.split(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{error} in {text!r}") from None
+
+
+def _words(text: str) -> list[str]:
+    """ "a,b" as ["a", "b"]."""
+    words = [word for word in text.split(",") if word]
+    if not words:
+        raise argparse.ArgumentTypeError(f"expected at least one name, got {text!r}")
+    return words
+
+
+def _count(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
+    return int(text)
+
+
 def _say(text: str) -> None:
     """Print what may hold file names, which need not be text in the terminal's encoding."""
     encoding = sys.stdout.encoding or "utf-8"
     print(text.encode(encoding, "backslashreplace").decode(encoding))
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="isofast", description=__doc__)
-    parser.set_defaults(interrupted=GOES_ON)
-    parser.add_argument("--version", action="version", version=f"isofast {version('isofast')}")
-    commands = parser.add_subparsers(dest="command", required=True)
-    prep = commands.add_parser("prepare", help="turn a data set into folders of classes")
-    prep.add_argument("name", choices=NAMES, help="which data set")
-    prep.add_argument("--root", type=Path, required=True, help="folder to fill, or to check")
-    prep.add_argument("--archive", type=Path, help="the official archive; nothing is downloaded")
-    prep.add_argument(
-        "--on-bad-image",
-        choices=("stop", "skip"),
-        default="stop",
-        help="what to do about unreadable images: stop (default) or leave them out",
-    )
-    prep.add_argument(
-        "--preview",
-        type=Path,
-        metavar="FILE.png",
-        help="also draw some images with both of their augmented views",
-    )
-    prep.add_argument("--debug", action="store_true", help="show tracebacks of user errors too")
-    prep.set_defaults(run=_prepare, interrupted=_PREPARE_INTERRUPTED)
-    add_theory(commands)
-    add_figures(commands)
-    add_reproduce(commands)
-    return parser
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from isofast.config.load import validate
 from isofast.config.presets import merge
 from isofast.config.schema import Config
 from isofast.data.prepare import prepare
-from isofast.paper.reproduce import Request
+from isofast.paper.tables import Request
 
 from .support.runs import ROOT, fit_apart
 

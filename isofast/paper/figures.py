@@ -1,8 +1,4 @@
-"""The paper's figures 3, 4, 7 and 8 from runs of one's own, as PNG and SVG.
-
-Colours: viridis for the place of an eigenvalue, Okabe and Ito's palette for runs; both are told
-apart by colour-blind readers, and the palette's lines differ in their dashes as well.
-"""
+"""The paper's figures 3, 4, 7 and 8 from your runs, as PNG and SVG."""
 
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -27,16 +23,16 @@ from isofast.errors import UserError
 from isofast.run.spectrum import effective_rank
 from isofast.run.stored import Array, Run, labels, read_run
 
+# Okabe and Ito's palette, safe for colour-blind readers
 _PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _DASHES = ("-", "--", "-.", (0, (1, 1)), (0, (5, 1, 1, 1, 1, 1)))
 _COLUMNS = 3
 _PANEL_INCHES = (3.3, 2.5)
-# More lines or points than can be told apart only make the files large.
+# more only make the files large
 _MOST_LINES, _MOST_POINTS = 48, 500
-# Eigenvalues below this share of the largest are rounding.
+# smaller eigenvalues, relative to the largest, are rounding errors
 _LEAST_SHARE = 1e-8
-# What may differ between a run with an EMA target and the one beside it: EMA, and what the presets
-# choose by it.
+# what may differ between paired runs: EMA, and what the presets choose by it
 _EMA_KEYS = {
     *("method.ema", "method.ema_base", "method.decay"),
     *("optimizer.name", "optimizer.lr"),
@@ -53,75 +49,55 @@ _STYLE: Any = {
 
 
 def draw(number: int, folders: Sequence[Path], output: Path) -> list[Path]:
-    """Draws a figure into ``output``/figureN.png and .svg.
+    """Draw a figure into ``output``/figureN.png and .svg.
 
     Args:
         number: 3 (eigenvalues and accuracy of each run), 4 (alignment of linear predictors with
             C's eigenvectors), 7 (with EMA beside without), 8 (weight decays).
         folders: run folders.
-        output: made where it is missing.
+        output: made if missing.
 
     Raises:
-        UserError: an unknown number, a folder that is no run or has nothing to draw, or runs that
-            do not make this figure.
+        UserError: a folder is no run or has nothing to draw, the runs do not make this figure, or
+            ``output`` cannot be written to.
     """
-    if number not in FIGURES:
-        raise UserError(
-            f"there is no figure {number} to draw from runs; allowed are "
-            f"{', '.join(str(known) for known in FIGURES)}"
-        )
     runs = [read_run(folder) for folder in dict.fromkeys(folders)]
-    if not runs:
-        raise UserError(f"figure {number} needs at least one run folder")
     with mpl.rc_context(_STYLE):
         figure = FIGURES[number](runs)
         try:
             output.mkdir(parents=True, exist_ok=True)
-            return [_save(figure, output / f"figure{number}.{kind}") for kind in ("png", "svg")]
+            paths = [output / f"figure{number}.{kind}" for kind in ("png", "svg")]
+            for path in paths:
+                _save(figure, path)
+            return paths
         except OSError as error:
             raise UserError(f"cannot write to {output}: {error}; name another --output") from None
 
 
 def figure3(runs: Sequence[Run]) -> Figure:
-    """C's eigenvalues over the epochs, a panel a run, and the runs' accuracies below."""
+    """C's eigenvalues over the epochs, a panel for each run, above all accuracies."""
     return _spectra_above_accuracy(runs, _names(runs))
 
 
 def figure4(runs: Sequence[Run]) -> Figure:
-    """How far C's eigenvectors are a trained linear predictor's as well, above C's eigenvalues."""
-    others = [run for run in runs if run.config.method.name != "linear"]
-    if others:
-        raise UserError(
-            "figure 4 is about the trained linear predictor (method.name linear); "
-            f"{', '.join(f'{run.path} has {run.config.method.name}' for run in others)}. "
-            "Train a run with --set method.name=linear, and give such runs only"
-        )
-    unknown = [str(run.path) for run in runs if run.alignment_TD is None]
-    if unknown:
-        raise UserError(
-            f"{', '.join(unknown)}: spectrum.npz has no alignment, which older versions did not "
-            "keep. Train the run again"
-        )
+    """Alignment of linear predictors with C's eigenvectors, above C's eigenvalues."""
     figure, axes = _grid(2, len(runs))
     for column, (run, name) in enumerate(zip(runs, _names(runs), strict=True)):
         above, below = axes[0][column], axes[1][column]
-        assert run.alignment_TD is not None
+        if run.alignment_TD is None:
+            raise UserError(
+                f"{run.path} has method {run.config.method.name} and no alignment in spectrum.npz. "
+                "Figure 4 shows a trained linear predictor; use runs with --set method.name=linear"
+            )
         _modes(above, run.epochs_T, run.alignment_TD)
-        # C that is zero or infinite has no weights
+        # zero or infinite C
         with np.errstate(invalid="ignore"):
             weights_TD = run.eigenvalues_TD / run.eigenvalues_TD.sum(1, keepdims=True)
         mean_T = (weights_TD * run.alignment_TD).sum(1)
-        above.plot(
-            run.epochs_T,
-            mean_T,
-            color="#D55E00",
-            linewidth=2,
-            label="mean, weighted by the eigenvalues",
-        )
-        above.set(
-            title=f"{name}{_blow_up(run)}",
-            ylim=(np.nanmin(run.alignment_TD, initial=-0.05) - 0.02, 1.04),
-        )
+        label = "mean, weighted by the eigenvalues"
+        above.plot(run.epochs_T, mean_T, color="#D55E00", linewidth=2, label=label)
+        lowest = np.nanmin(run.alignment_TD, initial=-0.05)
+        above.set(title=f"{name}{_blow_up(run)}", ylim=(lowest - 0.02, 1.04))
         above.axhline(1, color="0.8", linewidth=0.8, zorder=0)
         _eigenvalues(below, run)
         below.set_xlabel("epoch")
@@ -135,7 +111,7 @@ def figure4(runs: Sequence[Run]) -> Figure:
 
 
 def figure7(runs: Sequence[Run]) -> Figure:
-    """Runs with an EMA target beside the same without, a row a pair; accuracies at the right."""
+    """Runs with an EMA target beside those without, a row for each pair, and accuracies."""
     pairs = _ema_pairs(runs)
     figure, axes = _grid(len(pairs), 3)
     firsts = _names([pair[0] for pair in pairs])
@@ -161,9 +137,8 @@ def figure8(runs: Sequence[Run]) -> Figure:
     decays = {run.config.optimizer.weight_decay for run in runs}
     if len(decays) < 2:
         raise UserError(
-            "figure 8 compares weight decays, and these runs all have "
-            f"optimizer.weight_decay {decays.pop():g}. Add a run with another, such as "
-            "--set optimizer.weight_decay=1e-5"
+            f"figure 8 compares weight decays, but all runs have {decays.pop():g}. Add a run with "
+            "another, such as --set optimizer.weight_decay=1e-5"
         )
     ordered = sorted(runs, key=lambda run: -run.config.optimizer.weight_decay)
     return _spectra_above_accuracy(ordered, _names(ordered, ["optimizer.weight_decay"]))
@@ -182,12 +157,12 @@ _ACCURACIES = {
 
 
 def _names(runs: Sequence[Run], first: Sequence[str] = ()) -> list[str]:
-    """The runs' labels, in which a $ begins no formula."""
+    """The runs' labels, with $ escaped."""
     return [label.replace("$", r"\$") for label in labels(runs, first)]
 
 
 def _ema_pairs(runs: Sequence[Run]) -> list[tuple[Run, Run]]:
-    """Pairs (with EMA, without) that are equal otherwise, in the order of the runs given."""
+    """Pairs (with EMA, without) with otherwise equal settings, in the order given."""
     kinds: dict[str, dict[bool, list[Run]]] = defaultdict(lambda: defaultdict(list))
     for run in runs:
         kinds[_beside_ema(run)][run.config.method.ema].append(run)
@@ -201,15 +176,15 @@ def _ema_pairs(runs: Sequence[Run]) -> list[tuple[Run, Run]]:
         return pairs
     names = {run.path: name for run, name in zip(runs, labels(runs), strict=True)}
     raise UserError(
-        "figure 7 needs for each run with an EMA target exactly one without, of the same "
-        "settings and seed but for EMA, optimizer and learning rate. Not so for "
+        "figure 7 needs for each run with an EMA target exactly one without, equal but for EMA, "
+        "optimizer and learning rate. Unpaired: "
         f"{'; '.join(f'{run.path}: {names[run.path]}' for run in left_over)}. Leave them out, or "
-        "train what is missing with --set method.ema=false or true"
+        "train the other with --set method.ema=false or true"
     )
 
 
 def _beside_ema(run: Run) -> str:
-    """The settings of a run but for EMA and what the presets choose by it."""
+    """A run's settings without EMA and what the presets choose by it."""
     settings = dict(leaves(run.config))
     # SimSiam is BYOL without EMA
     if settings["method.name"] == "simsiam":
@@ -266,7 +241,7 @@ def _modes(axis: Axes, epochs_T: Array, values_TD: Array) -> None:
     """A line for each of C's eigenvectors, coloured by its place."""
     count, dim = values_TD.shape
     rows = np.unique(np.linspace(0, count - 1, min(count, _MOST_POINTS)).astype(int))
-    # close together at the front, where the large ones are
+    # dense among the largest
     places = np.unique(np.geomspace(1, dim, min(dim, _MOST_LINES)).round().astype(int)) - 1
     segments = [np.stack([epochs_T[rows], values_TD[rows, place]], axis=1) for place in places]
     lines = LineCollection(segments, cmap="viridis", norm=LogNorm(1, dim), linewidths=1)
@@ -278,47 +253,46 @@ def _modes(axis: Axes, epochs_T: Array, values_TD: Array) -> None:
 
 
 def _colorbar(figure: Figure, axes: Sequence[Axes]) -> None:
-    """Says what the colours of the lines in ``axes`` mean."""
     figure.colorbar(axes[0].collections[0], ax=axes, label="place $i$, largest first", shrink=0.8)
 
 
 def _epochs() -> MaxNLocator:
-    """Few round numbers."""
+    """A few round numbers."""
     return MaxNLocator(nbins=5, steps=[1, 2, 5, 10])
 
 
 def _legend(figure: Figure, axis: Axes, columns: int) -> None:
-    """The names of the curves in ``axis``, below all panels, where they cover nothing."""
+    """Name the curves of ``axis`` below all panels."""
     figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=columns)
 
 
 def _same_limits(axes: Sequence[Axes]) -> None:
-    """One scale of eigenvalues for panels that are compared."""
+    """Share the scale of eigenvalues."""
     limits = [axis.get_ylim() for axis in axes]
     for axis in axes:
         axis.set_ylim(min(low for low, _ in limits), max(high for _, high in limits))
 
 
 def _same_epochs(axes: Sequence[Axes], runs: Sequence[Run]) -> None:
-    """One scale of epochs, to the end of the longest run, be its last numbers NaN."""
+    """Share the scale of epochs, up to the end of the longest run."""
     last = max(max(run.epochs_T[-1], run.records[-1]["epoch"]) for run in runs)
     for axis in axes:
         axis.set_xlim(-0.02 * last, 1.02 * last)
 
 
 def _rank(run: Run) -> str:
-    """The effective rank at the end, for a title."""
+    """The final effective rank, for a title."""
     return _blow_up(run) or f"\neffective rank {effective_rank(run.eigenvalues_TD[-1]):.1f}"
 
 
 def _blow_up(run: Run) -> str:
-    """Since when C has been NaN or infinite, for a title; empty where it is sound."""
+    """When C became NaN or infinite, for a title; empty if it did not."""
     unsound = ~np.isfinite(run.eigenvalues_TD).all(1)
     return f"\nNaN from epoch {run.epochs_T[unsound.argmax()]:.3g}" if unsound.any() else ""
 
 
 def _accuracy_name(runs: Sequence[Run]) -> str:
-    """Validation accuracy where every run has a curve of it, else that on the training views."""
+    """Validation accuracy if all runs have a curve of it, else that on the training views."""
     curves = all(len(run.curve("val_top1")[0]) >= 3 for run in runs)
     return "val_top1" if curves else "probe_top1"
 
@@ -338,10 +312,9 @@ def _plot_accuracy(axis: Axes, run: Run, accuracy: str, name: str, place: int) -
     axis.xaxis.set_major_locator(_epochs())
 
 
-def _save(figure: Figure, path: Path) -> Path:
+def _save(figure: Figure, path: Path) -> None:
     kind = path.suffix[1:]
     metadata = {"Date": None} if kind == "svg" else None
     write_atomically(
         path, lambda part: figure.savefig(part, format=kind, dpi=160, metadata=metadata)
     )
-    return path

@@ -1,202 +1,286 @@
-"""The tables of `isofast reproduce`: means and standard deviations beside the paper's numbers."""
+"""The paper's tables 2 and 3, and the runs that reproduce them.
+
+The rows are regrouped by the predictor's power, so that methods of one table differ in one thing:
+table 2 has the trained predictors and alpha 0.5, table 3 has alpha 1.
+"""
 
 import json
-import statistics
-from collections.abc import Iterator, Sequence
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from isofast.paper.reproduce import PlannedRun
-from isofast.paper.results import DATASETS
-from isofast.run.metrics import read_metrics
+from isofast.config.load import read_stored, resolve
+from isofast.config.presets import merge
+from isofast.config.schema import SCHEMA_KEY, Config, changed_keys
+from isofast.data.files import write_atomically
+from isofast.errors import UserError
+from isofast.run.stored import TITLES
+
+DATASETS = {
+    "cifar10": "CIFAR-10",
+    "cifar100": "CIFAR-100",
+    "stl10": "STL-10",
+    "tinyimagenet": "TinyImageNet",
+}
+# The shipped config of each data set. Digits are not in the paper: a quick check of everything.
+SHIPPED = {"digits": "quickstart.json"} | {name: f"{name}.json" for name in DATASETS}
+TRAIN_SCRIPT = Path(__file__).resolve().parents[2] / "launch" / "train.py"
+_SEEDS = {"paper": 5, "small": 1}
+# Changes to the shipped configs: the table reports the end of each run.
+_PAPER: dict[str, Any] = {"evaluation": {"at_start": False, "knn_pixels": False}}
+_SMALL: dict[str, Any] = {
+    "encoder": {"width": 16},
+    "train": {"epochs": 10},
+    "evaluation": {"at_start": True, "every_epochs": 2},
+}
+_SMALL_DIGITS: dict[str, Any] = {"train": {"epochs": 20}, "evaluation": {"at_start": True}}
+# Keys fixed by the table, not open to --set.
+_FIXED_KEYS = (
+    *("seed", "train.epochs", "data.root", "data.dataset"),
+    *("method.name", "method.ema", "method.alpha"),
+)
 
 
-def markdown_table(table: str, runs: Sequence[PlannedRun]) -> str:
-    """The table of all runs, with what there is of them.
+@dataclass(frozen=True)
+class Row:
+    """A method of a table with the paper's results.
 
-    Args:
-        table: its name, such as "table2".
-        runs: the runs planned, finished or not.
+    Attributes:
+        method: method.name.
+        alpha: method.alpha; None for a trained predictor.
+        ema: method.ema.
+        reported: the paper's top-1 in percent by data set, as printed.
     """
-    datasets = list(dict.fromkeys(run.dataset for run in runs))
-    folders = list(dict.fromkeys(run.row.folder for run in runs))
-    header = ["model", "alpha", "EMA"]
-    for dataset in datasets:
-        name = DATASETS.get(dataset, dataset)
-        header += [name, f"{name}, paper"]
-    lines = [
-        f"# {table.replace('table', 'Table ')}",
-        "",
-        _line(header),
-        _line(["---"] * len(header)),
-    ]
-    for folder in folders:
-        of_row = [run for run in runs if run.row.folder == folder]
-        row = of_row[0].row
-        alpha = "-" if row.alpha is None else f"{row.alpha:g}"
-        cells = [row.title, alpha, "yes" if row.ema else "no"]
-        for dataset in datasets:
-            cells += [
-                _cell([run for run in of_row if run.dataset == dataset]),
-                row.reported.get(dataset, "-"),
-            ]
-        lines.append(_line(cells))
-    return "\n".join([*lines, "", *_notes(runs)]) + "\n"
+
+    method: str
+    alpha: float | None
+    ema: bool
+    reported: Mapping[str, str]
+
+    @property
+    def cells(self) -> list[str]:
+        """Name, alpha and EMA as printed."""
+        alpha = "-" if self.alpha is None else f"{self.alpha:g}"
+        return [TITLES[self.method], alpha, "yes" if self.ema else "no"]
+
+    @property
+    def folder(self) -> str:
+        """Its folder's name."""
+        return self.method if self.ema or self.method == "simsiam" else f"{self.method}-no-ema"
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The method section of its configs."""
+        alpha = {} if self.alpha is None else {"alpha": self.alpha}
+        return {"name": self.method, "ema": self.ema, **alpha}
 
 
-def small_table(table: str, runs: Sequence[PlannedRun]) -> str:
-    """The table of ``--scale small``, a part for each data set.
+def _row(method: str, alpha: float | None, ema: bool, *cells: str) -> Row:
+    return Row(method, alpha, ema, dict(zip(DATASETS, cells, strict=True)))
 
-    k-NN before and after, the rank and the collapse say more of short runs than the probe alone.
-    """
-    lines = [f"# {table.replace('table', 'Table ')}, small scale"]
-    columns = ("k-NN before", "k-NN", "probe", "effective rank", "crashed")
-    for dataset in dict.fromkeys(run.dataset for run in runs):
-        name = DATASETS.get(dataset, dataset)
-        header = ["model", "alpha", "EMA", *columns, "paper"]
-        lines += ["", f"## {name}", "", _line(header), _line(["---"] * len(header))]
-        of_dataset = [run for run in runs if run.dataset == dataset]
-        for folder in dict.fromkeys(run.row.folder for run in of_dataset):
-            of_row = [run for run in of_dataset if run.row.folder == folder]
-            row = of_row[0].row
-            ended = [
-                s
-                for run in of_row
-                if run.state() in ("finished", "crashed") and (s := run.summary()) is not None
-            ]
-            crashed = sum(bool(summary.get("collapse")) for summary in ended)
-            lines.append(
-                _line(
-                    [
-                        row.title,
-                        "-" if row.alpha is None else f"{row.alpha:g}",
-                        "yes" if row.ema else "no",
-                        _spread(ended, "knn_top1_initial", 100),
-                        _spread(ended, "knn_top1", 100),
-                        _spread(ended, "val_top1", 100),
-                        _spread(ended, "effective_rank", 1),
-                        f"{crashed} of {len(ended)}",
-                        row.reported.get(dataset, "-"),
-                    ]
-                )
+
+TABLES: dict[str, tuple[Row, ...]] = {
+    "table2": (
+        _row("byol", None, True, "92.6", "70.5", "91.7", "38.3"),
+        _row("simsiam", None, False, "90.7", "66.3", "87.5", "39.8"),
+        _row("directpred", 0.5, True, "92.0", "66.6", "88.8", "40.1"),
+        _row("directpred", 0.5, False, "12.1 (crashed)", "1.6", "10.4", "1.3"),
+        _row("isoloss", 0.5, True, "91.5", "69.0", "89.0", "44.8"),
+        _row("isoloss", 0.5, False, "91.5", "64.3", "87.4", "40.4"),
+    ),
+    "table3": (
+        _row("directcopy", 1.0, True, "91.3", "68.7", "89.3", "45.3"),
+        _row("directcopy", 1.0, False, "12.1 (crashed)", "1.5", "10.3", "0.6"),
+        _row("isoloss", 1.0, True, "91.5", "69.3", "89.1", "45.6"),
+        _row("isoloss", 1.0, False, "91.4", "63.0", "86.9", "38.5"),
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to reproduce; fields left empty take the defaults of `isofast reproduce --help`."""
+
+    table: str
+    root: Path
+    runs: Path
+    datasets: Sequence[str] = ()
+    seeds: int | None = None
+    scale: Literal["paper", "small"] = "paper"
+    epochs: int | None = None
+    methods: Sequence[str] = ()
+    overrides: Sequence[str] = ()
+    launcher: Sequence[str] = (sys.executable,)
+    train_script: Path = TRAIN_SCRIPT
+
+    @property
+    def folder(self) -> Path:
+        """The folder of the table and its runs."""
+        return self.runs / (self.table if self.scale == "paper" else f"{self.table}-{self.scale}")
+
+    @property
+    def table_path(self) -> Path:
+        """The table's file; a part of the table has its own, named after what it contains."""
+        datasets, methods, seeds = self._selected()
+        parts = ["table"]
+        if {*datasets} != {*DATASETS}:
+            parts += [name for name in SHIPPED if name in datasets]
+        if {*methods} != {row.method for row in TABLES[self.table]}:
+            parts += methods
+        if seeds != _SEEDS["paper"]:
+            parts.append(f"seeds-{seeds}")
+        return self.folder / f"{'-'.join(parts)}.md"
+
+    def plan(self) -> list["PlannedRun"]:
+        """Return all runs, validated, without writing anything.
+
+        Raises:
+            UserError: an unknown data set or method, an override of a key the table fixes, no train
+                script, or a run directory that holds another configuration.
+        """
+        datasets, methods, seeds = self._selected()
+        if not self.train_script.is_file():
+            raise UserError(
+                f"there is no train script {self.train_script}. A checkout of isofast has it as "
+                "launch/train.py; name it with --train-script"
             )
-    widths = sorted({run.config.encoder.width for run in runs})
-    return "\n".join(
-        [
-            *lines,
-            "",
-            "k-NN and probe: top-1 in percent on the validation images, mean +- standard deviation "
-            "over the seeds; before: the untrained network.",
-            f"Networks of width {' and '.join(map(str, widths))} for "
-            f"{' and '.join(str(e) for e in _epochs(runs))} epochs; the paper's is 64 wide and "
-            "trains 1,000, so compare the order of the methods with it, not their accuracies. C of "
-            "directions and the optimizers of short runs are isofast's: a method that the paper "
-            "reports as crashed may learn with them. --set method.correlation=embeddings trains "
-            "with the paper's C, optimizers and rates.",
-            *_machines(runs),
-            "",
+        rows = [row for row in TABLES[self.table] if row.method in methods]
+        return [
+            self._planned(dataset, row, seed)
+            for dataset in datasets
+            for row in rows
+            for seed in range(seeds)
         ]
-    )
+
+    def _selected(self) -> tuple[list[str], list[str], int]:
+        """Data sets, methods in the table's order, number of seeds."""
+        datasets = self.datasets or (["cifar10"] if self.scale == "small" else [*DATASETS])
+        unknown = {*datasets} - {*SHIPPED}
+        if unknown:
+            raise UserError(f"unknown data set {', '.join(unknown)}; allowed: {', '.join(SHIPPED)}")
+        known = list(dict.fromkeys(row.method for row in TABLES[self.table]))
+        unknown = {*self.methods} - {*known}
+        if unknown:
+            raise UserError(f"{self.table} has no {', '.join(unknown)}; it has {', '.join(known)}")
+        methods = [name for name in known if name in (self.methods or known)]
+        return list(dict.fromkeys(datasets)), methods, self.seeds or _SEEDS[self.scale]
+
+    def _planned(self, dataset: str, row: Row, seed: int) -> "PlannedRun":
+        run_dir = self.folder / dataset / row.folder / f"seed-{seed}"
+        settings = self._settings(dataset, row, seed)
+        config, fixed = resolve(settings, self.overrides), resolve(settings)
+        for key in _FIXED_KEYS:
+            if _value(config, key) != _value(fixed, key):
+                raise UserError(
+                    f"--set {key} is fixed by the table; use --seeds, --epochs, --root, "
+                    "--datasets or --methods"
+                )
+        command = [*self.launcher, str(self.train_script)]
+        command += ["--config", str(run_dir.with_suffix(".json")), "--run-dir", str(run_dir)]
+        command += [word for override in self.overrides for word in ("--set", override)]
+        run = PlannedRun(dataset, row, seed, run_dir, settings, config, tuple(command))
+        stored = run.stored_config()
+        if stored is not None and (changes := changed_keys(stored, config)):
+            raise UserError(
+                f"{run_dir} holds a run of another configuration:\n  "
+                + "\n  ".join(changes)
+                + "\nRestore the old values, or name another --runs"
+            )
+        return run
+
+    def _settings(self, dataset: str, row: Row, seed: int) -> dict[str, Any]:
+        """The shipped config of the data set with the table's changes."""
+        path = self.train_script.parent / SHIPPED[dataset]
+        shipped: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        shipped.pop(SCHEMA_KEY, None)
+        # quickstart.json has an optimizer for IsoLoss with EMA, and a decay for EMA
+        shipped.pop("optimizer", None)
+        method = shipped.pop("method", {})
+        kept = {"decay": method["decay"]} if row.ema and "decay" in method else {}
+        settings = merge(shipped, _PAPER)
+        if self.scale == "small":
+            settings = merge(settings, _SMALL_DIGITS if dataset == "digits" else _SMALL)
+        own = {
+            "seed": seed,
+            "data": {"root": str(self.root / dataset)},
+            "method": kept | row.settings,
+            "train": {} if self.epochs is None else {"epochs": self.epochs},
+        }
+        return merge(settings, own)
 
 
-def draw_figures(runs: Sequence[PlannedRun], folder: Path) -> Iterator[Path]:
-    """Figure 3 of all methods and figure 7 of the closed forms, of each data set.
+@dataclass(frozen=True)
+class PlannedRun:
+    """One seed of one method on one data set.
 
-    Drawn from the first seed's runs; what has no finished runs is left out.
+    Attributes:
+        settings: the content of its config file.
+        config: the same with presets and overrides.
+        command: trains it.
     """
-    from isofast.paper.figures import draw
 
-    for dataset in dict.fromkeys(run.dataset for run in runs):
-        done = [
-            run
-            for run in runs
-            if run.dataset == dataset and run.seed == 0 and run.state() in ("finished", "crashed")
-        ]
-        output = folder / dataset
-        if done:
-            yield from draw(3, [run.run_dir for run in done], output)
-        closed = [run for run in done if run.row.alpha is not None]
-        both = [
-            run.run_dir
-            for run in closed
-            if {other.row.ema for other in closed if other.row.method == run.row.method}
-            == {True, False}
-        ]
-        if both:
-            yield from draw(7, both, output)
+    dataset: str
+    row: Row
+    seed: int
+    run_dir: Path
+    settings: dict[str, Any]
+    config: Config
+    command: tuple[str, ...]
 
+    @property
+    def title(self) -> str:
+        """Data set, method and seed."""
+        alpha = "" if self.row.alpha is None else f" alpha {self.row.alpha:g}"
+        ema = "EMA" if self.row.ema else "no EMA"
+        return f"{self.dataset}, {TITLES[self.row.method]}{alpha}, {ema}, seed {self.seed}"
 
-def _epochs(runs: Sequence[PlannedRun]) -> list[int]:
-    return sorted({run.config.train.epochs for run in runs})
-
-
-def _spread(summaries: Sequence[dict[str, Any]], key: str, scale: float) -> str:
-    """Mean and standard deviation of what is known."""
-    known = [scale * s[key] for s in summaries if s.get(key) is not None]
-    if not known:
-        return "-"
-    mean = f"{statistics.mean(known):.1f}"
-    return mean if len(known) == 1 else f"{mean} +- {statistics.stdev(known):.1f}"
-
-
-def _notes(runs: Sequence[PlannedRun]) -> list[str]:
-    epochs = _epochs(runs)
-    byol_on_cifar = any(
-        run.row.method == "byol" and run.dataset.startswith("cifar") for run in runs
-    )
-    return [
-        "Top-1 in percent of the online linear probe on the validation images at the end of "
-        f"{' or '.join(map(str, epochs))} epoch{'s' * (epochs != [1])}: mean +- standard "
-        "deviation over n seeds.",
-        "Crashed: the embeddings had collapsed at the end, or ended the run by it; the accuracy "
-        "is the last one.",
-        "The paper's numbers are of five seeds and 1,000 epochs"
-        + ("; its numbers of BYOL on CIFAR are solo-learn's." if byol_on_cifar else "."),
-        "The paper's two tables are split by alpha here: table2 has the trained predictors and "
-        "alpha 0.5, table3 has alpha 1.",
-        *_machines(runs),
-    ]
-
-
-def _machines(runs: Sequence[PlannedRun]) -> list[str]:
-    """Where the runs were made, a line for each kind of machine."""
-    found = set()
-    for run in runs:
+    def write_config(self) -> None:
+        """Write the config file its command names."""
+        path = self.run_dir.with_suffix(".json")
+        text = json.dumps(self.settings, indent=2) + "\n"
         try:
-            environment = json.loads((run.run_dir / "environment.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            continue
-        versions = environment["versions"]
-        found.add(
-            f"{environment['device']}, {environment['ranks']} process(es), "
-            f"torch {versions['torch']}, isofast {versions['isofast']}"
-        )
-    return [f"Made on {machine}." for machine in sorted(found)]
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(path, lambda part: part.write_text(text, encoding="utf-8"))
+        except OSError as error:
+            raise UserError(f"cannot write {path}: {error.strerror}; name another --runs") from None
+
+    def summary(self) -> dict[str, Any]:
+        """Return the content of summary.json; empty until there is one."""
+        path = self.run_dir / "summary.json"
+        found: dict[str, Any] = json.loads(path.read_text("utf-8")) if path.exists() else {}
+        return found
+
+    def state(self) -> Literal["new", "stopped", "finished", "crashed"]:
+        """Return how far the run is; one ended by a collapse has crashed, which is a result."""
+        stored, summary = self.stored_config(), self.summary()
+        if stored is None:
+            return "new"
+        if not summary or stored.train.max_steps != self.config.train.max_steps:
+            return "stopped"
+        if summary["completed"]:
+            return "finished"
+        # a run may fail otherwise after the warning of a collapse
+        failure = summary["failure"]
+        return "crashed" if failure and failure == summary["collapse"] else "stopped"
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether there is a result."""
+        return self.state() in ("finished", "crashed")
+
+    def stored_config(self) -> Config | None:
+        """Return the config in the run directory; None without one."""
+        path = self.run_dir / "config.json"
+        try:
+            return read_stored(path)
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError) as error:
+            raise UserError(f"cannot read {path}: {error}; name another --runs") from None
 
 
-def _cell(runs: Sequence[PlannedRun]) -> str:
-    """Of the seeds of one method on one data set, those that have come to an end."""
-    ended = [run for run in runs if run.state() in ("finished", "crashed")]
-    if not ended:
-        return "-"
-    crashed = sum(bool((run.summary() or {}).get("collapse")) for run in ended)
-    accuracies = [100 * top1 for run in ended if (top1 := _last_top1(run)) is not None]
-    inside = [f"n = {len(ended)}"] + ([f"{crashed} crashed"] if crashed else [])
-    if not accuracies:
-        return f"no accuracy ({', '.join(inside)})"
-    mean = f"{statistics.mean(accuracies):.1f}"
-    if len(accuracies) > 1:
-        mean += f" +- {statistics.stdev(accuracies):.1f}"
-    return f"{mean} ({', '.join(inside)})"
-
-
-def _last_top1(run: PlannedRun) -> float | None:
-    summary: dict[str, Any] = run.summary() or {}
-    if summary.get("val_top1") is not None:
-        return float(summary["val_top1"])
-    known = [r["val_top1"] for r in read_metrics(run.run_dir / "metrics.jsonl") if "val_top1" in r]
-    return float(known[-1]) if known else None
-
-
-def _line(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cells)} |"
+def _value(config: Config, key: str) -> Any:
+    section, _, name = key.rpartition(".")
+    return getattr(getattr(config, section) if section else config, name, None)

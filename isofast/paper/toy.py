@@ -1,37 +1,77 @@
-"""The settings of a toy network: which loss, which ablation, which sizes. Needs no torch."""
+"""The paper's toy networks: one layer V, its spectrum followed through gradient descent.
+
+P is Halvagal, Laborieux, Zenke (NeurIPS 2023). With x1 ~ N(0, I) and x2 = x1 + 0.1 n, the views'
+embeddings are z1 = V x1 and z2 = V x2, the predictor is W = V V^T (alpha = 1, no normalisation),
+held constant in every gradient. The linear Euclidean gradients are those of the population:
+
+- Euclidean:                   dV = W (W - I) V
+- iso Euclidean:               dV = (W - I) V
+- without stop-gradient:       dV = ((W - I)^2 + 0.01 I) V
+- without predictor (W = I):   dV = 0
+
+so that an eigenvalue lambda = s^2 of V V^T, s a singular value of V, follows under V' = -eta dV
+
+- Euclidean:        s' = eta lambda (1 - lambda) s,    lambda' = 2 eta lambda^2 (1 - lambda)
+- iso Euclidean:    s' = eta (1 - lambda) s,           lambda' = 2 eta lambda (1 - lambda)
+
+which are the paper's rates eta lambda (1 - lambda) and eta (1 - lambda) of an embedding's
+component; lambda, being its square, moves at twice the rate. A Euclidean ReLU network without
+predictor drifts outwards, dV = -c V (`RELU_DRIFT`). All other gradients are sampled.
+
+Shape letters: S initialisations, B samples, N inputs, M outputs, P points, T recorded steps.
+"""
 
 import math
 from dataclasses import dataclass
 
-from isofast.errors import UserError
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
 
-LOSSES = ("euclidean", "iso_euclidean", "cosine", "iso_cosine")
-SEEDS = 2**63
+from isofast.errors import RunError, UserError
+from isofast_kernels.reference import (
+    NORM_FLOOR,
+    losses_and_gradients_reference,
+    two_sided_gradients_reference,
+)
+
+NOISE = 0.1
+"""Standard deviation of x2 - x1."""
+RELU_DRIFT = (NOISE - math.atan(NOISE)) / (2 * math.pi)
+"""c = E[relu(r) 1[u > 0] u] - E[relu(u)^2] for u ~ N(0, 1) and r = u + NOISE n: the noisy view is
+longer on average, so without a predictor z1 grows after it, by NOISE^3 / (6 pi) per unit of time.
+The first mean is one of Cho and Saul's (2009), for the angle atan(NOISE) between u and r."""
+SHORTEST = 0.1
+"""Relative to the root mean square: a ReLU network's shorter samples are left out of the iso cosine
+loss, whose mean needs such a bound (`_has_direction`). At the start that is 4 % of the samples with
+defined cosine in the plane, 0.6 % in the spectrum. In the plane it decides the end: from the V of
+seed 0 a trace of 0.60, 0.61 and 0.63 with 0.2, 0.1 and 0.05; with 0.01 the two rows of V are
+driven apart, to a trace of 5.6 that still grows."""
+INITIAL_SCALE = 0.25
+"""Standard deviation of V's elements at the start."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Toy:
     """One linear or ReLU layer trained without labels (P Section 4, Fig. 2, 5 and 6).
 
-    A view x of ``inputs`` numbers gives z = V x, or z = relu(V x), of ``outputs`` numbers. The
-    predictor is W = V V^T, or W = I.
-
     Attributes:
         loss: "euclidean", "iso_euclidean", "cosine" or "iso_cosine" (P Table 1).
-        stop_gradient: whether the target side is held constant.
-        predictor: W = V V^T, held constant in every gradient; W = I without.
-        relu: put a ReLU on the embeddings.
-        paper_gradient: of the cosine without stop-gradient, the form of P App. C.2 in place of
-            the derivative.
+        stop_gradient: hold the target constant.
+        predictor: W = V V^T; without, W = I.
+        relu: z = relu(V x) in place of V x.
+        paper_gradient: for the cosine without stop-gradient, the form printed in P App. C.2 in
+            place of the derivative.
         inputs: N, the length of x.
         outputs: M, the length of z.
         steps: of gradient descent; None for 1,500, without predictor 100,000.
-        samples: fresh pairs of views a step, where the population gradient has no closed form.
+        samples: fresh pairs of views per step, where the population gradient has no closed form.
         lr: learning rate; None for 0.1, for the Euclidean losses with a predictor 0.01.
-        seed: of the initialisation and of the samples.
+        seed: of the initialisation and the samples.
 
     Raises:
-        UserError: a value out of its range, or two that do not go together.
+        UserError: a value is out of range, or two do not go together.
     """
 
     loss: str = "euclidean"
@@ -47,35 +87,23 @@ class Toy:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.loss not in LOSSES:
-            raise UserError(f"loss: got {self.loss!r}; choose one of {', '.join(LOSSES)}")
-        for name in ("inputs", "outputs", "samples"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name}: got {getattr(self, name)}; give a number of at least 1")
-        if self.steps is not None and self.steps < 0:
-            raise UserError(f"steps: got {self.steps}; give 0 or more")
+        ranges = {"inputs": (1, 10**4), "outputs": (1, 10**4), "samples": (1, 10**7)}
+        ranges |= {"steps": (0, 10**9), "seed": (0, 2**63 - 1)}
+        for name, (low, high) in ranges.items():
+            value = getattr(self, name)
+            if value is not None and not low <= value <= high:
+                raise UserError(f"{name}: got {value}; give a number from {low} to {high:,}")
         if self.lr is not None and not (math.isfinite(self.lr) and self.lr > 0):
             raise UserError(f"lr: got {self.lr}; give a finite number above 0, such as 0.01")
-        if not 0 <= self.seed < SEEDS:
-            raise UserError(f"seed: got {self.seed}; give a number from 0 to 2^63 - 1")
-        self._check_ablations()
-
-    def _check_ablations(self) -> None:
         if self.isotropic and not (self.stop_gradient and self.predictor):
-            missing = "predictor" if self.stop_gradient else "stop-gradient"
             raise UserError(
-                f"loss: got {self.loss!r} without {missing}; IsoLoss is defined with both alone. "
-                f"Use {self.metric!r} for this ablation"
+                f"loss: got {self.loss!r}, which needs both stop-gradient and predictor. Use "
+                f"{self.metric!r} for this ablation"
             )
-        if self.paper_gradient and self.stop_gradient:
+        if self.paper_gradient and (self.stop_gradient or self.metric != "cosine"):
             raise UserError(
-                "paper_gradient: got it with a stop-gradient, where the paper's derivative is the "
-                "true one; add --no-stop-gradient or leave --paper-gradient"
-            )
-        if self.paper_gradient and self.metric != "cosine":
-            raise UserError(
-                f"paper_gradient: got it with loss {self.loss!r}; the paper's derivative differs "
-                "from the true one for 'cosine' alone"
+                "paper_gradient: the paper's derivative differs from the true one only for loss "
+                "'cosine' without stop-gradient; add --no-stop-gradient, or drop --paper-gradient"
             )
 
     @property
@@ -90,30 +118,30 @@ class Toy:
 
     @property
     def exact(self) -> bool:
-        """Whether the population gradient has a closed form here, so that nothing is sampled."""
-        alone = self.stop_gradient and not self.predictor
-        return self.metric == "euclidean" and (not self.relu or alone)
+        """Whether the population gradient has a closed form, so that nothing is sampled."""
+        no_predictor = self.stop_gradient and not self.predictor
+        return self.metric == "euclidean" and (not self.relu or no_predictor)
 
     @property
     def default_steps(self) -> int:
-        """``steps``, or how many this loss is given in the paper's figures."""
+        """``steps``, or those of the paper's figures for this loss."""
         if self.steps is not None:
             return self.steps
         return 1500 if self.predictor else 100_000
 
     @property
     def default_lr(self) -> float:
-        """``lr``, or the one this loss has in the paper's pictures of spectra."""
+        """``lr``, or that of the paper's pictures of spectra for this loss."""
         if self.lr is not None:
             return self.lr
         return 0.01 if self.metric == "euclidean" and self.predictor else 0.1
 
     @property
     def matrix(self) -> str:
-        """The matrix whose eigenvalues describe the embeddings: their correlation C."""
+        """The matrix whose eigenvalues are recorded."""
         return "E[z z^T], z = relu(V x)" if self.relu else "V V^T"
 
-    def describe(self) -> str:
+    def __str__(self) -> str:
         """The network in words."""
         words = [self.loss] if self.stop_gradient else [self.loss, "without stop-gradient"]
         if self.paper_gradient:
@@ -122,3 +150,205 @@ class Toy:
             words.append("without predictor")
         kind = "ReLU" if self.relu else "linear"
         return f"{' '.join(words)}, {kind} {self.inputs} -> {self.outputs}"
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """A recorded simulation, from the start to the last step.
+
+    Attributes:
+        steps: (T,), the steps recorded.
+        eigenvalues: (T, S, M), of ``toy.matrix``, descending.
+        weight_eigenvalues: (T, S, M), of V V^T, descending; the same for linear networks.
+        points: (T, S, P, M), embeddings of the given points.
+        weights: (S, M, N), the last V.
+    """
+
+    steps: NDArray[np.int64]
+    eigenvalues: NDArray[np.float64]
+    weight_eigenvalues: NDArray[np.float64]
+    points: NDArray[np.float64]
+    weights: NDArray[np.float64]
+
+
+def initial_weights(toy: Toy) -> Tensor:
+    """Return V of one initialisation, (1, M, N), float64, from randn / 4."""
+    shape = (1, toy.outputs, toy.inputs)
+    return INITIAL_SCALE * randn(shape, stream(toy.seed, 0))
+
+
+def simulate(
+    toy: Toy,
+    v_SMN: Tensor | None = None,
+    *,
+    points_PN: Tensor | None = None,
+    records: int = 2,
+) -> Trajectory:
+    """Follow gradient descent from ``v_SMN``, all initialisations at once on the same samples.
+
+    Args:
+        toy: the network and its loss.
+        v_SMN: initial weights (S, M, N), float64; by default `initial_weights`.
+        points_PN: inputs (P, N), float64, whose embeddings are recorded.
+        records: how many steps to record, from the first to the last; at most all.
+
+    Returns:
+        The trajectory, the same for the same seed on the same machine.
+
+    Raises:
+        RunError: V is not finite.
+    """
+    v_SMN = initial_weights(toy) if v_SMN is None else v_SMN
+    points_PN = v_SMN.new_zeros(0, toy.inputs) if points_PN is None else points_PN
+    generator = stream(toy.seed, 1)
+    steps = np.unique(np.linspace(0, toy.default_steps, max(records, 2)).round().astype(np.int64))
+    wanted = set(steps.tolist())
+    spectra, weight_spectra, points = [], [], []
+    for step in range(toy.default_steps + 1):
+        if step > 0:
+            v_SMN = v_SMN - toy.default_lr * population_gradient(toy, v_SMN, generator)
+        if step in wanted:
+            if not v_SMN.isfinite().all():
+                raise RunError(
+                    f"the weights are not finite at step {step:,}: lr {toy.default_lr:g} is too "
+                    "large; give a smaller --lr"
+                )
+            spectra.append(_spectrum(correlation(toy, v_SMN)))
+            weight_spectra.append(_spectrum(v_SMN @ v_SMN.mT))
+            points.append(embed(toy, points_PN, v_SMN))
+    return Trajectory(
+        steps=steps,
+        eigenvalues=torch.stack(spectra).numpy(),
+        weight_eigenvalues=torch.stack(weight_spectra).numpy(),
+        points=torch.stack(points).numpy(),
+        weights=v_SMN.numpy(),
+    )
+
+
+def population_gradient(toy: Toy, v_SMN: Tensor, generator: torch.Generator) -> Tensor:
+    """Return dV (S, M, N), in closed form where there is one, else from ``toy.samples`` pairs."""
+    return _exact_gradient(toy, v_SMN) if toy.exact else sampled_gradient(toy, v_SMN, generator)
+
+
+def sampled_gradient(toy: Toy, v_SMN: Tensor, generator: torch.Generator) -> Tensor:
+    """Return the loss's gradient in V, (S, M, N), averaged over ``toy.samples`` pairs of views.
+
+    Args:
+        toy: the network and its loss.
+        v_SMN: the weights (S, M, N), float64; all initialisations see the same pairs.
+        generator: draws the pairs.
+    """
+    x1_BN = randn((toy.samples, toy.inputs), generator)
+    x2_BN = x1_BN + NOISE * randn((toy.samples, toy.inputs), generator)
+    z_SBM, t_SBM = embed(toy, x1_BN, v_SMN), embed(toy, x2_BN, v_SMN)
+    w_SMM = _predictor(toy, v_SMN)
+    counts_SB1 = _has_direction(toy, z_SBM @ w_SMM, t_SBM) if toy.relu else None
+    if toy.stop_gradient:
+        _, dz_SBM = losses_and_gradients_reference(
+            z_SBM, t_SBM, w_SMM, metric=toy.metric, isotropic=toy.isotropic
+        )
+        return _to_weights(dz_SBM, z_SBM, x1_BN, counts_SB1)
+    dz_SBM, dt_SBM = two_sided_gradients_reference(
+        z_SBM, t_SBM, w_SMM, metric=toy.metric, paper_gradient=toy.paper_gradient
+    )
+    dv_SMN = _to_weights(dz_SBM, z_SBM, x1_BN, counts_SB1)
+    return dv_SMN + _to_weights(dt_SBM, t_SBM, x2_BN, counts_SB1)
+
+
+def _exact_gradient(toy: Toy, v_SMN: Tensor) -> Tensor:
+    """The Euclidean gradient's mean over the views."""
+    if toy.relu:
+        # each row of V separately, and by symmetry along itself
+        return -RELU_DRIFT * v_SMN
+    w_SMM = _predictor(toy, v_SMN)
+    # E x1 x1^T = E x2 x1^T = I
+    error_SMN = w_SMM @ v_SMN - v_SMN
+    dv_SMN = error_SMN if toy.isotropic else w_SMM @ error_SMN
+    if not toy.stop_gradient:
+        # E x2 x2^T = (1 + NOISE^2) I, only in the target's own term
+        dv_SMN = dv_SMN - error_SMN + NOISE**2 * v_SMN
+    return dv_SMN
+
+
+def _to_weights(dz_SBM: Tensor, z_SBM: Tensor, x_BN: Tensor, counts_SB1: Tensor | None) -> Tensor:
+    """The mean of dz x^T, through a ReLU where samples are counted."""
+    if counts_SB1 is not None:
+        dz_SBM = torch.where((z_SBM > 0) & counts_SB1, dz_SBM, 0.0)
+    return dz_SBM.mT @ x_BN / len(x_BN)
+
+
+def _has_direction(toy: Toy, p_SBM: Tensor, t_SBM: Tensor) -> Tensor:
+    """Whether a sample counts, (S, B, 1); for the Euclidean losses all do.
+
+    A ReLU that silences all outputs but one makes short embeddings frequent. Below the norm floor
+    the clamped gradient, of about 1e8, is no longer orthogonal to them: one such sample in ten
+    million would throw V off for good, where the derivative of the cosine is zero.
+
+    IsoLoss needs more. With one output u left, g = -sin^2(theta) / (u |W_1|), theta between the
+    row W_1 and its axis, and u has a density at 0: with two outputs half of the samples are such,
+    E|g| does not exist, and V would leap with the shortest sample met. (The plain cosine has W g
+    there, which is 0.) So its samples with |p| or |t| below `SHORTEST` of the batch's root mean
+    square are left out. The mean of the others grows as log(1 / SHORTEST). The paper's form
+    without stop-gradient has no mean there either, but is no gradient to be mended.
+    """
+    if toy.metric == "euclidean":
+        return torch.ones(1, dtype=torch.bool)
+    return _long_enough(toy, p_SBM) & _long_enough(toy, t_SBM)
+
+
+def _long_enough(toy: Toy, x_SBM: Tensor) -> Tensor:
+    length_SB1: Tensor = torch.linalg.vector_norm(x_SBM, dim=-1, keepdim=True)
+    if not toy.isotropic:
+        return length_SB1 > NORM_FLOOR
+    rms_S11 = length_SB1.square().mean(-2, keepdim=True).sqrt()
+    return length_SB1 > (SHORTEST * rms_S11).clamp_min(NORM_FLOOR)
+
+
+def embed(toy: Toy, x_BN: Tensor, v_SMN: Tensor) -> Tensor:
+    """Return the embeddings (S, B, M) of inputs (B, N)."""
+    z_SBM = x_BN @ v_SMN.mT
+    return z_SBM.relu() if toy.relu else z_SBM
+
+
+def correlation(toy: Toy, v_SMN: Tensor) -> Tensor:
+    """Return E[z z^T] over x ~ N(0, I), (S, M, M): V V^T, or its ReLU counterpart.
+
+    For two rows v, u of V at an angle theta, E[relu(v.x) relu(u.x)] =
+    |v| |u| (sin theta + (pi - theta) cos theta) / (2 pi) (Cho and Saul 2009, Eq. 6).
+    """
+    gram_SMM = v_SMN @ v_SMN.mT
+    if not toy.relu:
+        return gram_SMM
+    norm_SM = gram_SMM.diagonal(dim1=-2, dim2=-1).sqrt()
+    norms_SMM = norm_SM[..., :, None] * norm_SM[..., None, :]
+    cosine_SMM = (gram_SMM / norms_SMM.clamp_min(torch.finfo(gram_SMM.dtype).tiny)).clamp(-1, 1)
+    theta_SMM = cosine_SMM.arccos()
+    kernel_SMM = theta_SMM.sin() + (math.pi - theta_SMM) * cosine_SMM
+    return norms_SMM * kernel_SMM / (2 * math.pi)
+
+
+def _predictor(toy: Toy, v_SMN: Tensor) -> Tensor:
+    if toy.predictor:
+        return v_SMN @ v_SMN.mT
+    return torch.eye(toy.outputs, dtype=v_SMN.dtype)
+
+
+def _spectrum(matrix_SMM: Tensor) -> Tensor:
+    ascending_SM: Tensor = torch.linalg.eigvalsh(matrix_SMM)
+    return ascending_SM.flip(-1).clamp_min(0)
+
+
+def stream(seed: int, index: int) -> torch.Generator:
+    """Return one of a seed's independent streams of random numbers.
+
+    Args:
+        seed: of the simulation.
+        index: 0 for the initial weights, 1 for the samples, 2 and more for other draws.
+    """
+    state = np.random.SeedSequence([seed, index]).generate_state(1)
+    return torch.Generator().manual_seed(int(state[0]))
+
+
+def randn(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    """Return standard normal float64, drawn in float32, which is four times as fast."""
+    return torch.randn(shape, generator=generator, dtype=torch.float32).double()

@@ -1,11 +1,12 @@
-"""The paper's Fig. 2, 5 and 6, drawn from simulations: PNG to look at, NPZ to calculate with."""
+"""The paper's Fig. 2, 5 and 6 from simulations, as PNG and as NPZ."""
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from tempfile import NamedTemporaryFile
 from typing import Any
 
 import numpy as np
+import torch
 from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -15,17 +16,24 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from isofast.data.files import write_atomically
 from isofast.errors import UserError
-from isofast.paper.theory import SHORTEST, Trajectory
-from isofast.paper.toy_panels import (
-    INITIALISATIONS,
-    METRICS,
-    VARIANTS,
-    Panel,
-    arrays_of,
-    panels_of,
-    run_panels,
-)
+from isofast.paper.toy import SHORTEST, Toy, Trajectory, initial_weights, randn, simulate, stream
 
+METRICS = ("euclidean", "cosine")
+VARIANTS: dict[str, dict[str, bool]] = {
+    "no_stop_gradient": {"stop_gradient": False},
+    "paper_gradient": {"stop_gradient": False, "paper_gradient": True},
+    "no_predictor": {"predictor": False},
+    "plain": {},
+    "iso": {},
+}
+PLANE: dict[str, Any] = {"inputs": 6, "outputs": 2, "lr": 0.01}
+PLANE_STEPS, PLANE_SAMPLES = 1500, 10
+"""In the plane every loss runs as long, on so many times the samples: the cosine's gradient there,
+about 1 / |z|, has no variance, so that 100,000 steps on few samples show a random walk."""
+INITIALISATIONS = ("V0", "2 V0", "randn / 2")
+RECORDS = 301
+POINTS, CANDIDATES = 20, 5000
+"""Points followed in the plane: the longest of so many, as they show the motion best."""
 TITLES = {
     "no_stop_gradient": "no stop-gradient",
     "paper_gradient": "no stop-gradient,\npaper's derivative",
@@ -61,63 +69,113 @@ OWN_SCALE = 3.0
 """A plane that embeddings leave by so many times their first reach has a scale of its own."""
 
 
+@dataclass(frozen=True)
+class Panel:
+    """A simulation of a figure.
+
+    Attributes:
+        name: its prefix in the NPZ.
+        toy: what is simulated.
+        starts: initial weights (S, M, N), float64; None for `initial_weights`.
+        points: inputs (P, N), float64, whose embeddings are drawn; None for a spectrum.
+    """
+
+    name: str
+    toy: Toy
+    starts: torch.Tensor | None = None
+    points: torch.Tensor | None = None
+
+
 def write_figure(
     figure: str,
     folder: Path,
     *,
-    workers: int | None = None,
-    done: Callable[[str], None] = print,
-    **changes: Any,
+    say: Callable[[str], None],
+    seed: int = 0,
+    samples: int = Toy.samples,
+    steps: int | None = None,
 ) -> list[Path]:
-    """Simulates and draws a figure of the paper.
+    """Simulate and draw a figure of the paper.
 
     Args:
         figure: "figure2", "figure5" or "figure6".
         folder: where the PNG and the NPZ go; made if missing.
-        workers, done: as in `run_panels`.
-        **changes: as in `panels_of`.
+        say: prints progress.
+        seed, samples, steps: as in `Toy`, for all simulations.
 
     Returns:
-        The two files written.
+        The two files. The NPZ holds NAME_steps (T,), NAME_eigenvalues and NAME_weight_eigenvalues
+        (T, S, M), in the plane also NAME_points (T, S, P, M).
 
     Raises:
-        UserError: a value that `Toy` refuses, or a folder that cannot be made or written to.
+        UserError: a value that `Toy` refuses, or a folder that cannot be written to.
         RunError: a simulation left the finite numbers.
     """
-    panels = panels_of(figure, **changes)
-    # before the minutes of simulation, not after
-    _make_writable(folder)
-    trajectories = run_panels(panels, workers=workers, done=done)
-    picture = _starts(trajectories) if figure == "figure5" else _losses(panels, trajectories)
+    panels = panels_of(figure, seed=seed, samples=samples, steps=steps)
     paths = [folder / f"{figure}.png", folder / f"{figure}.npz"]
-    FigureCanvasAgg(picture)
-    arrays = arrays_of(trajectories)
     try:
+        folder.mkdir(parents=True, exist_ok=True)
+        # minutes of simulation should not end at a folder that takes no file
+        write_atomically(folder / ".probe", Path.touch)
+        (folder / ".probe").unlink()
+        found = {}
+        for panel in panels:
+            found[panel.name] = simulate(
+                panel.toy, panel.starts, points_PN=panel.points, records=RECORDS
+            )
+            say(f"simulated {panel.name}")
+        picture = _starts(found) if figure == "figure5" else _losses(panels, found)
+        FigureCanvasAgg(picture)
         write_atomically(paths[0], lambda path: picture.savefig(path, dpi=150, format="png"))
-        write_atomically(paths[1], lambda path: _save(path, arrays))
+        write_atomically(paths[1], lambda path: _save(path, found))
     except OSError as error:
         raise UserError(
-            f"output: {figure}.png and {figure}.npz cannot be written to {folder}: "
-            f"{error.strerror}; choose another folder with --output"
+            f"output: cannot write to {folder}: {error.strerror}; choose another --output"
         ) from error
     return paths
 
 
-def _make_writable(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        # a folder may exist and take no file, on a read-only disk even from root
-        with NamedTemporaryFile(dir=folder, prefix=".probe-"):
-            pass
-    except OSError as error:
-        raise UserError(
-            f"output: {folder} is no folder to write to: {error.strerror}; choose another "
-            "with --output"
-        ) from error
+def panels_of(
+    figure: str, *, seed: int = 0, samples: int = Toy.samples, steps: int | None = None
+) -> list[Panel]:
+    """Return the simulations of a figure; see `write_figure`."""
+    plane = {
+        **PLANE,
+        "seed": seed,
+        "samples": PLANE_SAMPLES * samples,
+        "steps": PLANE_STEPS if steps is None else steps,
+    }
+    candidates_PN = randn((CANDIDATES, PLANE["inputs"]), stream(seed, 2))
+    points_PN = candidates_PN[candidates_PN.norm(dim=-1).argsort(descending=True)[:POINTS]]
+    if figure == "figure5":
+        v_1MN = initial_weights(Toy(**plane))
+        other_1MN = randn(tuple(v_1MN.shape), stream(seed, 3)) / 2
+        starts_SMN = torch.cat([v_1MN, 2 * v_1MN, other_1MN])
+        return [
+            Panel(metric, Toy(loss=metric, **plane), starts_SMN, points_PN) for metric in METRICS
+        ]
+    panels = []
+    for metric in METRICS:
+        for variant, ablation in VARIANTS.items():
+            if variant == "paper_gradient" and metric == "euclidean":
+                continue
+            name, loss = f"{metric}_{variant}", f"iso_{metric}" if variant == "iso" else metric
+            settings: dict[str, Any] = {"loss": loss, "relu": figure == "figure6", **ablation}
+            spectrum = Toy(**settings, seed=seed, samples=samples, steps=steps)
+            panels.append(Panel(f"{name}_spectrum", spectrum))
+            panels.append(Panel(f"{name}_plane", Toy(**settings, **plane), points=points_PN))
+    return panels
 
 
-def _save(path: Path, arrays: Mapping[str, Any]) -> None:
-    # a file object: numpy appends .npz to a name that has not got it
+def _save(path: Path, trajectories: Mapping[str, Trajectory]) -> None:
+    arrays: dict[str, Any] = {}
+    for name, trajectory in trajectories.items():
+        arrays[f"{name}_steps"] = trajectory.steps
+        arrays[f"{name}_eigenvalues"] = trajectory.eigenvalues
+        arrays[f"{name}_weight_eigenvalues"] = trajectory.weight_eigenvalues
+        if trajectory.points.size:
+            arrays[f"{name}_points"] = trajectory.points
+    # numpy appends .npz to a path
     with path.open("wb") as file:
         np.savez_compressed(file, **arrays)
 

@@ -8,7 +8,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from isofast.paper.theory import (
+from isofast.paper.toy import (
     NOISE,
     initial_weights,
     population_gradient,

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from isofast.errors import RunError
-from isofast.paper.theory import (
+from isofast.paper.toy import (
     NOISE,
     correlation,
     embed,
