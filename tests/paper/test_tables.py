@@ -1,12 +1,11 @@
-"""What a table of `isofast reproduce` says of runs that have ended, failed or crashed."""
+"""The table of `isofast reproduce` for runs that finished, failed or crashed."""
 
 import json
 from collections.abc import Callable
 from typing import Any
 
-from isofast.paper.reproduce import PlannedRun, Request, plan
-from isofast.paper.results import DATASETS, TABLES
-from isofast.paper.tables import markdown_table
+from isofast.paper.reproduce import render
+from isofast.paper.tables import DATASETS, TABLES, PlannedRun, Request
 
 # Of the paper's tables: CIFAR-10, CIFAR-100, STL-10 and TinyImageNet by method and EMA.
 PAPER = {
@@ -36,7 +35,7 @@ def test_every_number_is_the_papers() -> None:
         assert crashed == ({"cifar10"} if cells.startswith("12.1") else set()), place
 
 
-def test_a_part_of_the_table_has_a_file_of_its_own(request_of: Callable[..., Request]) -> None:
+def test_a_part_of_the_table_has_its_own_file(request_of: Callable[..., Request]) -> None:
     paper = [*DATASETS]
     for changes, name in (
         ({"datasets": paper[::-1]}, "table.md"),
@@ -48,72 +47,85 @@ def test_a_part_of_the_table_has_a_file_of_its_own(request_of: Callable[..., Req
         assert request.table_path == request.folder / name
 
 
-def test_notes_say_whose_numbers_the_papers_are(request_of: Callable[..., Request]) -> None:
-    def table(*datasets: str, **changes: Any) -> str:
-        return markdown_table("table2", plan(request_of(datasets=datasets, seeds=1, **changes)))
+def test_a_dataset_has_a_section_with_the_papers_numbers(
+    request_of: Callable[..., Request],
+) -> None:
+    request = request_of(datasets=["cifar100", "digits"], methods=["directpred"])
+    lines = render(request, request.plan()).splitlines()
+    assert lines[0] == "# Table 2"
+    sections = [lines.index(name) for name in ("## CIFAR-100", "## digits")]
+    rows = [[line for line in lines[at:] if line.startswith("| Direct")][:2] for at in sections]
+    nothing = "- | - | - | - | 0 of 0"
+    for (with_ema, without), papers in zip(rows, (("66.6", "1.6"), ("-", "-")), strict=True):
+        assert with_ema == f"| DirectPred | 0.5 | yes | {nothing} | {papers[0]} |"
+        assert without == f"| DirectPred | 0.5 | no | {nothing} | {papers[1]} |"
 
-    assert "table2 has the trained predictors and alpha 0.5, table3 has alpha 1" in table("digits")
-    assert "BYOL on CIFAR are solo-learn's" in table("cifar100")
-    assert "solo-learn" not in table("stl10") + table("cifar10", methods=["isoloss"])
 
-
-def test_notes_say_how_long_and_on_what_the_runs_were(request_of: Callable[..., Request]) -> None:
-    runs = plan(request_of(seeds=2, epochs=2, methods=["byol"]))
-    bare = markdown_table("table2", runs)
-    assert "on the validation images at the end of 2 epochs: mean" in bare
-    assert "Made on" not in bare
+def test_notes_tell_how_long_and_where_the_runs_were_made(
+    request_of: Callable[..., Request],
+) -> None:
+    request = request_of(seeds=2, epochs=2, methods=["byol"])
+    runs = request.plan()
+    bare = render(request, runs)
+    assert "2 epochs" in bare and "table3 has alpha 1" in bare and "Made on" not in bare
     for run, device in zip(runs, ("CPU", "H100"), strict=True):
         run.run_dir.mkdir(parents=True)
         made = {"device": device, "ranks": 2, "versions": {"torch": "2.14", "isofast": "1.0"}}
         (run.run_dir / "environment.json").write_text(json.dumps(made))
-    lines = markdown_table("table2", runs).splitlines()
+    lines = render(request, runs).splitlines()
     of_two = "2 process(es), torch 2.14, isofast 1.0."
     assert lines[-2:] == [f"Made on CPU, {of_two}", f"Made on H100, {of_two}"]
-    short = plan(request_of(seeds=1, epochs=1, methods=["byol"]))
-    assert "at the end of 1 epoch:" in markdown_table("table2", short)
 
 
-def test_a_cell_is_of_the_seeds_that_have_ended(request_of: Callable[..., Request]) -> None:
-    runs = plan(request_of(seeds=4, methods=["directpred"]))
+def test_only_short_runs_warn_of_a_comparison(request_of: Callable[..., Request]) -> None:
+    for dataset, epochs, warns in (("cifar10", None, False), ("cifar10", 9, True)):
+        request = request_of(datasets=[dataset], epochs=epochs, seeds=1)
+        table = render(request, request.plan())
+        assert ("--set method.correlation=embeddings uses the paper's" in table) == warns
+
+
+def test_a_cell_is_the_mean_of_the_seeds_that_ended(request_of: Callable[..., Request]) -> None:
+    request = request_of(seeds=4, methods=["directpred"])
+    runs = request.plan()
     with_ema, without = runs[:4], runs[4:]
     for planned, top1 in zip(with_ema, (0.5, 0.6, 0.7), strict=False):
-        _leave(planned, completed=True, val_top1=top1, collapse=None)
-    _leave(without[0], completed=True, val_top1=0.1, collapse="few dimensions")
-    nan = "the loss became NaN"
-    _leave(without[1], completed=False, val_top1=None, failure=nan, collapse=nan)
-    _leave(without[2], completed=False, val_top1=0.9, failure="a rank is lost", collapse=None)
+        _leave(planned, val_top1=top1)
+    few, nan = "few dimensions", "the loss became NaN"
+    _leave(without[0], val_top1=0.1, knn_top1=0.2, effective_rank=1.5, collapse=few)
+    _leave(without[1], failure=nan, collapse=nan)
+    _leave(without[2], val_top1=0.9, failure="a rank is lost")
+    # the last accuracy of a run that crashed
     (without[1].run_dir / "metrics.jsonl").write_text('{"step": 1, "epoch": 1, "val_top1": 0.3}\n')
     assert [planned.state() for planned in without] == ["finished", "crashed", "stopped", "new"]
-    table = markdown_table("table2", runs)
-    assert "| DirectPred | 0.5 | yes | 60.0 +- 10.0 (n = 3) | - |" in table
-    assert "| DirectPred | 0.5 | no | 20.0 +- 14.1 (n = 2, 2 crashed) | - |" in table
+    table = render(request, runs)
+    assert "| DirectPred | 0.5 | yes | - | - | 60.0 +- 10.0 | - | 0 of 3 | - |" in table
+    assert "| DirectPred | 0.5 | no | - | 20.0 | 20.0 +- 14.1 | 1.5 | 2 of 2 | - |" in table
 
 
 def test_a_run_that_fails_after_a_warning_has_not_crashed(
     request_of: Callable[..., Request],
 ) -> None:
-    """on_collapse=warn keeps the last warning, whatever the run then ends by."""
-    runs = plan(request_of(seeds=1, methods=["directpred"]))
+    """on_collapse=warn keeps the last warning, whatever ends the run."""
+    runs = request_of(seeds=1, methods=["directpred"]).plan()
     few = "the embeddings have collapsed to few dimensions"
-    _leave(runs[0], completed=False, val_top1=0.2, failure="no space is left", collapse=few)
-    _leave(runs[1], completed=False, val_top1=0.2, failure=few, collapse=few)
+    _leave(runs[0], val_top1=0.2, failure="no space is left", collapse=few)
+    _leave(runs[1], val_top1=0.2, failure=few, collapse=few)
     assert [planned.state() for planned in runs] == ["stopped", "crashed"]
-    table = markdown_table("table2", runs)
-    assert "| DirectPred | 0.5 | yes | - | - |" in table
-    assert "| DirectPred | 0.5 | no | 20.0 (n = 1, 1 crashed) | - |" in table
+
+
+def test_more_steps_are_trained(request_of: Callable[..., Request]) -> None:
+    methods = ["simsiam"]
+    (short,) = request_of(seeds=1, methods=methods, overrides=["train.max_steps=5"]).plan()
+    _leave(short, val_top1=0.2)
+    assert short.state() == "finished"
+    (longer,) = request_of(seeds=1, methods=methods).plan()
+    assert longer.state() == "stopped"
 
 
 def _leave(run: PlannedRun, **summary: Any) -> None:
     """What a run leaves in its folder."""
+    summary = {"failure": None, "collapse": None, **summary}
+    summary["completed"] = summary["failure"] is None
     run.run_dir.mkdir(parents=True)
     (run.run_dir / "config.json").write_text(run.config.model_dump_json())
     (run.run_dir / "summary.json").write_text(json.dumps(summary))
-
-
-def test_raised_steps_are_trained(request_of: Callable[..., Request]) -> None:
-    methods = ["simsiam"]
-    (short,) = plan(request_of(seeds=1, methods=methods, overrides=["train.max_steps=5"]))
-    _leave(short, completed=True, val_top1=0.2, collapse=None)
-    assert short.state() == "finished"
-    (longer,) = plan(request_of(seeds=1, methods=methods))
-    assert longer.state() == "stopped"

@@ -10,12 +10,12 @@ from torch import Tensor
 
 from isofast.paper.toy import (
     NOISE,
+    Toy,
     initial_weights,
     population_gradient,
     simulate,
     stream,
 )
-from isofast.paper.toy import Toy
 
 from ..support.toys import COSINE, EUCLIDEAN, changed
 

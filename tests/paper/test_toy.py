@@ -1,4 +1,4 @@
-"""The toy networks' gradients against their definition, and how a simulation goes."""
+"""The toy networks' gradients against their definition, and simulations."""
 
 import math
 
@@ -10,6 +10,7 @@ from torch import Tensor
 from isofast.errors import RunError
 from isofast.paper.toy import (
     NOISE,
+    Toy,
     correlation,
     embed,
     initial_weights,
@@ -19,7 +20,6 @@ from isofast.paper.toy import (
     simulate,
     stream,
 )
-from isofast.paper.toy import Toy
 
 from ..support.toys import COSINE, EUCLIDEAN, changed
 

@@ -12,8 +12,7 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from isofast.cli import main
-from isofast.paper.toy import Trajectory, initial_weights, randn, simulate, stream
-from isofast.paper.toy import Toy
+from isofast.paper.toy import Toy, Trajectory, initial_weights, randn, simulate, stream
 
 pytestmark = pytest.mark.slow
 
