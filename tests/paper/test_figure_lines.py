@@ -1,4 +1,4 @@
-"""What the lines, scales and titles of the figures hold, on copies of runs with chosen numbers."""
+"""The lines, scales and titles of the figures, on copies of runs with chosen numbers."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""Figures from real runs, and what is said where there is nothing to draw."""
+"""Figures from real runs, and the errors where there is nothing to draw."""
 
 import json
 import shutil
@@ -48,21 +48,6 @@ def test_a_figure_is_drawn_as_png_and_svg(
     assert paths[1].read_text().rstrip().endswith("</svg>")
 
 
-def test_lines_are_the_runs_numbers(spectrum_runs: Runs) -> None:
-    runs = [read_run(spectrum_runs[name][1]) for name in ("ema", "no ema")]
-    figure = figure3(runs)
-    for axis, run in zip(figure.axes, runs, strict=False):
-        first = axis.collections[0].get_segments()[0]
-        assert first[:, 0] == pytest.approx([10 / 22, 20 / 22, 1, 24 / 22], rel=1e-3)
-        assert first[:, 1] == pytest.approx(run.eigenvalues_TD[:, 0])
-        assert axis.get_yscale() == "log"
-    accuracy = figure.axes[-2 if figure.axes[-1].get_ylabel() != "top-1, training views" else -1]
-    assert [line.get_label() for line in accuracy.lines] == labels(runs)
-    assert accuracy.lines[0].get_ydata() == pytest.approx(
-        [r["probe_top1"] for r in runs[0].records]
-    )
-
-
 def test_figure_4_shows_the_alignment(spectrum_runs: Runs) -> None:
     run = read_run(spectrum_runs["linear"][1])
     assert run.alignment_TD is not None
@@ -72,19 +57,28 @@ def test_figure_4_shows_the_alignment(spectrum_runs: Runs) -> None:
     assert above.lines[0].get_ydata()[[1, 3, 5]] == pytest.approx(known, rel=1e-4)
 
 
-def test_figure_7_puts_the_ema_run_first_and_figure_8_the_larger_decay(
+@pytest.mark.parametrize(
+    ("draw", "names", "titles"),
+    [
+        (figure3, ["no ema", "ema"], ["IsoLoss, no EMA\n", "IsoLoss, EMA\n"]),
+        (figure7, ["ema", "no ema"], ["IsoLoss, EMA\n", "IsoLoss, no EMA\n"]),
+        (figure8, ["linear", "ema"], ["weight decay 0.05\n", "weight decay 0.0001\n"]),
+    ],
+)
+def test_panels_show_their_runs_in_order(
+    draw: Callable[[Sequence[Run]], Figure],
+    names: list[str],
+    titles: list[str],
     spectrum_runs: Runs,
 ) -> None:
-    runs = [read_run(spectrum_runs[name][1]) for name in ("no ema", "ema")]
-    panels = figure7(runs).axes[:2]
-    assert ["no EMA" in axis.get_title() for axis in panels] == [False, True]
-    for axis, run in zip(panels, runs[::-1], strict=True):
-        assert axis.collections[0].get_segments()[0][:, 1] == pytest.approx(
-            run.eigenvalues_TD[:, 0]
-        )
-    linear = read_run(spectrum_runs["linear"][1])
-    titles = [axis.get_title() for axis in figure8([runs[1], linear]).axes[:2]]
-    assert "weight decay 0.05" in titles[0] and "weight decay 0.0001" in titles[1]
+    """Figure 7 puts the run with EMA first, figure 8 the larger decay, in whatever order given."""
+    runs = [read_run(spectrum_runs[name][1]) for name in names]
+    given = runs if draw is figure3 else runs[::-1]
+    for axes, run, title in zip(draw(given).axes[:2], runs, titles, strict=True):
+        first = axes.collections[0].get_segments()[0]
+        assert first[:, 0] == pytest.approx(run.epochs_T)
+        assert first[:, 1] == pytest.approx(run.eigenvalues_TD[:, 0])
+        assert axes.get_yscale() == "log" and title in axes.get_title()
 
 
 def test_figure_7_pairs_what_differs_in_ema_alone(spectrum_runs: Runs, tmp_path: Path) -> None:
@@ -103,7 +97,7 @@ def test_figure_7_pairs_what_differs_in_ema_alone(spectrum_runs: Runs, tmp_path:
     }
     for name, changes in others.items():
         other = read_run(_copy(no_ema, tmp_path / name, **changes))
-        # neither paired, nor left out without a word
+        # neither paired nor left out silently
         for runs in ([both[0], other], [*both, other]):
             with pytest.raises(UserError, match=f"figure 7 needs .*{other.path}"):
                 figure7(runs)
@@ -169,17 +163,6 @@ def test_a_run_without_one_sound_number_is_drawn_without_warnings(
     assert main(["figures", number, str(run), "--output", str(tmp_path)]) == 0
 
 
-def test_an_interrupted_figure_starts_over(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def interrupted(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr("isofast.paper.figures.draw", interrupted)
-    assert main(["figures", "3", "run", "--output", str(tmp_path)]) == 130
-    assert capsys.readouterr().err == "\ninterrupted; the same command starts over\n"
-
-
 def _copy(run: Path, to: Path, **settings: Any) -> Path:
     shutil.copytree(run, to)
     config = json.loads((run / "config.json").read_text())
@@ -187,14 +170,7 @@ def _copy(run: Path, to: Path, **settings: Any) -> Path:
     return to
 
 
-def _refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
-    assert main(["figures", *arguments]) == 2
-    captured = capsys.readouterr()
-    assert captured.out == "" and "Traceback" not in captured.err
-    return captured.err
-
-
-def test_what_cannot_be_drawn_is_told(
+def test_what_cannot_be_drawn_is_refused(
     spectrum_runs: Runs, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     ema, no_ema, linear = (str(spectrum_runs[name][1]) for name in ("ema", "no ema", "linear"))
@@ -213,19 +189,22 @@ def test_what_cannot_be_drawn_is_told(
     (tmp_path / "file").write_text("")
     out = ["--output", str(tmp_path / "figures")]
     for arguments, words in (
-        (["5", ema, *out], ["no figure 5", "3, 4, 7, 8"]),
         (["3", str(tmp_path / "nowhere"), *out], ["nowhere is no run", "not a folder"]),
         (["3", ema, str(empty), *out], ["empty is no run", "config.json", "--run-dir"]),
         (["3", str(bare), *out], ["no records in metrics.jsonl"]),
         (["3", str(blind), *out], ["no eigenvalues in spectrum.npz"]),
         (["3", str(torn), *out], ["cannot read the run", "torn"]),
-        (["4", ema, linear, *out], ["has isoloss", "--set method.name=linear"]),
-        (["4", str(old), *out], ["no alignment", "older"]),
+        (["4", linear, ema, *out], ["has method isoloss", "--set method.name=linear"]),
+        (["4", str(old), *out], ["old has method linear and no alignment"]),
         (["7", ema, linear, *out], ["one without", "--set method.ema=false", "IsoLoss"]),
-        (["8", ema, no_ema, *out], ["all have", "--set optimizer.weight_decay"]),
+        (["8", ema, no_ema, *out], ["all runs have 0.0001", "--set optimizer.weight_decay"]),
         (["3", ema, "--output", str(tmp_path / "file")], ["cannot write", "--output"]),
     ):
-        message = _refused(arguments, capsys)
-        for word in words:
-            assert word in message, (word, message)
+        assert main(["figures", *arguments]) == 2
+        shown = capsys.readouterr()
+        assert shown.out == "" and "Traceback" not in shown.err
+        assert all(word in shown.err for word in words), (words, shown.err)
     assert not (tmp_path / "figures").exists()
+    with pytest.raises(SystemExit, match="2"):
+        main(["figures", "5", ema, *out])
+    assert "choose from 3, 4, 7, 8" in capsys.readouterr().err
