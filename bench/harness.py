@@ -1,12 +1,10 @@
-"""Fair timing: contenders interleaved, medians with spread, and what they ran on.
+"""Fair timing: interleaved contenders, medians with spread, and the environment.
 
-A run is `compare`: every contender is warmed up, then rounds are timed in which each contender
-runs once, in an order that turns, so that drift of the clock or of the machine's load falls on
-all alike. CUDA contenders are timed by events around a batch of calls, CPU contenders by the
-wall clock.
+`compare` warms every contender up, then times rounds in which each runs once, in rotating order,
+so that drift of the clock or the machine's load affects all alike. CUDA contenders are timed by
+events around a batch of calls, CPU contenders by the wall clock.
 """
 
-import argparse
 import csv
 import functools
 import os
@@ -17,28 +15,14 @@ import sys
 import textwrap
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import torch
 
 RESULTS = Path(__file__).parent / "results"
 ROOT = Path(__file__).parents[1]
-
-
-def at_least(least: int) -> Callable[[str], int]:
-    """The type of a command-line option: a whole number from ``least`` on."""
-
-    def parse(text: str) -> int:
-        try:
-            number = int(text)
-        except ValueError:
-            number = least - 1
-        if number < least:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least {least}")
-        return number
-
-    return parse
+NOT_TIMED = "not timed: its tests fail (above)"
 
 
 @dataclass(frozen=True)
@@ -61,21 +45,21 @@ class Timing:
 
     @property
     def share_of_floor(self) -> float:
-        """1 for what takes no longer than its bytes and its products have to.
-
-        More where a cache is faster than the memory that `limits` measures.
-        """
+        """1 at the floor; more if a cache is faster than the memory that `limits` measures."""
         return self.floor_ms / self.median_ms
 
 
 @dataclass(frozen=True)
 class Work:
-    """What no answer to a question can do without."""
+    """The least work of any answer.
+
+    Attributes:
+        bytes: read and written, each tensor once.
+        flop: of the matrix products, two for a multiplication and an addition.
+    """
 
     bytes: int
-    """Read and written, each tensor once."""
     flop: int = 0
-    """Of its matrix products, two for a multiplication and an addition."""
 
 
 @dataclass
@@ -88,8 +72,17 @@ class Contender:
     times_ms: list[float] = field(default_factory=list)
 
 
+@dataclass(frozen=True)
+class Question:
+    """What is timed, and the tests that have to pass before."""
+
+    name: str
+    tests: list[str]
+    contenders: Callable[[], tuple[list[Contender], Work]]
+
+
 def environment() -> dict[str, str]:
-    """Device, versions and commit that a measurement belongs to."""
+    """Return the device, versions and commit of a measurement."""
     if torch.cuda.is_available():
         device = torch.cuda.get_device_name()
     else:
@@ -107,7 +100,7 @@ def environment() -> dict[str, str]:
 
 
 def _git(*arguments: str) -> str:
-    """What git prints; nothing where there is no git, or no repository."""
+    """The output of git; empty without git or a repository."""
     try:
         process = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True)
     except OSError:
@@ -132,21 +125,15 @@ def compare(
     work: Work,
     batch_ms: float = 20.0,
 ) -> list[Timing]:
-    """Times the contenders side by side.
+    """Time the contenders side by side.
 
     Args:
         question: what is timed, for the table.
         contenders: what to time; each call does the whole work once.
-        rounds: n, the timed rounds; every contender runs once a round.
-        work: what any answer must move and multiply; the floor is the longer of the two at the
-            speeds that `limits` measures.
+        rounds: n, the timed rounds.
+        work: the least work of any answer.
         batch_ms: calls are repeated within a round until they take about this long.
-
-    Returns:
-        A Timing a contender: the median, and as spread the 10th and 90th percentile.
     """
-    bytes_per_ms, flop_per_ms = limits()
-    floor_ms = max(work.bytes / bytes_per_ms, work.flop / flop_per_ms)
     repeats = []
     for contender in contenders:
         for _ in range(3):
@@ -157,11 +144,22 @@ def compare(
             index = (turn + offset) % len(contenders)
             contender = contenders[index]
             contender.times_ms.append(_time_ms(contender.call, repeats[index]))
+    return summarize(question, contenders, work)
+
+
+def summarize(question: str, contenders: list[Contender], work: Work) -> list[Timing]:
+    """Return the median of each contender with the 10th and 90th percentile.
+
+    The floor is the time to move or to multiply, the longer of the two, at the speeds that `limits`
+    measures.
+    """
+    bytes_per_ms, flop_per_ms = limits()
+    floor_ms = max(work.bytes / bytes_per_ms, work.flop / flop_per_ms)
     return [
         Timing(
             question,
             contender.name,
-            rounds,
+            len(contender.times_ms),
             statistics.median(contender.times_ms),
             *spread(contender.times_ms),
             work.bytes,
@@ -174,9 +172,9 @@ def compare(
 
 @functools.cache
 def limits() -> tuple[float, float]:
-    """What this device reaches: bytes a ms of a large pass in place, flop a ms of a large product.
+    """Return bytes per ms of a large in-place pass and flop per ms of a large product.
 
-    The product is of float32 on a CPU and of TF32 on a GPU, both medians of 9.
+    The product is in float32 on a CPU and in TF32 on a GPU; both are medians of 9.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     tensor = torch.ones(64 << 20, device=device)
@@ -189,7 +187,7 @@ def limits() -> tuple[float, float]:
         return statistics.median(_time_ms(call, 1) for _ in range(9))
 
     try:
-        # a copy would also have to read what it overwrites, on a CPU
+        # a copy on a CPU also reads what it overwrites
         moved = 2 * tensor.numel() * 4 / median(lambda: tensor.add_(1.0))
         return moved, 2 * side**3 / median(lambda: matrix @ matrix)
     finally:
@@ -197,7 +195,7 @@ def limits() -> tuple[float, float]:
 
 
 def spread(times_ms: list[float]) -> tuple[float, float]:
-    """The 10th and the 90th percentile."""
+    """Return the 10th and the 90th percentile."""
     deciles = statistics.quantiles(times_ms, n=10, method="inclusive")
     return deciles[0], deciles[-1]
 
@@ -218,7 +216,7 @@ def _time_ms(call: Callable[[], object], repeats: int) -> float:
 
 
 def tests_pass(paths: list[str]) -> bool:
-    """Whether the tests of what is about to be timed are green; their output is shown if not."""
+    """Return whether tests pass; show their output if not."""
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *paths]
     process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     if process.returncode != 0:
@@ -226,52 +224,58 @@ def tests_pass(paths: list[str]) -> bool:
     return process.returncode == 0
 
 
-def write(name: str, timings: list[Timing], **versions: str) -> list[Path]:
-    """Writes results/NAME.csv and .png; an earlier result is never overwritten.
+def run(name: str, questions: list[Question], rounds: int, results: Path = RESULTS) -> int:
+    """Time every question whose tests pass, print and write the results; return the exit code."""
+    for key, value in environment().items():
+        print(f"{key}: {value}")
+    timings, refused = [], not questions
+    for question in questions:
+        if not tests_pass(question.tests):
+            print(f"\n{question.name}: {NOT_TIMED}")
+            refused = True
+            continue
+        contenders, work = question.contenders()
+        timings += compare(question.name, contenders, rounds=rounds, work=work)
+        print(table(timings[-len(contenders) :]), flush=True)
+    if timings:
+        print(*write(name, timings, results), sep="\n")
+    return int(refused)
+
+
+def write(name: str, timings: list[Timing], results: Path = RESULTS, **versions: str) -> list[Path]:
+    """Write results/NAME-NNN.csv and .png with the next free number; return the paths.
 
     Args:
         name: of the files, before their number.
         timings: the rows.
-        versions: of what the contenders are made of, beside the `environment`.
+        results: the folder.
+        versions: of packages the contenders use, besides the `environment`.
     """
-    RESULTS.mkdir(exist_ok=True)
+    results.mkdir(exist_ok=True)
     stem = next(
         candidate
         for number in range(1, 1000)
-        if not (candidate := RESULTS / f"{name}-{number:03}").with_suffix(".csv").exists()
+        if not (candidate := results / f"{name}-{number:03}").with_suffix(".csv").exists()
     )
     bytes_per_ms, flop_per_ms = limits()
     reached = f"{bytes_per_ms / 1e6:.1f} GB/s moved, {flop_per_ms / 1e6:.1f} GFLOP/s multiplied"
-    about = {
-        **environment(),
-        **versions,
-        "limits": reached,
-        "date": time.strftime("%Y-%m-%d"),
-        "load": _load(),
-    }
+    load = f"{os.getloadavg()[0]:.1f} (one minute, {os.cpu_count()} cores)"
+    about = environment() | versions
+    about |= {"limits": reached, "date": time.strftime("%Y-%m-%d"), "load": load}
     table = stem.with_suffix(".csv")
     with table.open("w", newline="") as file:
         for key, value in about.items():
             file.write(f"# {key}: {value}\n")
-        rows = [
-            {
-                **asdict(timing),
-                "gb_per_s": f"{timing.gb_per_s:.3f}",
-                "share_of_floor": f"{timing.share_of_floor:.4f}",
-            }
-            for timing in timings
-        ]
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
-        writer.writeheader()
-        for row in rows:
-            writer.writerow({k: f"{v:.5g}" if isinstance(v, float) else v for k, v in row.items()})
+        names = [field.name for field in fields(Timing)]
+        writer = csv.writer(file)
+        writer.writerow([*names, "gb_per_s", "share_of_floor"])
+        for timing in timings:
+            values = [getattr(timing, name) for name in names]
+            row = [f"{value:.5g}" if isinstance(value, float) else value for value in values]
+            writer.writerow([*row, f"{timing.gb_per_s:.3f}", f"{timing.share_of_floor:.4f}"])
     picture = stem.with_suffix(".png")
     _plot(picture, timings, about)
     return [table, picture]
-
-
-def _load() -> str:
-    return f"{os.getloadavg()[0]:.1f} (one minute, {os.cpu_count()} cores)"
 
 
 def _plot(path: Path, timings: list[Timing], about: dict[str, str]) -> None:
@@ -303,7 +307,7 @@ def _plot(path: Path, timings: list[Timing], about: dict[str, str]) -> None:
 
 
 def table(timings: list[Timing]) -> str:
-    """The timings as text, each against the first contender of its question."""
+    """Return the timings as text, each relative to the first contender of its question."""
     lines, first = [], {}
     for timing in timings:
         base = first.setdefault(timing.question, timing.median_ms)

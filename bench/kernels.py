@@ -1,22 +1,22 @@
-"""Times the kernels against what one would write otherwise, forward and backward.
+"""Time the kernels against their alternatives, forward and backward.
 
     python bench/kernels.py [--batch 256] [--features 256] [--rounds 31] [--only TEXT]
 
 Contenders: this package; the reference, eager and compiled by torch; torch.addmm for the
-correlation; torch.linalg.eigh and eig for the root; and, for the whole step, the way of the
-code released with the paper: an update and a non-symmetric eigendecomposition for each view, W
-and its root formed, autograd through all of it. On a machine without a GPU this times the CPU
-path, which is the reference in closed form, and says so. An operation whose tests fail is not
-timed. Results go to bench/results/kernels-NNN.csv and .png, never over an earlier one.
+correlation; torch.linalg.eigh and eig for the root; and, for the whole step, the code released with
+the paper: an update and a non-symmetric eigendecomposition for each view, W and its root formed,
+autograd through all of it. Without a GPU this times the CPU path, the reference in closed form. An
+operation whose tests fail is not timed. Results go to bench/results/kernels-NNN.csv and .png.
 """
 
 import argparse
+import functools
 import sys
 from collections.abc import Callable, Iterator
 
 import harness
 import torch
-from harness import Contender, Work, at_least
+from harness import Contender, Question, Work
 from torch import Tensor
 
 from isofast_kernels import (
@@ -29,7 +29,7 @@ from isofast_kernels.dispatch import INTERPRET
 
 ALPHA, DECAY = 0.5, 0.998
 KIND = {"metric": "cosine", "isotropic": True}
-# what may not be red when an operation is timed; the last two skip themselves without a GPU
+# the tests that must pass before an operation is timed
 FILES = [f"tests/kernels/test_{name}.py" for name in ("reference", "ops", "triton", "step")]
 TESTS = {
     "correlation": [*FILES, "-k", "correlation or moment or statistics or same_bits"],
@@ -37,11 +37,10 @@ TESTS = {
     "loss": [*FILES, "-k", "loss or gradient or pair or gradcheck or same_bits"],
     "step": [*FILES, "tests/kernels/test_matrix_power.py"],
 }
-NOT_TIMED = "not timed: its tests fail (above)"
 
 
 class Problem:
-    """Two views, two targets and a correlation state as training has them."""
+    """Two views, two targets and a correlation as in training."""
 
     def __init__(self, rows: int, features: int) -> None:
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -59,24 +58,21 @@ class Problem:
         return torch.autograd.grad(loss, (self.z1, self.z2))
 
     def work(self, *tensors: Tensor, products: int = 0) -> Work:
-        """Each of the tensors moved once, and products of all rows of both views with D x D."""
+        """Move each tensor once; multiply all rows of both views with D x D ``products`` times."""
         rows, features = self.z1.shape
         moved = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
         return Work(moved, products * 2 * 2 * rows * features**2)
 
 
 def reference_loss(problem: Problem, w_DD: Tensor) -> Tensor:
-    """Both directions by definition, for autograd."""
+    """The loss both ways by definition, for autograd."""
     p = problem
     one = reference.losses_reference(p.z1, p.t2, w_DD, **KIND).mean()
     return one + reference.losses_reference(p.z2, p.t1, w_DD, **KIND).mean()
 
 
 def released_step(problem: Problem, corr_DD: Tensor) -> tuple[Tensor, ...]:
-    """The released code's operations in its order (2e8d364, directpred.py and isoloss.py).
-
-    Norms are taken anew for each use, and inside the graph before they are detached, as there.
-    """
+    """The released code's operations in its order (2e8d364, directpred.py and isoloss.py)."""
     loss = torch.zeros((), device=problem.device)
     for z_BD, t_BD in ((problem.z1, problem.t2), (problem.z2, problem.t1)):
         z_BD, t_BD = z_BD.float(), t_BD.float()
@@ -196,36 +192,26 @@ QUESTIONS = {
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--batch", type=at_least(1), default=256, help="rows of a view")
-    parser.add_argument("--features", type=at_least(1), default=256, help="D")
-    parser.add_argument("--rounds", type=at_least(2), default=31, help="n")
+    parser.add_argument("--batch", type=int, default=256, help="rows of a view")
+    parser.add_argument("--features", type=int, default=256, help="D")
+    parser.add_argument("--rounds", type=int, default=31, help="n")
     parser.add_argument("--only", default="", help="only operations whose name has this text")
     options = parser.parse_args(arguments)
     if INTERPRET:
         parser.error("TRITON_INTERPRET=1 times the interpreter; unset it")
-    if not any(options.only in name for name in QUESTIONS):
-        parser.error(f"--only {options.only!r} names none of {', '.join(QUESTIONS)}")
-    for key, value in harness.environment().items():
-        print(f"{key}: {value}")
     if not torch.cuda.is_available():
         print("there is no GPU: what follows are times of the CPU path")
     problem = Problem(options.batch, options.features)
-    timings, refused = [], False
-    for name, (question, contenders_of) in QUESTIONS.items():
-        if options.only not in name:
-            continue
-        if not harness.tests_pass(TESTS[name]):
-            print(f"\n{question}: {NOT_TIMED}")
-            refused = True
-            continue
-        contenders, work = contenders_of(problem)
-        question = f"{question}, B={options.batch} D={options.features}"
-        batch = harness.compare(question, contenders, rounds=options.rounds, work=work)
-        print(harness.table(batch), flush=True)
-        timings += batch
-    if timings:
-        print(*harness.write("kernels", timings), sep="\n")
-    return 1 if refused or not timings else 0
+    questions = [
+        Question(
+            f"{question}, B={options.batch} D={options.features}",
+            TESTS[name],
+            functools.partial(contenders_of, problem),
+        )
+        for name, (question, contenders_of) in QUESTIONS.items()
+        if options.only in name
+    ]
+    return harness.run("kernels", questions, options.rounds)
 
 
 if __name__ == "__main__":

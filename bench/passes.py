@@ -1,10 +1,10 @@
-"""Times the optimizer's and the target's passes over a ResNet-18 with its projector.
+"""Time the passes of the optimizer and the EMA target over a ResNet-18 with its projector.
 
     python bench/passes.py [--width 64] [--rounds 31]
 
-LARS: ours, with its rate in a tensor; the way of the code released with the paper, tensor by
-tensor, where norms decide on the host; and torch's foreach SGD, which adapts nothing, as a floor.
-Target: ours; a loop over the tensors; torch's own moving average, whose weight is a number.
+LARS: ours, with its rate in a tensor; the code released with the paper, tensor by tensor with norms
+compared on the host; and as a floor torch's foreach SGD, which does not adapt the rate.
+Target: ours; a loop over the tensors; torch's moving average, whose weight is a number.
 Results go to bench/results/passes-NNN.csv and .png, never over an earlier one.
 """
 
@@ -13,7 +13,7 @@ import sys
 
 import harness
 import torch
-from harness import Contender, Work, at_least
+from harness import Contender, Question, Work
 from torch import Tensor
 from torch.optim import SGD
 from torch.optim.swa_utils import get_ema_multi_avg_fn
@@ -97,27 +97,15 @@ def target_contenders(width: int) -> tuple[list[Contender], Work]:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--width", type=at_least(4), default=64, help="channels of the first stage")
-    parser.add_argument("--rounds", type=at_least(2), default=31, help="n")
+    parser.add_argument("--width", type=int, default=64, help="channels of the first stage")
+    parser.add_argument("--rounds", type=int, default=31, help="n")
     options = parser.parse_args(arguments)
-    for key, value in harness.environment().items():
-        print(f"{key}: {value}")
-    if not harness.tests_pass(TESTS):
-        print("not timed: the tests fail (above)")
-        return 1
-    timings = []
-    for question, contenders_of in (("LARS", lars_contenders), ("target", target_contenders)):
-        contenders, work = contenders_of(options.width)
-        batch = harness.compare(
-            f"{question}, ResNet-18 of width {options.width} and projector",
-            contenders,
-            rounds=options.rounds,
-            work=work,
-        )
-        print(harness.table(batch), flush=True)
-        timings += batch
-    print(*harness.write("passes", timings), sep="\n")
-    return 0
+    of = f"ResNet-18 of width {options.width} and projector"
+    questions = [
+        Question(f"LARS, {of}", TESTS, lambda: lars_contenders(options.width)),
+        Question(f"target, {of}", TESTS, lambda: target_contenders(options.width)),
+    ]
+    return harness.run("passes", questions, options.rounds)
 
 
 if __name__ == "__main__":

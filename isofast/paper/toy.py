@@ -143,13 +143,11 @@ class Toy:
 
     def __str__(self) -> str:
         """The network in words."""
-        words = [self.loss] if self.stop_gradient else [self.loss, "without stop-gradient"]
-        if self.paper_gradient:
-            words.append("(the paper's form, not the derivative)")
-        if not self.predictor:
-            words.append("without predictor")
+        target = "" if self.stop_gradient else " without stop-gradient"
+        form = " (the paper's form, not the derivative)" if self.paper_gradient else ""
+        predictor = "" if self.predictor else " without predictor"
         kind = "ReLU" if self.relu else "linear"
-        return f"{' '.join(words)}, {kind} {self.inputs} -> {self.outputs}"
+        return f"{self.loss}{target}{form}{predictor}, {kind} {self.inputs} -> {self.outputs}"
 
 
 @dataclass(frozen=True)
@@ -298,10 +296,9 @@ def _has_direction(toy: Toy, p_SBM: Tensor, t_SBM: Tensor) -> Tensor:
 
 def _long_enough(toy: Toy, x_SBM: Tensor) -> Tensor:
     length_SB1: Tensor = torch.linalg.vector_norm(x_SBM, dim=-1, keepdim=True)
-    if not toy.isotropic:
-        return length_SB1 > NORM_FLOOR
     rms_S11 = length_SB1.square().mean(-2, keepdim=True).sqrt()
-    return length_SB1 > (SHORTEST * rms_S11).clamp_min(NORM_FLOOR)
+    shortest = SHORTEST if toy.isotropic else 0.0
+    return length_SB1 > (shortest * rms_S11).clamp_min(NORM_FLOOR)
 
 
 def embed(toy: Toy, x_BN: Tensor, v_SMN: Tensor) -> Tensor:
@@ -328,9 +325,7 @@ def correlation(toy: Toy, v_SMN: Tensor) -> Tensor:
 
 
 def _predictor(toy: Toy, v_SMN: Tensor) -> Tensor:
-    if toy.predictor:
-        return v_SMN @ v_SMN.mT
-    return torch.eye(toy.outputs, dtype=v_SMN.dtype)
+    return v_SMN @ v_SMN.mT if toy.predictor else torch.eye(toy.outputs, dtype=v_SMN.dtype)
 
 
 def _spectrum(matrix_SMM: Tensor) -> Tensor:

@@ -1,6 +1,5 @@
-"""What `bench/data.py` times and writes down: files for every recipe, and the paired ratio."""
+"""`bench/data.py`: its generated files, and the notes of its table."""
 
-import statistics
 from pathlib import Path
 from types import ModuleType
 
@@ -41,35 +40,25 @@ def test_pictures_are_made_in_the_size_of_every_recipe(
             assert image.size == (side, side)
 
 
-def test_the_record_has_the_paired_ratio(bench: ModuleType) -> None:
-    """Of rounds that grow slower together, the medians' ratio is not the median of the ratios."""
-    first = bench.Feeder("first", iter(()), times_ms=[10.0, 30.0, 60.0, 70.0, 80.0])
-    second = bench.Feeder("second", iter(()), "decoded before", [5.0, 10.0, 15.0, 14.0, 80.0])
-    timings = bench.timings_of([first, second], "question", 64, recipe_for("cifar10"))
-    assert [timing.note for timing in timings] == [
-        "1,067 images/s",
-        "4,571 images/s; x3.00 [1.40, 4.60] of first (paired); decoded before",
-    ]
-    assert timings[1].median_ms == statistics.median(second.times_ms)
-    assert "x3.00 [1.40, 4.60]  decoded before" in bench.show([first, second], 64)
+def test_the_notes_have_the_paired_ratio(bench: ModuleType) -> None:
+    """When rounds slow down together, the ratio of medians is not the median of ratios."""
+    first, second = (
+        bench.Contender(name, lambda: None, note, times_ms)
+        for name, note, times_ms in (
+            ("first", "", [10.0, 30.0, 60.0, 70.0, 80.0]),
+            ("second", "decoded before", [5.0, 10.0, 15.0, 14.0, 80.0]),
+        )
+    )
+    bench.add_speeds([first, second], 64)
+    assert first.note == "1,067 images/s"
+    ratio = "x3.00 [1.40, 4.60] of first (paired)"
+    assert second.note == f"4,571 images/s; {ratio}; decoded before"
 
 
-def test_the_batch_is_what_the_presets_train_with(
-    bench: ModuleType, monkeypatch: pytest.MonkeyPatch
+def test_the_batch_is_that_of_the_presets(
+    bench: ModuleType, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Read where it is used, with all that takes time left out."""
-    asked: list[int] = []
-
-    class Asked(Exception):
-        pass
-
-    def feeders(dataset: object, recipe: object, batch: int, *_: object) -> None:
-        asked.append(batch)
-        raise Asked
-
-    monkeypatch.setattr(bench.harness, "tests_pass", lambda paths: True)
-    monkeypatch.setattr(bench, "feeders", feeders)
-    monkeypatch.setattr("sys.argv", ["data.py", "--dry"])
-    with pytest.raises(Asked):
-        bench.main()
-    assert asked == [Config(data={"root": "x"}).train.batch_size]
+    with pytest.raises(SystemExit, match="0"):
+        bench.main(["--help"])
+    default = f"images per batch (default: {Config(data={'root': 'x'}).train.batch_size})"
+    assert default in " ".join(capsys.readouterr().out.split())
