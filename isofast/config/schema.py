@@ -24,8 +24,8 @@ from isofast.config.presets import (
     METHODS,
     STEM_OF_DATASET,
     VIEWS_OF_DATASET,
-    correlation_preset,
     merge,
+    method_preset,
     optimizer_preset,
 )
 from isofast.errors import UserError
@@ -206,7 +206,8 @@ class MethodConfig(_Section):
     ema: bool = False
     """Targets from a slowly moving copy of the network; false reuses the online embeddings."""
     ema_base: float = Field(0.99, ge=0, le=1)
-    """The target's decay at the first step; it rises to 1 along a half cosine."""
+    """The target's decay at the first step; it rises to 1 along a half cosine. Preset: 0.99, the
+    paper's; 0.9 for closed forms with method.correlation directions."""
     decay: float = Field(0.99, ge=0, lt=1)
     """Weight kept by the moving average C of the embeddings each step."""
     correlation: Literal["embeddings", "directions"] = "embeddings"
@@ -219,12 +220,11 @@ class OptimizerConfig(_Section):
     """Optimizer of the network and of the online probe."""
 
     name: Literal["lars", "sgd", "adamw"] = "lars"
-    """Preset: sgd without EMA, lars with it; with EMA and method.correlation directions, adamw for
-    the closed forms and sgd for the trained predictors."""
+    """Preset: lars with EMA, sgd without; sgd always with method.correlation directions."""
     lr: float = Field(1.0, gt=0)
     """Peak learning rate at a global batch of 256; scaled linearly with the batch. Preset: 1.0 for
-    lars, 0.1 for sgd, 0.001 for adamw; for closed forms with method.correlation directions, 0.3 for
-    sgd without EMA and 0.004 for adamw with it."""
+    lars, 0.1 for sgd, 0.001 for adamw; 0.3 for the sgd of closed forms with method.correlation
+    directions."""
     momentum: float = Field(0.9, ge=0, lt=1)
     """Momentum of lars and sgd, first beta of adamw."""
     weight_decay: float = Field(1e-4, ge=0)
@@ -355,7 +355,7 @@ class Config(_Section):
             tree = {"name": "isoloss", **raw}
             config_class = method_class(tree["name"]).Config
             if data is not None and train is not None:
-                tree = correlation_preset(data.dataset, train.epochs, tree) | tree
+                tree = method_preset(data.dataset, train.epochs, tree) | tree
             return config_class.model_validate(tree)
         return raw
 

@@ -28,8 +28,8 @@ class ClosedForm(Method):
         decay: float = Field(
             default_factory=lambda data: 0.998 if data.get("ema", True) else 0.5, ge=0, lt=1
         )
-        """Weight kept by the moving average C each step. Preset: 0.998 with EMA, as in the paper;
-        0.5 without, as in the released code."""
+        """Weight kept by the moving average C each step. Preset: 0.998 with EMA, as in the paper,
+        and 0.9 with method.correlation directions; 0.5 without, as in the released code."""
         metric: Literal["cosine", "euclidean"] = "cosine"
         """Distance between prediction and target."""
         alpha: float = Field(0.5, gt=0)

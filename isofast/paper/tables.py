@@ -195,17 +195,16 @@ class Request:
         path = self.train_script.parent / SHIPPED[dataset]
         shipped: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         shipped.pop(SCHEMA_KEY, None)
-        # quickstart.json has an optimizer for IsoLoss with EMA, and a decay for EMA
+        # of quickstart.json, for IsoLoss with EMA
         shipped.pop("optimizer", None)
-        method = shipped.pop("method", {})
-        kept = {"decay": method["decay"]} if row.ema and "decay" in method else {}
+        shipped.pop("method", None)
         settings = merge(shipped, _PAPER)
         if self.scale == "small":
             settings = merge(settings, _SMALL_DIGITS if dataset == "digits" else _SMALL)
         own = {
             "seed": seed,
             "data": {"root": str(self.root / dataset)},
-            "method": kept | row.settings,
+            "method": row.settings,
             "train": {} if self.epochs is None else {"epochs": self.epochs},
         }
         return merge(settings, own)

@@ -86,7 +86,12 @@ def test_short_runs_and_other_pictures_have_settings_of_ours(
     data = {"data": {"dataset": dataset, "root": "somewhere"}, "train": {"epochs": epochs}}
     config = validate({**data, "method": {"name": name}})
     assert config.method.correlation == ("embeddings" if papers else "directions")
-    ours = ("adamw", 4e-3) if "alpha" in PRESETS[name] else SGD_RUN[:2]
+    closed = "alpha" in PRESETS[name]
+    ours = ("sgd", 0.3 if closed else 0.1)
+    if closed and not papers:
+        assert (config.method.ema_base, config.method.decay) == (0.9, 0.9)
+    else:
+        assert config.method.ema_base == 0.99 and config.method.decay == PRESETS[name]["decay"]
     closed_without = validate({**data, "method": {"name": "isoloss", "ema": False}}).optimizer
     assert (closed_without.name, closed_without.lr) == ("sgd", 0.1 if papers else 0.3)
     expected = {True: LARS_RUN, False: SGD_RUN}[config.method.ema][:2] if papers else ours
@@ -94,6 +99,7 @@ def test_short_runs_and_other_pictures_have_settings_of_ours(
     euclidean = validate({**data, "method": {"name": name, "metric": "euclidean"}})
     raw = validate({**data, "method": {"name": name, "correlation": "embeddings"}})
     for run in (euclidean, raw):
+        assert run.method.ema_base == 0.99 and run.method.decay == PRESETS[name]["decay"]
         paper = {True: LARS_RUN, False: SGD_RUN}[run.method.ema][:2]
         assert run.method.correlation == "embeddings"
         assert (run.optimizer.name, run.optimizer.lr) == paper
