@@ -42,9 +42,7 @@ def _finish(parser: argparse.ArgumentParser, run: Any, interrupted: str) -> None
 def _add_prepare(commands: Any) -> None:
     parser = commands.add_parser("prepare", help="turn a data set into folders of classes")
     parser.add_argument(
-        "name",
-        choices=("digits", "cifar10", "cifar100", "stl10", "tinyimagenet", "imagefolder"),
-        help="which data set",
+        "name", help="digits, cifar10, cifar100, stl10, tinyimagenet or imagefolder"
     )
     parser.add_argument("--root", type=Path, required=True, help="folder to fill, or to check")
     parser.add_argument("--archive", type=Path, help="the official archive; nothing is downloaded")
