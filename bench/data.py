@@ -225,7 +225,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--root", type=Path, help="prepared images of one size; default: generated")
     parser.add_argument("--recipe", default="tinyimagenet", help="which preset's augmentation")
-    parser.add_argument("--batch", type=int, default=256, help="images per batch")
+    parser.add_argument(
+        "--batch", type=int, default=256, help="images per batch (default: %(default)s)"
+    )
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--rounds", type=int, default=9, help="n")
     parser.add_argument("--seconds", type=float, default=3.0, help="per contender and round")
