@@ -1,4 +1,4 @@
-"""Which images make up which batch, and what is drawn for them: the same for every renderer."""
+"""The images of each batch and the parameters drawn for them, the same for every renderer."""
 
 from typing import NamedTuple
 
@@ -12,7 +12,7 @@ from isofast.errors import UserError
 class Batch(NamedTuple):
     """Two augmented views of the same images, on the device.
 
-    x1_BCHW, x2_BCHW: normalised, channels_last in memory, in the dtype that the loader was given.
+    x1_BCHW, x2_BCHW: normalised, channels_last in memory, in the loader's dtype.
     y_B: int64 labels.
     """
 
@@ -22,7 +22,7 @@ class Batch(NamedTuple):
 
 
 class Chunk(NamedTuple):
-    """T batches of B images in a row, and the parameters of both views of the N = T * B images."""
+    """T consecutive batches of B images, and the parameters of both views of N = T * B images."""
 
     index_TB: Ints
     label_TB: Ints
@@ -31,32 +31,26 @@ class Chunk(NamedTuple):
 
 
 class BatchOrder:
-    """The images of each batch as a function of (seed, step): nothing is remembered.
+    """The images of each batch as a function of (seed, step), without state.
 
-    Global batch k of an epoch is the k-th piece of the epoch's permutation, and each rank takes its
-    share of it. What does not fill a last global batch is left out of that epoch (each epoch leaves
-    out others), so an image is seen at most once an epoch over all ranks.
+    Global batch k of an epoch is the k-th piece of the epoch's permutation, shared out over the
+    ranks. Images that do not fill a last global batch are dropped, other ones each epoch, so each
+    image is seen at most once an epoch.
 
     Args:
         images: size of the data set.
-        batch_size: images a rank sees a step.
+        batch_size: images of a rank a step.
         rank: this rank, from 0.
         world_size: number of ranks.
         seed: the run's seed.
 
     Raises:
         UserError: the data set does not fill one global batch.
-        ValueError: sizes below 1, or a rank outside the world.
     """
 
     def __init__(
         self, images: int, *, batch_size: int, rank: int = 0, world_size: int = 1, seed: int
     ) -> None:
-        if batch_size < 1 or world_size < 1 or not 0 <= rank < world_size:
-            raise ValueError(
-                f"batch_size {batch_size}, rank {rank} of {world_size}: "
-                "batch_size and world_size are 1 or more, rank is 0 to world_size - 1"
-            )
         self.global_batch = batch_size * world_size
         if images < self.global_batch:
             raise UserError(
@@ -72,7 +66,7 @@ class BatchOrder:
         self._cached: tuple[int, Ints] = (-1, np.empty(0, dtype=np.int64))
 
     def batch(self, step: int) -> tuple[int, Ints]:
-        """Give (epoch, indices_B int64) of this rank at a global step, from 0."""
+        """Return (epoch, indices_B int64) of this rank at a global step, from 0."""
         epoch, k = divmod(step, self.steps_per_epoch)
         if self._cached[0] != epoch:
             self._cached = (epoch, epoch_order(self.images, seed=self._seed, epoch=epoch))

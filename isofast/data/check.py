@@ -1,6 +1,6 @@
-"""Checking a folder's images before the first step; what was found is remembered in the root.
+"""Check a folder's images before the first step; results are remembered in the data root.
 
-The decoder that will read a file in training is its judge: DALI, or Pillow for resident images.
+The decoder that reads a file in training judges it: DALI, or Pillow for resident images.
 """
 
 import contextlib
@@ -9,13 +9,12 @@ import importlib.util
 import io
 import json
 import os
-import stat
 import threading
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -33,29 +32,26 @@ Decoder = Literal["dali", "pillow"]
 # MPO is a JPEG with further pictures behind the first, as many cameras write it
 _FORMATS = ("PNG", "JPEG", "MPO")
 _SHOWN = 5
-# of the memory; raised when more is checked than before
-_FORMAT = 4
-REPLACE = (
-    "Replace or delete these files, or leave them out with data.on_bad_image=skip "
-    "(`isofast prepare`: --on-bad-image skip), then start again"
+_FORMAT = 5
+_REMEDY = (
+    "Replace or delete these files (download a damaged archive again), or leave them out with "
+    "data.on_bad_image=skip (`isofast prepare`: --on-bad-image skip), then start again"
 )
 _of_thread = threading.local()
 
 
-class DecodeResult(NamedTuple):
-    """What came of decoding a file; `lasting` is False for errors that may pass (I/O, memory)."""
+class _Entry(NamedTuple):
+    """The result for one file; ``problem`` is empty for a good one."""
 
-    problem: str
+    bytes: int
+    mtime_ns: int
+    judge: str
     height: int = 0
     width: int = 0
-    lasting: bool = True
+    problem: str = ""
 
 
-class _Memory(NamedTuple):
-    """What is known of files by path: stamp, then height and width, or what is wrong."""
-
-    good: dict[str, tuple[int, int, int, int]]
-    bad: dict[str, tuple[int, int, str]]
+_Memory = dict[str, _Entry]
 
 
 def check_folder(
@@ -65,85 +61,72 @@ def check_folder(
     decoder: Decoder | None = None,
     on_bad: OnBad = "stop",
     progress: bool = True,
-    remedy: str = REPLACE,
-    named_in: str | None = None,
 ) -> ImageFolder:
-    """Check every image, and give the data set with ``sizes`` and ``stamps`` filled in.
+    """Check every image; return the data set with ``sizes`` and ``stamps`` filled in.
 
-    What was found is kept in the data root (`.isofast-checked-SPLIT.json`) by path, file size and
-    time of change, so only new or changed files are read the next time. A root that cannot be
-    written to is checked each time.
-
-    Neither decoder notices a JPEG that is damaged in the middle, which has no checksums.
+    Results are kept in the data root (`.isofast-checked-SPLIT.json`) by path, file size and
+    modification time, so later checks read only new or changed files. A read-only root is checked
+    each time. JPEG has no checksums: no decoder notices damage in the middle of one.
 
     Args:
         dataset: what to check.
-        check: "full" decodes every file, "headers" reads formats and sizes, "off" opens none and
-            gives the data set back. After the latter two a damaged file is found in training,
-            which it ends; DALI may take the process down with it.
-        decoder: "dali" or "pillow"; by default DALI where it is installed.
-        on_bad: "stop" refuses a data set with unreadable files; "skip" leaves them out, as if they
-            were not there, and lists them in ``skipped``.
-        progress: show a bar on stderr while files are being read.
-        remedy: what to do about unreadable files.
-        named_in: the folder in which messages name files; by default the root.
+        check: "full" decodes every file, "headers" reads formats and sizes, "off" returns the data
+            set unchecked. After the latter two a damaged file ends the training run that reaches
+            it; DALI may crash the process.
+        decoder: "dali" or "pillow"; DALI by default where it is installed.
+        on_bad: "stop" refuses unreadable files; "skip" drops them and lists them in ``skipped``.
+        progress: show a bar on stderr.
 
     Raises:
-        UserError: unreadable files, named; with "skip" only where that leaves a class, or
-            everything, without an image.
+        UserError: unreadable files, named; with "skip" only if a class, or the whole set, has no
+            image left.
     """
     if check == "off":
         return dataset
     judge = "headers" if check == "headers" else decoder or default_decoder()
-    known_by, known = _read_memory(dataset)
-    # any judge has read the headers
-    if judge not in ("headers", known_by):
-        known = _Memory({}, {})
-    found = _Memory({}, {})
+    known = _read_memory(dataset)
+    found: _Memory = {}
     bad: dict[str, str] = {}
-    pending: list[tuple[int, Stamp]] = []
-    for index, path in enumerate(dataset.paths):
+    pending: list[tuple[str, Stamp]] = []
+    for path in dataset.paths:
         try:
             status = os.stat(dataset.root / path)
         except OSError as error:
             bad[path] = error.strerror or str(error)
             continue
-        # opening a pipe would wait for ever
-        if not stat.S_ISREG(status.st_mode):
-            bad[path] = "not a file"
-            continue
         stamp = (status.st_size, status.st_mtime_ns)
-        if path in known.good and known.good[path][:2] == stamp:
-            found.good[path] = known.good[path]
-        # someone who was stopped by a file may have mended it, whatever its time of change
-        elif on_bad == "skip" and path in known.bad and known.bad[path][:2] == stamp:
-            found.bad[path] = known.bad[path]
+        entry = known.get(path)
+        # every judge reads the headers
+        same = entry and entry[:2] == stamp and judge in (entry.judge, "headers")
+        # a bad file that stopped a run may have been repaired, whatever its stamp
+        if entry and same and (on_bad == "skip" or not entry.problem):
+            found[path] = entry
         else:
-            pending.append((index, stamp))
+            pending.append((path, stamp))
     _decode_all(dataset, judge, pending, found, bad, progress)
     if found != known:
-        _write_memory(dataset, judge, found)
-    bad |= {path: reason for path, (_, _, reason) in found.bad.items()}
+        _write_memory(dataset, found)
+    bad |= {path: entry.problem for path, entry in found.items() if entry.problem}
     if bad and on_bad == "stop":
-        raise UserError(f"{_bad_files(dataset, bad, named_in)}. {remedy}")
+        raise UserError(f"{_bad_files(dataset, bad)}. {_REMEDY}")
     kept = [k for k, path in enumerate(dataset.paths) if path not in bad]
     paths, labels = tuple(dataset.paths[k] for k in kept), dataset.labels[kept]
     empty = [name for k, name in enumerate(dataset.classes) if not (labels == k).any()]
     if empty or not kept:
+        what = f"the class {empty[0]}" if empty else "the data set"
         raise UserError(
-            f"{_bad_files(dataset, bad, named_in)}. That leaves no image of "
-            f"{f'the class {empty[0]}' if empty else 'the data set'}: replace these files"
-            f"{', or remove the class folder from train and val' if empty else ''}"
+            f"{_bad_files(dataset, bad)}. That leaves no image of {what}: replace these files, or "
+            "remove the class folder from train and val"
         )
-    stamps = tuple(found.good[path][:2] for path in paths)
+    entries = [found[path] for path in paths]
     return replace(
         dataset,
         paths=paths,
         labels=labels,
-        sizes=np.array([found.good[path][2:] for path in paths], dtype=np.int64),
-        stamps=stamps,
+        sizes=np.array([(entry.height, entry.width) for entry in entries], dtype=np.int64),
+        stamps=tuple(entry[:2] for entry in entries),
         skipped=dict(sorted(bad.items())),
-        fingerprint=fingerprint_of(paths, labels, [size for size, _ in stamps])
+        fingerprint=fingerprint_of(paths, labels, [entry.bytes for entry in entries])
         if bad
         else dataset.fingerprint,
     )
@@ -156,7 +139,7 @@ def default_decoder() -> Decoder:
 
 @functools.cache
 def has_dali() -> bool:
-    """Whether DALI is installed; it is not imported for that."""
+    """Whether DALI is installed, without importing it."""
     try:
         return importlib.util.find_spec("nvidia.dali") is not None
     except ModuleNotFoundError:
@@ -164,10 +147,10 @@ def has_dali() -> bool:
 
 
 def read_sizes(dataset: ImageFolder, indices: Iterable[int]) -> npt.NDArray[np.int64]:
-    """Height and width of some images of a folder, (N, 2), from their headers where not known.
+    """Return heights and widths (N, 2) of some images, reading the headers of unchecked ones.
 
     Raises:
-        RunError: a file has no header to be read; it is named.
+        RunError: a file has no readable header.
     """
     if dataset.sizes is not None:
         known: npt.NDArray[np.int64] = dataset.sizes[np.asarray(indices)]
@@ -180,101 +163,98 @@ def read_sizes(dataset: ImageFolder, indices: Iterable[int]) -> npt.NDArray[np.i
                 sizes.append((image.height, image.width))
         except Exception as error:
             raise RunError(
-                f"cannot read the size of {path}: {error}. With data.check=full such files are "
-                "found before the first step"
+                f"cannot read the size of {path}: {error}. data.check=full finds such files "
+                "before the first step"
             ) from error
     return np.array(sizes, dtype=np.int64)
 
 
 def skipped_note(dataset: ImageFolder) -> str:
-    """One line on the files that the check left out; "" where there are none."""
+    """One line on the files that the check left out; "" if there are none."""
     if not dataset.skipped:
         return ""
-    return printable(f"{_bad_files(dataset, dataset.skipped, '')}. They are left out")
+    return printable(f"{_bad_files(dataset, dataset.skipped, root='')}. They are left out")
 
 
 def remember_bad(dataset: ImageFolder, indices: Sequence[int], reason: str) -> None:
-    """Note that images which passed the check are bad after all, so that "skip" leaves them out."""
-    if dataset.stamps is None:
-        return
-    # the judge stays who it was, or the next check would take this for another's memory
-    judge, memory = _read_memory(dataset)
-    for index in indices:
-        path = dataset.paths[index]
-        memory.good.pop(path, None)
-        memory.bad[path] = (*dataset.stamps[index], reason)
-    _write_memory(dataset, judge or default_decoder(), memory)
+    """Record images that passed the check as bad, so that "skip" leaves them out."""
+    memory = _read_memory(dataset)
+    for path in (dataset.paths[index] for index in indices):
+        if path in memory:
+            memory[path] = memory[path]._replace(problem=reason)
+    _write_memory(dataset, memory)
 
 
 def _decode_all(
     dataset: ImageFolder,
     judge: str,
-    pending: list[tuple[int, Stamp]],
+    pending: list[tuple[str, Stamp]],
     found: _Memory,
     bad: dict[str, str],
     progress: bool,
 ) -> None:
-    """Sort the pending files into what is found, and what is bad for now."""
-    # decoding releases the interpreter's lock, so threads do scale here
+    """Add results to ``found``, and errors that may pass to ``bad``."""
+
+    def decode(item: tuple[str, Stamp]) -> _Entry | OSError:
+        path, stamp = item
+        try:
+            return _decode(dataset.root / path, stamp, judge)
+        except OSError as error:
+            return error
+
+    # decoding releases the interpreter's lock, so threads scale
     pool = ThreadPoolExecutor(min(16, os.cpu_count() or 1))
     try:
-        results = pool.map(lambda item: _decode(dataset, item[0], judge), pending)
         bar = tqdm(
-            zip(pending, results, strict=True),
+            zip(pending, pool.map(decode, pending), strict=True),
             desc=f"checking {dataset.split} images",
             total=len(pending),
             unit="image",
-            # None: no bar where there is no terminal
+            # None: no bar unless stderr is a terminal
             disable=None if progress and pending else True,
         )
-        for (index, stamp), result in bar:
-            path = dataset.paths[index]
-            if not result.problem:
-                found.good[path] = (*stamp, result.height, result.width)
-            elif result.lasting:
-                found.bad[path] = (*stamp, result.problem)
+        for (path, _), result in bar:
+            if isinstance(result, OSError):
+                bad[path] = result.strerror or str(result)
             else:
-                bad[path] = result.problem
+                found[path] = result
     finally:
         pool.shutdown(cancel_futures=True)
 
 
-def _decode(dataset: ImageFolder, index: int, judge: str) -> DecodeResult:
-    path = dataset.root / dataset.paths[index]
+def _decode(path: Path, stamp: Stamp, judge: str) -> _Entry:
+    """Judge one file; OSError if the disk, the permissions or DALI as a whole fail."""
     try:
         with open(path, "rb") as file:
-            # of headers Pillow reads no more than it needs
+            # Pillow reads no more of the file than it needs for the header
             content = b"" if judge == "headers" else file.read()
             image = Image.open(file if judge == "headers" else io.BytesIO(content))
         if image.format not in _FORMATS:
-            return DecodeResult(f"{image.format}, not PNG or JPEG")
+            return _Entry(*stamp, judge, problem=f"{image.format}, not PNG or JPEG")
         if judge == "pillow":
-            # checksums, then pixels, for which it has to be opened again
+            # verify() tests the checksums, after which the pixels need a new open()
             image.verify()
             image = Image.open(io.BytesIO(content))
             image.load()
     # Pillow raises nearly anything for damaged files (SyntaxError for PNG, struct.error, ...)
     except Exception as error:
         if isinstance(error, OSError) and error.errno is not None:
-            # the disk's fault or the permissions', which may pass
-            return DecodeResult(error.strerror or str(error), lasting=False)
-        return DecodeResult(_reason(path, error))
+            raise
+        problem = str(error) or type(error).__name__
+        if isinstance(error, UnidentifiedImageError):
+            problem = "cannot identify it as an image" if stamp[0] else "empty file"
+        return _Entry(*stamp, judge, problem=problem)
+    problem = ""
     if judge == "dali" and not _dali_decodes(content):
+        # out of memory or threads is no file's fault
         if not _dali_decodes(_pixel()):
-            # out of memory or threads, which is no file's fault
-            return DecodeResult("DALI decodes nothing at all at the moment", lasting=False)
-        return DecodeResult("DALI cannot decode it")
-    return DecodeResult("", image.height, image.width)
-
-
-def _reason(path: Path, error: Exception) -> str:
-    if isinstance(error, UnidentifiedImageError):
-        return "cannot identify it as an image" if path.stat().st_size else "empty file"
-    return str(error) or type(error).__name__
+            raise OSError("DALI decodes nothing at all at the moment")
+        problem = "DALI cannot decode it"
+    return _Entry(*stamp, judge, image.height, image.width, problem)
 
 
 def _dali_decodes(content: bytes) -> bool:
-    # late: it takes its time to load, and where all files are known nothing needs it
+    # imported late: it loads slowly, and is not needed if all files are known
     from isofast.data.dali import SingleDecoder
 
     if not hasattr(_of_thread, "decoder"):
@@ -285,41 +265,33 @@ def _dali_decodes(content: bytes) -> bool:
 
 @functools.cache
 def _pixel() -> bytes:
-    """A picture that every decoder takes."""
     file = io.BytesIO()
     Image.new("RGB", (1, 1)).save(file, "PNG")
     return file.getvalue()
 
 
-def _bad_files(dataset: ImageFolder, bad: Mapping[str, str], named_in: str | None = None) -> str:
-    root = dataset.root if named_in is None else named_in
+def _bad_files(dataset: ImageFolder, bad: Mapping[str, str], root: Path | str | None = None) -> str:
+    root = dataset.root if root is None else root
     shown = "; ".join(f"{os.path.join(root, path)} ({bad[path]})" for path in sorted(bad)[:_SHOWN])
     more = f"; and {len(bad) - _SHOWN} more" if len(bad) > _SHOWN else ""
     total = len(dataset) + len(dataset.skipped)
     return f"{len(bad)} of {total} {dataset.split} images cannot be read: {shown}{more}"
 
 
-def _read_memory(dataset: ImageFolder) -> tuple[str, _Memory]:
-    """What an earlier check found, and its judge."""
-    try:
+def _read_memory(dataset: ImageFolder) -> _Memory:
+    # a missing or damaged file only costs checking everything again
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
         content = json.loads(_memory_path(dataset).read_text())
-        good: dict[str, Any] = {name: tuple(map(int, row)) for name, row in content["good"].items()}
-        bad = {name: (int(a), int(b), str(c)) for name, (a, b, c) in content["bad"].items()}
-        if content["format"] == _FORMAT and all(len(row) == 4 for row in good.values()):
-            return str(content["judge"]), _Memory(good, bad)
-    # missing or damaged: everything is checked again
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        pass
-    return "", _Memory({}, {})
+        if content["format"] == _FORMAT:
+            return {path: _Entry(*entry) for path, entry in content["files"].items()}
+    return {}
 
 
-def _write_memory(dataset: ImageFolder, judge: str, memory: _Memory) -> None:
-    path = _memory_path(dataset)
-    fields = {"good": "bytes, mtime_ns, height, width", "bad": "bytes, mtime_ns, what is wrong"}
-    content = {"format": _FORMAT, "judge": judge, "fields": fields, **memory._asdict()}
+def _write_memory(dataset: ImageFolder, memory: _Memory) -> None:
+    content = json.dumps({"format": _FORMAT, "fields": _Entry._fields, "files": memory})
     # a read-only or full data root only costs the check at the next start
     with contextlib.suppress(OSError):
-        write_atomically(path, lambda part: part.write_text(json.dumps(content)))
+        write_atomically(_memory_path(dataset), lambda part: part.write_text(content))
 
 
 def _memory_path(dataset: ImageFolder) -> Path:

@@ -1,7 +1,7 @@
 """Decoding and augmentation by DALI, on the CPU or the GPU: the only file that imports it.
 
-DALI draws nothing here. The parameters of every image come from `isofast.data.draw` through an
-external source, with the files' bytes; each is decoded once and made into both views in C++.
+DALI draws nothing: parameters from `isofast.data.draw` and the files' bytes come through an
+external source. Each file is decoded once and made into both views in C++.
 """
 
 from collections import deque
@@ -27,32 +27,28 @@ from isofast.errors import RunError
 from isofast_kernels.augment_reference import BLUR_REACH
 
 Arrays = dict[str, npt.NDArray[Any]]
-# DALI's graph nodes carry no types
+# DALI's graph nodes are untyped
 Node = Any
 Nodes = dict[str, Node]
 
-# enough to make up for handing a task to a thread, few enough to share out a small batch
+# enough to outweigh handing a task to a thread, few enough to share out a small batch
 _FILES_A_TASK = 16
 _SHOWN = 5
-
 _CPU = torch.device("cpu")
-
-_DTYPES = {types.FLOAT: torch.float32, types.UINT8: torch.uint8}
 
 
 class DaliPipeline:
-    """A DALI pipeline that is fed batch by batch from Python.
+    """A DALI pipeline fed from Python, batch by batch.
 
     Args:
         dataset: where the images are.
-        graph: builds the outputs (HWC, float32 or uint8) from a decoded image and the named
-            arguments.
+        graph: builds the outputs (HWC, float32) from a decoded image and the named arguments.
         arguments: names of what is fed beside the files.
         batch_size: the largest batch.
         device: where the images are made.
         threads: CPU threads.
         prefetch: batches made ahead.
-        dtype: what float outputs are handed over in; integer ones stay as they are.
+        dtype: of the images.
     """
 
     def __init__(
@@ -69,8 +65,7 @@ class DaliPipeline:
     ) -> None:
         self._dataset = dataset
         self._arguments = tuple(arguments)
-        self._device = device
-        self._dtype = dtype
+        self._device, self._dtype = device, dtype
         self._readers = ThreadPoolExecutor(threads, "isofast-read")
         self._source: Iterator[tuple[Ints, Arrays]] = iter(())
         self._fed: deque[Ints] = deque()
@@ -80,9 +75,8 @@ class DaliPipeline:
             encoded, *values = fn.external_source(
                 source=self._feed, num_outputs=1 + len(self._arguments), batch=True
             )
-            image = _decoded(encoded, device)
-            outputs = graph(image, dict(zip(self._arguments, values, strict=True)))
-            self._pipeline.set_outputs(*outputs)
+            named = dict(zip(self._arguments, values, strict=True))
+            self._pipeline.set_outputs(*graph(_decoded(encoded, device), named))
         self._pipeline.build()
 
     def run(self, source: Iterable[tuple[Ints, Arrays]]) -> Iterator[list[torch.Tensor]]:
@@ -95,7 +89,10 @@ class DaliPipeline:
             RunError: an image cannot be read, or the pipeline is closed.
             UndecodableError: DALI refuses images.
         """
-        self._drain()
+        # discard what was made ahead for an earlier source
+        self._source = iter(())
+        while self._started and self._pipeline is not None and self._pull() is not None:
+            pass
         self._source = iter(source)
         while (images := self._pull()) is not None:
             yield images
@@ -106,15 +103,8 @@ class DaliPipeline:
         self._readers.shutdown()
         self._fed.clear()
 
-    def _drain(self) -> None:
-        """Throw away what was made ahead of an earlier source."""
-        self._source = iter(())
-        if self._pipeline is not None and self._started:
-            while self._pull() is not None:
-                pass
-
     def _pull(self) -> list[torch.Tensor] | None:
-        """The next batch, or None at the source's end, after which another can begin."""
+        """The next batch; None at the source's end, after which another can begin."""
         if self._pipeline is None:
             raise RunError("this data loader has been closed, or has failed; make a new one")
         cuda = self._device.type == "cuda"
@@ -130,7 +120,7 @@ class DaliPipeline:
             raise
         except RuntimeError as error:
             fed = sorted({int(index) for batch in self._fed for index in batch})
-            # a DALI pipeline that has failed once is of no further use
+            # DALI pipelines do not recover from a failure
             self.close()
             raise self._blame(fed, error) from error
         self._fed.popleft()
@@ -139,29 +129,28 @@ class DaliPipeline:
     def _feed(self) -> list[Any]:
         indices, values = next(self._source)
         pieces = [indices[k : k + _FILES_A_TASK] for k in range(0, len(indices), _FILES_A_TASK)]
-        # One undecodable file makes DALI fail as a whole, or crashes the process with a worker
-        # thread that goes on in freed memory. Files can change at any time, so DALI does not read
-        # them: it gets bytes that are known to be those that were checked.
+        # DALI must not read the files itself, as they can change at any time, and an undecodable
+        # one fails its whole batch or crashes the process. It gets the bytes that were checked.
         files = self._readers.map(partial(read_files, self._dataset), pieces)
         encoded = [np.frombuffer(content, np.uint8) for piece in files for content in piece]
         self._fed.append(indices)
         return [encoded, *(np.ascontiguousarray(values[name]) for name in self._arguments)]
 
     def _blame(self, fed: list[int], error: RuntimeError) -> RunError:
-        """Find which of the files that were fed DALI refuses."""
+        """Find which of the files DALI refuses."""
         decoder = SingleDecoder(self._device)
         refused = [k for k in fed if not decoder.decodes(read_files(self._dataset, [k])[0])]
         root = self._dataset.root
-        # where not even one can be decoded, it is the device that fails
+        # if it decodes none of them, the device fails
         if not refused or len(refused) == len(fed) > 1:
             return RunError(
-                f"DALI could not make a batch of images in {root}. It was given {len(fed)} that it "
-                f"had not done with, and no single one of them is to blame: {error}"
+                f"DALI could not make a batch of images in {root}; of the {len(fed)} in progress "
+                f"no single one is to blame: {error}"
             )
         shown = ", ".join(str(root / self._dataset.paths[index]) for index in refused[:_SHOWN])
         more = f", and {len(refused) - _SHOWN} more" if len(refused) > _SHOWN else ""
         return UndecodableError(
-            f"DALI cannot decode {len(refused)} of the {len(fed)} images that it was working on: "
+            f"DALI cannot decode {len(refused)} of the {len(fed)} images in progress: "
             f"{shown}{more}",
             refused,
         )
@@ -171,110 +160,85 @@ class DaliPipeline:
             made: torch.Tensor = from_dlpack(output)
         else:
             # DALI reuses freed GPU memory in the order of its own streams, not of torch's: copy
-            made = torch.empty(output.shape(), dtype=_DTYPES[output.dtype], device=self._device)
+            made = torch.empty(output.shape(), dtype=torch.float32, device=self._device)
             feed_ndarray(output, made, torch.cuda.current_stream(self._device))
-        return made.to(self._dtype) if made.is_floating_point() else made
+        return made.to(self._dtype)
 
 
-class DaliRenderer:
-    """Makes both views of batches by DALI, from the files.
-
-    Args:
-        dataset: the training images.
-        recipe: the augmentation.
-        batch_size: images of this rank a step.
-        device: where batches are made: DALI's GPU operators for a CUDA device.
-        threads: DALI's CPU threads.
-        prefetch: batches made ahead.
-        dtype: of the views; DALI works in levels of 8 bits and in float32 until they are cast.
-    """
+class DaliRenderer(DaliPipeline):
+    """Makes both views of batches; options are those of `DaliPipeline`."""
 
     backend = "dali"
 
-    def __init__(
-        self,
-        dataset: ImageFolder,
-        recipe: Recipe,
-        *,
-        batch_size: int,
-        device: torch.device,
-        threads: int,
-        prefetch: int = 2,
-        dtype: torch.dtype = torch.float32,
-    ) -> None:
-        self._recipe, self._device = recipe, device
+    def __init__(self, dataset: ImageFolder, recipe: Recipe, **options: Any) -> None:
+        self._recipe = recipe
         self._labels: deque[Ints] = deque()
-        self._pipeline = DaliPipeline(
-            dataset,
-            partial(two_views, recipe),
-            view_arguments(recipe),
-            batch_size=batch_size,
-            device=device,
-            threads=threads,
-            prefetch=prefetch,
-            dtype=dtype,
-        )
+        super().__init__(dataset, partial(two_views, recipe), view_arguments(recipe), **options)
 
     def render(self, chunks: Iterator[Chunk]) -> Iterator[Batch]:
         """Yield the batches of the chunks, one by one."""
-        for x1_BCHW, x2_BCHW in self._pipeline.run(self._arguments(chunks)):
+        for x1_BCHW, x2_BCHW in self.run(self._values(chunks)):
             y_B = torch.from_numpy(self._labels.popleft()).to(self._device)
             yield Batch(x1_BCHW, x2_BCHW, y_B)
 
     def describe(self) -> str:
-        """A line on what makes the batches."""
+        """One line on what makes the batches."""
         where = "GPU" if self._device.type == "cuda" else "CPU"
         return f"images decoded and augmented by DALI on the {where}, batch by batch"
 
-    def close(self) -> None:
-        """Free DALI's threads and memory."""
-        self._pipeline.close()
-
-    def _arguments(self, chunks: Iterator[Chunk]) -> Iterator[tuple[Ints, Arrays]]:
+    def _values(self, chunks: Iterator[Chunk]) -> Iterator[tuple[Ints, Arrays]]:
         for chunk in chunks:
             size = chunk.index_TB.shape[1]
             for t, (index_B, label_B) in enumerate(zip(*chunk[:2], strict=True)):
                 batch = slice(t * size, (t + 1) * size)
                 self._labels.append(label_B)
-                views = [chunk.view1[batch], chunk.view2[batch]]
-                yield index_B, view_values(self._recipe, views)
+                yield index_B, view_values(self._recipe, [chunk.view1[batch], chunk.view2[batch]])
 
 
-class DaliCleanRenderer:
-    """Makes clean images by DALI, from the files: see `isofast.data.loaders.EvalLoader`."""
+class DaliCleanRenderer(DaliPipeline):
+    """Makes clean images; options are those of `DaliPipeline`."""
 
-    def __init__(
-        self,
-        dataset: ImageFolder,
-        recipe: Recipe,
-        *,
-        batch_size: int,
-        device: torch.device,
-        threads: int,
-    ) -> None:
-        self._dataset, self._recipe = dataset, recipe
-        self._pipeline = DaliPipeline(
-            dataset,
-            partial(clean_view, recipe),
-            ("roi_start", "roi_end"),
-            batch_size=batch_size,
-            device=device,
-            threads=threads,
-        )
+    def __init__(self, dataset: ImageFolder, recipe: Recipe, **options: Any) -> None:
+        self._recipe = recipe
+        arguments = ("roi_start", "roi_end")
+        super().__init__(dataset, partial(clean_view, recipe), arguments, **options)
 
     def render(self, batches: Iterable[Ints]) -> Iterator[torch.Tensor]:
         """Yield (B, 3, crop, crop) float32, channels_last, for each batch of image numbers."""
-        for (x_BCHW,) in self._pipeline.run(map(self._windows, batches)):
+        for (x_BCHW,) in self.run(map(self._windows, batches)):
             yield x_BCHW
 
-    def close(self) -> None:
-        """Free DALI's threads and memory."""
-        self._pipeline.close()
-
     def _windows(self, index_B: Ints) -> tuple[Ints, Arrays]:
-        sizes_B2 = read_sizes(self._dataset, index_B)
-        start_B2, end_B2 = clean_windows(self._recipe, sizes_B2)
+        start_B2, end_B2 = clean_windows(self._recipe, read_sizes(self._dataset, index_B))
         return index_B, {"roi_start": start_B2, "roi_end": end_B2}
+
+
+class SingleDecoder:
+    """Tests files one at a time, for one thread.
+
+    A file that DALI refuses within a larger batch can crash the process.
+    """
+
+    def __init__(self, device: torch.device = _CPU) -> None:
+        self._device = device
+        self._pipeline: Pipeline | None = None
+
+    def decodes(self, content: bytes) -> bool:
+        """Whether DALI makes an image of a file's content."""
+        try:
+            if self._pipeline is None:
+                self._pipeline = _pipeline(1, self._device, threads=1, prefetch=1)
+                with self._pipeline:
+                    encoded = fn.external_source(name="file", batch=True)
+                    self._pipeline.set_outputs(_decoded(encoded, self._device))
+                self._pipeline.build()
+            self._pipeline.feed_input("file", [np.frombuffer(content, np.uint8)])
+            self._pipeline.run()
+        except RuntimeError:
+            # DALI pipelines do not recover from a failure
+            self._pipeline = None
+            return False
+        return True
 
 
 def _decoded(encoded: Node, device: torch.device) -> Node:
@@ -282,7 +246,7 @@ def _decoded(encoded: Node, device: torch.device) -> Node:
         encoded,
         device="mixed" if device.type == "cuda" else "cpu",
         output_type=types.RGB,
-        # the orientation tag is ignored, as torchvision does: sizes are those of the file
+        # ignore the orientation tag, as torchvision does: sizes are those of the file
         adjust_orientation=False,
     )
 
@@ -300,44 +264,13 @@ def _pipeline(batch_size: int, device: torch.device, threads: int, prefetch: int
     )
 
 
-class SingleDecoder:
-    """Decodes one file at a time, to see whether DALI can; for one thread.
-
-    Never in batches: a file that is refused within one can crash the process.
-
-    Args:
-        device: where files are decoded.
-    """
-
-    def __init__(self, device: torch.device = _CPU) -> None:
-        self._device = device
-        self._pipeline: Pipeline | None = None
-
-    def decodes(self, content: bytes) -> bool:
-        """Say whether DALI makes an image of what a file holds."""
-        try:
-            if self._pipeline is None:
-                self._pipeline = _pipeline(1, self._device, threads=1, prefetch=1)
-                with self._pipeline:
-                    encoded = fn.external_source(name="file", batch=True)
-                    self._pipeline.set_outputs(_decoded(encoded, self._device))
-                self._pipeline.build()
-            self._pipeline.feed_input("file", [np.frombuffer(content, np.uint8)])
-            self._pipeline.run()
-        except RuntimeError:
-            # of no further use
-            self._pipeline = None
-            return False
-        return True
-
-
 def view_arguments(recipe: Recipe) -> list[str]:
-    """Name what the graph of both views needs; only operations that the recipe has take part."""
+    """Return the names of what the graph of both views needs for the recipe's operations."""
     return [f"{name}{v}" for v, row in _views(recipe) for name in _operands(row)]
 
 
 def view_values(recipe: Recipe, drawn: Sequence[ViewDraw]) -> Arrays:
-    """Give the arguments of both views as arrays, under the names of `view_arguments`."""
+    """Return the arguments of both views under the names of `view_arguments`."""
     values: Arrays = {}
     for (v, row), view in zip(_views(recipe), drawn, strict=True):
         everything = _operand_values(view)
@@ -354,7 +287,7 @@ def two_views(recipe: Recipe, image: Node, arguments: Nodes) -> list[Node]:
 
 
 def clean_view(recipe: Recipe, image: Node, arguments: Nodes) -> list[Node]:
-    """Build the clean view of a decoded image: the middle of it, HWC float32, normalised."""
+    """Build the clean (resized and cropped) view of a decoded image: HWC float32, normalised."""
     return [_normalise(recipe, _resize(recipe, image, **arguments))]
 
 
@@ -363,24 +296,19 @@ def _views(recipe: Recipe) -> tuple[tuple[int, ViewConfig], ...]:
 
 
 def _operands(row: ViewConfig) -> list[str]:
-    present = {
-        "start": True,
-        "shape": True,
-        "affine": row.has_affine,
-        "colour": row.has_colour,
-        "colour_of_mean": row.has_colour,
-        "blur_sigma": row.blur_p > 0,
-        "blur_window": row.blur_p > 0,
-        "solarize": row.solarize_p > 0,
-        "flip": True,
-    }
-    return [name for name, wanted in present.items() if wanted]
+    return [
+        *("start", "shape", "flip"),
+        *(["affine"] if row.has_affine else []),
+        *(["colour", "colour_of_mean"] if row.has_colour else []),
+        *(["blur_sigma", "blur_window"] if row.blur_p > 0 else []),
+        *(["solarize"] if row.solarize_p > 0 else []),
+    ]
 
 
 def _operand_values(view: ViewDraw) -> Arrays:
     colour_N33, colour_of_mean_N33 = colour_matrices(view)
     blurred = view.blur_sigma_N > 0
-    # a window of one pixel leaves the image as it is, whatever the sigma
+    # a window of one pixel changes nothing, whatever the sigma
     window_N = np.where(blurred, 2 * np.ceil(BLUR_REACH * view.blur_sigma_N) + 1, 1)
     return {
         "start": view.window_N4[:, :2],
@@ -396,7 +324,7 @@ def _operand_values(view: ViewDraw) -> Arrays:
 
 
 def _view(recipe: Recipe, row: ViewConfig, image: Node, args: Nodes) -> Node:
-    # cut first: a resize of a region would look at pixels outside it
+    # crop first: resizing a region would read pixels outside it
     image = fn.slice(image, start=args["start"], shape=args["shape"], axes=[0, 1])
     image = _resize(recipe, image)
     if row.has_affine:

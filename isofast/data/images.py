@@ -18,27 +18,22 @@ from isofast.errors import RankError, UserError
 
 
 class Images(NamedTuple):
-    """What a run trains on, and what it evaluates on, if it does."""
+    """The training images, and the validation images of a run that evaluates."""
 
     train: ImageFolder
     val: ImageFolder | None
 
     def notes(self) -> list[str]:
-        """What there is to say about files that are skipped, or ignored."""
-        notes = (
-            note(images)
-            for note in (skipped_note, ignored_note)
-            for images in self
-            if images is not None
-        )
-        return [note for note in notes if note]
+        """Return a line for each split with skipped files, and each with ignored ones."""
+        splits = [images for images in self if images is not None]
+        return [line for note in (skipped_note, ignored_note) for line in map(note, splits) if line]
 
 
 def list_images(config: Config) -> Images:
-    """Lists the images that ``config`` asks for; none is opened.
+    """List the images that ``config`` asks for, without opening any.
 
     Raises:
-        UserError: the data root is not one.
+        UserError: see `open_dataset`.
     """
     root = config.data.root
     evaluates = config.evaluation.every_epochs > 0
@@ -46,28 +41,25 @@ def list_images(config: Config) -> Images:
 
 
 def check_images(config: Config, images: Images) -> Images:
-    """Checks every image that was not checked before, as ``data.check`` says.
+    """Check every new or changed image, as ``data.check`` says.
 
     Raises:
-        UserError: images that cannot be read, unless ``data.on_bad_image`` leaves them out.
+        UserError: unreadable images, unless ``data.on_bad_image`` skips them.
     """
     data = config.data
 
-    def check(part: ImageFolder) -> ImageFolder:
+    def check(split: ImageFolder) -> ImageFolder:
         decoder = "pillow" if data.backend == "resident" else default_decoder()
-        return check_folder(part, check=data.check, decoder=decoder, on_bad=data.on_bad_image)
+        return check_folder(split, check=data.check, decoder=decoder, on_bad=data.on_bad_image)
 
     return Images(check(images.train), None if images.val is None else check(images.val))
 
 
 def agree_on_images(config: Config, world: World, images: Images) -> Images:
-    """Checks the images on the ranks after the first, and that all ranks have the same ones.
-
-    Called by every rank; the first has been through ``check_images``, and the others mostly read
-    what it has found.
+    """Check the images on the other ranks, after ``check_images`` on the first, and compare.
 
     Raises:
-        RankError: images that this rank alone cannot read, or others than on the first rank.
+        RankError: this rank cannot read its images, or they are not those of the first rank.
     """
     problem = ""
     if not world.is_main:
@@ -75,18 +67,18 @@ def agree_on_images(config: Config, world: World, images: Images) -> Images:
             images = check_images(config, images)
         except UserError as error:
             problem = str(error)
-    fingerprints = [None if part is None else part.fingerprint for part in images]
+    fingerprints = [None if split is None else split.fingerprint for split in images]
     if gather_objects((problem, fingerprints)) != [("", fingerprints)] * world.size:
         raise RankError(
             problem
-            or f"the processes do not find the same images under {config.data.root}: give all of "
-            "them the same files, and let them read all of these"
+            or f"the processes do not find the same images under {config.data.root}; give all of "
+            "them the same files, readable by each"
         )
     return images
 
 
 def data_set_notes(config: Config) -> list[str]:
-    """What there is to say of a root that holds another data set than ``data.dataset``."""
+    """Note that a root holds another prepared data set than ``data.dataset``."""
     root, name = config.data.root, config.data.dataset
     prepared = prepared_name(root)
     if prepared in (None, name) or name == "imagefolder":
@@ -98,9 +90,9 @@ def data_set_notes(config: Config) -> list[str]:
 
 
 def describe_images(train: ImageFolder) -> str:
-    """Says in a few words what is trained on: "1,442 images of 10 classes"."""
-    unlabelled = int((train.labels == UNLABELLED).sum())
+    """Describe a training set: "1,442 images of 10 classes"."""
     if not train.classes:
         return f"{len(train):,} images without labels"
+    unlabelled = int((train.labels == UNLABELLED).sum())
     aside = f" ({unlabelled:,} without a label)" if unlabelled else ""
     return f"{len(train):,} images{aside} of {len(train.classes)} classes"

@@ -20,7 +20,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from isofast.data.check import REPLACE, OnBad, check_folder, skipped_note
+from isofast.data.check import OnBad, check_folder, skipped_note
 from isofast.data.files import write_atomically
 from isofast.data.folder import SPLITS, UNLABELED, UNLABELLED, ignored_note, open_dataset
 from isofast.errors import UserError
@@ -30,7 +30,6 @@ MANIFEST = ".isofast-prepared.json"
 _PARTIAL = ".partial"
 _DOWNLOAD = ".download"
 _SHOWN = 5
-_SPOILED = "The archive is spoiled: get it again, or leave them out with --on-bad-image skip"
 
 
 @dataclass(frozen=True)
@@ -121,11 +120,11 @@ def prepared_name(root: Path) -> str | None:
 def _prepare(name: str, root: Path, build: Callable[[Path], None], on_bad: OnBad) -> PreparedCounts:
     partial = root / _PARTIAL
     if (root / MANIFEST).exists():
-        counts = _check_prepared(name, root)
+        _verify_prepared(name, root)
         # of a command that was stopped after its last move
         for leftover in (partial, root / _DOWNLOAD):
             shutil.rmtree(leftover, ignore_errors=True)
-        return counts
+        return _count(name, root, on_bad, already_there=True)
     # a finished build has its manifest: what was stopped is the move alone
     finished = prepared_name(partial)
     if finished not in (None, name):
@@ -145,7 +144,9 @@ def _prepare(name: str, root: Path, build: Callable[[Path], None], on_bad: OnBad
         try:
             partial.mkdir()
             build(partial)
-            _write_manifest(name, partial, on_bad)
+            # the check comes first: unreadable images stop the build
+            _count(name, partial, on_bad, already_there=False)
+            _write_manifest(name, partial)
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
             raise
@@ -153,7 +154,7 @@ def _prepare(name: str, root: Path, build: Callable[[Path], None], on_bad: OnBad
         entry.rename(root / entry.name)
     partial.rmdir()
     shutil.rmtree(root / _DOWNLOAD, ignore_errors=True)
-    return _read_counts(name, root, already_there=False)
+    return _count(name, root, on_bad, already_there=False)
 
 
 def _failure(name: str, root: Path, error: OSError) -> str:
@@ -220,11 +221,7 @@ def _count(name: str, root: Path, on_bad: OnBad, *, already_there: bool) -> Prep
     splits = [open_dataset(root, "train")]
     if splits[0].classes or (root / "val").exists():
         splits.append(open_dataset(root, "val"))
-    # what comes from an archive goes where the check fails, so its place is of no use
-    remedy, named_in = (REPLACE, None) if already_there else (_SPOILED, "")
-    splits = [
-        check_folder(split, on_bad=on_bad, remedy=remedy, named_in=named_in) for split in splits
-    ]
+    splits = [check_folder(split, on_bad=on_bad) for split in splits]
     notes = (note(split) for note in (skipped_note, ignored_note) for split in splits)
     train = splits[0]
     return PreparedCounts(
@@ -239,36 +236,12 @@ def _count(name: str, root: Path, on_bad: OnBad, *, already_there: bool) -> Prep
     )
 
 
-def _write_manifest(name: str, folder: Path, on_bad: OnBad) -> None:
-    counts = _count(name, folder, on_bad, already_there=False)
-    content = {
-        "name": name,
-        "classes": counts.classes,
-        "train": counts.train,
-        "val": counts.val,
-        "unlabeled": counts.unlabeled,
-        "notes": counts.notes,
-        "sha256_by_class": _class_digests(folder),
-    }
-    text = json.dumps(content, indent=1)
+def _write_manifest(name: str, folder: Path) -> None:
+    text = json.dumps({"name": name, "sha256_by_class": _class_digests(folder)}, indent=1)
     write_atomically(folder / MANIFEST, lambda part: part.write_text(text))
 
 
-def _read_counts(name: str, root: Path, *, already_there: bool) -> PreparedCounts:
-    manifest = json.loads((root / MANIFEST).read_text())
-    return PreparedCounts(
-        name,
-        root,
-        manifest["classes"],
-        manifest["train"],
-        manifest["val"],
-        already_there,
-        manifest["unlabeled"],
-        tuple(manifest.get("notes", ())),
-    )
-
-
-def _check_prepared(name: str, root: Path) -> PreparedCounts:
+def _verify_prepared(name: str, root: Path) -> None:
     """Compare a prepared root with its checksums.
 
     Raises:
@@ -290,7 +263,6 @@ def _check_prepared(name: str, root: Path) -> PreparedCounts:
             f"{name} in {root} has changed since it was prepared: {len(changed)} place(s), "
             f"{', '.join(changed[:_SHOWN])}. Undo that, or delete {root} and prepare it again"
         )
-    return _read_counts(name, root, already_there=True)
 
 
 def _class_digests(root: Path) -> dict[str, str]:

@@ -14,6 +14,7 @@ from isofast.data.files import write_atomically
 from isofast.data.folder import ImageFolder, open_dataset
 from isofast.data.loaders import make_train_loader
 from isofast.data.recipe import Recipe, recipe_for
+from isofast.data.resident import rgb
 from isofast.errors import UserError
 
 Pixels = npt.NDArray[np.uint8]
@@ -93,12 +94,7 @@ def _spread_out(dataset: ImageFolder) -> ImageFolder:
 def _original(path: Path, side: int) -> Image.Image:
     """The stored image as it is, whole, in a square."""
     with Image.open(path) as stored:
-        # gray of 16 bits, which Pillow would clip
-        if stored.mode.startswith("I"):
-            levels = np.rint(np.asarray(stored) / 257).astype(np.uint8)
-            image = Image.fromarray(levels).convert("RGB")
-        else:
-            image = stored.convert("RGB")
+        image = Image.fromarray(rgb(stored))
     zoom = side / max(image.size)
     size = [max(1, round(length * zoom)) for length in image.size]
     smooth = _SHARP if zoom >= 1 else Image.Resampling.LANCZOS

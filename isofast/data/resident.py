@@ -1,9 +1,8 @@
 """Images that stay on the device: decoded once, both views of a batch made in one launch.
 
-What is done to pixels is defined by `isofast_kernels.augment_reference`. It differs from DALI's in
-that colour jitter takes its operations in the drawn order, one after the other, as torchvision
-does. Pillow decodes: torchvision.io's decoder ends the process at a PNG with a wrong checksum
-(torchvision 0.29).
+`isofast_kernels.augment_reference` defines the pixels. Unlike DALI, colour jitter applies its
+operations one after the other in the drawn order, as torchvision does. Pillow decodes, because
+torchvision.io crashes the process at a PNG with a wrong checksum (torchvision 0.29).
 """
 
 import io
@@ -32,7 +31,7 @@ _DECODED_AT_ONCE = 256
 
 
 class _DeviceChunk(NamedTuple):
-    """What T batches are made of: (T, B), (T, V, B, P) and (T, B)."""
+    """The inputs of T batches: (T, B), (T, V, B, P) and (T, B)."""
 
     index_TB: torch.Tensor
     parameters_TVBP: torch.Tensor
@@ -41,27 +40,16 @@ class _DeviceChunk(NamedTuple):
     def to(self, device: torch.device) -> "_DeviceChunk":
         if device.type == "cpu":
             return self
-        # torch keeps pinned memory from reuse until the copy has been made
+        # torch does not reuse pinned memory before the copy is done
         return _DeviceChunk(*(x.pin_memory().to(device, non_blocking=True) for x in self))
 
 
 class ResidentRenderer:
     """Makes both views of batches of images that lie decoded on the device.
 
-    Files that change or vanish after the start do not matter any more. A thread prepares a chunk
-    ahead; making a batch is one launch on the current stream, and nothing waits for the device.
-
-    Args:
-        dataset: the training images, all of one size.
-        recipe: the augmentation, without affine maps.
-        device: where the images lie. A CPU runs the reference of the kernel, which is slow.
-        threads: CPU threads while decoding.
-        dtype: of the views.
-        progress: show a bar on stderr while decoding.
-
-    Raises:
-        UserError: too little memory on the device.
-        RunError: an image can no longer be read.
+    The files no longer matter once they are decoded. A thread prepares a chunk ahead; a batch is
+    one launch on the current stream, and nothing waits for the device. A CPU runs the kernel's
+    slow reference. The images have one size, the recipe no affine maps.
     """
 
     backend = "resident"
@@ -78,9 +66,8 @@ class ResidentRenderer:
     ) -> None:
         self._recipe, self._device, self._dtype = recipe, device, dtype
         self._blur = any(view.blur_p > 0 for view in (recipe.view1, recipe.view2))
-        everything = np.arange(len(dataset))
         self._images: torch.Tensor | None = decode_images(
-            dataset, everything, device, threads=threads, progress=progress
+            dataset, np.arange(len(dataset)), device, threads=threads, progress=progress
         )
         self._ahead = ThreadPoolExecutor(1, "isofast-draw")
 
@@ -105,9 +92,8 @@ class ResidentRenderer:
                 yield Batch(x1_BCHW, x2_BCHW, y_B)
 
     def describe(self) -> str:
-        """A line on what makes the batches."""
-        if self._images is None:
-            return "closed"
+        """One line on what makes the batches."""
+        assert self._images is not None
         count, height, width, _ = self._images.shape
         size = resident_gb(count, height, width)
         return f"images resident on the device ({size:.2f} GB of {height} x {width} pixels)"
@@ -132,19 +118,7 @@ class ResidentRenderer:
 
 
 class ResidentCleanRenderer:
-    """Makes clean images of ones that lie on the device, resized and cropped once.
-
-    Args:
-        dataset: the images, of any sizes.
-        recipe: sizes and normalisation.
-        indices: the images that will be asked for.
-        device: where they lie.
-        threads: CPU threads while decoding.
-        progress: show a bar on stderr while decoding.
-
-    Raises:
-        UserError, RunError: as `ResidentRenderer`.
-    """
+    """Makes clean images, of any sizes, resized and cropped once and kept on the device."""
 
     def __init__(
         self,
@@ -180,16 +154,16 @@ class ResidentCleanRenderer:
             yield x_BCHW.contiguous(memory_format=torch.channels_last)
 
     def close(self) -> None:
-        """Nothing to do: the images go with the object."""
+        """Do nothing: the images are freed with the object."""
 
 
 def resident_gb(images: int, height: int, width: int) -> float:
-    """What decoded images of one size take, in 10^9 bytes."""
+    """Return the size of decoded images in 10^9 bytes."""
     return images * height * width * CHANNELS / 1e9
 
 
 def parameter_rows(recipe: Recipe, drawn: Sequence[ViewDraw]) -> npt.NDArray[np.float32]:
-    """The parameters of both views as the kernel's rows, (V, N, P) float32."""
+    """Return the parameters of both views as the kernel's rows, (V, N, P) float32."""
     rows = (recipe.view1, recipe.view2)
     return np.stack([_rows(row, view) for row, view in zip(rows, drawn, strict=True)])
 
@@ -227,21 +201,22 @@ def decode_images(
         device: where they go.
         threads: CPU threads.
         progress: show a bar on stderr.
-        transform: what is done to each (H, W, 3); afterwards all have one size.
+        transform: applied to each (H, W, 3); all results have one size.
 
     Returns:
         images_NHW3: uint8, RGB, in the order of ``indices``.
 
     Raises:
         UserError: they do not fit the device's memory.
-        RunError: a file is not the one that was checked, or of another size than the first.
+        RunError: a file has changed since it was checked.
         UndecodableError: Pillow refuses an image.
     """
 
     def decode(index: int) -> npt.NDArray[np.uint8]:
         (content,) = read_files(dataset, [index])
         try:
-            image_HW3 = _rgb(content)
+            with Image.open(io.BytesIO(content)) as image:
+                image_HW3 = rgb(image)
         except Exception as error:
             path = dataset.root / dataset.paths[index]
             raise UndecodableError(f"Pillow cannot decode {path} ({error})", [index]) from error
@@ -251,7 +226,7 @@ def decode_images(
     try:
         images_NHW3 = torch.empty(shape, dtype=torch.uint8, device=device)
     except RuntimeError as error:
-        # torch has an error of its own for a GPU's memory, none for a CPU's
+        # torch raises OutOfMemoryError for GPUs only
         raise UserError(
             f"{resident_gb(*shape[:3]):.2f} GB for {len(indices):,} decoded images cannot be had "
             f"on {device}; use --set data.backend=dali"
@@ -273,10 +248,10 @@ def decode_images(
     return images_NHW3
 
 
-def _rgb(content: bytes) -> npt.NDArray[np.uint8]:
-    with Image.open(io.BytesIO(content)) as image:
-        # gray of 16 bits, which Pillow would clip
-        if image.mode.startswith("I"):
-            gray = np.rint(np.asarray(image) / 257).astype(np.uint8)
-            return np.repeat(gray[:, :, None], CHANNELS, axis=2)
-        return np.array(image.convert("RGB"))
+def rgb(image: Image.Image) -> npt.NDArray[np.uint8]:
+    """Return an image's pixels, (H, W, 3)."""
+    # Pillow clips 16-bit gray instead of scaling it
+    if image.mode.startswith("I"):
+        gray = np.rint(np.asarray(image) / 257).astype(np.uint8)
+        return np.repeat(gray[:, :, None], CHANNELS, axis=2)
+    return np.array(image.convert("RGB"))

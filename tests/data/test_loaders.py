@@ -282,17 +282,12 @@ print(resident_mb() - before)
 
 
 def test_too_few_images_and_unknown_backends_are_refused(
-    train_set: ImageFolder, val_set: ImageFolder, recipe: Recipe
+    train_set: ImageFolder, recipe: Recipe
 ) -> None:
     with pytest.raises(UserError, match=r"51 images, fewer than one global batch of 60"):
         train_loader(train_set, recipe, batch_size=30, world_size=2)
-    with pytest.raises(ValueError, match="rank 2 of 2"):
-        train_loader(train_set, recipe, rank=2, world_size=2)
-    with pytest.raises(UserError, match="'pil'; allowed are auto, dali and resident"):
+    with pytest.raises(UserError, match="'pil'; allowed are auto, dali, resident"):
         train_loader(train_set, recipe, backend="pil")
-    for indices in ([], [15], [-1]):
-        with pytest.raises(ValueError, match="each from 0 to 14"):
-            eval_loader(val_set, recipe, indices)
 
 
 @pytest.mark.parametrize("check", ["full", "headers", "off"])

@@ -221,8 +221,6 @@ def test_stl10_is_torchvisions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 @pytest.mark.parametrize("suffix", ["zip", "tar.gz"])
 def test_tinyimagenet_layout(tmp_path: Path, suffix: str) -> None:
     files, root = tiny_files(), tmp_path / "root"
-    # a class that is listed twice is one class
-    files[f"{TOP}/wnids.txt"] += b"n001\n"
     counts = prepare("tinyimagenet", root, write_archive(tmp_path / f"tiny.{suffix}", files))
     assert (counts.classes, counts.train, counts.val) == (2, 6, 4)
     expected = {
@@ -239,13 +237,9 @@ def test_tinyimagenet_layout(tmp_path: Path, suffix: str) -> None:
 
 ANNOTATIONS = f"{TOP}/val/val_annotations.txt"
 SPOILED_TINY: dict[str, tuple[Callable[[Files], object], str]] = {
-    "no wnids.txt": (lambda f: f.pop(f"{TOP}/wnids.txt"), "has 0 files FOLDER/wnids.txt"),
-    "two wnids.txt": (lambda f: f.update({"b/wnids.txt": b"n001"}), "has 2 files FOLDER/wnids"),
-    "wnids that escape": (
-        lambda f: f.update({f"{TOP}/wnids.txt": b"..\nn001"}),
-        "unsafe: wnids.txt has class names that are no plain names",
-    ),
-    "no annotations": (lambda f: f.pop(ANNOTATIONS), "no val images of 2 of its 2 classes"),
+    "no annotations": (lambda f: f.pop(ANNOTATIONS), "has 0 files FOLDER/val/val_annotations.txt"),
+    "two tops": (lambda f: f.update({"b/val/val_annotations.txt": b""}), "has 2 files FOLDER/val"),
+    "class that escapes": (lambda f: f.update({ANNOTATIONS: b"val_0.JPEG\t.."}), "the class or"),
     "annotated image missing": (
         lambda f: f.pop(f"{TOP}/val/images/val_0.JPEG"),
         r"'val_0\.JPEG.*not in the archive",
@@ -261,11 +255,7 @@ SPOILED_TINY: dict[str, tuple[Callable[[Files], object], str]] = {
     ),
     "class without images": (
         lambda f: [f.pop(f"{TOP}/train/n002/images/n002_{k}.JPEG") for k in range(3)],
-        "no train images of 1 of its 2 classes: n002",
-    ),
-    "class without val images": (
-        lambda f: f.update({ANNOTATIONS: b"val_0.JPEG\tn001\t0"}),
-        "no val images of 1 of its 2 classes: n002",
+        "the class or the image is not in the archive",
     ),
 }
 
@@ -278,12 +268,22 @@ def test_spoiled_tinyimagenet_is_refused(tmp_path: Path, name: str) -> None:
     refuse("tinyimagenet", write_archive(tmp_path / "tiny.zip", files), match)
 
 
+def test_a_class_without_val_images_is_named(tmp_path: Path) -> None:
+    files = tiny_files() | {ANNOTATIONS: b"val_0.JPEG\tn001\t0"}
+    archive = write_archive(tmp_path / "tiny.zip", files)
+    with pytest.raises(UserError, match="differ; only in train: n002"):
+        prepare("tinyimagenet", tmp_path / "root", archive)
+    assert list(tmp_path.iterdir()) == [archive]
+
+
 def test_a_spoiled_image_can_be_left_out(tmp_path: Path) -> None:
     files, archive = tiny_files(), tmp_path / "tiny.zip"
     files[f"{TOP}/train/n001/images/n001_1.JPEG"] = b"text"
     write_archive(archive, files)
     unread = r"1 of 6 train images cannot be read: \S*train/n001/n001_1\.JPEG \("
-    with pytest.raises(UserError, match=rf"^{unread}.*archive is spoiled.*--on-bad-image skip$"):
+    with pytest.raises(
+        UserError, match=rf"{unread}.*download a damaged archive again.*--on-bad-image skip"
+    ):
         prepare("tinyimagenet", tmp_path / "root", archive)
     assert list(tmp_path.iterdir()) == [archive]
     counts = prepare("tinyimagenet", tmp_path / "root", archive, on_bad="skip")
@@ -317,7 +317,7 @@ def test_no_pickle_is_opened_that_is_not_the_official_one(
     certify(monkeypatch, theirs.CIFAR100, files)
     files[f"{CIFAR}/{file}"] = pickle.dumps(Malicious(tmp_path / "evil"), protocol=2)
     archive = write_archive(tmp_path / "evil.tar.gz", files)
-    refuse("cifar100", archive, f"not the official archive.*another md5: {CIFAR}/{file}. Download")
+    refuse("cifar100", archive, "not the official archive.*another md5")
     pickle.loads(files[f"{CIFAR}/{file}"])
     assert (tmp_path / "evil").exists()
 
@@ -328,37 +328,11 @@ def test_archives_of_something_else_are_refused(
     files = cifar100_files()
     certify(monkeypatch, theirs.CIFAR100, files)
     whole = write_archive(tmp_path / "cifar.tar", files)
-    refuse("stl10", whole, "not the official archive stl10_binary.tar.gz.* stl10_binary/train_X")
+    refuse("stl10", whole, "not the official archive stl10_binary.tar.gz")
     refuse("tinyimagenet", whole, "no TinyImageNet archive")
     files.pop(f"{CIFAR}/test")
     lacking = write_archive(tmp_path / "cifar.tar", files)
-    refuse("cifar100", lacking, f"missing, or with another md5: {CIFAR}/test. Download it again")
-
-
-CLASS_NAMES: dict[str, tuple[bytes | None, str]] = {
-    "none": (None, "unsafe: its classes"),
-    "too few": (b"airplane\n", "unsafe: its classes"),
-    "too many": (b"airplane\nbird\ncar\n", "unsafe: its classes"),
-    "twice the same": (b"bird\nbird\n", "unsafe: its classes"),
-    "an empty one": (b"bird\n\n", "unsafe: its classes"),
-    "above": (b"bird\n..\n", "unsafe: its classes"),
-    "outside": (b"bird\n../../evil\n", "unsafe: its classes"),
-    "absolute": (b"bird\n/tmp/evil\n", "unsafe: its classes"),
-}
-
-
-@pytest.mark.parametrize("case", CLASS_NAMES)
-def test_class_names_of_stl10_are_not_trusted(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: str
-) -> None:
-    """No checksum of them is published."""
-    content, match = CLASS_NAMES[case]
-    files = stl10_files()
-    certify(monkeypatch, theirs.STL10, files)
-    del files[f"{STL}/class_names.txt"]
-    if content is not None:
-        files[f"{STL}/class_names.txt"] = content
-    refuse("stl10", write_archive(tmp_path / "stl.tar", files), match)
+    refuse("cifar100", lacking, "missing or has another md5. Download it again")
 
 
 def test_one_changed_pixel_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -366,7 +340,9 @@ def test_one_changed_pixel_is_noticed(tmp_path: Path, monkeypatch: pytest.Monkey
     certify(monkeypatch, theirs.STL10, files)
     first, *rest = files[f"{STL}/unlabeled_X.bin"]
     files[f"{STL}/unlabeled_X.bin"] = bytes([first ^ 1, *rest])
-    refuse("stl10", write_archive(tmp_path / "stl.tar", files), f"another md5: {STL}/unlabeled_X")
+    refuse(
+        "stl10", write_archive(tmp_path / "stl.tar", files), "not the official archive.*another md5"
+    )
 
 
 TO_IMAGE = f"{TOP}/train/n001/images/link.JPEG"
@@ -434,7 +410,7 @@ def test_archives_that_are_no_whole_file_are_named(
         locked[locked.index(header) + flags] |= 1
     for name, content, match in (
         ("cut.tar", tar[: len(tar) // 3], WHOLE),
-        ("between.tar", tar[:first_member], f"missing.*{CIFAR}/test, {CIFAR}/meta. Download"),
+        ("between.tar", tar[:first_member], "missing or has another md5"),
         ("cut.tar.gz", packed[: len(packed) // 2], WHOLE),
         ("flipped.tar.gz", bytes(flipped), f"{WHOLE}|another md5"),
         ("cut.tar.bz2", bz2.compress(tar)[:-100], WHOLE),
@@ -448,11 +424,3 @@ def test_archives_that_are_no_whole_file_are_named(
         (tmp_path / name).write_bytes(content)
         refuse("tinyimagenet" if "zip" in name else "cifar100", tmp_path / name, match)
     refuse("cifar100", tmp_path / "nowhere.tar", r"there is no archive .*give its path as --arc")
-
-
-@pytest.mark.parametrize("name", ["tinyimagenet", "cifar10"])
-def test_an_archive_that_cannot_be_read(tmp_path: Path, name: str) -> None:
-    """A file of the kernel's, which nobody can read from its start, not even root."""
-    with pytest.raises(UserError, match=r"cannot read the archive /proc/self/mem: Input/output"):
-        prepare(name, tmp_path / "root", "/proc/self/mem")
-    assert list(tmp_path.iterdir()) == []
