@@ -3,6 +3,7 @@
 import shutil
 import tarfile
 from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from PIL import Image
 
 from isofast.data import (
+    Batch,
     EvalLoader,
     ImageFolder,
     Recipe,
@@ -70,6 +72,24 @@ def val_set(pictures: Path) -> ImageFolder:
 
 
 @pytest.fixture(scope="session")
+def photo_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """51 smooth coloured PNGs of 28 x 22 pixels in three classes."""
+    root = tmp_path_factory.mktemp("photos")
+    rng = np.random.default_rng(0)
+    for k in range(51):
+        folder = root / "train" / f"class{k % 3}"
+        folder.mkdir(parents=True, exist_ok=True)
+        coarse = Image.fromarray(rng.integers(0, 256, (5, 4, 3), dtype=np.uint8))
+        coarse.resize((22, 28), Image.Resampling.BICUBIC).save(folder / f"{k:03d}.png")
+    return root
+
+
+@pytest.fixture(scope="session")
+def photo_set(photo_root: Path) -> ImageFolder:
+    return check_folder(open_dataset(photo_root, "train"), progress=False)
+
+
+@pytest.fixture(scope="session")
 def recipe() -> Recipe:
     """The full TinyImageNet recipe at 16 pixels, so that many batches are cheap."""
     return recipe_for("tinyimagenet", crop=16)
@@ -90,17 +110,28 @@ def eval_loader(
 
 
 @pytest.fixture
-def make_loader(train_set: ImageFolder, recipe: Recipe) -> Iterator[Callable[..., TrainLoader]]:
-    """Make loaders over `train_set` that are closed after the test."""
+def make_loader(photo_set: ImageFolder, recipe: Recipe) -> Iterator[Callable[..., TrainLoader]]:
+    """Make loaders, over `photo_set` by default, that are closed after the test."""
     made: list[TrainLoader] = []
 
-    def make(**changes: Any) -> TrainLoader:
-        made.append(train_loader(train_set, recipe, **changes))
+    def make(dataset: ImageFolder = photo_set, row: Recipe = recipe, **changes: Any) -> TrainLoader:
+        made.append(train_loader(dataset, row, **changes))
         return made[-1]
 
     yield make
     for loader in made:
         loader.close()
+
+
+def take(loader: TrainLoader, count: int) -> list[Batch]:
+    return list(islice(loader, count))
+
+
+def assert_same(ours: list[Batch], theirs: list[Batch]) -> None:
+    assert len(ours) == len(theirs)
+    for a, b in zip(ours, theirs, strict=True):
+        for x, y in zip(a, b, strict=True):
+            assert torch.equal(x, y)
 
 
 @pytest.fixture(scope="session")

@@ -29,7 +29,7 @@ from isofast.data import (
 from isofast.data.prepare import prepare
 from isofast.errors import RunError, UserError
 
-from .conftest import eval_loader, train_loader
+from .conftest import assert_same, eval_loader, take, train_loader
 
 BOTH = pytest.mark.parametrize("backend", ["dali", "resident"])
 MakeLoader = Callable[..., TrainLoader]
@@ -38,17 +38,6 @@ MakeLoader = Callable[..., TrainLoader]
 def numbered(dataset: ImageFolder) -> ImageFolder:
     """The same images, each labelled with its own number, to see which ones come by."""
     return replace(dataset, labels=np.arange(len(dataset)))
-
-
-def take(loader: TrainLoader, count: int) -> list[Batch]:
-    return list(islice(loader, count))
-
-
-def assert_same(ours: list[Batch], theirs: list[Batch]) -> None:
-    assert len(ours) == len(theirs)
-    for a, b in zip(ours, theirs, strict=True):
-        for x, y in zip(a, b, strict=True):
-            assert torch.equal(x, y)
 
 
 def test_every_image_at_most_once_an_epoch_over_three_ranks(
@@ -74,70 +63,80 @@ def test_every_image_at_most_once_an_epoch_over_three_ranks(
         loader.close()
 
 
-def test_streams_are_equal_by_seed_and_differ_by_seed(make_loader: MakeLoader) -> None:
+@BOTH
+def test_streams_are_equal_by_seed_and_differ_by_seed(
+    make_loader: MakeLoader, backend: str
+) -> None:
     first, again, other = (
-        take(make_loader(seed=s, threads=t), 3) for s, t in ((5, 1), (5, 2), (6, 2))
+        take(make_loader(backend=backend, seed=s, threads=t), 3)
+        for s, t in ((5, 1), (5, 2), (6, 2))
     )
     assert_same(first, again)
     assert not torch.equal(first[0].x1_BCHW, other[0].x1_BCHW)
 
 
+@BOTH
 @pytest.mark.parametrize("k", [1, 11, 12, 17])
-def test_resume_is_bit_exact(make_loader: MakeLoader, k: int) -> None:
+def test_resume_is_bit_exact(make_loader: MakeLoader, backend: str, k: int) -> None:
     """12 steps an epoch: resumed within an epoch, before, at and after its end."""
-    whole = make_loader()
+    whole = make_loader(backend=backend)
     assert whole.steps_per_epoch == 12
     take(whole, k)
     state = whole.state_dict()
-    assert state["step"] == k, "batches made ahead do not count"
-    resumed = make_loader(start_step=state["step"])
-    assert_same(take(whole, 6), take(resumed, 6))
+    assert state == {"step": k, "backend": backend}, "batches made ahead do not count"
+    resumed = make_loader(backend=backend, start_step=k)
+    assert_same(take(whole, 14), take(resumed, 14))
     assert whole.state_dict() == resumed.state_dict()
 
 
-def test_a_global_batch_does_not_depend_on_the_number_of_ranks(make_loader: MakeLoader) -> None:
-    one = make_loader(batch_size=8)
-    two = [make_loader(batch_size=4, rank=rank, world_size=2) for rank in range(2)]
+@BOTH
+def test_a_global_batch_does_not_depend_on_the_number_of_ranks(
+    make_loader: MakeLoader, backend: str
+) -> None:
+    one = make_loader(backend=backend, batch_size=8)
+    two = [make_loader(backend=backend, batch_size=4, rank=rank, world_size=2) for rank in range(2)]
     # 6 steps an epoch, so the epoch's end is crossed
     for _ in range(8):
-        parts = [next(loader) for loader in two]
-        for whole, pieces in zip(next(one), zip(*parts, strict=True), strict=True):
-            assert torch.equal(whole, torch.cat(pieces))
+        whole = next(one)
+        pieces = Batch(*map(torch.cat, zip(*(next(loader) for loader in two), strict=True)))
+        assert torch.equal(whole.y_B, pieces.y_B)
+        for x, parts in zip(whole[:2], pieces[:2], strict=True):
+            # the CPU's matrix products may round a batch of another size to another level
+            allowed = 0 if backend == "dali" else 1e-3
+            assert ((x - parts).abs() > allowed).float().mean() <= allowed
 
 
-def test_batches_have_the_promised_layout(make_loader: MakeLoader, recipe: Recipe) -> None:
-    batch = next(make_loader())
-    for x in (batch.x1_BCHW, batch.x2_BCHW):
-        assert x.shape == (4, 3, recipe.crop, recipe.crop)
-        assert x.dtype == torch.float32
-        assert x.is_contiguous(memory_format=torch.channels_last)
-    assert batch.y_B.dtype == torch.int64
-    assert not torch.equal(batch.x1_BCHW, batch.x2_BCHW)
-
-
-def test_views_come_in_the_dtype_of_training(make_loader: MakeLoader) -> None:
-    """Rounded once, from the float32 views of the same step; still channels_last."""
-    whole = take(make_loader(), 3)
-    for dtype in (torch.bfloat16, torch.float16):
-        for ours, theirs in zip(take(make_loader(dtype=dtype), 3), whole, strict=True):
+@BOTH
+def test_batches_have_the_promised_layout_and_dtype(
+    make_loader: MakeLoader, recipe: Recipe, backend: str
+) -> None:
+    """16-bit views are the float32 views of the same step, rounded once by DALI."""
+    whole = take(make_loader(backend=backend), 3)
+    assert not torch.equal(whole[0].x1_BCHW, whole[0].x2_BCHW)
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        batches = take(make_loader(backend=backend, dtype=dtype), 3)
+        for ours, theirs in zip(batches, whole, strict=True):
             for x, x_float in zip(ours[:2], theirs[:2], strict=True):
+                assert x.shape == (4, 3, recipe.crop, recipe.crop)
                 assert x.dtype == dtype
                 assert x.is_contiguous(memory_format=torch.channels_last)
-                assert torch.equal(x, x_float.to(dtype))
+                assert backend == "resident" or torch.equal(x, x_float.to(dtype))
+            assert ours.y_B.dtype == torch.int64
             assert torch.equal(ours.y_B, theirs.y_B)
 
 
-def test_kept_batches_stay_as_they_were(make_loader: MakeLoader) -> None:
-    """The tensors are torch's: neither later batches nor closing the loader write into them."""
-    loader = make_loader()
-    kept, copies = [], []
-    for _ in range(12):
-        batch = next(loader)
-        kept.append(batch)
-        copies.append(Batch(*(x.clone() for x in batch)))
+@BOTH
+def test_kept_batches_stay_as_they_were(make_loader: MakeLoader, backend: str) -> None:
+    """Neither later batches nor closing the loader write into them."""
+    loader = make_loader(backend=backend)
+    kept = take(loader, 14)
+    copies = [Batch(*(x.clone() for x in batch)) for batch in kept]
+    take(loader, 14)
     loader.close()
-    take(make_loader(seed=9), 6)
+    take(make_loader(backend=backend, seed=9), 6)
     assert_same(kept, copies)
+    with pytest.raises(RunError, match="make a new one"):
+        next(loader)
 
 
 @BOTH
@@ -223,19 +222,15 @@ def test_digits_views_are_affine_and_unmirrored(tmp_path: Path) -> None:
     loader.close()
 
 
-def spoil_by_deleting(path: Path) -> None:
-    path.unlink()
-
-
-def spoil_by_text(path: Path) -> None:
-    path.write_text("no picture")
-
-
-def spoil_by_cutting(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[:-30])
-
-
-@pytest.mark.parametrize("spoil", [spoil_by_deleting, spoil_by_text, spoil_by_cutting])
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda path: path.unlink(),
+        lambda path: path.write_text("no picture"),
+        lambda path: path.write_bytes(path.read_bytes()[:-30]),
+    ],
+    ids=["deleted", "text", "cut"],
+)
 def test_a_file_spoiled_during_the_run_is_named(
     tmp_path: Path, pictures: Path, recipe: Recipe, spoil: Callable[[Path], None]
 ) -> None:
@@ -281,13 +276,15 @@ print(resident_mb() - before)
     assert float(result.stdout) < 8
 
 
-def test_too_few_images_and_unknown_backends_are_refused(
-    train_set: ImageFolder, recipe: Recipe
-) -> None:
+@BOTH
+def test_too_few_images_are_refused(photo_set: ImageFolder, recipe: Recipe, backend: str) -> None:
     with pytest.raises(UserError, match=r"51 images, fewer than one global batch of 60"):
-        train_loader(train_set, recipe, batch_size=30, world_size=2)
+        train_loader(photo_set, recipe, backend=backend, batch_size=30, world_size=2)
+
+
+def test_unknown_backends_are_refused(photo_set: ImageFolder, recipe: Recipe) -> None:
     with pytest.raises(UserError, match="'pil'; allowed are auto, dali, resident"):
-        train_loader(train_set, recipe, backend="pil")
+        train_loader(photo_set, recipe, backend="pil")
 
 
 @pytest.mark.parametrize("check", ["full", "headers", "off"])
