@@ -1,12 +1,10 @@
 """`prepare`: what it writes, that it writes all or nothing, and what it refuses."""
 
-import io
 import shutil
 import subprocess
 import sys
 import threading
 import time
-import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -24,44 +22,11 @@ from isofast.data import prepare as module
 from isofast.data.prepare import PreparedCounts, prepare
 from isofast.errors import UserError
 
+from .test_official import tiny_files, write_archive
+
 Pair = tuple[Future[PreparedCounts], Future[PreparedCounts]]
 # seconds that nothing here comes near, unless it hangs
 LONG = 30
-TOP = "tiny-imagenet-200"
-Members = dict[str, bytes]
-
-
-def jpeg(value: int) -> bytes:
-    buffer = io.BytesIO()
-    Image.new("RGB", (8, 8), (value, 0, 255 - value)).save(buffer, format="JPEG")
-    return buffer.getvalue()
-
-
-def official_members() -> Members:
-    """Two classes, three train and two val images each, in the official layout."""
-    members: Members = {
-        f"{TOP}/wnids.txt": b"n001\nn002\n",
-        f"{TOP}/words.txt": b"n001\tgoose\nn002\tchair\n",
-        f"{TOP}/test/images/test_0.JPEG": jpeg(1),
-    }
-    lines = []
-    for c, wnid in enumerate(("n001", "n002")):
-        members[f"{TOP}/train/{wnid}/{wnid}_boxes.txt"] = b"boxes"
-        for k in range(3):
-            members[f"{TOP}/train/{wnid}/images/{wnid}_{k}.JPEG"] = jpeg(10 * c + k)
-        for k in range(2):
-            # validation images of both classes lie mixed in one folder
-            members[f"{TOP}/val/images/val_{2 * k + c}.JPEG"] = jpeg(100 + 10 * c + k)
-            lines.append(f"val_{2 * k + c}.JPEG\t{wnid}\t0\t0\t7\t7")
-    members[f"{TOP}/val/val_annotations.txt"] = "\n".join(lines).encode()
-    return members
-
-
-def write_zip(path: Path, members: Members) -> Path:
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
-        for name, content in members.items():
-            archive.writestr(name, content)
-    return path
 
 
 def snapshot(root: Path) -> dict[str, bytes]:
@@ -97,7 +62,7 @@ def test_digits(tmp_path: Path) -> None:
 
 
 def test_a_second_call_checks_and_changes_nothing(tmp_path: Path) -> None:
-    archive = write_zip(tmp_path / "tiny.zip", official_members())
+    archive = write_archive(tmp_path / "tiny.zip", tiny_files())
     first = prepare("tinyimagenet", tmp_path / "root", archive)
     before = snapshot(tmp_path / "root")
     # the archive is not needed any more
@@ -123,7 +88,7 @@ def test_an_interrupted_build_starts_over_and_an_interrupted_move_goes_on(
     # killed while building: the partial folder stays, without its manifest
     (root / ".partial" / "train" / "n009").mkdir(parents=True)
     (root / ".partial" / "train" / "n009" / "x.JPEG").write_bytes(b"half")
-    archive = write_zip(tmp_path / "tiny.zip", official_members())
+    archive = write_archive(tmp_path / "tiny.zip", tiny_files())
     rename = Path.rename
 
     def stop_at_val(self: Path, target: Path) -> Path:
