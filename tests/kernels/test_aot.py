@@ -1,5 +1,9 @@
 """Every kernel compiles for GPUs that this machine does not have; a sample of what aot.py does."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 
 from isofast_kernels import aot, correlation, matrix_power_triton
@@ -83,25 +87,30 @@ def test_a_spill_is_seen():
 
 
 def test_the_table_and_its_exit_code(capsys):
-    assert aot.main(["--targets", "sm_90", "--only", "finish D=32", "--jobs", "1"]) == 0
-    assert "finish D=32" in capsys.readouterr().out
-    with pytest.raises(SystemExit) as stopped:
-        aot.main(["--targets", "sm_42"])
-    assert stopped.value.code == 2
-    assert "sm_42" in capsys.readouterr().err
-    with pytest.raises(SystemExit) as stopped:
-        aot.main(["--jobs", "0"])
-    assert stopped.value.code == 2
+    assert aot.main(["--targets", "sm_90, sm_80", "--only", "finish D=32", "--jobs", "1"]) == 0
+    printed = capsys.readouterr().out
+    assert all(word in printed for word in ("finish D=32", "sm_90", "sm_80", "2 kernels"))
 
 
-@pytest.mark.parametrize("over", ["shared memory", "a spill"])
-def test_what_is_over_budget_exits_with_1(over, capsys, monkeypatch):
+@pytest.mark.parametrize(("option", "value"), [("--targets", "sm_42"), ("--jobs", "0")])
+def test_arguments_that_cannot_be_exit_with_2(option, value, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        aot.main([option, value])
+    assert stopped.value.code == 2
+    assert value in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_the_interpreter_leaves_nothing_to_compile():
+    command = [sys.executable, "-m", "isofast_kernels.aot"]
+    env = os.environ | {"TRITON_INTERPRET": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=env)
+    assert done.returncode == 2 and "TRITON_INTERPRET" in done.stderr
+
+
+def test_what_is_over_budget_exits_with_1(capsys, monkeypatch):
     name = "polynomial D=128"
-    if over == "shared memory":
-        monkeypatch.setitem(aot.SHARED_LIMIT, 90, 0)
-    else:
-        spilled = aot.Usage(name, 90, registers=255, spills=3, stack=16, shared=0)
-        monkeypatch.setattr(aot, "measure", lambda build, capability: spilled)
+    monkeypatch.setitem(aot.SHARED_LIMIT, 90, 0)
     assert aot.main(["--targets", "sm_90", "--only", name, "--jobs", "1"]) == 1
     printed = capsys.readouterr().out
     *_, summary, again = printed.splitlines()

@@ -1,8 +1,7 @@
 """The augmentation's kernel against its definition, on a GPU or in Triton's interpreter.
 
-`TRITON_INTERPRET=1 pytest tests/kernels/test_augment_triton.py` runs it without a GPU;
-test_interpreter.py does that within a plain run. Both round to levels after each operation, so a
-sum that adds in another order gives another level now and then: few of them may, by little.
+`make interpret` runs it without a GPU. Both round to levels after each operation, so a sum in
+another order gives another level now and then: few of them may, by little.
 """
 
 import pytest
@@ -10,19 +9,11 @@ import torch
 
 from isofast_kernels import augment_views
 from isofast_kernels.augment_reference import augment_views_reference
-from isofast_kernels.dispatch import INTERPRET
 
 from .augment_problems import MEAN, STD, levels_of, noise, photos, random_rows, rows
+from .cases import DEVICE, DTYPES, ON_TRITON
 
-HAS_GPU = torch.cuda.is_available()
-DEVICE = "cuda" if HAS_GPU and not INTERPRET else "cpu"
-if DEVICE == "cuda":
-    pytestmark = pytest.mark.gpu
-elif not INTERPRET:
-    pytestmark = [
-        pytest.mark.gpu,
-        pytest.mark.skip(reason="no GPU; test_interpreter.py runs these in Triton's interpreter"),
-    ]
+pytestmark = ON_TRITON
 
 # stored height, width, side: no power of two, one block and more, enlarged and reduced
 SHAPES = [(20, 20, 20), (37, 29, 15), (13, 11, 35), (64, 64, 64), (9, 50, 33)]
@@ -96,17 +87,7 @@ def test_the_order_of_the_jitter(order):
 
 
 @pytest.mark.usefixtures("poisoned_empty")
-@pytest.mark.parametrize(
-    "dtype",
-    [
-        pytest.param(torch.float16, id="fp16"),
-        pytest.param(
-            torch.bfloat16,
-            id="bf16",
-            marks=pytest.mark.skipif(DEVICE == "cpu", reason="the interpreter has no bf16"),
-        ),
-    ],
-)
+@pytest.mark.parametrize("dtype", DTYPES[1:])
 def test_half_precision_views_are_the_rounded_ones(dtype):
     images, index = noise(3, 20, 20), torch.tensor([2, 0, 1])
     table = random_rows(2, 3, 20, 20, blur=True)

@@ -5,12 +5,8 @@ import torch
 
 from isofast_kernels import reference
 
-LOSSES = [
-    pytest.param("cosine", False, id="cosine"),
-    pytest.param("cosine", True, id="iso_cosine"),
-    pytest.param("euclidean", False, id="euclidean"),
-    pytest.param("euclidean", True, id="iso_euclidean"),
-]
+from .cases import LOSSES
+
 SHAPES = [(37, 129), (1, 16), (8, 5), (3, 1)]
 EPS = torch.finfo(torch.float64).eps
 

@@ -12,20 +12,12 @@ from isofast_kernels import (
 )
 from isofast_kernels.dispatch import INTERPRET
 
+from .cases import DTYPES
 from .tolerances import assert_within_budget
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(INTERPRET or not torch.cuda.is_available(), reason="needs a CUDA device"),
-]
-
-DTYPES = [
-    pytest.param(dtype, id=name)
-    for name, dtype in [
-        ("fp32", torch.float32),
-        ("fp16", torch.float16),
-        ("bf16", torch.bfloat16),
-    ]
 ]
 
 

@@ -1,11 +1,7 @@
 """The Triton kernels against the float64 reference, loss and dz, on a GPU or the interpreter.
 
-`TRITON_INTERPRET=1 pytest tests/kernels/test_triton.py` runs them without a GPU;
-test_interpreter.py does that within a plain run. bf16 is left to GPUs: the interpreter's bf16
-products are wrong.
+`make interpret` runs them without a GPU, but for bf16: the interpreter's products of it are wrong.
 """
-
-import importlib
 
 import pytest
 import torch
@@ -18,37 +14,14 @@ from isofast_kernels import (
     reference,
     second_moment,
 )
-from isofast_kernels.dispatch import INTERPRET
 from isofast_kernels.matrix_power import power_by_products
 
+from .cases import DEVICE, DTYPES, LOSSES, ON_TRITON
 from .emulation import TorchSteps
 from .tolerances import assert_within_budget
 
-HAS_GPU = torch.cuda.is_available()
-DEVICE = "cuda" if HAS_GPU and not INTERPRET else "cpu"
-if DEVICE == "cuda":
-    pytestmark = pytest.mark.gpu
-elif not INTERPRET:
-    pytestmark = [
-        pytest.mark.gpu,
-        pytest.mark.skip(reason="no GPU; test_interpreter.py runs these in Triton's interpreter"),
-    ]
+pytestmark = ON_TRITON
 
-DTYPES = [
-    pytest.param(torch.float32, id="fp32"),
-    pytest.param(torch.float16, id="fp16"),
-    pytest.param(
-        torch.bfloat16,
-        id="bf16",
-        marks=pytest.mark.skipif(DEVICE == "cpu", reason="wrong under the interpreter"),
-    ),
-]
-LOSSES = [
-    pytest.param("cosine", False, id="cosine"),
-    pytest.param("cosine", True, id="iso_cosine"),
-    pytest.param("euclidean", False, id="euclidean"),
-    pytest.param("euclidean", True, id="iso_euclidean"),
-]
 # ragged in B and D, one row, one tile, more than one tile, wider than the 8-warp tile
 SHAPES = [(37, 129), (1, 256), (255, 250), (5, 32), (16, 64), (3, 17), (18, 600)]
 # the interpreter takes seconds for the large ones: fp32 is enough for them there
@@ -148,26 +121,6 @@ def test_strided_arguments_are_taken(make_problem):
     got = asymmetric_loss(z[:, ::2], t[:, 33:], half)
     expected = asymmetric_loss(z[:, ::2].contiguous(), t[:, 33:].contiguous(), half.contiguous())
     assert torch.equal(got, expected)
-
-
-def test_wide_rows_are_padded_to_aligned_ones(make_problem, monkeypatch):
-    """Unpadded they give the same numbers, from a build that spills."""
-    # the package's attribute of this name is the function
-    module = importlib.import_module("isofast_kernels.asymmetric_loss")
-    kernel, widths = module._asymmetric_loss_kernel, []
-
-    class Spy:
-        def __getitem__(self, grid):
-            def launch(*arguments, D, **options):
-                widths.append(D)
-                return kernel[grid](*arguments, D=D, **options)
-
-            return launch
-
-    monkeypatch.setattr(module, "_asymmetric_loss_kernel", Spy())
-    z, _, _, t, w = make_problem(2, 600, dtype=torch.float32, device=DEVICE)
-    asymmetric_loss(z, t, w)
-    assert widths == [608]
 
 
 @pytest.mark.usefixtures("poisoned_empty")
