@@ -120,13 +120,6 @@ def test_the_learning_rate_is_the_named_optimizers(name: str, lr: float, ema: bo
     assert (config.optimizer.name, config.optimizer.lr) == (name, lr)
 
 
-def test_preset_optimizer_follows_ema() -> None:
-    with_ema, without = validate(DATA), validate({**DATA, "method": {"ema": False}})
-    assert (with_ema.optimizer.name, with_ema.optimizer.lr) == ("lars", 1.0)
-    assert (without.optimizer.name, without.optimizer.lr) == ("sgd", 0.1)
-    assert without.optimizer.weight_decay == with_ema.optimizer.weight_decay == 1e-4
-
-
 @pytest.mark.parametrize("name", PRESETS)
 @pytest.mark.parametrize(
     ("dataset", "stem"),

@@ -1,9 +1,11 @@
 """Work beside the training loop: it is not waited for, stays in order, and tells its errors."""
 
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -105,12 +107,12 @@ def gate() -> Iterator[threading.Event]:
 
 
 @pytest.fixture
-def make_recorder(small_config: Callable[..., Config], tmp_path: Path) -> Callable[[int], Recorder]:
+def make_recorder(small_config: Callable[..., Config], tmp_path: Path) -> Callable[..., Recorder]:
     """Makes the recorder of a run that goes on from a step; its 200th is the first judged."""
     world = World(rank=0, size=1, local_rank=0, device=torch.device("cpu"))
-    config = small_config(method={"decay": 0.99})
 
-    def make(step: int) -> Recorder:
+    def make(step: int, *loggers: str) -> Recorder:
+        config = small_config(method={"decay": 0.99}, logging={"loggers": list(loggers)})
         return Recorder(
             tmp_path, config, world, {}, Totals(), step=step, last_step=900, steps_per_epoch=4
         )
@@ -135,14 +137,26 @@ def corr_of(dimensions: int) -> torch.Tensor:
 
 
 def test_the_loop_waits_for_no_spectrum_and_records_keep_their_order(
-    make_recorder: Callable[[int], Recorder], gate: threading.Event, tmp_path: Path
+    make_recorder: Callable[..., Recorder],
+    gate: threading.Event,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    recorder = make_recorder(0)
-    recorder._background.do(gate.wait)
+    class Gated:
+        """A logger that is held up at its first record."""
+
+        def __init__(self, run_dir: Path, config: Config, step: int) -> None:
+            self.flush = self.close = lambda: None
+
+        def log(self, record: dict[str, Any]) -> None:
+            gate.wait()
+
+    monkeypatch.setitem(sys.modules, "my_loggers", SimpleNamespace(Gated=Gated))
+    recorder = make_recorder(0, "my_loggers:Gated")
     for step in (1, 2, 3):
         record(recorder, step, torch.eye(16) * step)
     recorder.evaluation(3, Evaluation(0.5, 0.25))
-    assert read_metrics(tmp_path / "metrics.jsonl") == []
+    assert len(read_metrics(tmp_path / "metrics.jsonl")) <= 1
     gate.set()
     recorder.flush()
     records = read_metrics(tmp_path / "metrics.jsonl")
@@ -157,7 +171,7 @@ def test_the_loop_waits_for_no_spectrum_and_records_keep_their_order(
 
 
 def test_a_collapse_that_recovers_is_told_no_longer(
-    make_recorder: Callable[[int], Recorder], tmp_path: Path
+    make_recorder: Callable[..., Recorder], tmp_path: Path
 ) -> None:
     with closing(make_recorder(0)) as recorder:
         record(recorder, 100, corr_of(8))
@@ -171,7 +185,7 @@ def test_a_collapse_that_recovers_is_told_no_longer(
 
 
 def test_a_run_that_goes_on_knows_what_it_had_before(
-    make_recorder: Callable[[int], Recorder],
+    make_recorder: Callable[..., Recorder],
 ) -> None:
     """The growth of spread and norm are measured from the records of the process before."""
     with closing(make_recorder(0)) as first:
