@@ -78,7 +78,9 @@ def test_a_run_and_its_folder(outside: Path) -> None:
         assert spectrum["step"].shape == (count,) and features == 16
         assert (np.diff(spectrum["eigenvalues"], axis=1) <= 0).all()
     (encoder,) = sorted(folder.glob("checkpoints/*/encoder.safetensors"))[-1:]
-    assert load_file(encoder).keys() == {k for k in resnet18().state_dict() if k[:3] != "fc."}
+    weights = load_file(encoder)
+    assert weights["bn1.num_batches_tracked"] == 2 * 4
+    assert weights.keys() == {k for k in resnet18().state_dict() if k[:3] != "fc."}
 
     # raising max_steps continues; what changes the result is refused; --fresh deletes nothing
     assert "continuing from" in run(outside, "--set", "train.max_steps=6")

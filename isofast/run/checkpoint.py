@@ -65,7 +65,13 @@ def save_checkpoint(folder: Path, step: int, state: State, encoder: nn.Module, k
         part.mkdir()
         torch.save(state, part / _STATE)
         tensors = {k: v.detach().cpu().contiguous() for k, v in encoder.state_dict().items()}
-        save_file(tensors, part / _ENCODER, metadata={"format": "pt"})
+        # torchvision's BatchNorm counts its batches, ours does not: two views a step
+        counters = {
+            name.replace("running_mean", "num_batches_tracked"): torch.tensor(2 * step)
+            for name in tensors
+            if name.endswith("running_mean")
+        }
+        save_file(counters | tensors, part / _ENCODER, metadata={"format": "pt"})
         manifest = {name: _fingerprint(part / name) for name in (_STATE, _ENCODER)}
         (part / _MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
         for name in (_STATE, _ENCODER, _MANIFEST):
