@@ -261,6 +261,9 @@ class TrainConfig(_Section):
     """Statistics of one rank or of all; auto: synchronised."""
     compile: Literal["auto", "on", "off"] = "auto"
     """torch.compile of the networks; auto: on a GPU only."""
+    cuda_graph: Literal["auto", "on", "off"] = Field("auto", json_schema_extra=FREE)
+    """The whole step as one CUDA graph, in one process. auto: on a GPU, unless method or encoder is
+    your own, whose Python values a graph would freeze."""
     on_collapse: Literal["warn", "stop"] = Field("warn", json_schema_extra=FREE)
     """What to do when the embeddings have collapsed."""
 

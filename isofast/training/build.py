@@ -8,7 +8,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from isofast.config.schema import Config
-from isofast.data import recipe_for
+from isofast.data import Batch, recipe_for
 from isofast.distributed import World, gather_objects
 from isofast.errors import UserError
 from isofast.methods import Method, make_method
@@ -17,7 +17,7 @@ from isofast.methods.ema import EmaTarget
 from isofast.methods.networks import Branch
 from isofast.training.optim import load_optimizer_state, make_optimizer
 from isofast.training.parallel import make_engine, restore_engine
-from isofast.training.step import Online
+from isofast.training.step import Online, StepOutput
 from isofast_kernels.arguments import MAX_FEATURES
 
 State = dict[str, Any]
@@ -34,11 +34,29 @@ class TrainState:
     target: EmaTarget | None
     optimizer: Optimizer
     engine: Any
+    """DeepSpeed's; None where the step is a graph, in one process."""
 
     @property
     def method(self) -> Method:
         """The method, inside ``online``."""
         return self.online.method
+
+    def step(self, batch: Batch) -> StepOutput:
+        """A step of all that trains, at the learning rates and the target's decay that are set."""
+        targets = None if self.target is None else self.target(batch)
+        output: StepOutput
+        if self.engine is None:
+            output = self.online(batch, targets)
+            (output.loss + output.probe.loss).backward()
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+        else:
+            output = self.engine(batch, targets)
+            self.engine.backward(output.loss + output.probe.loss)
+            self.engine.step()
+        if self.target is not None:
+            self.target.move_(self.online.branch)
+        return output
 
     def capture(self) -> State:
         """All that training has changed, as tensors and plain values. Called on every rank."""
@@ -80,7 +98,8 @@ class TrainState:
             self.target.load_state_dict(state["target"])
         load_optimizer_state(self.optimizer, state["optimizer"])
         _set_rng_state(state["rng"][self.world.rank], self.world.device)
-        restore_engine(self.engine, steps)
+        if self.engine is not None:
+            restore_engine(self.engine, steps)
 
     def is_finite(self) -> bool:
         """Whether no parameter has become NaN or infinite. Synchronises with the GPU."""
@@ -132,7 +151,8 @@ def build(config: Config, world: World, classes: int) -> TrainState:
         if target is not None:
             target.branch.compile()
     optimizer = make_optimizer(online, config)
-    engine = make_engine(online, optimizer, config, world)
+    graphed = is_graphed(config, world)
+    engine = None if graphed else make_engine(online, optimizer, config, world)
     # only now: DeepSpeed's first broadcast refuses parameters that are not contiguous
     for module in (online, target):
         if module is not None:
@@ -148,6 +168,26 @@ def synchronises_batch_norm(config: Config, world: World) -> bool:
 def compiles(config: Config, cuda: bool) -> bool:
     """Whether the networks go through torch.compile."""
     return config.train.compile == "on" or (config.train.compile == "auto" and cuda)
+
+
+def is_graphed(config: Config, world: World) -> bool:
+    """Whether the step is a CUDA graph.
+
+    Raises:
+        UserError: it should be, with several processes.
+    """
+    if config.train.cuda_graph == "on" and world.size > 1:
+        raise UserError(
+            f"train.cuda_graph is for one process, and there are {world.size}; leave it at auto"
+        )
+    # a graph keeps the Python values of its capture, and only our own code is known to have none
+    ours = ":" not in config.method.name and not _is_a_users_function(config.encoder.name)
+    auto = world.device.type == "cuda" and world.size == 1 and ours
+    return config.train.cuda_graph == "on" or (config.train.cuda_graph == "auto" and auto)
+
+
+def _is_a_users_function(name: str) -> bool:
+    return ":" in name and not name.startswith("timm:")
 
 
 def _precision(config: Config, cuda: bool) -> torch.dtype:

@@ -33,7 +33,14 @@ from isofast.run.collapse import Finding, remedies
 from isofast.run.directory import describe_environment, open_run_dir
 from isofast.run.recorder import Recorder, Totals
 from isofast.run.summary import Summary
-from isofast.training.build import TrainState, build, compiles, synchronises_batch_norm
+from isofast.training.build import (
+    TrainState,
+    build,
+    compiles,
+    is_graphed,
+    synchronises_batch_norm,
+)
+from isofast.training.graph import GraphedStep
 from isofast.training.online import Evaluator
 from isofast.training.optim import set_lr
 from isofast.training.parallel import (
@@ -151,6 +158,8 @@ class _Run:
     def train(self) -> None:
         """The loop."""
         config, state, recorder = self.config, self.state, self.recorder
+        graphed = is_graphed(config, self.world)
+        take_step = GraphedStep(state.step, self.world.device) if graphed else state.step
         local_statistics = self.world.size > 1 and not self.synchronised
         state.online.train()
         if self.step == 0 and config.evaluation.at_start:
@@ -159,14 +168,10 @@ class _Run:
         while self.step < self.last_step:
             batch = self._next_batch()
             lr = set_lr(state.optimizer, self.step, self.steps_per_epoch, config)
-            targets = None if state.target is None else state.target(batch)
-            output: StepOutput = state.engine(batch, targets)
-            state.engine.backward(output.loss + output.probe.loss)
-            state.engine.step()
             progress = self.step / self.total_steps
             if state.target is not None:
                 state.target.set_decay(progress)
-                state.target.move_(state.online.branch)
+            output = take_step(batch)
             state.method.after_step(progress)
             if local_statistics:
                 mean_of_statistics_over_ranks_(state.online)

@@ -130,7 +130,9 @@ def make_optimizer(online: Online, config: Config) -> Optimizer:
         return SGD(groups, momentum=settings.momentum, fused=True)
     if settings.name == "adamw":
         groups = [group(matrices, settings.lr, decay), group(vectors, settings.lr, 0.0), probe()]
-        return AdamW(groups, betas=(settings.momentum, 0.999), fused=True)
+        # capturable: the step's count is on the device, where a CUDA graph advances it
+        cuda = network[0].is_cuda
+        return AdamW(groups, betas=(settings.momentum, 0.999), fused=True, capturable=cuda)
     groups = [
         group(matrices, settings.lr, decay, adapt=True),
         group(vectors, settings.lr, 0.0, adapt=False),

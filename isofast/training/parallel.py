@@ -140,6 +140,8 @@ def make_engine(module: nn.Module, optimizer: Optimizer, config: Config, world: 
             f"DeepSpeed refused its settings; the deepspeed section of the config adds "
             f"{config.deepspeed}. It said: {type(error).__name__}: {error}"
         ) from error
+    # one rank has nothing to average, and the engine would copy every gradient twice
+    engine.enable_backward_allreduce = world.size > 1
     return engine
 
 

@@ -1,0 +1,125 @@
+"""The step as a CUDA graph, through its eager calls on a CPU, and torch.compile against eager."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch._dynamo.utils import counters
+
+from isofast.config.schema import Config
+from isofast.data import Batch
+from isofast.distributed import World
+from isofast.errors import UserError
+from isofast.training.build import TrainState, build, is_graphed
+from isofast.training.graph import GraphedStep
+from isofast.training.optim import set_lr
+
+from ..support.runs import assert_same_run, train
+
+CPU = World(0, 1, 0, torch.device("cpu"))
+Settings = Callable[..., Config]
+
+
+@pytest.mark.parametrize("method", ["isoloss", "byol"])
+def test_a_graphed_run_is_the_plain_one_also_resumed(
+    method: str, config_file: Callable[..., Path], tmp_path: Path
+) -> None:
+    """One goes through DeepSpeed's engine, the other around it."""
+    config = config_file(method={"name": method, "ema": True})
+    plain, graphed = tmp_path / "plain", tmp_path / "graphed"
+    train(config, plain)
+    on = ("--set", "train.cuda_graph=on")
+    train(config, graphed, *on, "--set", "train.max_steps=4")
+    assert "continuing from" in train(config, graphed, *on)
+    assert_same_run(plain, graphed)
+
+
+@pytest.mark.parametrize(
+    ("device", "sections", "graphed"),
+    [
+        ("cuda", {}, True),
+        ("cpu", {}, False),
+        ("cuda", {"train": {"cuda_graph": "off"}}, False),
+        ("cuda", {"method": {"name": "tests.examples.vicreg:VICReg"}}, False),
+        ("cuda", {"encoder": {"name": "my_file:encoder", "width": 64}}, False),
+        ("cuda", {"encoder": {"name": "timm:resnet18", "width": 64}}, True),
+    ],
+)
+def test_a_graph_is_made_of_what_is_known_to_bear_it(
+    device: str, sections: dict[str, Any], graphed: bool, small_config: Settings
+) -> None:
+    config = small_config(**sections)
+    assert is_graphed(config, World(0, 1, 0, torch.device(device))) is graphed
+    if graphed:
+        assert not is_graphed(config, World(0, 2, 0, torch.device(device)))
+
+
+def test_a_graph_of_several_processes_is_refused(small_config: Settings) -> None:
+    with pytest.raises(UserError, match="cuda_graph is for one process, and there are 2"):
+        is_graphed(small_config(train={"cuda_graph": "on"}), World(0, 2, 0, torch.device("cpu")))
+
+
+def steps(state: TrainState, config: Config, numbers: range) -> list[float]:
+    """Losses of these steps, on batches that their numbers choose."""
+    losses = []
+    take_step = GraphedStep(state.step, state.world.device)
+    for step in numbers:
+        generator = torch.Generator().manual_seed(step)
+        x_NCHW = torch.randn(16, 3, 16, 16, generator=generator)
+        y_B = torch.randint(10, (8,), generator=generator)
+        batch = Batch(*(x.to(state.world.device) for x in (*x_NCHW.chunk(2), y_B)))
+        set_lr(state.optimizer, step, 10, config)
+        losses.append(take_step(batch).loss.item())
+    return losses
+
+
+@pytest.mark.slow
+def test_compiled_networks_train_as_eager_ones_in_one_graph_each(small_config: Settings) -> None:
+    """20 steps with an evaluation's forward between; online and target compile once."""
+    losses = {}
+    for mode in ("off", "on"):
+        config = small_config(
+            method={"ema": True, "ema_base": 0.9}, train={"compile": mode, "cuda_graph": "on"}
+        )
+        torch._dynamo.reset()
+        counters.clear()
+        state = build(config, CPU, classes=10)
+        state.online.train()
+        losses[mode] = steps(state, config, range(2))
+        graphs = counters["stats"]["unique_graphs"]
+        assert graphs == (2 if mode == "on" else 0)
+        with torch.no_grad():
+            state.online.eval()
+            state.online.branch.features(torch.zeros(5, 3, 16, 16))
+            state.online.train()
+        losses[mode] += steps(state, config, range(2, 20))
+        assert counters["stats"]["unique_graphs"] == graphs and not counters["graph_break"]
+    assert losses["on"] == pytest.approx(losses["off"], rel=2e-4)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("optimizer", ["lars", "sgd", "adamw"])
+@pytest.mark.parametrize("method", ["isoloss", "byol"])
+def test_a_replayed_step_is_the_eager_one(
+    optimizer: str, method: str, small_config: Settings
+) -> None:
+    device = torch.device("cuda", torch.cuda.current_device())
+    losses = {}
+    for mode in ("on", "off"):
+        config = small_config(
+            method={"name": method, "ema": True},
+            optimizer={"name": optimizer, "lr": 0.01},
+            train={"compile": "off", "cuda_graph": "on"},
+        )
+        state = build(config, World(0, 1, 0, device), classes=10)
+        state.online.train()
+        torch.backends.cudnn.benchmark = False
+        torch.backends.cudnn.deterministic = True
+        if mode == "on":
+            losses[mode] = steps(state, config, range(40))
+        else:
+            losses[mode] = [loss for n in range(40) for loss in steps(state, config, range(n, n + 1))]
+    assert losses["on"] == losses["off"]
