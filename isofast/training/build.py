@@ -47,7 +47,7 @@ class TrainState:
         output: StepOutput
         if self.engine is None:
             output = self.online(batch, targets)
-            (output.loss + output.probe.loss).backward()
+            torch.autograd.backward(output.loss + output.probe.loss)
             self.optimizer.step()
             self.optimizer.zero_grad()
         else:

@@ -36,7 +36,9 @@ class GraphedStep:
     ) -> None:
         self._step = step
         self._left = warmup if device.type == "cuda" else None
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._stream: torch.cuda.Stream | None = None
+        if device.type == "cuda":
+            self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._batch: Batch | None = None
         self._graph: torch.cuda.CUDAGraph | None = None
         self._output: StepOutput | None = None
