@@ -56,10 +56,12 @@ class Work:
     Attributes:
         bytes: read and written, each tensor once.
         flop: of the matrix products, two for a multiplication and an addition.
+        dtype: of the products that the floor is reckoned by.
     """
 
     bytes: int
     flop: int = 0
+    dtype: torch.dtype = torch.float32
 
 
 @dataclass
@@ -153,7 +155,7 @@ def summarize(question: str, contenders: list[Contender], work: Work) -> list[Ti
     The floor is the time to move or to multiply, the longer of the two, at the speeds that `limits`
     measures.
     """
-    bytes_per_ms, flop_per_ms = limits()
+    bytes_per_ms, flop_per_ms = limits(work.dtype)
     floor_ms = max(work.bytes / bytes_per_ms, work.flop / flop_per_ms)
     return [
         Timing(
@@ -171,15 +173,15 @@ def summarize(question: str, contenders: list[Contender], work: Work) -> list[Ti
 
 
 @functools.cache
-def limits() -> tuple[float, float]:
+def limits(dtype: torch.dtype = torch.float32) -> tuple[float, float]:
     """Return bytes per ms of a large in-place pass and flop per ms of a large product.
 
-    The product is in float32 on a CPU and in TF32 on a GPU; both are medians of 9.
+    float32 products are in TF32 on a GPU; both are medians of 9.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     tensor = torch.ones(64 << 20, device=device)
     side = 4096 if device == "cuda" else 1024
-    matrix = torch.ones(side, side, device=device)
+    matrix = torch.ones(side, side, device=device, dtype=dtype)
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high")
 

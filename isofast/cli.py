@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import shlex
 import sys
 from dataclasses import fields
@@ -27,6 +28,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"isofast {version('isofast')}")
     commands = parser.add_subparsers(dest="command", required=True)
     _add_prepare(commands)
+    _add_profile(commands)
     _add_theory(commands)
     _add_figures(commands)
     _add_reproduce(commands)
@@ -71,6 +73,30 @@ def _prepare(args: argparse.Namespace) -> None:
     if args.preview is not None:
         write_preview(args.name, args.root, args.preview, on_bad=args.on_bad_image)
         _say(f"views of {args.name}: {args.preview}")
+
+
+def _add_profile(commands: Any) -> None:
+    parser = commands.add_parser(
+        "profile",
+        help="say where the time of a training step goes",
+        description="Trains some steps of a run and saves nothing but a trace of them.",
+    )
+    parser.add_argument("--config", type=Path, required=True, metavar="FILE")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
+    parser.add_argument("--steps", type=_count, default=20, metavar="N", help="default 20")
+    parser.add_argument(
+        "--output", type=Path, default=Path("runs/profile"), metavar="DIR", help="for trace.json"
+    )
+    _finish(parser, _profile, STARTS_OVER)
+
+
+def _profile(args: argparse.Namespace) -> None:
+    # before torch is loaded: its profiler reports its start and end
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
+    from isofast.config.load import load_config
+    from isofast.training.profile import profile_steps
+
+    _say(str(profile_steps(load_config(args.config, args.set), args.output, args.steps)))
 
 
 def _add_theory(commands: Any) -> None:

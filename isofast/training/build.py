@@ -8,8 +8,8 @@ from torch import nn
 from torch.optim import Optimizer
 
 from isofast.config.schema import Config
-from isofast.data import Batch, recipe_for
-from isofast.distributed import World, gather_objects
+from isofast.data import Batch, ImageFolder, Recipe, TrainLoader, make_train_loader, recipe_for
+from isofast.distributed import World, cores_of_rank, gather_objects
 from isofast.errors import UserError
 from isofast.methods import Method, make_method
 from isofast.methods.batch_norm import convert_batch_norm
@@ -17,6 +17,7 @@ from isofast.methods.ema import EmaTarget
 from isofast.methods.networks import Branch
 from isofast.training.optim import load_optimizer_state, make_optimizer
 from isofast.training.parallel import make_engine, restore_engine
+from isofast.training.parts import part
 from isofast.training.step import Online, StepOutput
 from isofast_kernels.arguments import MAX_FEATURES
 
@@ -43,19 +44,24 @@ class TrainState:
 
     def step(self, batch: Batch) -> StepOutput:
         """A step of all that trains, at the learning rates and the target's decay that are set."""
-        targets = None if self.target is None else self.target(batch)
-        output: StepOutput
+        with part("target"):
+            targets = None if self.target is None else self.target(batch)
         if self.engine is None:
-            output = self.online(batch, targets)
-            torch.autograd.backward(output.loss + output.probe.loss)
-            self.optimizer.step()
-            self.optimizer.zero_grad()
+            output: StepOutput = self.online(batch, targets)
+            with part("backward"):
+                torch.autograd.backward(output.loss + output.probe.loss)
+            with part("optimizer"):
+                self.optimizer.step()
+                self.optimizer.zero_grad()
         else:
             output = self.engine(batch, targets)
-            self.engine.backward(output.loss + output.probe.loss)
-            self.engine.step()
+            with part("backward"):
+                self.engine.backward(output.loss + output.probe.loss)
+            with part("optimizer"):
+                self.engine.step()
         if self.target is not None:
-            self.target.move_(self.online.branch)
+            with part("target's move"):
+                self.target.move_(self.online.branch)
         return output
 
     def capture(self) -> State:
@@ -158,6 +164,34 @@ def build(config: Config, world: World, classes: int) -> TrainState:
         if module is not None:
             module.to(memory_format=torch.channels_last)
     return TrainState(world, online, target, optimizer, engine)
+
+
+def train_loader(
+    config: Config,
+    world: World,
+    train: ImageFolder,
+    recipe: Recipe,
+    *,
+    backend: str,
+    dtype: torch.dtype,
+    start_step: int = 0,
+) -> TrainLoader:
+    """The batches of this rank, from ``start_step`` on, by ``backend`` (not "auto")."""
+    return make_train_loader(
+        backend,
+        train,
+        recipe,
+        batch_size=config.batch_size_per_rank(world.size),
+        rank=world.rank,
+        world_size=world.size,
+        seed=config.seed,
+        device=world.device,
+        start_step=start_step,
+        threads=config.data.threads or cores_of_rank(world),
+        prefetch=config.data.prefetch,
+        resident_limit_gb=config.data.resident_limit_gb,
+        dtype=dtype,
+    )
 
 
 def synchronises_batch_norm(config: Config, world: World) -> bool:

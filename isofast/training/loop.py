@@ -9,7 +9,7 @@ from typing import NoReturn
 import torch
 
 from isofast.config.schema import Config
-from isofast.data import Batch, ImageFolder, Recipe, make_train_loader, recipe_for, resolve_backend
+from isofast.data import Batch, ImageFolder, Recipe, recipe_for, resolve_backend
 from isofast.data.images import (
     Images,
     agree_on_images,
@@ -21,7 +21,6 @@ from isofast.data.images import (
 from isofast.distributed import (
     World,
     barrier,
-    cores_of_rank,
     launched_rank,
     launched_world_size,
     mean_of_statistics_over_ranks_,
@@ -39,6 +38,7 @@ from isofast.training.build import (
     compiles,
     is_graphed,
     synchronises_batch_norm,
+    train_loader,
 )
 from isofast.training.graph import GraphedStep
 from isofast.training.online import Evaluator
@@ -109,21 +109,14 @@ class _Run:
         self.backend_before: str | None = None
         self.step, totals, notes = self._resume()
 
-        threads = config.data.threads or cores_of_rank(world)
-        self.loader = make_train_loader(
-            self._backend(train, recipe),
+        self.loader = train_loader(
+            config,
+            world,
             train,
             recipe,
-            batch_size=config.batch_size_per_rank(world.size),
-            rank=world.rank,
-            world_size=world.size,
-            seed=config.seed,
-            device=world.device,
-            start_step=self.step,
-            threads=threads,
-            prefetch=config.data.prefetch,
-            resident_limit_gb=config.data.resident_limit_gb,
+            backend=self._backend(train, recipe),
             dtype=self.state.online.branch.precision,
+            start_step=self.step,
         )
         self.steps_per_epoch: int = self.loader.steps_per_epoch
         self.total_steps = config.train.epochs * self.steps_per_epoch
@@ -131,9 +124,7 @@ class _Run:
         self.evaluator = (
             None
             if val is None
-            else Evaluator(
-                config, train, val, recipe, world, backend=self.loader.backend, threads=threads
-            )
+            else Evaluator(config, train, val, recipe, world, backend=self.loader.backend)
         )
         precision = str(self.state.online.branch.precision).removeprefix("torch.")
         resolved = {"backend": self.loader.backend, "precision": precision}

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from isofast.config.schema import Config
 from isofast.data import UNLABELLED, EvalLoader, ImageFolder, Recipe, make_eval_loader
-from isofast.distributed import World, gather_rows
+from isofast.distributed import World, cores_of_rank, gather_rows
 from isofast.errors import UserError
 from isofast.run.metrics import Evaluation
 from isofast.training.step import Online
@@ -41,7 +41,6 @@ class Evaluator:
         world: World,
         *,
         backend: str,
-        threads: int,
     ) -> None:
         self._config = config
         self._classes = len(train.classes)
@@ -64,7 +63,7 @@ class Evaluator:
                 indices[world.rank :: world.size],
                 batch_size=config.evaluation.batch_size,
                 device=world.device,
-                threads=threads,
+                threads=config.data.threads or cores_of_rank(world),
                 resident_limit_gb=config.data.resident_limit_gb,
                 progress=world.is_main,
             )

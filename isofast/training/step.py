@@ -13,6 +13,7 @@ from isofast.data import Batch
 from isofast.methods import Method, Views
 from isofast.methods.networks import Branch
 from isofast.methods.probe import ProbeOutput, probe_loss
+from isofast.training.parts import part
 
 
 @dataclass(frozen=True)
@@ -40,12 +41,17 @@ class Online(nn.Module):
 
     def forward(self, batch: Batch, targets: tuple[Tensor, Tensor] | None = None) -> StepOutput:
         """A training step up to the loss; without ``targets`` (t1_BD, t2_BD), z1 and z2 are."""
-        (h1_BF, z1_BD), (h2_BF, z2_BD) = self.branch.of_views(batch)
+        with part("forward"):
+            (h1_BF, z1_BD), (h2_BF, z2_BD) = self.branch.of_views(batch)
         t1_BD, t2_BD = targets or (z1_BD, z2_BD)
-        self.method.correlation.update(z1_BD.detach(), z2_BD.detach())
-        loss = self.method.loss(Views(z1_BD, z2_BD, t1_BD.detach(), t2_BD.detach()))
-        logits1_BK, logits2_BK = (self.probe(h_BF.detach().float()) for h_BF in (h1_BF, h2_BF))
-        return StepOutput(loss, probe_loss(logits1_BK, logits2_BK, batch.y_B), z1_BD.detach())
+        with part("correlation"):
+            self.method.correlation.update(z1_BD.detach(), z2_BD.detach())
+        with part("loss"):
+            loss = self.method.loss(Views(z1_BD, z2_BD, t1_BD.detach(), t2_BD.detach()))
+        with part("probe"):
+            logits1_BK, logits2_BK = (self.probe(h_BF.detach().float()) for h_BF in (h1_BF, h2_BF))
+            probe = probe_loss(logits1_BK, logits2_BK, batch.y_B)
+        return StepOutput(loss, probe, z1_BD.detach())
 
 
 @torch.no_grad()

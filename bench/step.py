@@ -1,0 +1,170 @@
+"""Time a whole training step, from plain torch to the step as isofast takes it.
+
+    python bench/step.py [--datasets cifar10 stl10] [--width 64] [--batch 256] [--rounds 31]
+
+Each row adds one thing to the row above, on batches that are already on the device: eager fp32,
+channels_last, bf16, both views in one forward, torch.compile, the CUDA graph (on a CPU the same
+calls, eager). The last row takes the step through DeepSpeed's engine. Matrix work is counted from
+the networks, and the share is of the dense bf16 peak that a large product reaches here.
+On a CPU the defaults are a narrow network and one data set. Results go to
+bench/results/step-NNN.csv and .png, never over an earlier one.
+"""
+
+import argparse
+import dataclasses
+import statistics
+import sys
+from functools import partial
+
+import harness
+import torch
+from harness import Contender, Timing, Work
+from torch.utils.flop_counter import FlopCounterMode
+
+from isofast.config.load import validate
+from isofast.data import Batch, recipe_for
+from isofast.distributed import World
+from isofast.methods.batch_norm import ViewBatchNorm
+from isofast.training.build import TrainState, build
+from isofast.training.graph import WARMUP_STEPS, GraphedStep
+from isofast.training.parallel import close_world, init_world
+from isofast.training.parts import timed_parts
+
+CLASSES = {"cifar10": 10, "cifar100": 100, "stl10": 10, "tinyimagenet": 200}
+
+
+def make_state(
+    world: World,
+    settings: dict[str, dict[str, object]],
+    *,
+    precision: str = "fp32",
+    channels_last: bool = False,
+    stacked: bool = False,
+    compiled: bool = False,
+    engine: bool = False,
+) -> TrainState:
+    """A run's state at a rung of the ladder."""
+    train = {
+        "precision": precision,
+        "compile": "on" if compiled else "off",
+        "cuda_graph": "off" if engine else "on",
+    }
+    config = validate(settings | {"train": settings["train"] | train})
+    state = build(config, world, CLASSES[config.data.dataset])
+    state.online.train()
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    for module in (state.online, state.target):
+        if module is not None:
+            module.to(memory_format=layout)
+    for branch in (state.online.branch, state.target and state.target.branch):
+        if branch is not None:
+            branch.stacked = stacked
+            for norm in branch.modules():
+                if isinstance(norm, ViewBatchNorm):
+                    norm.views = 2 if stacked else 1
+    return state
+
+
+def ladder(
+    world: World, settings: dict[str, dict[str, object]]
+) -> tuple[list[Contender], TrainState, Batch]:
+    """The contenders, and the state and batch of the last but the engine."""
+    make = partial(make_state, world, settings)
+    best = {"precision": "bf16", "channels_last": True, "stacked": world.device.type == "cuda"}
+    rungs: dict[str, dict[str, object]] = {
+        "eager, fp32": {},
+        "channels_last": {"channels_last": True},
+        "bf16": {"channels_last": True, "precision": "bf16"},
+        "both views in one forward": {**best, "stacked": True},
+        "torch.compile": {**best, "compiled": True},
+    }
+    config = validate(settings)
+    side = recipe_for(config.data.dataset).crop
+    shape = (2, config.train.batch_size, 3, side, side)
+    views = [x.to(world.device, memory_format=torch.channels_last) for x in torch.randn(shape)]
+    classes = CLASSES[config.data.dataset]
+    batch = Batch(*views, torch.randint(classes, shape[1:2], device=world.device))
+    contenders = []
+    for name, kind in rungs.items():
+        state = make(**kind)
+        contenders.append(Contender(name, partial(state.step, batch)))
+    graphed = GraphedStep(state.step, world.device)
+    for _ in range(WARMUP_STEPS + 1 if world.device.type == "cuda" else 0):
+        graphed(batch)
+    contenders.append(Contender("CUDA graph", partial(graphed, batch)))
+    through_engine = make(**best, compiled=True, engine=True)
+    contenders.append(
+        Contender("no graph, DeepSpeed's engine", partial(through_engine.step, batch))
+    )
+    return contenders, state, batch
+
+
+def measure_memory(contender: Contender) -> str:
+    """Peak memory of a step on a GPU, beside what all contenders hold; empty on a CPU."""
+    contender.call()
+    if not torch.cuda.is_available():
+        return ""
+    held = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    contender.call()
+    return f", {(torch.cuda.max_memory_allocated() - held) / 1e9:.2f} GB beside what is kept"
+
+
+def time_dataset(dataset: str, ema: bool, args: argparse.Namespace, world: World) -> list[Timing]:
+    """Print and return the ladder of a data set's preset, and the parts of the last step."""
+    settings: dict[str, dict[str, object]] = {
+        "data": {"dataset": dataset, "root": "none"},
+        "encoder": {"width": args.width},
+        "method": {"name": "isoloss", "ema": ema},
+        "train": {"batch_size": args.batch},
+    }
+    contenders, state, batch = ladder(world, settings)
+    with FlopCounterMode(display=False) as counter:
+        contenders[0].call()
+    work = Work(0, counter.get_total_flops(), torch.bfloat16)
+    memory = [measure_memory(contender) for contender in contenders]
+    question = (
+        f"{dataset}, {'with' if ema else 'without'} EMA, batch {args.batch}, width {args.width}"
+    )
+    measured = harness.compare(question, contenders, rounds=args.rounds, work=work)
+    timings = [
+        dataclasses.replace(
+            timing, note=f"{1e3 * args.batch / timing.median_ms:,.0f} images/s{peak}"
+        )
+        for timing, peak in zip(measured, memory, strict=True)
+    ]
+    print(harness.table(timings))
+    with timed_parts() as parts:
+        for _ in range(args.rounds):
+            state.step(batch)
+    for name, times in parts.items():
+        print(f"  {name:34} {statistics.median(times):10.4f} ms")
+    return timings
+
+
+def main() -> None:
+    cuda = torch.cuda.is_available()
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    names = ["cifar10", "tinyimagenet", "stl10"] if cuda else ["cifar10"]
+    parser.add_argument("--datasets", nargs="+", choices=CLASSES, default=names)
+    parser.add_argument("--width", type=int, default=64 if cuda else 16)
+    parser.add_argument("--batch", type=int, default=256 if cuda else 64)
+    parser.add_argument("--rounds", type=int, default=31 if cuda else 7)
+    args = parser.parse_args()
+    for key, value in harness.environment().items():
+        print(f"{key}: {value}")
+    world = init_world()
+    try:
+        timings = [
+            timing
+            for dataset in args.datasets
+            for ema in (True, False)
+            for timing in time_dataset(dataset, ema, args, world)
+        ]
+    finally:
+        close_world()
+    print(*harness.write("step", timings), sep="\n")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
