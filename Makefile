@@ -44,6 +44,8 @@ bench: $(STAMP)
 	$(BIN)/python bench/kernels.py
 	$(BIN)/python bench/passes.py
 	$(BIN)/python bench/data.py
+	$(BIN)/python bench/step.py
+	$(BIN)/python bench/peers.py
 
 clean:
 	rm -rf $(VENV) build *.egg-info kernels/build kernels/*.egg-info

@@ -318,6 +318,7 @@ def table(timings: list[Timing]) -> str:
         lines.append(
             f"  {timing.contender:34} {timing.median_ms:10.4f} ms "
             f"[{timing.low_ms:.4f}, {timing.high_ms:.4f}]  x{timing.median_ms / base:<8.2f}"
-            f"{timing.share_of_floor:7.1%} of the floor's speed  {timing.note}"
+            + (f"{timing.share_of_floor:7.1%} of the floor's speed  " if timing.floor_ms else "")
+            + timing.note
         )
     return "\n".join(lines)

@@ -1,0 +1,224 @@
+"""Time training as users of other code write it beside isofast: the same work, loaders included.
+
+    python bench/peers.py [--root DIR] [--methods simsiam byol] [--batch 256] [--width 64]
+
+CIFAR-10-shaped files, ResNet-18 with the 3x3 stem, projector and predictor of equal sizes, SGD, two
+views by the same recipe. isofast runs from its defaults and in fp32 (with the probe that it always
+trains); lightly with torchvision's DataLoader and v2 transforms, channels_last and its modules as
+its documentation combines them, in fp32 and under bf16 autocast. Each contender is a process that
+takes its steps when asked to, in rotating order. Memory is the GPU's peak or, on a CPU, what the
+process and its workers hold. Without --root the files are cut from two photographs. Without lightly
+isofast is timed alone. Results go to bench/results/peers-NNN.csv and .png.
+"""
+
+import argparse
+import copy
+import importlib.util
+import multiprocessing
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from importlib import metadata
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+import data
+import harness
+import psutil
+import torch
+from harness import Contender, Work
+from torch import Tensor
+from torchvision.transforms import v2
+
+from isofast.config.load import validate
+from isofast.config.schema import EncoderConfig
+from isofast.data import check_folder, open_dataset, recipe_for, resolve_backend
+from isofast.methods.networks import make_encoder
+from isofast.training.build import build, is_graphed, train_loader
+from isofast.training.graph import WARMUP_STEPS, GraphedStep
+from isofast.training.optim import set_lr
+from isofast.training.parallel import init_world
+
+HIDDEN, OUTPUT = 4096, 256
+Step = Callable[[], object]
+
+
+def isofast_step(
+    root: Path, method: str, batch: int, width: int, workers: int, precision: str
+) -> Step:
+    """A step of a run, with its loader."""
+    config = validate(
+        {
+            "data": {"dataset": "cifar10", "root": str(root), "threads": workers},
+            "encoder": {"width": width},
+            "projector": {"hidden": HIDDEN, "output": OUTPUT},
+            "method": {"name": method},
+            "optimizer": {"name": "sgd"},
+            "train": {"batch_size": batch, "precision": precision},
+        }
+    )
+    world = init_world()
+    train, recipe = check_folder(open_dataset(root, "train")), recipe_for("cifar10")
+    state = build(config, world, len(train.classes))
+    state.online.train()
+    backend = resolve_backend("auto", train, recipe, world.device, config.data.resident_limit_gb)
+    dtype = state.online.branch.precision
+    loader = train_loader(config, world, train, recipe, backend=backend, dtype=dtype)
+    set_lr(state.optimizer, 0, loader.steps_per_epoch, config)
+    graphed = is_graphed(config, world)
+    take_step = GraphedStep(state.step, world.device) if graphed else state.step
+    return lambda: take_step(next(loader))
+
+
+def lightly_step(
+    root: Path, method: str, batch: int, width: int, workers: int, precision: str
+) -> Step:
+    """SimSiam's or BYOL's step of lightly's documentation."""
+    from lightly.loss import NegativeCosineSimilarity
+    from lightly.models.modules.heads import BYOLPredictionHead, BYOLProjectionHead
+    from lightly.models.utils import deactivate_requires_grad, update_momentum
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    batches = data.torchvision_batches(root, recipe_for("cifar10"), v2, batch, workers, device)
+    encoder = make_encoder(EncoderConfig(stem="cifar", width=width))
+    student = torch.nn.Sequential(encoder, BYOLProjectionHead(8 * width, HIDDEN, OUTPUT))
+    student.to(device, memory_format=torch.channels_last)
+    predictor = BYOLPredictionHead(OUTPUT, HIDDEN, OUTPUT).to(device)
+    teacher = None
+    if method == "byol":
+        teacher = copy.deepcopy(student)
+        deactivate_requires_grad(teacher)
+    parameters = [*student.parameters(), *predictor.parameters()]
+    optimizer = torch.optim.SGD(parameters, lr=3e-5, momentum=0.9, weight_decay=1e-4)
+    criterion = NegativeCosineSimilarity()
+
+    def forward(x_BCHW: Tensor) -> tuple[Tensor, Tensor]:
+        z_BD = student(x_BCHW)
+        p_BD = predictor(z_BD)
+        return p_BD, z_BD.detach() if teacher is None else teacher(x_BCHW)
+
+    def step() -> None:
+        x1, x2 = (x.to(memory_format=torch.channels_last) for x in next(batches)[:2])
+        if teacher is not None:
+            update_momentum(student, teacher, m=0.99)
+        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+            (p1_BD, t1_BD), (p2_BD, t2_BD) = forward(x1), forward(x2)
+            loss = 0.5 * (criterion(p1_BD, t2_BD) + criterion(p2_BD, t1_BD))
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def serve(asked: Connection, make: Callable[[], Step]) -> None:
+    """Answer each number of steps with the milliseconds of one and the 10^9 bytes held."""
+    step = make()
+    cuda = torch.cuda.is_available()
+    process = psutil.Process()
+    while steps := asked.recv():
+        began = time.perf_counter()
+        for _ in range(steps):
+            step()
+        if cuda:
+            torch.cuda.synchronize()
+        took_ms = 1e3 * (time.perf_counter() - began) / steps
+        family = [process, *process.children(recursive=True)]
+        held = sum(member.memory_info().rss for member in family)
+        asked.send((took_ms, (torch.cuda.max_memory_allocated() if cuda else held) / 1e9))
+
+
+class Served(Contender):
+    """A contender in its own process."""
+
+    def __init__(self, name: str, make: Callable[[], Step]) -> None:
+        super().__init__(name, lambda: None)
+        spawn = multiprocessing.get_context("spawn")
+        self.connection, theirs = spawn.Pipe()
+        # not a daemon: its loader has processes of its own
+        self.process = spawn.Process(target=serve, args=(theirs, make))
+        self.process.start()
+
+    def take(self, steps: int) -> tuple[float, float]:
+        """Milliseconds a step, 10^9 bytes held."""
+        self.connection.send(steps)
+        took_ms, held_gb = self.connection.recv()
+        return took_ms, held_gb
+
+    def stop(self) -> None:
+        self.connection.send(0)
+        self.process.join(20)
+        self.process.terminate()
+
+
+def contenders(options: argparse.Namespace, root: Path, method: str) -> Iterator[Served]:
+    sizes = (root, method, options.batch, options.width, options.workers)
+    yield Served("isofast, as it comes", partial(isofast_step, *sizes, "auto"))
+    yield Served("isofast, fp32", partial(isofast_step, *sizes, "fp32"))
+    if importlib.util.find_spec("lightly"):
+        yield Served("lightly, fp32", partial(lightly_step, *sizes, "fp32"))
+        yield Served("lightly, bf16", partial(lightly_step, *sizes, "bf16"))
+
+
+def compare(found: list[Served], options: argparse.Namespace) -> None:
+    """Fill in times and notes; the first steps compile and warm up."""
+    warmup = WARMUP_STEPS + 5 if torch.cuda.is_available() else 2
+    for contender in found:
+        contender.take(warmup)
+    held: dict[str, float] = {}
+    for turn in range(options.rounds):
+        for offset in range(len(found)):
+            contender = found[(turn + offset) % len(found)]
+            took_ms, held[contender.name] = contender.take(options.steps)
+            contender.times_ms.append(took_ms)
+    for contender in found:
+        contender.note = f"{held[contender.name]:.1f} GB"
+    data.add_speeds(found[::-1], options.batch)
+
+
+def main() -> int:
+    cuda = torch.cuda.is_available()
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--root", type=Path, help="prepared images; default: generated")
+    parser.add_argument("--methods", nargs="+", choices=("simsiam", "byol"), default=["simsiam"])
+    parser.add_argument("--batch", type=int, default=256 if cuda else 64)
+    parser.add_argument("--width", type=int, default=64 if cuda else 32)
+    parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--rounds", type=int, default=9, help="n")
+    parser.add_argument("--steps", type=int, default=100 if cuda else 3, help="in a round")
+    options = parser.parse_args()
+    if not importlib.util.find_spec("lightly"):
+        print("lightly is not installed (pip install lightly): isofast alone")
+    versions = {
+        name: metadata.version(name)
+        for name in ("torchvision", "lightly")
+        if importlib.util.find_spec(name)
+    }
+    for key, value in (harness.environment() | versions).items():
+        print(f"{key}: {value}")
+    timings = []
+    with tempfile.TemporaryDirectory() as folder:
+        root = options.root
+        if root is None:
+            root = Path(folder)
+            data.generate(root, 32)
+        for method in options.methods:
+            found = list(contenders(options, root, method))
+            try:
+                compare(found, options)
+            finally:
+                for contender in found:
+                    contender.stop()
+            question = f"{method}, ResNet-18 of width {options.width}, batch {options.batch}"
+            # no floor: most of the time is the networks'
+            timings += harness.summarize(question, found, Work(0))
+            print(harness.table(timings[-len(found) :]))
+    print(*harness.write("peers", timings, **versions), sep="\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
