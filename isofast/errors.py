@@ -1,6 +1,7 @@
 """Errors of commands and the exit codes they become."""
 
 import errno
+import signal
 import sys
 import traceback
 from collections.abc import Callable
@@ -24,6 +25,19 @@ class RunError(RuntimeError):
     """A run cannot continue (non-finite loss, collapse, lost data). Commands exit with code 1."""
 
 
+class Stopped(Exception):
+    """A signal stopped a run, which has saved and can continue.
+
+    Args:
+        number: the signal. After SIGUSR1 commands exit with code 0, else with 128 + ``number``.
+        message: for the user.
+    """
+
+    def __init__(self, number: signal.Signals, message: str) -> None:
+        super().__init__(message)
+        self.exit_code = 0 if number == signal.SIGUSR1 else 128 + number
+
+
 def exit_code_of(
     command: Callable[[], None], *, debug: bool, rank: int = 0, interrupted: str = GOES_ON
 ) -> int:
@@ -45,6 +59,10 @@ def exit_code_of(
         elif isinstance(error, RunError | RankError):
             sys.stderr.write(f"\nerror on rank {rank}: {error}\n")
         return 2 if isinstance(error, UserError) else 1
+    except Stopped as stopped:
+        if rank == 0:
+            sys.stderr.write(f"\n{stopped}\n")
+        return stopped.exit_code
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise

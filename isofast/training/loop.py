@@ -1,5 +1,8 @@
 """fit(): a run from its config to its summary; the loop from top to bottom."""
 
+import os
+import signal
+import subprocess
 import time
 from contextlib import ExitStack, closing
 from dataclasses import asdict
@@ -26,7 +29,7 @@ from isofast.distributed import (
     mean_of_statistics_over_ranks_,
     mean_over_ranks_,
 )
-from isofast.errors import RunError, UserError
+from isofast.errors import GOES_ON, RunError, Stopped, UserError
 from isofast.run.checkpoint import newest_checkpoint, save_checkpoint
 from isofast.run.collapse import Finding, remedies
 from isofast.run.directory import describe_environment, open_run_dir
@@ -48,6 +51,7 @@ from isofast.training.parallel import (
     close_world,
     init_world,
 )
+from isofast.training.signals import Signals
 from isofast.training.step import StepOutput, embedding_scalars
 
 
@@ -77,7 +81,10 @@ def fit(config: Config, run_dir: Path) -> Summary:
         images = agree_on_images(config, world, images)
         run = stack.enter_context(closing(_Run(config, run_dir, world, recipe, images)))
         try:
-            run.train()
+            with Signals(world) as signals:
+                run.train(signals)
+        except Stopped:
+            raise
         except Exception as error:
             # a lost peer shows as an error of a collective
             run.finish(failure=str(error) or type(error).__name__)
@@ -146,7 +153,7 @@ class _Run:
         self.all_finite = torch.ones((), dtype=torch.bool, device=world.device)
         self.warned: set[str] = set()
 
-    def train(self) -> None:
+    def train(self, signals: Signals) -> None:
         """The loop."""
         config, state, recorder = self.config, self.state, self.recorder
         graphed = is_graphed(config, self.world)
@@ -181,8 +188,11 @@ class _Run:
                 recorder.progress.advance(self.step)
             if at_end or self._evaluation_is_due():
                 self.evaluate()
-            if at_end or self.step % config.checkpoint.every_steps == 0:
+            stop = signals.poll()
+            if at_end or stop or self.step % config.checkpoint.every_steps == 0:
                 self.checkpoint()
+            if stop and not at_end:
+                self._stop(stop)
 
     def log(self, output: StepOutput, lr: float) -> None:
         """Records this step; the only place where the loop waits for the GPU."""
@@ -319,6 +329,15 @@ class _Run:
         """Whether C's eigenvalues are wanted at a step without a record."""
         every = self.config.logging.spectrum_every_steps
         return self.step % self.steps_per_epoch == 0 or bool(every and self.step % every == 0)
+
+    def _stop(self, number: signal.Signals) -> NoReturn:
+        message = f"stopped by {number.name} after step {self.step}, which is saved; {GOES_ON}"
+        if number == signal.SIGUSR1 and "SLURM_JOB_ID" in os.environ:
+            # Slurm runs the job's script again
+            if self.world.is_main:
+                subprocess.run(["scontrol", "requeue", os.environ["SLURM_JOB_ID"]], check=False)
+            message += ", and Slurm was asked to give it"
+        raise Stopped(number, message)
 
     def _blow_up(self, what: str) -> NoReturn:
         message = (

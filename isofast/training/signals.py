@@ -1,0 +1,97 @@
+"""SIGTERM, SIGINT and SIGUSR1 during training: finish the step, save, then stop."""
+
+import os
+import signal
+import sys
+import threading
+from types import FrameType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from isofast.distributed import World
+
+# Slurm kills 30 s after SIGTERM by default; a rank that waits for a lost peer would never save
+GRACE_S = 60.0
+_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
+
+class Signals:
+    """Holds the signals back that ask a run to stop; the loop polls between steps.
+
+    A process that cannot reach its next step within ``grace_s`` ends there, and so does one that
+    gets a second signal.
+
+    Args:
+        world: all ranks of it poll after the same steps.
+        grace_s: seconds.
+    """
+
+    def __init__(self, world: World, grace_s: float = GRACE_S) -> None:
+        self._grace_s = grace_s
+        self._received = 0
+        self._handled = threading.Event()
+        self._handlers: dict[signal.Signals, Any] = {}
+        self._group = dist.new_group(backend="gloo") if world.size > 1 else None
+        self._agreeing: tuple[Any, torch.Tensor] | None = None
+
+    def __enter__(self) -> "Signals":
+        if threading.current_thread() is not threading.main_thread():
+            # Python gives signals to the main thread alone
+            return self
+        self._reader, self._writer = os.pipe()
+        os.set_blocking(self._writer, False)
+        # a handler alone does not run while a collective waits
+        self._wakeup = signal.set_wakeup_fd(self._writer)
+        self._handlers = {number: signal.signal(number, _ignore) for number in _SIGNALS}
+        threading.Thread(target=self._listen, daemon=True).start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._handled.set()
+        if not self._handlers:
+            return
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+        signal.set_wakeup_fd(self._wakeup)
+        os.close(self._writer)
+
+    def poll(self) -> signal.Signals | None:
+        """Return the signal that any rank got before the last poll, the same on all ranks."""
+        if self._group is None:
+            return signal.Signals(self._received) if self._received else None
+        agreed = 0
+        if self._agreeing is not None:
+            work, number = self._agreeing
+            work.wait()
+            agreed = int(number)
+        # what the next poll returns; the step between hides the exchange
+        mine = torch.tensor(self._received)
+        self._agreeing = _maximum(mine, self._group), mine
+        return signal.Signals(agreed) if agreed else None
+
+    def _listen(self) -> None:
+        while data := os.read(self._reader, 1):
+            if data[0] not in _SIGNALS:
+                continue
+            if self._received:
+                os._exit(128 + data[0])
+            self._received = data[0]
+            threading.Thread(target=self._give_up, daemon=True).start()
+        os.close(self._reader)
+
+    def _give_up(self) -> None:
+        if not self._handled.wait(self._grace_s):
+            name = signal.Signals(self._received).name
+            what = f"no step ended within {self._grace_s:g} s of {name}; nothing is saved of it"
+            sys.stderr.write(f"\nerror: {what}\n")
+            os._exit(128 + self._received)
+
+
+def _maximum(tensor: torch.Tensor, group: Any) -> Any:
+    return dist.all_reduce(tensor, dist.ReduceOp.MAX, group=group, async_op=True)
+
+
+def _ignore(number: int, frame: FrameType | None) -> None:
+    """What counts is the byte in the pipe."""

@@ -1,0 +1,109 @@
+"""Runs that are asked to stop: saved at the step, the same exit code whatever the launcher."""
+
+import os
+import signal
+import stat
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from ..support.runs import assert_same_run, command_of, environment, train
+
+
+@pytest.fixture
+def config(config_file: Callable[..., Path]) -> Path:
+    return config_file(train={"max_steps": 30}, checkpoint={"every_steps": 1000})
+
+
+def start(config: Path, run_dir: Path, ranks: int = 0, **env: str) -> "subprocess.Popen[str]":
+    """A run that has taken some steps."""
+    process = subprocess.Popen(
+        command_of(config, run_dir, ranks=ranks),
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment(**env),
+    )
+    deadline = time.monotonic() + 120
+    metrics = run_dir / "metrics.jsonl"
+    while not (metrics.exists() and metrics.read_text().count("\n") >= 3):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.02)
+    return process
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_stopped_run_has_saved_and_ends_as_one_never_stopped(
+    number: signal.Signals, code: int, config: Path, tmp_path: Path
+) -> None:
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    train(config, whole)
+    process = start(config, stopped)
+    process.send_signal(number)
+    _, printed = process.communicate(timeout=60)
+    assert process.returncode == code
+    assert f"stopped by {number.name} after step" in printed and "Traceback" not in printed
+    assert [path.name[:5] for path in (stopped / "checkpoints").iterdir()] == ["step_"]
+    assert not (stopped / "summary.json").exists()
+    assert "continuing from" in train(config, stopped)
+    assert_same_run(whole, stopped)
+
+
+@pytest.mark.slow
+def test_ranks_stop_after_the_same_step(config: Path, tmp_path: Path) -> None:
+    """One of them gets the signal."""
+    process = start(config, tmp_path / "run", ranks=2)
+    children = subprocess.run(
+        ["pgrep", "-f", f"local_rank=1.*{tmp_path}"], capture_output=True, text=True
+    ).stdout.split()
+    os.kill(int(children[-1]), signal.SIGTERM)
+    _, printed = process.communicate(timeout=60)
+    assert printed.count("stopped by SIGTERM after step") == 1 and "Traceback" not in printed
+    assert "continuing from" in train(config, tmp_path / "run", ranks=2)
+
+
+def test_slurm_requeues_after_sigusr1(config: Path, tmp_path: Path) -> None:
+    """scontrol is a stand-in, for Slurm does not run here."""
+    scontrol = tmp_path / "bin" / "scontrol"
+    scontrol.parent.mkdir()
+    scontrol.write_text(f'#!/bin/sh\necho "$@" > {tmp_path}/asked\n')
+    scontrol.chmod(scontrol.stat().st_mode | stat.S_IXUSR)
+    path = f"{scontrol.parent}:{os.environ['PATH']}"
+    process = start(config, tmp_path / "run", SLURM_JOB_ID="17", PATH=path)
+    process.send_signal(signal.SIGUSR1)
+    _, printed = process.communicate(timeout=60)
+    assert process.returncode == 0 and "Slurm was asked" in printed
+    assert (tmp_path / "asked").read_text() == "requeue 17\n"
+
+
+# a step that never ends, as one that waits for a lost peer
+STUCK = """
+import threading, sys
+from isofast.distributed import World
+from isofast.training.signals import Signals
+import torch
+with Signals(World(0, 1, 0, torch.device("cpu")), grace_s=float(sys.argv[1])):
+    print("ready", flush=True)
+    threading.Event().wait()
+"""
+
+
+@pytest.mark.parametrize(("grace_s", "signals"), [(0.5, 1), (60, 2)])
+def test_a_run_that_cannot_stop_is_ended(grace_s: float, signals: int) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-c", STUCK, str(grace_s)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    process.stdout.readline()
+    for _ in range(signals):
+        process.send_signal(signal.SIGTERM)
+        time.sleep(0.2)
+    _, printed = process.communicate(timeout=20)
+    assert process.returncode == 143
+    assert ("nothing is saved" in printed) == (signals == 1)
