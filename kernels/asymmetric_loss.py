@@ -161,13 +161,17 @@ def _asymmetric_loss_kernel(
         )
 
 
+# Triton before 3.8 multiplies 16 at a time or more, and spills 10 registers for it at D = 1024
+SHORTEST_PRODUCT = 8 if tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 8) else 16
+
+
 def tile_options(features: int) -> dict[str, int]:
     """Tile sizes and warps for D = `features`: the largest that spill nothing (see aot.py)."""
     block_d = max(32, triton.next_power_of_2(features))
     return {
         "BLOCK_B": 16,
         "BLOCK_D": block_d,
-        "BLOCK_K": 32 if block_d <= 256 else 16 if block_d <= 512 else 8,
+        "BLOCK_K": 32 if block_d <= 256 else 16 if block_d <= 512 else SHORTEST_PRODUCT,
         "num_warps": 4 if block_d <= 64 else 8,
         "num_stages": 2 if block_d <= 512 else 1,
     }
