@@ -11,7 +11,7 @@ from typing import Any
 Tree = dict[str, Any]
 
 # The first layers that the paper uses with each data set.
-STEM_OF_DATASET = {
+_STEM_OF_DATASET = {
     "digits": "cifar",
     "cifar10": "cifar",
     "cifar100": "cifar",
@@ -61,6 +61,13 @@ _PEAK_LR = {"lars": 1.0, "sgd": 0.1, "adamw": 1e-3}
 # that go with it; all ours (docs/method/first-steps.md).
 SHORT_RUN_EPOCHS = 100
 _PAPER_DATASETS = ("cifar10", "cifar100", "stl10", "tinyimagenet")
+
+
+def stem_preset(dataset: str, crop: int | None) -> str:
+    """The first layers; a folder of small images has those of the paper's images of that size."""
+    if dataset == "imagefolder" and crop is not None and crop <= 64:
+        return "cifar" if crop <= 32 else "tiny"
+    return _STEM_OF_DATASET[dataset]
 
 
 def method_preset(dataset: str, epochs: int, method: Mapping[str, Any]) -> Tree:

@@ -22,11 +22,11 @@ from pydantic import (
 from isofast.config.plugins import method_class
 from isofast.config.presets import (
     METHODS,
-    STEM_OF_DATASET,
     VIEWS_OF_DATASET,
     merge,
     method_preset,
     optimizer_preset,
+    stem_preset,
 )
 from isofast.errors import UserError
 
@@ -166,7 +166,8 @@ class EncoderConfig(_Section):
     function that returns the module. The other keys are for the ResNets."""
     stem: Literal["cifar", "tiny", "imagenet"] = "imagenet"
     """First layers: cifar 3x3 without pooling, tiny 3x3 and max-pool, imagenet 7x7 stride 2 and
-    max-pool. Preset: the paper's for the data set."""
+    max-pool. Preset: the paper's for the data set; for an imagefolder by data.crop: cifar up to 32,
+    tiny up to 64."""
     stem_padding: int = Field(1, ge=0, le=2)
     """Padding of the 3x3 stems in pixels; 2 is the released code's (34 x 34 maps)."""
     width: int = Field(64, ge=4)
@@ -349,7 +350,7 @@ class Config(_Section):
             return raw
         data, train, method = (info.data.get(name) for name in ("data", "train", "method"))
         if info.field_name == "encoder" and data is not None and ":" not in str(raw.get("name")):
-            return {"stem": STEM_OF_DATASET[data.dataset], **raw}
+            return {"stem": stem_preset(data.dataset, data.crop), **raw}
         if info.field_name == "optimizer" and method is not None:
             chosen = str(raw.get("name"))
             implied = optimizer_preset(method.name, method.correlation, method.ema, chosen)

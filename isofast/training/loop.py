@@ -44,12 +44,14 @@ from isofast.training.build import (
     train_loader,
 )
 from isofast.training.graph import GraphedStep
+from isofast.training.heartbeat import Heartbeat
 from isofast.training.online import Evaluator
 from isofast.training.optim import set_lr
 from isofast.training.parallel import (
     check_pass_through,
     close_world,
     init_world,
+    lost_peer,
 )
 from isofast.training.signals import Signals
 from isofast.training.step import StepOutput, embedding_scalars
@@ -78,6 +80,7 @@ def fit(config: Config, run_dir: Path) -> Summary:
             images = check_images(config, images)
         world = init_world()
         stack.callback(close_world)
+        stack.enter_context(Heartbeat(world))
         images = agree_on_images(config, world, images)
         run = stack.enter_context(closing(_Run(config, run_dir, world, recipe, images)))
         try:
@@ -86,9 +89,10 @@ def fit(config: Config, run_dir: Path) -> Summary:
         except Stopped:
             raise
         except Exception as error:
-            # a lost peer shows as an error of a collective
+            if lost_peer(error):
+                error = RunError(f"another process of the run is gone; {GOES_ON} ({error})")
             run.finish(failure=str(error) or type(error).__name__)
-            raise
+            raise error from None
         return run.finish()
 
 

@@ -120,6 +120,16 @@ def test_the_learning_rate_is_the_named_optimizers(name: str, lr: float, ema: bo
     assert (config.optimizer.name, config.optimizer.lr) == (name, lr)
 
 
+@pytest.mark.parametrize(
+    ("crop", "stem"),
+    [(32, "cifar"), (48, "tiny"), (64, "tiny"), (96, "imagenet"), (None, "imagenet")],
+)
+def test_a_folder_has_the_stem_of_its_crop(crop: int | None, stem: str) -> None:
+    data = {"dataset": "imagefolder", "root": "x", "crop": crop}
+    assert validate({"data": data}).encoder.stem == stem
+    assert validate({"data": data, "encoder": {"stem": "imagenet"}}).encoder.stem == "imagenet"
+
+
 @pytest.mark.parametrize("name", PRESETS)
 @pytest.mark.parametrize(
     ("dataset", "stem"),

@@ -1,0 +1,93 @@
+"""Notices a rank that is gone or hangs, which the collectives would wait for in silence."""
+
+import os
+import sys
+import threading
+import time
+from datetime import timedelta
+
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
+
+from isofast.distributed import World
+from isofast.errors import GOES_ON
+
+INTERVAL_S = 2.0
+LIMIT_S = 30.0
+
+
+class Heartbeat:
+    """Ends this process when another rank has not answered for ``limit_s``.
+
+    A thread counts up a number in the launcher's store and reads those of the others, however long
+    a step, a check or an evaluation takes. The process ends with exit code 1, for its main thread
+    waits in a collective; the run's last checkpoint stands.
+
+    Args:
+        world: the ranks; nothing is watched in a run of one.
+        limit_s: seconds.
+    """
+
+    def __init__(self, world: World, limit_s: float = LIMIT_S) -> None:
+        self._world, self._limit_s = world, limit_s
+        self._closed = threading.Event()
+        now = time.monotonic()
+        self._heard = dict.fromkeys(range(world.size), now)
+
+    def __enter__(self) -> "Heartbeat":
+        if self._world.size > 1:
+            for job in (self._beat, self._watch):
+                threading.Thread(target=job, daemon=True).start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._closed.set()
+
+    def _beat(self) -> None:
+        """Exchange the numbers; without rank 0's store nothing is heard any more."""
+        mine = self._world.rank
+        others = [rank for rank in self._heard if rank != mine]
+        try:
+            store = TCPStore(
+                os.environ["MASTER_ADDR"],
+                int(os.environ["MASTER_PORT"]),
+                is_master=False,
+                timeout=timedelta(seconds=self._limit_s),
+            )
+            before = dict.fromkeys(others, 0)
+            while not self._closed.wait(INTERVAL_S):
+                store.add(_key(mine), 1)
+                for rank in others:
+                    beats = store.add(_key(rank), 0)
+                    if beats != before[rank]:
+                        before[rank], self._heard[rank] = beats, time.monotonic()
+                self._heard[mine] = time.monotonic()
+        except (RuntimeError, OSError):
+            # at the end of a run rank 0 takes the store with it
+            return
+
+    def _watch(self) -> None:
+        last = time.monotonic()
+        while not self._closed.wait(1.0):
+            now = time.monotonic()
+            if now - last > self._limit_s / 2:
+                # it is this process that was stopped
+                self._heard = dict.fromkeys(self._heard, now)
+            last = now
+            silent = [rank for rank, heard in self._heard.items() if now - heard > self._limit_s]
+            if silent:
+                self._end(silent)
+
+    def _end(self, silent: list[int]) -> None:
+        mine = self._world.rank
+        # without the store no rank is heard, and this one is silent itself
+        which = "rank 0's machine" if mine in silent else f"rank {', '.join(map(str, silent))}"
+        if self._world.local_rank == 0:
+            sys.stderr.write(
+                f"\nerror on rank {mine}: {which} has not answered for {self._limit_s:g} s (lost, "
+                f"hung or cut off). The last checkpoint stands; {GOES_ON}\n"
+            )
+        os._exit(1)
+
+
+def _key(rank: int) -> str:
+    return f"isofast/heartbeat/{rank}"

@@ -1,0 +1,166 @@
+"""Two hosts on one machine: network namespaces joined by a cable, two ranks in each."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+
+from isofast.run.metrics import read_metrics
+
+from ..support.runs import ROOT, assert_same_run, command_of, environment, timeless, train
+
+pytestmark = pytest.mark.slow
+
+ADDRESSES = ("10.231.7.1", "10.231.7.2")
+# what the heartbeat waits, and then some
+ENDS_WITHIN_S = 60
+
+
+def ip(*arguments: str) -> None:
+    subprocess.run(["ip", *arguments], check=True, capture_output=True)
+
+
+@dataclass
+class Hosts:
+    """Two namespaces, by name; the cable's ends are called ``cable`` in both."""
+
+    names: list[str]
+
+    def start(self, config: Path, run_dir: Path) -> list["subprocess.Popen[str]"]:
+        """DeepSpeed's launcher on both, as an administrator without ssh starts it."""
+        hostfile = config.with_name("hostfile")
+        hostfile.write_text("".join(f"{address} slots=2\n" for address in ADDRESSES))
+        started = []
+        for node, name in enumerate(self.names):
+            launcher = ["-m", "deepspeed.launcher.runner", "--hostfile", str(hostfile), "--no_ssh"]
+            launcher += ["--node_rank", str(node), "--master_addr", ADDRESSES[0]]
+            launcher += ["--log_level", "error"]
+            program = [str(ROOT / "launch" / "train.py"), "--config", str(config)]
+            command = [sys.executable, *launcher, *program, "--run-dir", str(run_dir)]
+            started.append(
+                subprocess.Popen(
+                    ["ip", "netns", "exec", name, *command],
+                    stderr=subprocess.PIPE,
+                    stdout=subprocess.DEVNULL,
+                    text=True,
+                    env=environment(GLOO_SOCKET_IFNAME="cable"),
+                )
+            )
+        return started
+
+    def pull_the_cable(self) -> None:
+        ip("-n", self.names[0], "link", "set", "cable", "down")
+
+    def plug_it_in(self) -> None:
+        ip("-n", self.names[0], "link", "set", "cable", "up")
+
+
+@pytest.fixture
+def hosts() -> Iterator[Hosts]:
+    if os.geteuid() != 0 or shutil.which("ip") is None:
+        pytest.skip("network namespaces need root and iproute2")
+    names = [f"isofast-{os.getpid()}-{side}" for side in "ab"]
+    try:
+        for name in names:
+            ip("netns", "add", name)
+    except subprocess.CalledProcessError as error:
+        pytest.skip(f"no network namespaces here: {error.stderr!r}")
+    try:
+        cable = ("link", "add", "cable", "netns", names[0], "type", "veth")
+        ip(*cable, "peer", "cable", "netns", names[1])
+        for name, address in zip(names, ADDRESSES, strict=True):
+            ip("-n", name, "address", "add", f"{address}/24", "dev", "cable")
+            for device in ("cable", "lo"):
+                ip("-n", name, "link", "set", device, "up")
+        yield Hosts(names)
+    finally:
+        for name in names:
+            ip("netns", "delete", name)
+
+
+@pytest.fixture
+def config(config_file: Callable[..., Path]) -> Path:
+    return config_file(train={"max_steps": 60, "epochs": 6}, checkpoint={"every_steps": 5})
+
+
+def wait_for_step(step: int, run_dir: Path, processes: list["subprocess.Popen[str]"]) -> None:
+    deadline = time.monotonic() + 200
+    metrics = run_dir / "metrics.jsonl"
+    while not (metrics.exists() and f'"step": {step},' in metrics.read_text()):
+        assert all(process.poll() is None for process in processes), "ended early"
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def end_of(processes: list["subprocess.Popen[str]"], within_s: float) -> list[str]:
+    """What each printed, once it has ended."""
+    deadline = time.monotonic() + within_s
+    try:
+        return [p.communicate(timeout=max(0.1, deadline - time.monotonic()))[1] for p in processes]
+    finally:
+        for process in processes:
+            if process.poll() is None:
+                for child in psutil.Process(process.pid).children(recursive=True):
+                    child.kill()
+                process.kill()
+
+
+def test_two_hosts_train_as_one_and_outlive_a_cut_cable(
+    hosts: Hosts, config: Path, tmp_path: Path
+) -> None:
+    single, whole, cut = (tmp_path / name for name in ("one-process", "one-host", "cut"))
+    train(config, whole, ranks=4)
+    train(config, single)
+    # the same global batch and statistics, summed in another order, which grows with the steps
+    losses = [[r["loss"] for r in timeless(run) if r["loss"]][:5] for run in (whole, single)]
+    np.testing.assert_allclose(*losses, rtol=1e-3)
+
+    processes = hosts.start(config, cut)
+    wait_for_step(20, cut, processes)
+    hosts.pull_the_cable()
+    began = time.monotonic()
+    printed = end_of(processes, ENDS_WITHIN_S)
+    assert time.monotonic() - began < ENDS_WITHIN_S
+    assert all(process.returncode != 0 for process in processes)
+    for text in printed:
+        assert text.count("\nerror") == 1 and "the same command goes on" in text, text
+        assert "Traceback" not in text, text
+
+    hosts.plug_it_in()
+    processes = hosts.start(config, cut)
+    printed = end_of(processes, 200)
+    assert [process.returncode for process in processes] == [0, 0], printed
+    assert "continuing from" in printed[0]
+    # and the losses of two hosts are bitwise those of one
+    assert_same_run(whole, cut)
+
+
+def test_a_rank_that_hangs_ends_the_run(config: Path, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    process = subprocess.Popen(
+        command_of(config, run_dir, ranks=4), stderr=subprocess.PIPE, text=True, env=environment()
+    )
+    wait_for_step(10, run_dir, [process])
+    ranks = [
+        child
+        for child in psutil.Process(process.pid).children(recursive=True)
+        if "--local_rank=3" in child.cmdline()
+    ]
+    ranks[0].send_signal(signal.SIGSTOP)
+    try:
+        (printed,) = end_of([process], 2 * ENDS_WITHIN_S)
+    finally:
+        if ranks[0].is_running():
+            ranks[0].kill()
+    assert process.returncode != 0
+    assert "rank 3 has not answered for 30 s" in printed and "Traceback" not in printed
+    assert read_metrics(run_dir / "metrics.jsonl")
