@@ -1,12 +1,13 @@
 """A progress bar on a terminal, an occasional line in a log file."""
 
 import sys
+import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 from tqdm import tqdm
 
-_LINE_EVERY_S = 15.0
 # fits 80 columns; tqdm's own format leaves no room for the values
 _BAR = "{percentage:3.0f}% {n_fmt}/{total_fmt} {elapsed}<{remaining}{postfix}"
 
@@ -18,12 +19,14 @@ class Progress:
         total: steps of the whole run.
         start: steps taken before.
         speak: whether this process prints; only the main rank does.
+        line_every_s: seconds between lines of a log file.
     """
 
-    def __init__(self, total: int, start: int, speak: bool) -> None:
+    def __init__(self, total: int, start: int, speak: bool, line_every_s: float = 10.0) -> None:
         terminal = sys.stderr.isatty()
         self._total, self._start, self._speak = total, start, speak
         self._lines = speak and not terminal
+        self._line_every_s = line_every_s
         self._began = self._last_line = time.monotonic()
         disable = not (speak and terminal)
         self._bar = tqdm(
@@ -38,10 +41,29 @@ class Progress:
         shown = "  ".join(f"{name} {value}" for name, value in values.items())
         self._bar.set_postfix_str(shown)
         now = time.monotonic()
-        if self._lines and (now - self._last_line > _LINE_EVERY_S or done == self._total):
+        if self._lines and (now - self._last_line > self._line_every_s or done == self._total):
             self._last_line = now
             left = (now - self._began) / max(done - self._start, 1) * (self._total - done)
             self.say(f"step {done}/{self._total}  {shown}  left {duration(left)}")
+
+    @contextmanager
+    def waiting(self, what: str) -> Iterator[None]:
+        """Show every few seconds how long ``what`` has taken."""
+        began, done = time.monotonic(), threading.Event()
+
+        def show() -> None:
+            while not done.wait(self._line_every_s if self._lines else 1.0):
+                text = f"{what}, {duration(time.monotonic() - began)}"
+                self._bar.set_postfix_str(text)
+                self.note(text)
+
+        thread = threading.Thread(target=show, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            done.set()
+            thread.join()
 
     def say(self, text: str) -> None:
         """Print a line above the bar."""

@@ -4,7 +4,7 @@ import os
 import signal
 import subprocess
 import time
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import NoReturn
@@ -162,6 +162,7 @@ class _Run:
         config, state, recorder = self.config, self.state, self.recorder
         graphed = is_graphed(config, self.world)
         take_step = GraphedStep(state.step, self.world.device) if graphed else state.step
+        compiling = compiles(config, self.world.device.type == "cuda")
         local_statistics = self.world.size > 1 and not self.synchronised
         state.online.train()
         if self.step == 0 and config.evaluation.at_start:
@@ -173,7 +174,10 @@ class _Run:
             progress = self.step / self.total_steps
             if state.target is not None:
                 state.target.set_decay(progress)
-            output = take_step(batch)
+            # compiles in the first step, in silence
+            with recorder.progress.waiting("compiling") if compiling else nullcontext():
+                output = take_step(batch)
+            compiling = False
             state.method.after_step(progress)
             if local_statistics:
                 mean_of_statistics_over_ranks_(state.online)
@@ -316,7 +320,7 @@ class _Run:
             else f"{self.run_dir} is at step {self.step} and has nothing left to do",
         ]
         if compiles(config, world.device.type == "cuda") and self.step < self.last_step:
-            lines.append("compiling the networks; the first step takes a minute or two")
+            lines.append("the first step compiles the networks, a minute or two")
         return lines
 
     def _next_batch(self) -> Batch:

@@ -1,11 +1,12 @@
 """What is printed: durations, the table of results, run dirs that are chosen."""
 
+import time
 from pathlib import Path
 
 import pytest
 
 from isofast.run.directory import choose_run_dir
-from isofast.run.progress import duration
+from isofast.run.progress import Progress, duration
 from isofast.run.summary import results_table
 
 SUMMARY = {
@@ -27,6 +28,15 @@ ENVIRONMENT = {"device": "a machine", "ranks": 2, "batch_norm": "local"}
 )
 def test_duration(seconds: float, text: str) -> None:
     assert duration(seconds) == text
+
+
+def test_a_long_wait_is_not_silent(capsys: pytest.CaptureFixture[str]) -> None:
+    progress = Progress(10, 0, speak=True, line_every_s=0.05)
+    with progress.waiting("compiling"):
+        time.sleep(0.3)
+    progress.close()
+    shown = capsys.readouterr().err.splitlines()
+    assert 2 <= len(shown) <= 6 and set(shown) == {"compiling, 0:00"}
 
 
 def test_the_table_shows_what_there_is(tmp_path: Path) -> None:
