@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -28,6 +29,13 @@ SMALL: dict[str, Any] = {
     "checkpoint": {"every_steps": 2},
     "logging": {"every_steps": 1, "loggers": []},
 }
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Hide GPUs from all but `pytest -m gpu`: what runs on a CPU is compared bit by bit."""
+    marks = config.getoption("markexpr")
+    if "gpu" not in marks or "not gpu" in marks:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
 @pytest.fixture(autouse=True)
