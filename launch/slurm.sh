@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # One process a GPU, started by srun: sbatch launch/slurm.sh --config launch/tinyimagenet.json
-# After a preemption or a time limit the same job goes on from the newest whole checkpoint.
+# Two minutes before the time limit it saves and puts itself back in the queue; after a preemption too
+# the same job continues from the newest whole checkpoint.
 #SBATCH --job-name=isofast
 #SBATCH --nodes=1
 #SBATCH --gpus-per-node=4
@@ -8,6 +9,7 @@
 #SBATCH --cpus-per-task=8
 #SBATCH --time=12:00:00
 #SBATCH --requeue
+#SBATCH --signal=USR1@120
 set -euo pipefail
 cd "${SLURM_SUBMIT_DIR:-.}"
 MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
