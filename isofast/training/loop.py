@@ -286,8 +286,7 @@ class _Run:
                     f"over with --fresh"
                 )
         self.backend_before = state["loader"].get("backend")
-        self.state.restore(state, found.step)
-        notes.append(f"continuing from {found.path}")
+        notes += [f"continuing from {found.path}", *self.state.restore(state, found.step)]
         return found.step, Totals(**state["totals"]), notes
 
     def _backend(self, train: ImageFolder, recipe: Recipe) -> str:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from ..support.runs import ROOT, environment
+from ..support.runs import ROOT, environment, timeless, train
 
 pytestmark = pytest.mark.slow
 
@@ -96,6 +96,21 @@ def test_ranks_agree_on_their_images_or_stop_together(
     assert results(1)["agreed"].tolist() == [True, True, True]
 
 
-@pytest.mark.parametrize("claim", ["steps restored", "another device refused"])
+@pytest.mark.parametrize("claim", ["steps restored", "another device named"])
 def test_state_in_a_group_of_one(results: Results, claim: str) -> None:
     assert results(1)[claim]
+
+
+def test_a_run_goes_on_with_another_number_of_processes(
+    config_file: Callable[..., Path], tmp_path: Path
+) -> None:
+    config = config_file(train={"max_steps": 12})
+    whole, grown = tmp_path / "whole", tmp_path / "grown"
+    train(config, whole)
+    train(config, grown, "--set", "train.max_steps=6")
+    printed = train(config, grown, ranks=2)
+    assert "the run had 1 process(es) and has 2 now" in printed
+    losses = [[r["loss"] for r in timeless(run) if "loss" in r] for run in (whole, grown)]
+    assert losses[0][:6] == losses[1][:6]
+    assert losses[0][6:] != losses[1][6:]
+    assert losses[0] == pytest.approx(losses[1], rel=5e-3)
