@@ -8,6 +8,6 @@ __all__ = ["Method", "Views", "make_method"]
 
 
 def make_method(config: MethodConfig, projector: ProjectorConfig) -> Method:
-    """The method that ``config.name`` names, with new parameters from torch's global generator."""
+    """Return the method ``config.name``, initialised from torch's global generator."""
     method: Method = method_class(config.name)(config, projector)
     return method

@@ -4,34 +4,27 @@ Implicit variance regularization in non-contrastive SSL (Halvagal, Laborieux, Ze
 Shapes: B images a rank, D embedding dimensions.
 """
 
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from isofast.methods.base import Method, Views, prediction_scalars
-from isofast_kernels import asymmetric_loss_pair, matrix_power
+from isofast.methods.base import PredictorMethod, Views
+from isofast_kernels import matrix_power
 
 
-class ClosedForm(Method):
+class ClosedForm(PredictorMethod):
     """p = W z with W = ((C / its largest eigenvalue) + eps)^alpha."""
 
-    isotropic: ClassVar[bool] = False
-    """Whether the gradient in z leaves out the factor W."""
-
-    class Config(Method.Config):
+    class Config(PredictorMethod.Config):
         """A predictor made of C."""
 
-        ema: bool = True
-        """Targets from a slowly moving copy of the network; false reuses the online embeddings."""
         decay: float = Field(
             default_factory=lambda data: 0.998 if data.get("ema", True) else 0.5, ge=0, lt=1
         )
         """Weight kept by the moving average C each step. Preset: 0.998 with EMA, as in the paper,
         and 0.9 with method.correlation directions; 0.5 without, as in the released code."""
-        metric: Literal["cosine", "euclidean"] = "cosine"
-        """Distance between prediction and target."""
         alpha: float = Field(0.5, gt=0)
         """Power of the correlation matrix."""
         normalize: Literal["spectral", "none"] = Field(
@@ -44,35 +37,18 @@ class ClosedForm(Method):
         they are normalised, else 0."""
 
     config: Config
-    _last: tuple[Tensor, Tensor, Tensor]
-
-    def loss(self, views: Views) -> Tensor:
-        """2 (L(z1 -> t2) + L(z2 -> t1)), fp32."""
-        w_DD = self.predictor()
-        self._last = views.z1_BD.detach(), views.t2_BD, w_DD
-        loss: Tensor = 2 * asymmetric_loss_pair(
-            views.z1_BD,
-            views.z2_BD,
-            views.t1_BD,
-            views.t2_BD,
-            w_DD,
-            metric=self.config.metric,
-            isotropic=self.isotropic,
-        )
-        return loss
 
     @torch.no_grad()
     def predictor(self) -> Tensor:
-        """W, symmetric, fp32 (D, D)."""
-        config, corr_DD = self.config, self.correlation.corr_DD
+        """Return W, symmetric, fp32 (D, D)."""
+        config = self.config
         w_DD: Tensor = matrix_power(
-            corr_DD, config.alpha, eps=config.eps, normalize=config.normalize
+            self.correlation.corr_DD, config.alpha, eps=config.eps, normalize=config.normalize
         )
         return w_DD
 
-    def scalars(self) -> dict[str, Tensor]:
-        z_BD, t_BD, w_DD = self._last
-        return prediction_scalars(z_BD, z_BD.float() @ w_DD, t_BD)
+    def predict(self, views: Views) -> tuple[Tensor, Tensor, Tensor]:
+        return views.z1_BD, views.z2_BD, self.predictor()
 
     def describe(self) -> str:
         return f"{self.config.metric}, alpha {self.config.alpha:g}, {super().describe()}"
@@ -113,6 +89,6 @@ class DirectCopy(ClosedForm):
 
 
 def _eps_of(data: dict[str, Any]) -> float:
-    """The released code shifts by 0.25 at alpha 1 only. The paper's Eq. 1 has no shift, and without
-    normalisation one would move "around one" to 0.75."""
+    # The released code shifts at alpha 1 only, the paper's Eq. 1 never; without normalisation a
+    # shift would move "around one" to 0.75.
     return 0.25 if data.get("alpha") == 1 and data.get("normalize") == "spectral" else 0.0

@@ -10,9 +10,9 @@ from isofast_kernels import correlation_ema_, second_moment
 
 
 class Correlation(nn.Module):
-    """C <- decay * C + (1 - decay) * mean over rows of z z^T, starting at 0, bitwise symmetric.
+    """C <- decay * C + (1 - decay) * mean over rows of z z^T, from 0, bitwise symmetric.
 
-    With ``correlation`` "directions", z / |z| stands for z.
+    With ``correlation`` "directions" of z / |z| in place of z.
 
     Attributes:
         corr_DD: C, fp32 (D, D), a buffer.
@@ -27,7 +27,7 @@ class Correlation(nn.Module):
 
     @torch.no_grad()
     def update(self, *views_BD: Tensor) -> None:
-        """Moves C by the embeddings (B, D) of every view, of this rank and of the others."""
+        """Move C by the embeddings (B, D) of all views and ranks."""
         if self._of == "directions":
             views_BD = tuple(functional.normalize(z_BD.float(), dim=1) for z_BD in views_BD)
         if world_size() == 1:

@@ -1,4 +1,4 @@
-"""The EMA target: a copy of the online branch that follows it slowly."""
+"""The EMA target, a copy of the online branch that follows it slowly."""
 
 import copy
 import math
@@ -12,7 +12,7 @@ from isofast.methods.networks import Branch
 
 
 class EmaTarget(nn.Module):
-    """Parameters <- tau target + (1 - tau) online; BatchNorm's statistics are its own.
+    """Parameters <- tau target + (1 - tau) online; BatchNorm keeps separate statistics.
 
     Args:
         online: the branch to copy.
@@ -31,20 +31,20 @@ class EmaTarget(nn.Module):
 
     @torch.no_grad()
     def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """t1_BD, t2_BD."""
+        """Return t1_BD, t2_BD."""
         (_, t1_BD), (_, t2_BD) = self.branch.of_views(batch)
         return t1_BD, t2_BD
 
     def set_decay(self, progress: float) -> None:
-        """Sets tau for ``progress`` of the run done, in [0, 1], without waiting for the device."""
+        """Set tau at ``progress`` in [0, 1] of the run, without waiting for the device."""
         self._weight.fill_(1 - ema_decay(progress, self._base))
 
     @torch.no_grad()
     def move_(self, online: Branch) -> None:
-        """Moves the parameters; a CUDA graph replays it at whatever tau is set."""
+        """Move the parameters towards the online ones; a CUDA graph follows the tau that is set."""
         lerp_(list(self.branch.parameters()), list(online.parameters()), self._weight)
 
 
 def ema_decay(progress: float, base: float) -> float:
-    """tau = 1 - (1 - base) (cos(pi progress) + 1) / 2."""
+    """Return tau = 1 - (1 - base) (cos(pi progress) + 1) / 2."""
     return 1 - (1 - base) * (math.cos(math.pi * min(progress, 1.0)) + 1) / 2

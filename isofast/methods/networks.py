@@ -21,9 +21,7 @@ _STAGES = {"resnet18": (2, 2, 2, 2), "resnet34": (3, 4, 6, 3)}
 
 
 def make_encoder(config: EncoderConfig) -> nn.Module:
-    """The backbone without a classifier, x_BCHW -> h_BF, under its library's parameter names.
-
-    Weights are random, by the library's own initialisation, from torch's global generator.
+    """Return the backbone x_BCHW -> h_BF, with its library's initialisation and parameter names.
 
     Raises:
         UserError: timm is not installed or lacks the model, or the function fails.
@@ -45,7 +43,7 @@ def make_encoder(config: EncoderConfig) -> nn.Module:
 
 @torch.no_grad()
 def feature_dim(encoder: nn.Module, side: int) -> int:
-    """F, the size of the pooled features of images of ``side`` x ``side`` pixels.
+    """Return F, the number of pooled features of ``side`` x ``side`` images.
 
     Raises:
         UserError: the encoder cannot take them, or does not return (B, F).
@@ -56,18 +54,20 @@ def feature_dim(encoder: nn.Module, side: int) -> int:
     except Exception as error:
         raise UserError(
             f"the encoder cannot take images of {side} x {side} pixels ({error}); set data.crop to "
-            f"the size that it is made for"
+            f"the size it is made for"
         ) from error
     finally:
         encoder.train(training)
-    if not isinstance(h_BF, Tensor) or h_BF.ndim != 2:
-        shape = tuple(h_BF.shape) if isinstance(h_BF, Tensor) else type(h_BF).__name__
-        raise UserError(f"encoder.name: the encoder must return features (B, F), got {shape}")
-    return h_BF.shape[1]
+    shape = tuple(getattr(h_BF, "shape", ()))
+    if len(shape) != 2:
+        got = shape or type(h_BF).__name__
+        raise UserError(f"encoder.name: the encoder must return features (B, F), got {got}")
+    features: int = shape[1]
+    return features
 
 
 def make_projector(features: int, config: ProjectorConfig) -> nn.Sequential:
-    """h_BF -> z_BD: Linear - BatchNorm - ReLU - Linear, with biases, no BatchNorm at the end."""
+    """Return h_BF -> z_BD: Linear - BatchNorm - ReLU - Linear, with biases."""
     return nn.Sequential(
         nn.Linear(features, config.hidden),
         nn.BatchNorm1d(config.hidden),
@@ -82,10 +82,10 @@ class Branch(nn.Module):
     Args:
         encoder, projector: the config's sections.
         precision: of the networks' arithmetic.
-        side: pixels of the images' sides, from which the encoder's F is found.
-        stacked: put both views of a batch through the network in one call, which halves the
-            launches on a GPU; not done for an encoder with a BatchNorm that is not torch's. On a
-            CPU a view at a time is 5 to 10 % faster.
+        side: image size in pixels, to find the encoder's F.
+        stacked: pass both views in one call, which halves the launches on a GPU; ignored for an
+            encoder with a BatchNorm that is not torch's. On a CPU separate calls are 5 to 10 %
+            faster.
         synchronised: take BatchNorm statistics over all ranks.
 
     Raises:
@@ -122,7 +122,7 @@ class Branch(nn.Module):
             return h_BF, self.projector(h_BF)
 
     def of_views(self, batch: Batch) -> list[tuple[Tensor, Tensor]]:
-        """(h_BF, z_BD) of each view, in one call of the network where ``stacked``."""
+        """Return (h_BF, z_BD) of each view."""
         views = [batch.x1_BCHW, batch.x2_BCHW]
         if not self.stacked:
             return [self(x_BCHW) for x_BCHW in views]
@@ -130,14 +130,14 @@ class Branch(nn.Module):
         return list(zip(h_NF.chunk(2), z_ND.chunk(2), strict=True))
 
     def features(self, x_BCHW: Tensor) -> Tensor:
-        """h_BF in fp32, in the mode (train or eval) that the module is in."""
+        """Return h_BF in fp32, in the module's current mode (train or eval)."""
         with autocast(x_BCHW, self.precision):
             h_BF: Tensor = self.encoder(x_BCHW)
         return h_BF.float()
 
 
 def autocast(x: Tensor, precision: torch.dtype) -> AbstractContextManager[object]:
-    """Autocast to ``precision`` on the device of ``x``; none for fp32."""
+    """Return autocast to ``precision`` on the device of ``x``; a null context for fp32."""
     if precision == torch.float32:
         return nullcontext()
     return torch.autocast(x.device.type, precision)
@@ -161,7 +161,7 @@ def _make_other(name: str) -> nn.Module:
 
 
 def _narrow(net: resnet.ResNet, config: EncoderConfig) -> None:
-    """Rebuilds the stages with ``config.width`` channels in the first."""
+    """Rebuild the stages with ``config.width`` channels in the first."""
     width = config.width
     net.conv1 = nn.Conv2d(3, width, 7, 2, 3, bias=False)
     net.bn1 = nn.BatchNorm2d(width)

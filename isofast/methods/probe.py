@@ -13,13 +13,13 @@ class ProbeOutput(NamedTuple):
     """The probe's loss and accuracy on a batch."""
 
     loss: Tensor
-    """Cross-entropy over both views, scalar fp32; 0 where no image has a label."""
+    """Cross-entropy over both views, scalar fp32; 0 without labels."""
     top1: Tensor
-    """Share of right answers over both views, scalar, without gradient."""
+    """Accuracy over both views, scalar, without gradient."""
 
 
 def probe_loss(logits1_BK: Tensor, logits2_BK: Tensor, y_B: Tensor) -> ProbeOutput:
-    """Cross-entropy of both views' logits (B, K) against labels (B,) int64; -1 is left out."""
+    """Score both views' logits (B, K) against labels (B,) int64; -1 marks unlabelled images."""
     logits_NK = torch.cat([logits1_BK, logits2_BK])
     y_N = torch.cat([y_B, y_B])
     labelled = (y_N != UNLABELLED).sum().clamp(min=1)

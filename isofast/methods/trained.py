@@ -9,25 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from isofast.config.schema import MethodConfig, ProjectorConfig
-from isofast.methods.base import Method, Views, prediction_scalars
+from isofast.methods.base import PredictorMethod, Views
 from isofast.methods.networks import autocast, make_projector
-from isofast_kernels import asymmetric_loss_pair
 
 
-class TrainedPredictor(Method):
+class TrainedPredictor(PredictorMethod):
     """p = predictor(z), by default Linear - BatchNorm - ReLU - Linear as wide as the projector."""
 
-    class Config(Method.Config):
-        """A trained predictor; C serves its spectrum only."""
-
-        ema: bool = True
-        """Targets from a slowly moving copy of the network; false reuses the online embeddings."""
-        metric: Literal["cosine", "euclidean"] = "cosine"
-        """Distance between prediction and target."""
-
-    config: Config
     identity_DD: Tensor
-    _last: tuple[Tensor, Tensor, Tensor]
 
     def __init__(self, config: MethodConfig, projector: ProjectorConfig) -> None:
         super().__init__(config, projector)
@@ -36,32 +25,17 @@ class TrainedPredictor(Method):
         self.register_buffer("identity_DD", torch.eye(projector.output), persistent=False)
 
     def make_predictor(self, projector: ProjectorConfig) -> nn.Module:
-        """z_BD -> p_BD."""
+        """Return the network z_BD -> p_BD."""
         return make_projector(projector.output, projector)
 
-    def loss(self, views: Views) -> Tensor:
-        """2 (L(p1 -> t2) + L(p2 -> t1)), fp32."""
-        p1_BD, p2_BD = self._predict(views.z1_BD), self._predict(views.z2_BD)
-        self._last = views.z1_BD.detach(), p1_BD.detach(), views.t2_BD
-        loss: Tensor = 2 * asymmetric_loss_pair(
-            p1_BD,
-            p2_BD,
-            views.t1_BD,
-            views.t2_BD,
-            self.identity_DD,
-            metric=self.config.metric,
-            isotropic=False,
-        )
-        return loss
+    def predict(self, views: Views) -> tuple[Tensor, Tensor, Tensor]:
+        return self._of(views.z1_BD), self._of(views.z2_BD), self.identity_DD
 
-    def _predict(self, z_BD: Tensor) -> Tensor:
+    def _of(self, z_BD: Tensor) -> Tensor:
         # a context a view: autocast would add both views' gradients up in z's precision
         with autocast(z_BD, z_BD.dtype):
             p_BD: Tensor = self.predictor(z_BD)
         return p_BD
-
-    def scalars(self) -> dict[str, Tensor]:
-        return prediction_scalars(*self._last)
 
     def describe(self) -> str:
         return f"{self.config.metric}, trained predictor, {super().describe()}"

@@ -1,4 +1,4 @@
-"""LARS against its formula, parameter groups, schedules."""
+"""LARS against its formula, parameter groups, schedules, the EMA target's moves."""
 
 import math
 from typing import Any
@@ -11,18 +11,39 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from isofast.config.load import validate
 from isofast.config.schema import Config, EncoderConfig, ProjectorConfig
-from isofast.methods import foreach as passes
 from isofast.methods import make_method
 from isofast.methods.ema import EmaTarget, ema_decay
+from isofast.methods.foreach import add_scaled_, lerp_
 from isofast.methods.networks import Branch
 from isofast.training.optim import LARS, load_optimizer_state, lr_at, make_optimizer, set_lr
 from isofast.training.step import Online
+
+GPU = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+]
+on_devices = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=GPU)])
+OPTIMIZERS = ("lars", "sgd", "adamw")
+
+
+@pytest.mark.parametrize("one_pass", [True, False], ids=["as on CPUs", "as on GPUs"])
+def test_both_forms_of_an_update_follow_its_formula(one_pass: bool) -> None:
+    torch.manual_seed(0)
+    start, others = ([torch.randn(3), torch.randn(2, 5)] for _ in range(2))
+    added, moved = ([t.clone() for t in start] for _ in range(2))
+    weight = torch.tensor(0.3)
+    with _NoSync():
+        add_scaled_(added, others, weight, value=-2, one_pass=one_pass)
+        lerp_(moved, others, weight, one_pass=one_pass)
+    for t, other, one, two in zip(start, others, added, moved, strict=True):
+        torch.testing.assert_close(one, t - 0.6 * other)
+        torch.testing.assert_close(two, 0.7 * t + 0.3 * other)
 
 
 def _lars_by_hand(
     p: torch.Tensor, g: torch.Tensor, v: torch.Tensor, lr: float, wd: float, eta: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """One step of one tensor, as the released code has it."""
+    """One step of one tensor, as in the released code."""
     p_norm, g_norm = p.norm(), g.norm()
     if p_norm != 0 and g_norm != 0:
         trust = eta * p_norm / (g_norm + p_norm * wd + 1e-8)
@@ -31,41 +52,30 @@ def _lars_by_hand(
     return p - lr * v, v
 
 
-@pytest.fixture(params=[False, True], ids=["one-pass", "few-launches"])
-def either_form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What CPUs run, and what GPUs run, on a CPU."""
-    monkeypatch.setattr(passes, "few_launches", lambda tensors: request.param)
-
-
-@pytest.mark.usefixtures("either_form")
+@on_devices
 @pytest.mark.parametrize("kind", [float, torch.tensor], ids=["number", "tensor"])
 @pytest.mark.parametrize("lr", [1.0, 0.003], ids=["trust-limited", "clipped"])
-def test_lars_follows_its_formula(lr: float, kind: type) -> None:
+def test_lars_follows_its_formula(lr: float, kind: type, device: str) -> None:
     torch.manual_seed(0)
     start = [torch.randn(5, 3), torch.zeros(4, 2), torch.randn(2, 3, 3, 3) * 10]
     grads = [[torch.randn_like(p) for p in start] for _ in range(4)]
     grads[1][0].zero_()
-    params = [nn.Parameter(p.clone()) for p in start]
-    optimizer = LARS(params, lr=kind(lr), weight_decay=1e-2, eta=0.02)
+    params = [nn.Parameter(p.to(device, copy=True)) for p in start]
+    without = nn.Parameter(torch.ones(3, 3, device=device))
+    optimizer = LARS([*params, without], lr=kind(lr), weight_decay=1e-2, eta=0.02)
     expected = [(p.double(), torch.zeros_like(p).double()) for p in start]
     for step in grads:
         for p, g in zip(params, step, strict=True):
-            p.grad = g.clone()
+            p.grad = g.to(device, copy=True)
         optimizer.step()
         expected = [
             _lars_by_hand(p, g.double(), v, lr, 1e-2, 0.02)
             for (p, v), g in zip(expected, step, strict=True)
         ]
-    for p, (q, _) in zip(params, expected, strict=True):
-        torch.testing.assert_close(p.detach(), q.float(), rtol=1e-5, atol=1e-6)
-
-
-def test_lars_leaves_gradients_and_missing_gradients_alone() -> None:
-    with_grad, without = nn.Parameter(torch.ones(3, 3)), nn.Parameter(torch.ones(3, 3))
-    with_grad.grad = torch.full((3, 3), 2.0)
-    LARS([with_grad, without], lr=0.1).step()
-    assert torch.equal(with_grad.grad, torch.full((3, 3), 2.0))
-    assert torch.equal(without, torch.ones(3, 3))
+    for p, g, (q, _) in zip(params, grads[-1], expected, strict=True):
+        torch.testing.assert_close(p.detach().cpu(), q.float(), rtol=1e-5, atol=1e-6)
+        assert p.grad is not None and torch.equal(p.grad.cpu(), g)
+    assert (without == 1).all()
 
 
 def test_lars_without_adaptation_is_momentum_sgd() -> None:
@@ -80,14 +90,13 @@ def test_lars_without_adaptation_is_momentum_sgd() -> None:
     torch.testing.assert_close(ours, theirs)
 
 
-def _config(name: str, batch_size: int = 512) -> Config:
-    return validate(
-        {
-            "data": {"root": "x"},
-            "optimizer": {"name": name, "lr": 1.0, "probe_lr": 0.1, "weight_decay": 1e-4},
-            "train": {"epochs": 100, "batch_size": batch_size},
-        }
-    )
+def _config(name: str) -> Config:
+    """Peak rates of 1 and 0.1 at this batch; no value is a default or a preset."""
+    settings = {"name": name, "lr": 0.5, "probe_lr": 0.05, "momentum": 0.8, "weight_decay": 0.03}
+    if name == "lars":
+        settings["eta"] = 0.05
+    train = {"epochs": 100, "batch_size": 512}
+    return validate({"data": {"root": "x"}, "optimizer": settings, "train": train})
 
 
 def _online(method: str = "isoloss") -> Online:
@@ -98,42 +107,23 @@ def _online(method: str = "isoloss") -> Online:
 
 
 @pytest.mark.parametrize("method", ["isoloss", "byol", "linear"])
-@pytest.mark.parametrize("name", ["lars", "sgd", "adamw"])
-def test_groups_cover_every_parameter_once(name: str, method: str) -> None:
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_groups_cover_every_parameter_once_with_every_setting(name: str, method: str) -> None:
     online = _online(method)
     optimizer = make_optimizer(online, _config(name))
     listed = [p for group in optimizer.param_groups for p in group["params"]]
     assert len(listed) == len(set(listed)) == len(list(online.parameters()))
-    probe = optimizer.param_groups[-1]
+    *network, probe = optimizer.param_groups
     assert set(probe["params"]) == set(online.probe.parameters())
-    assert probe["weight_decay"] == 0.0
-    assert probe["peak_lr"] == pytest.approx(0.2)
-    assert optimizer.param_groups[0]["peak_lr"] == pytest.approx(2.0)
-    network = set(online.parameters()) - set(online.probe.parameters())
-    vectors = {p for p in network if p.ndim <= 1}
-    spared = {p for g in optimizer.param_groups if g["weight_decay"] == 0 for p in g["params"]}
-    assert spared & network == (vectors if name != "sgd" else set())
-    if name == "lars":
-        adapted = {p for g in optimizer.param_groups if g["adapt"] for p in g["params"]}
-        assert adapted == network - vectors
-
-
-@pytest.mark.parametrize("name", ["lars", "sgd", "adamw"])
-def test_every_setting_reaches_every_group(name: str) -> None:
-    """None of these is a default of torch's, of ours, or of a preset's."""
-    settings = {"name": name, "lr": 1.0, "probe_lr": 0.1, "momentum": 0.8, "weight_decay": 0.03}
-    if name == "lars":
-        settings["eta"] = 0.05
-    config = validate({"data": {"root": "x"}, "optimizer": settings, "train": {"batch_size": 512}})
-    *network, probe = make_optimizer(_online("byol"), config).param_groups
+    assert [group["peak_lr"] for group in network] == [1.0] * (1 if name == "sgd" else 2)
+    assert probe["peak_lr"] == pytest.approx(0.1) and probe["weight_decay"] == 0
     for group in (*network, probe):
         assert group.get("momentum", group.get("betas", (0,))[0]) == 0.8
-        assert group.get("eta") == settings.get("eta")
-    assert [group["peak_lr"] for group in network] == [2.0] * (1 if name == "sgd" else 2)
-    assert [group["weight_decay"] for group in (*network, probe)] == (
-        [0.03, 0.0] if name == "sgd" else [0.03, 0.0, 0.0]
-    )
-    assert probe["peak_lr"] == pytest.approx(0.2)
+        assert group.get("eta") == (0.05 if name == "lars" else None)
+    for group in network:
+        for p in group["params"]:
+            assert group["weight_decay"] == (0.03 if p.ndim > 1 or name == "sgd" else 0)
+            assert group.get("adapt") == (p.ndim > 1 if name == "lars" else None)
 
 
 def test_learning_rate_at_its_corners() -> None:
@@ -149,16 +139,15 @@ def test_learning_rate_at_its_corners() -> None:
 
 
 def test_every_group_follows_the_schedule() -> None:
-    optimizer = make_optimizer(_online(), _config("lars", 256))
-    assert set_lr(optimizer, 0, 10, _config("lars", 256)) == pytest.approx(3e-5)
-    set_lr(optimizer, 100, 10, _config("lars", 256))
-    assert [float(group["lr"]) for group in optimizer.param_groups] == pytest.approx(
-        [1.0, 1.0, 0.1]
-    )
+    optimizer = make_optimizer(_online(), _config("lars"))
+    assert set_lr(optimizer, 0, 10, _config("lars")) == pytest.approx(3e-5)
+    set_lr(optimizer, 100, 10, _config("lars"))
+    rates = [float(group["lr"]) for group in optimizer.param_groups]
+    assert rates == pytest.approx([1.0, 1.0, 0.1])
 
 
 def test_target_decay_at_its_corners() -> None:
-    assert ema_decay(0, 0.99) == 0.99
+    assert all(ema_decay(0.0, base) == base for base in (0.5, 0.9, 0.97, 0.99, 0.996, 0.999, 1.0))
     assert ema_decay(0.5, 0.99) == pytest.approx(0.995)
     assert ema_decay(1.0, 0.99) == 1.0
     # the last one used, a step before the end
@@ -166,29 +155,27 @@ def test_target_decay_at_its_corners() -> None:
     assert ema_decay(499 / 500, 0.99) == pytest.approx(last, abs=1e-15) != 1.0
 
 
-@pytest.mark.parametrize("base", [0.5, 0.9, 0.97, 0.99, 0.996, 0.999, 1.0])
-def test_the_first_target_decay_is_the_base_to_the_bit(base: float) -> None:
-    assert ema_decay(0.0, base) == base
-
-
-@pytest.mark.usefixtures("either_form")
-def test_target_moves_parameters_and_not_buffers() -> None:
-    online = _online().branch
+@on_devices
+def test_target_moves_parameters_and_not_buffers(device: str) -> None:
+    online = _online().branch.to(device)
     target = EmaTarget(online, base=0.75)
-    target.set_decay(0.0)
     before = [p.clone() for p in target.parameters()]
     with torch.no_grad():
         for p in online.parameters():
             p.add_(1.0)
         online.encoder.bn1.running_mean.add_(1.0)
+    target.set_decay(1.0)
+    target.move_(online)
+    assert all(map(torch.equal, before, target.parameters()))
+    target.set_decay(0.0)
     target.move_(online)
     for old, new in zip(before, target.parameters(), strict=True):
         torch.testing.assert_close(new, old + 0.25)
-    assert torch.equal(target.branch.encoder.bn1.running_mean, torch.zeros(4))
+    assert (target.branch.encoder.bn1.running_mean == 0).all()
 
 
 class _NoSync(TorchDispatchMode):
-    """Raises where a tensor's value is read on the host, which on a GPU waits for it."""
+    """Raises where the host reads a tensor's value, and on a GPU would wait for it."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         assert func is not torch.ops.aten._local_scalar_dense.default
@@ -200,10 +187,10 @@ def test_the_watch_for_host_reads_sees_one() -> None:
         torch.ones(()).item()
 
 
-@pytest.mark.usefixtures("either_form")
-@pytest.mark.parametrize("name", ["lars", "sgd", "adamw"])
-def test_a_step_reads_no_tensor_on_the_host(name: str) -> None:
-    online = _online()
+@on_devices
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_step_reads_no_tensor_on_the_host(name: str, device: str) -> None:
+    online = _online().to(device)
     optimizer = make_optimizer(online, _config(name))
     for p in online.parameters():
         p.grad = torch.ones_like(p)
@@ -215,7 +202,7 @@ def test_a_step_reads_no_tensor_on_the_host(name: str) -> None:
         target.move_(online.branch)
 
 
-@pytest.mark.parametrize("name", ["lars", "sgd", "adamw"])
+@pytest.mark.parametrize("name", OPTIMIZERS)
 def test_the_rate_counts_that_the_tensor_holds(name: str) -> None:
     """A step replayed by a CUDA graph sees new rates only through the tensors it was given."""
     online = _online()
@@ -236,21 +223,8 @@ def test_the_rate_counts_that_the_tensor_holds(name: str) -> None:
     assert moved == [id(p) in in_first for p in online.parameters()]
 
 
-@pytest.mark.usefixtures("either_form")
-def test_the_last_move_of_the_target_moves_nothing() -> None:
-    online = _online().branch
-    target = EmaTarget(online, base=0.99)
-    before = [p.clone() for p in target.parameters()]
-    with torch.no_grad():
-        for p in online.parameters():
-            p.add_(1.0)
-    target.set_decay(1.0)
-    target.move_(online)
-    assert all(map(torch.equal, before, target.parameters()))
-
-
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("name", ["lars", "sgd"])
 def test_a_captured_step_follows_the_rates(name: str) -> None:
     torch.manual_seed(0)
@@ -277,7 +251,7 @@ def test_a_captured_step_follows_the_rates(name: str) -> None:
         graph.replay()
         same_step.step()
         same_target.move_(eager.branch)
-    for p, q in zip(replayed.parameters(), eager.parameters(), strict=True):
-        torch.testing.assert_close(p, q)
-    for p, q in zip(target.parameters(), same_target.parameters(), strict=True):
-        torch.testing.assert_close(p, q)
+    networks = ((replayed, eager), (target, same_target))
+    for one, other in networks:
+        for p, q in zip(one.parameters(), other.parameters(), strict=True):
+            torch.testing.assert_close(p, q)
