@@ -1,4 +1,4 @@
-"""A background thread for the training loop; jobs run in order."""
+"""A background thread for the training loop."""
 
 from collections import deque
 from collections.abc import Callable

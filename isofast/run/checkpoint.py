@@ -43,19 +43,19 @@ def checkpoint_path(folder: Path, step: int) -> Path:
 
 
 def save_checkpoint(folder: Path, step: int, state: State, encoder: nn.Module, keep: int) -> Path:
-    """Write ``folder``/step_N and remove all but the ``keep`` newest up to it.
+    """Write ``folder``/step_N, return it, and remove all but the ``keep`` newest up to it.
 
-    Folders of later steps, damaged ones that a resume has skipped, stay until they are replaced.
+    Later ones, damaged and skipped by a resume, stay until they are replaced.
 
     Args:
         folder: the run's checkpoints folder.
         step: steps taken.
         state: tensors and plain Python values.
         encoder: the backbone.
-        keep: checkpoints kept, this one included.
+        keep: checkpoints to keep, including this one.
 
     Raises:
-        RunError: the disk is full or not writable; the older checkpoints are untouched.
+        RunError: the disk is full or not writable; older checkpoints are untouched.
     """
     path = checkpoint_path(folder, step)
     part = folder / f".{path.name}.part"
@@ -96,38 +96,28 @@ def save_checkpoint(folder: Path, step: int, state: State, encoder: nn.Module, k
 def newest_checkpoint(
     folder: Path, report: Callable[[str], None] = lambda text: None
 ) -> Checkpoint | None:
-    """Return the newest checkpoint whose files match its manifest, or None without any.
+    """Return the newest checkpoint whose files match its manifest, or None if there is none.
 
     Calls ``report`` with the reason for each one skipped.
 
     Raises:
         UserError: there are checkpoints, but none is whole.
     """
-    folders = _folders(folder)
-    for path in folders:
-        fault = _fault(path)
-        if fault is None:
+    faults = []
+    for path in _folders(folder):
+        try:
+            manifest = json.loads((path / _MANIFEST).read_text(encoding="utf-8"))
+            if changed := [n for n in (_STATE, _ENCODER) if _fingerprint(path / n) != manifest[n]]:
+                raise ValueError(f"{changed[0]} has changed since it was written")
             return Checkpoint(path, _step_of(path))
-        report(f"checkpoint {path} is not whole ({fault}); trying the one before it")
-    if folders:
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            faults.append(f"{type(error).__name__}: {error}")
+            report(f"checkpoint {path} is not whole ({faults[-1]}); trying the one before it")
+    if faults:
         raise UserError(
-            f"none of the {len(folders)} checkpoint(s) in {folder} is whole, the newest because "
-            f"{_fault(folders[0])}. Put one back, or start over beside this run with --fresh"
+            f"none of the {len(faults)} checkpoint(s) in {folder} is whole, the newest because of "
+            f"{faults[0]}. Put one back, or start over beside this run with --fresh"
         )
-    return None
-
-
-def _fault(path: Path) -> str | None:
-    """Why a checkpoint cannot be used, None if it can."""
-    try:
-        manifest = json.loads((path / _MANIFEST).read_text(encoding="utf-8"))
-        for name in (_STATE, _ENCODER):
-            if _fingerprint(path / name) != manifest[name]:
-                return f"{name} has changed since it was written"
-    except (KeyError, TypeError) as error:
-        return f"{_MANIFEST} is damaged: {error}"
-    except (OSError, ValueError) as error:
-        return str(error)
     return None
 
 

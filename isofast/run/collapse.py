@@ -35,7 +35,7 @@ class Finding:
 
 
 class CollapseWatch:
-    """Judges each record of a run by those before it."""
+    """Judges each record of a run against the earlier ones."""
 
     def __init__(self, config: Config, steps_per_epoch: int) -> None:
         self._config = config
@@ -48,7 +48,7 @@ class CollapseWatch:
         self._torn = 0
 
     def judge(self, record: Record) -> Finding | None:
-        """Return what has collapsed by this record, the next one in metrics.jsonl, or None."""
+        """Return the collapse that the next record of metrics.jsonl shows, or None."""
         step, spread, norm = record["step"], record["embedding_std"], record.get("embedding_norm")
         assert step is not None
         if self._first_norm is None:
@@ -102,13 +102,13 @@ class CollapseWatch:
 
 
 def _is_cosine_of_raw_c(method: MethodConfig) -> bool:
-    """Whether long embeddings get more weight in a predictor whose scale doesn't count."""
+    """Whether long embeddings weigh more in W although its scale doesn't count."""
     cosine = hasattr(method, "alpha") and getattr(method, "metric", None) == "cosine"
     return cosine and method.correlation == "embeddings"
 
 
 def remedies(config: Config, kind: Kind) -> list[str]:
-    """Return what to try against a collapse of ``kind``, the likeliest first."""
+    """Return what to try against a collapse of ``kind``, most promising first."""
     method, optimizer = config.method, config.optimizer
     slower = [f"optimizer.lr below {optimizer.lr:g}", "a longer schedule.warmup_epochs"]
     if kind == "blow-up":

@@ -1,4 +1,4 @@
-"""The folder of a run: chosen, checked, locked."""
+"""The folder of a run: choose, check and lock it, describe where it runs."""
 
 import fcntl
 import json
@@ -45,11 +45,9 @@ def open_run_dir(run_dir: Path, config: Config) -> IO[str]:
         UserError: the folder holds something else, another config, or a run in progress.
     """
     stored = run_dir / "config.json"
-    if run_dir.is_file():
-        raise UserError(f"--run-dir {run_dir} is a file; name a folder")
     if stored.exists():
         _refuse_other_config(stored, config)
-    elif run_dir.exists() and any(path.name[0] != "." for path in run_dir.iterdir()):
+    elif run_dir.is_dir() and any(path.name[0] != "." for path in run_dir.iterdir()):
         raise UserError(
             f"{run_dir} holds files but no config.json, so it is not a run; name another --run-dir"
         )
@@ -84,11 +82,11 @@ def write_text(path: Path, text: str) -> None:
 
 
 def describe_environment(world: World, **resolved: str) -> dict[str, Any]:
-    """Return what places a run's numbers: versions, device, commit.
+    """Return the versions, device and commit behind a run's numbers.
 
     Args:
         world: this process among its peers.
-        resolved: what each "auto" of the config has become, by name.
+        resolved: what each "auto" of the config became, by name.
     """
     cuda = world.device.type == "cuda"
     return {

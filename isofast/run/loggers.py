@@ -1,4 +1,4 @@
-"""Where records go beside metrics.jsonl: TensorBoard, or a class of your own."""
+"""Loggers beside metrics.jsonl: TensorBoard, or a class of your own."""
 
 from pathlib import Path
 from typing import Protocol
@@ -13,16 +13,16 @@ Record = dict[str, float | int | None]
 
 
 class Logger(Protocol):
-    """Receives a run's records, on a thread beside the training loop."""
+    """Receives a run's records, on the background thread."""
 
     def __init__(self, run_dir: Path, config: Config, step: int) -> None:
-        """Start, or continue a run from ``step``: records of later steps are repeated."""
+        """Start, or continue from ``step``; records of later steps come again."""
 
     def log(self, record: Record) -> None:
-        """Take a record, as in metrics.jsonl."""
+        """Log a record of metrics.jsonl."""
 
     def flush(self) -> None:
-        """Make what was logged durable; called before each checkpoint."""
+        """Write what is pending to the disk; called before each checkpoint."""
 
     def close(self) -> None:
         """End the log."""

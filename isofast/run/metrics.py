@@ -1,8 +1,9 @@
-"""metrics.jsonl and spectrum.npz: written, continued after a break, read back."""
+"""metrics.jsonl and spectrum.npz: write, continue after an interruption, read back."""
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,11 +27,11 @@ class Evaluation:
 
 
 class MetricsWriter:
-    """Appends records and spectra; drops what an interrupted run wrote after ``step``.
+    """Appends records and spectra; drops those that an interrupted run wrote after ``step``.
 
     Args:
         run_dir: the run's folder.
-        step: where the run continues; 0 for a new run, which keeps nothing.
+        step: where the run continues; a new run, at 0, keeps nothing.
         loggers: receive each record too.
 
     Attributes:
@@ -45,8 +46,7 @@ class MetricsWriter:
         self.records = [one for one in read_metrics(path) if step and one["step"] <= step]
         spectra = read_spectra(self._spectrum_path) if step else {}
         self._spectra = {at: spectrum for at, spectrum in spectra.items() if at <= step}
-        text = "".join(json.dumps(record) + "\n" for record in self.records)
-        write_text(path, text)
+        write_text(path, "".join(json.dumps(record) + "\n" for record in self.records))
         self._file = path.open("a", encoding="utf-8")
         self._loggers = loggers
 
@@ -65,8 +65,7 @@ class MetricsWriter:
     def flush(self) -> None:
         """Write spectrum.npz, and bring records and spectra to the disk."""
         if self._spectra:
-            arrays = _spectra_as_arrays(self._spectra)
-            write_atomically(self._spectrum_path, lambda path: _save_npz(path, arrays))
+            write_atomically(self._spectrum_path, self._save_spectra)
         os.fsync(self._file.fileno())
         for logger in self._loggers:
             logger.flush()
@@ -78,17 +77,33 @@ class MetricsWriter:
         for logger in self._loggers:
             logger.close()
 
+    def _save_spectra(self, path: Path) -> None:
+        """Write step (T,), eigenvalues (T, D) and, if any is known, alignment (T, D)."""
+        spectra = self._spectra.values()
+        eigenvalues_TD = np.stack([spectrum.eigenvalues_D for spectrum in spectra])
+        arrays: dict[str, Any] = {"step": np.array([*self._spectra]), "eigenvalues": eigenvalues_TD}
+        alignments = [spectrum.alignment_D for spectrum in spectra]
+        if any(alignment_D is not None for alignment_D in alignments):
+            unknown_D = np.full_like(eigenvalues_TD[0], np.nan)
+            arrays["alignment"] = np.stack([unknown_D if a is None else a for a in alignments])
+        # through a file, or numpy would add .npz to the name
+        with path.open("wb") as file:
+            np.savez_compressed(file, **arrays)
+
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """Return the records of a metrics.jsonl, without lines that a crash cut short."""
-    if not path.exists():
-        return []
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-    return [record for record in map(_record, lines) if record is not None]
+    records = []
+    if path.exists():
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+            with suppress(json.JSONDecodeError, TypeError, KeyError):
+                record = json.loads(line)
+                records += [record] if isinstance(record["step"], int) else []
+    return records
 
 
 def read_spectra(path: Path) -> dict[int, Spectrum]:
-    """Return the spectra of a spectrum.npz by step, in order; none if there is no file.
+    """Return the spectra of a spectrum.npz by step, in order; none without a file.
 
     Raises:
         UserError: the file is damaged.
@@ -109,27 +124,3 @@ def read_spectra(path: Path) -> dict[int, Spectrum]:
         step: Spectrum(eigenvalues[t], None if alignments is None else alignments[t])
         for t, step in enumerate(steps)
     }
-
-
-def _record(line: str) -> dict[str, Any] | None:
-    try:
-        record = json.loads(line)
-    except json.JSONDecodeError:
-        return None
-    return record if isinstance(record, dict) and isinstance(record.get("step"), int) else None
-
-
-def _save_npz(path: Path, arrays: dict[str, Any]) -> None:
-    with path.open("wb") as file:
-        np.savez_compressed(file, **arrays)
-
-
-def _spectra_as_arrays(spectra: Mapping[int, Spectrum]) -> dict[str, Any]:
-    """step (T,), eigenvalues (T, D) and, if any is known, alignment (T, D)."""
-    eigenvalues_TD = np.stack([spectrum.eigenvalues_D for spectrum in spectra.values()])
-    arrays = {"step": np.array([*spectra], dtype=np.int64), "eigenvalues": eigenvalues_TD}
-    alignments = [spectrum.alignment_D for spectrum in spectra.values()]
-    if any(alignment_D is not None for alignment_D in alignments):
-        unknown_D = np.full_like(eigenvalues_TD[0], np.nan)
-        arrays["alignment"] = np.stack([unknown_D if a is None else a for a in alignments])
-    return arrays

@@ -18,7 +18,7 @@ class Progress:
     Args:
         total: steps of the whole run.
         start: steps taken before.
-        speak: whether this process prints; only the main rank does.
+        speak: whether this rank prints.
         line_every_s: seconds between lines of a log file.
     """
 
@@ -81,7 +81,7 @@ class Progress:
 
 
 def duration(seconds: float) -> str:
-    """3725 -> "1:02:05", 65 -> "1:05"."""
+    """Return 3725 as "1:02:05", 65 as "1:05"."""
     hours, rest = divmod(round(seconds), 3600)
     minutes, left = divmod(rest, 60)
     return f"{hours}:{minutes:02d}:{left:02d}" if hours else f"{minutes}:{left:02d}"

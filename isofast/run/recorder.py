@@ -24,7 +24,7 @@ from isofast.run.summary import Summary, results_table
 
 @dataclass
 class Totals:
-    """What a run accumulates over all its processes; saved with each checkpoint."""
+    """What a run accumulates across restarts; saved with each checkpoint."""
 
     wall_s: float = 0.0
     train_s: float = 0.0
@@ -37,7 +37,7 @@ class Totals:
 
 @dataclass
 class _Lap:
-    """The time since the last record, the part of it spent waiting for data, and the steps."""
+    """Since the last record: start, seconds spent waiting for data, steps."""
 
     began: float = field(default_factory=time.perf_counter)
     waited: float = 0.0
@@ -47,14 +47,12 @@ class _Lap:
 class Recorder:
     """Records, progress and timing of one rank; only the main rank writes and prints.
 
-    Writes config.json and environment.json at once.
-
     Args:
-        run_dir: the run's folder.
+        run_dir: the run's folder; gets config.json and environment.json at once.
         config: the run's.
         world: this process among its peers.
         environment: the content of environment.json.
-        totals: of the processes that took the run to ``step``.
+        totals: as they were at ``step``.
         step: where the run continues; later records are dropped.
         last_step: where it ends.
         steps_per_epoch: steps of one pass over the images.
@@ -107,20 +105,14 @@ class Recorder:
         self._lap = _Lap()
 
     def stop_clock(self) -> _Lap:
-        """Add the current lap to the total and start another."""
+        """Add the current lap to the total, start another, and return the former."""
         lap, self._lap = self._lap, _Lap()
         if lap.steps:
             self.totals.train_s += self._lap.began - lap.began
         return lap
 
     def spectrum(self, step: int, corr_DD: Tensor, w_DD: Tensor | None) -> None:
-        """Keep the spectrum of C, measured in the background; the loop doesn't wait.
-
-        Args:
-            step: steps taken.
-            corr_DD: C, (D, D).
-            w_DD: the weight of a trained linear predictor; None without one.
-        """
+        """Record the spectrum of C (D, D), and a trained W's alignment, without waiting for it."""
         if self._writer is None:
             return
         writer, corr = self._writer, HostCopy(corr_DD)
@@ -134,22 +126,21 @@ class Recorder:
         self._spectrum = self._background.do(work)
 
     def training(self, step: int, values: Record) -> None:
-        """Write and show a step's record: ``values``, the speed since the last record, and the
-        ranks of the spectrum taken at this step."""
+        """Write and show a step's ``values``, the speed, and the ranks of the last spectrum."""
         lap = self.stop_clock()
         elapsed = self._lap.began - lap.began
-        images_per_s = lap.steps * self._batch_size / elapsed
-        data_wait = lap.waited / elapsed
-        record: Record = {"step": step, "epoch": self.epoch(step), **values}
-        record |= {"images_per_s": images_per_s, "data_wait": data_wait}
-        if self._writer is not None and self._spectrum is not None:
-            spectrum = self._spectrum
-            self._finding = self._background.do(lambda: self._write(record, spectrum.result()))
+        speed = {
+            "images_per_s": lap.steps * self._batch_size / elapsed,
+            "data_wait": lap.waited / elapsed,
+        }
+        record: Record = {"step": step, "epoch": self._epoch(step), **values, **speed}
+        if self._spectrum is not None:
+            self._finding = self._background.do(partial(self._write, record, self._spectrum))
         shown = {
-            "images/s": f"{images_per_s:,.0f}",
+            "images/s": f"{speed['images_per_s']:,.0f}",
             "loss": f"{values['loss']:.3f}",
             "probe": f"{values['probe_top1']:.3f}",
-            "wait": f"{data_wait:.0%}",
+            "wait": f"{speed['data_wait']:.0%}",
         }
         self.progress.advance(step, shown)
 
@@ -159,17 +150,17 @@ class Recorder:
         if step == 0:
             self.totals.knn_top1_initial = result.knn_top1
         if self._writer is not None:
-            record: Record = {"step": step, "epoch": self.epoch(step), **asdict(result)}
+            record: Record = {"step": step, "epoch": self._epoch(step), **asdict(result)}
             self._background.do(partial(self._writer.write, record))
         self.progress.say(
-            f"epoch {self.epoch(step):g}: validation top-1 {result.val_top1:.3f}, "
+            f"epoch {self._epoch(step):g}: validation top-1 {result.val_top1:.3f}, "
             f"k-NN {result.knn_top1:.3f}"
         )
 
     def finding(self) -> Finding | None:
-        """Return what the last record shows to have collapsed; None on all ranks but the main one.
+        """Return the collapse that the last record shows; None on all ranks but the main one.
 
-        Waits for that record, which is ready by the time of the next.
+        Waits for that record, usually written long before the next is due.
         """
         return None if self._finding is None else self._finding.result()
 
@@ -183,8 +174,7 @@ class Recorder:
         self._background.wait()
         if self._writer is not None:
             self._writer.flush()
-        wall_s = self.totals.wall_s + time.perf_counter() - self._began
-        return replace(self.totals, wall_s=wall_s)
+        return replace(self.totals, wall_s=self.totals.wall_s + time.perf_counter() - self._began)
 
     def summary(self, step: int, corr_DD: Tensor, dropped: int, failure: str | None) -> Summary:
         """Write summary.json; without ``failure`` the run is completed and its table printed."""
@@ -194,7 +184,7 @@ class Recorder:
         summary: Summary = {
             "completed": failure is None,
             "failure": failure,
-            "epochs": self.epoch(step),
+            "epochs": self._epoch(step),
             "steps": step,
             "effective_rank": rank if math.isfinite(rank) else None,
             "images_per_s": step * self._batch_size / train_s if train_s else None,
@@ -210,10 +200,6 @@ class Recorder:
             self.progress.say(f"\n{self._run_dir}: completed\n\n{table}{warning}\n")
         return summary
 
-    def epoch(self, step: int) -> float:
-        """Return the passes over the images after ``step`` steps."""
-        return round(step / self._steps_per_epoch, 4)
-
     def close(self) -> None:
         """Close the files, the bar and the background thread."""
         self.progress.close()
@@ -221,13 +207,17 @@ class Recorder:
         if self._writer is not None:
             self._writer.close()
 
-    def _write(self, record: Record, spectrum: Spectrum) -> Finding | None:
-        """Write a record with its spectrum's ranks; return what has collapsed."""
+    def _epoch(self, step: int) -> float:
+        return round(step / self._steps_per_epoch, 4)
+
+    def _write(self, record: Record, measured: Future[Spectrum]) -> Finding | None:
+        """Write a record with the spectrum's ranks; return the collapse it shows."""
         assert self._writer is not None
+        spectrum = measured.result()
         record["effective_rank"] = spectrum.effective_rank
         record["effective_rank_entropy"] = spectrum.effective_rank_entropy
-        if spectrum.predictor_alignment is not None:
-            record["predictor_alignment"] = spectrum.predictor_alignment
+        if (alignment := spectrum.predictor_alignment) is not None:
+            record["predictor_alignment"] = alignment
         self._writer.write(record)
         finding = self._watch.judge(record)
         self.totals.collapse = None if finding is None else finding.message

@@ -42,7 +42,7 @@ class Spectrum:
 
     @property
     def predictor_alignment(self) -> float | None:
-        """The alignments' mean, weighted by the eigenvalues since eigenvectors of small ones are
+        """Mean alignment, weighted by the eigenvalues because eigenvectors of small ones are
         arbitrary; None without a linear predictor."""
         if self.alignment_D is None:
             return None

@@ -1,4 +1,4 @@
-"""Runs read back from their folders, and short names that tell them apart."""
+"""Read runs back from their folders, and name them apart."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,7 +23,7 @@ TITLES = {
     "simsiam": "SimSiam",
     "linear": "linear predictor",
 }
-# Named whenever runs differ in them; other keys only if needed to tell runs apart.
+# Named whenever runs differ in them; other keys only to tell runs apart.
 _ALWAYS_KEYS = ("method.metric", "method.ema")
 _WORDS = {
     "method.name": TITLES,
@@ -34,22 +34,22 @@ _WORDS = {
 
 @dataclass(frozen=True)
 class Run:
-    """A run as far as it has come."""
+    """A run, finished or not."""
 
     path: Path
     config: Config
     records: list[dict[str, Any]]
-    """Of training, in order; at least one."""
+    """Of training steps, in order; at least one."""
     evaluations: list[dict[str, Any]]
     epochs_T: Array
-    """Of the spectra."""
+    """When the spectra were taken."""
     eigenvalues_TD: Array
     """Descending in each row."""
     alignment_TD: Array | None
-    """Of a linear predictor; NaN where unknown."""
+    """Of a linear predictor with C; NaN where unknown."""
 
     def curve(self, name: str) -> tuple[Array, Array]:
-        """Return epochs and values of a recorded or evaluated number, where known."""
+        """Return the epochs and values at which a number was recorded or evaluated."""
         known = [r for r in (*self.records, *self.evaluations) if r.get(name) is not None]
         return np.array([r["epoch"] for r in known]), np.array([float(r[name]) for r in known])
 
@@ -76,8 +76,8 @@ def read_run(path: Path) -> Run:
     if not records or not spectra:
         missing = "records in metrics.jsonl" if not records else "eigenvalues in spectrum.npz"
         raise UserError(
-            f"the run {path} has no {missing} yet; they come with its first checkpoint, every "
-            f"{config.checkpoint.every_steps} steps and at its end. Train it on, or leave it out"
+            f"the run {path} has no {missing} yet; they are written with each checkpoint, every "
+            f"{config.checkpoint.every_steps} steps and at the end. Continue it, or leave it out"
         )
     steps_per_epoch = records[-1]["step"] / records[-1]["epoch"]
     known = [one.alignment_D for one in spectra.values() if one.alignment_D is not None]
@@ -93,29 +93,27 @@ def read_run(path: Path) -> Run:
 
 
 def labels(runs: Sequence[Run], first: Sequence[str] = ()) -> list[str]:
-    """Return a short name for each run: its method, and the settings that tell it apart.
+    """Return a short name for each run: its method and the settings in which it differs.
 
     Args:
         runs: the runs of one figure.
         first: keys always named, such as optimizer.weight_decay.
     """
     settings = [dict(leaves(run.config)) for run in runs]
-    differing = [key for key in _ALWAYS_KEYS if len({_key(one, [key]) for one in settings}) > 1]
+
+    def groups(*keys: str) -> int:
+        """How many groups of runs these keys tell apart."""
+        return len({repr([setting.get(key) for key in keys]) for setting in settings})
+
+    differing = [key for key in _ALWAYS_KEYS if groups(key) > 1]
     wanted = list(dict.fromkeys(["method.name", *first, *differing]))
-    distinct = len({_key(setting, wanted) for setting in settings})
     for key in dict.fromkeys(["method.alpha", *settings[0]]):
-        split = len({_key(setting, [*wanted, key]) for setting in settings})
-        if split > distinct:
+        if groups(*wanted, key) > groups(*wanted):
             wanted.append(key)
-            distinct = split
     names = [", ".join(_text(key, setting.get(key)) for key in wanted) for setting in settings]
     if len(set(names)) == len(names):
         return names
     return [f"{name} ({run.path.name})" for name, run in zip(names, runs, strict=True)]
-
-
-def _key(setting: dict[str, Any], keys: Sequence[str]) -> str:
-    return repr([setting.get(key) for key in keys])
 
 
 def _text(key: str, value: Any) -> str:

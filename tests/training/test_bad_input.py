@@ -124,7 +124,7 @@ def test_a_run_dir_that_is_something_else(refused: Callable[..., str], tmp_path:
     folder.mkdir()
     (folder / "photo.jpg").write_bytes(b"x")
     assert "not a run" in refused(run_dir=folder)
-    assert "is a file" in refused(run_dir=folder / "photo.jpg")
+    assert "cannot write" in refused(run_dir=folder / "photo.jpg")
     assert [path.name for path in folder.iterdir()] == ["photo.jpg"]
 
 
