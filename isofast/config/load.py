@@ -1,4 +1,4 @@
-"""Reading a configuration: a JSON file, --set overrides, errors that name the remedy."""
+"""Read a configuration: a JSON file, --set overrides, errors that name the remedy."""
 
 import copy
 import difflib
@@ -34,7 +34,7 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
 
 
 def resolve(raw: Mapping[str, Any], overrides: Sequence[str] = ()) -> Config:
-    """Return the config of a tree of sections under ``--set`` overrides; ``raw`` stays unchanged.
+    """Return the config of a tree of sections with ``--set`` overrides; ``raw`` is not changed.
 
     Raises:
         UserError: a key or value is not allowed.
@@ -54,7 +54,7 @@ def validate(raw: Mapping[str, Any]) -> Config:
     try:
         return Config.model_validate(raw)
     except ValidationError as error:
-        known = list(_all_keys(raw))
+        known = list(_keys(Config, _method_section(raw)))
         lines = [
             _explain(dict(item), known)
             for item in error.errors()
@@ -68,19 +68,21 @@ def read_stored(path: Path) -> Config:
     """Read the config.json of a run, also of an earlier version.
 
     Without method.correlation C was that of embeddings; trained predictors had an alpha of null;
-    TensorBoard had its own key.
+    TensorBoard had a key.
 
     Raises:
         OSError, ValueError: it cannot be read or is no config.
     """
     raw = json.loads(path.read_text(encoding="utf-8"))
-    if isinstance(raw, dict) and isinstance(raw.get("method"), dict):
-        raw["method"] = {"correlation": "embeddings", **raw["method"]}
-        for key in ("alpha", "eps", "normalize"):
-            if raw["method"].get(key, 0) is None:
-                del raw["method"][key]
-    if isinstance(raw, dict) and isinstance(raw.get("logging"), dict):
-        raw["logging"].pop("tensorboard", None)
+    match raw:
+        case {"method": dict(method)}:
+            method.setdefault("correlation", "embeddings")
+            for key in ("alpha", "eps", "normalize"):
+                if method.get(key, 0) is None:
+                    del method[key]
+    match raw:
+        case {"logging": dict(logging)}:
+            logging.pop("tensorboard", None)
     return validate(raw)
 
 
@@ -127,18 +129,13 @@ def _nearest(key: str, known: Sequence[str]) -> str:
     return f"Did you mean {close[0]}?" if close else "Allowed: " + ", ".join(siblings.values())
 
 
-def _all_keys(raw: Mapping[str, Any]) -> Iterator[str]:
-    """Every key of a config with the method that ``raw`` names."""
-    for name, field in Config.model_fields.items():
-        yield name
-        yield from _keys_of(_method_section(raw) if name == "method" else field.annotation, name)
-
-
-def _keys_of(section: Any, prefix: str) -> Iterator[str]:
+def _keys(section: Any, method: type[MethodConfig], prefix: str = "") -> Iterator[str]:
+    """Every key of a section, with those of ``method`` in the method section."""
     if isinstance(section, type) and issubclass(section, BaseModel):
         for name, field in section.model_fields.items():
-            yield f"{prefix}.{name}"
-            yield from _keys_of(field.annotation, f"{prefix}.{name}")
+            yield f"{prefix}{name}"
+            inner = method if field.annotation is MethodConfig else field.annotation
+            yield from _keys(inner, method, f"{prefix}{name}.")
 
 
 def _method_section(raw: Mapping[str, Any]) -> type[MethodConfig]:

@@ -32,7 +32,7 @@ from isofast.errors import UserError
 
 SCHEMA_KEY = "$schema"
 RESNETS = ("resnet18", "resnet34", "resnet50")
-# Marks a field that may change when a run continues, because no result depends on it.
+# Marks fields that may change when a run continues: no result depends on them.
 FREE: dict[str, Any] = {"may_change_on_resume": True}
 
 
@@ -128,11 +128,10 @@ class DataConfig(_Section):
     )
     """Names the augmentation recipe and the stem that fit; imagefolder is any folder of images."""
     root: Path = Field(strict=False, json_schema_extra=FREE)
-    """Folder with train/CLASS/IMAGE and val/CLASS/IMAGE (JPEG or PNG) and, for more training
-    images without a class, unlabeled/IMAGE."""
+    """Folder with train/CLASS/IMAGE, val/CLASS/IMAGE, optionally unlabeled/IMAGE; JPEG or PNG."""
     on_bad_image: Literal["stop", "skip"] = "stop"
-    """For files found unreadable at the start: stop and name them, or skip them. A file lost later
-    always stops the run."""
+    """Stop at files that are unreadable at the start, or skip them. A file lost later always stops
+    the run."""
     check: Literal["full", "headers", "off"] = Field("full", json_schema_extra=FREE)
     """Check of new files before the first step: full decodes each, headers reads formats and sizes,
     off opens none. Without full, a damaged file ends the run that reaches it or crashes DALI."""
@@ -165,9 +164,9 @@ class EncoderConfig(_Section):
     """A torchvision ResNet (resnet18, resnet34, resnet50), timm:NAME, or module:function, your own
     function that returns the module. The other keys are for the ResNets."""
     stem: Literal["cifar", "tiny", "imagenet"] = "imagenet"
-    """First layers: cifar 3x3 without pooling, tiny 3x3 and max-pool, imagenet 7x7 stride 2 and
-    max-pool. Preset: the paper's for the data set; for an imagefolder by data.crop: cifar up to 32,
-    tiny up to 64."""
+    """First layers: cifar 3x3, tiny 3x3 and max-pool, imagenet 7x7 stride 2 and max-pool. Preset:
+    the paper's for the data set; for an imagefolder cifar at a data.crop of up to 32, tiny up to
+    64."""
     stem_padding: int = Field(1, ge=0, le=2)
     """Padding of the 3x3 stems in pixels; 2 is the released code's (34 x 34 maps)."""
     width: int = Field(64, ge=4)
@@ -229,8 +228,8 @@ class OptimizerConfig(_Section):
     momentum: float = Field(0.9, ge=0, lt=1)
     """Momentum of lars and sgd, first beta of adamw."""
     weight_decay: float = Field(1e-4, ge=0)
-    """Weight decay; lars and adamw spare one-dimensional parameters. Preset: 1e-5 for byol, simsiam
-    and your own methods, else 1e-4."""
+    """Weight decay, in lars and adamw of matrices only. Preset: 1e-4; 1e-5 for byol, simsiam and
+    your own methods."""
     eta: float = Field(0.02, gt=0)
     """Trust coefficient of lars."""
     probe_lr: float = Field(0.1, gt=0)
@@ -303,11 +302,9 @@ class LoggingConfig(_Section):
     every_steps: int = Field(50, ge=1, json_schema_extra=FREE)
     """Steps between records in metrics.jsonl, the loop's only host synchronisations."""
     spectrum_every_steps: int | None = Field(None, ge=1, json_schema_extra=FREE)
-    """Steps between additional spectra of C in spectrum.npz, without synchronisation; null: only at
-    records and ends of epochs."""
+    """Steps between spectra of C in spectrum.npz, beside those at records and ends of epochs."""
     loggers: list[str] = Field(["tensorboard"], json_schema_extra=FREE)
-    """Where records go beside metrics.jsonl: tensorboard, or module:Class for your own Logger
-    (isofast/run/loggers.py)."""
+    """Besides metrics.jsonl: tensorboard, or module:Class for your own (isofast/run/loggers.py)."""
 
     @field_validator("loggers")
     @classmethod

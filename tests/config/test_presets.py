@@ -9,32 +9,7 @@ from isofast.config.load import load_config, validate
 
 LAUNCH = Path(__file__).resolve().parents[2] / "launch"
 DATA = {"data": {"dataset": "cifar10", "root": "somewhere"}}
-
-
-@pytest.mark.parametrize(
-    ("method", "expected"),
-    [
-        ({}, {"alpha": 0.5, "eps": 0.0, "normalize": "spectral", "decay": 0.998}),
-        ({"ema": False}, {"alpha": 0.5, "eps": 0.0, "decay": 0.5}),
-        ({"alpha": 1.0}, {"eps": 0.25}),
-        ({"name": "directcopy"}, {"alpha": 1.0, "eps": 0.25}),
-        ({"alpha": 1.0, "normalize": "none"}, {"eps": 0.0, "normalize": "none"}),
-        (
-            {"alpha": 1.0, "metric": "euclidean", "normalize": "spectral"},
-            {"eps": 0.25, "normalize": "spectral"},
-        ),
-        ({"metric": "euclidean"}, {"normalize": "none"}),
-        ({"ema": False, "decay": 0.9, "eps": 0.1}, {"decay": 0.9, "eps": 0.1}),
-    ],
-)
-def test_presets_fill_in_and_the_user_wins(
-    method: dict[str, Any], expected: dict[str, Any]
-) -> None:
-    config = validate({**DATA, "method": method})
-    assert {key: getattr(config.method, key) for key in expected} == expected
-
-
-# A line a method: what a run without another word has.
+# A line a method: what the paper's run of it has.
 PRESETS: dict[str, dict[str, Any]] = {
     "isoloss": {"alpha": 0.5, "eps": 0.0, "normalize": "spectral", "decay": 0.998, "ema": True},
     "directpred": {"alpha": 0.5, "eps": 0.0, "normalize": "spectral", "decay": 0.998, "ema": True},
@@ -43,36 +18,29 @@ PRESETS: dict[str, dict[str, Any]] = {
     "simsiam": {"decay": 0.99, "ema": False},
     "linear": {"decay": 0.99, "ema": True},
 }
-LARS_RUN = ("lars", 1.0, 0.9, 0.02)
-SGD_RUN = ("sgd", 0.1, 0.9)
 
 
-@pytest.mark.parametrize("metric", ["cosine", "euclidean"])
-@pytest.mark.parametrize("name", PRESETS)
-def test_each_method_has_its_settings(name: str, metric: str) -> None:
-    config = validate({**DATA, "method": {"name": name, "metric": metric}})
-    expected = dict(PRESETS[name])
-    if metric == "euclidean" and "normalize" in expected:
-        expected |= {"normalize": "none", "eps": 0.0}
+@pytest.mark.parametrize(
+    ("method", "expected"),
+    [
+        ({"alpha": 1.0}, {"eps": 0.25}),
+        ({"alpha": 1.0, "normalize": "none"}, {"eps": 0.0, "normalize": "none"}),
+        (
+            {"alpha": 1.0, "metric": "euclidean", "normalize": "spectral"},
+            {"eps": 0.25, "normalize": "spectral"},
+        ),
+        ({"ema": False, "decay": 0.9, "eps": 0.1}, {"decay": 0.9, "eps": 0.1}),
+    ],
+)
+def test_presets_fill_in_and_the_user_wins(
+    method: dict[str, Any], expected: dict[str, Any]
+) -> None:
+    config = validate({**DATA, "method": method})
     assert config.method.model_dump(include=set(expected)) == expected
-    optimizer = config.optimizer
-    assert optimizer.weight_decay == (1e-5 if name in ("byol", "simsiam") else 1e-4)
-    settings = (optimizer.name, optimizer.lr, optimizer.momentum, optimizer.eta)
-    if config.method.ema:
-        assert settings == LARS_RUN and config.method.ema_base == 0.99
-    else:
-        assert settings[:3] == SGD_RUN
 
 
-@pytest.mark.parametrize("name", PRESETS)
-def test_without_ema_every_method_trains_by_sgd(name: str) -> None:
-    config = validate({**DATA, "method": {"name": name, "ema": False}})
-    optimizer = config.optimizer
-    assert (optimizer.name, optimizer.lr, optimizer.momentum) == SGD_RUN
-    assert config.method.decay == (0.5 if "alpha" in PRESETS[name] else 0.99)
-
-
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("given", [{}, {"correlation": "embeddings"}, {"metric": "euclidean"}])
+@pytest.mark.parametrize("without_ema", [False, True], ids=["", "no-ema"])
 @pytest.mark.parametrize(
     ("dataset", "epochs", "papers"),
     [
@@ -80,29 +48,30 @@ def test_without_ema_every_method_trains_by_sgd(name: str) -> None:
         *(("cifar100", 1, False), ("imagefolder", 1000, False), ("digits", 1000, False)),
     ],
 )
+@pytest.mark.parametrize("name", PRESETS)
 def test_short_runs_and_other_pictures_have_settings_of_ours(
-    dataset: str, epochs: int, papers: bool, name: str
+    name: str, dataset: str, epochs: int, papers: bool, without_ema: bool, given: dict[str, str]
 ) -> None:
-    data = {"data": {"dataset": dataset, "root": "somewhere"}, "train": {"epochs": epochs}}
-    config = validate({**data, "method": {"name": name}})
-    assert config.method.correlation == ("embeddings" if papers else "directions")
-    closed = "alpha" in PRESETS[name]
-    ours = ("sgd", 0.3 if closed else 0.1)
-    if closed and not papers:
-        assert (config.method.ema_base, config.method.decay) == (0.9, 0.9)
-    else:
-        assert config.method.ema_base == 0.99 and config.method.decay == PRESETS[name]["decay"]
-    closed_without = validate({**data, "method": {"name": "isoloss", "ema": False}}).optimizer
-    assert (closed_without.name, closed_without.lr) == ("sgd", 0.1 if papers else 0.3)
-    expected = {True: LARS_RUN, False: SGD_RUN}[config.method.ema][:2] if papers else ours
-    assert (config.optimizer.name, config.optimizer.lr) == expected
-    euclidean = validate({**data, "method": {"name": name, "metric": "euclidean"}})
-    raw = validate({**data, "method": {"name": name, "correlation": "embeddings"}})
-    for run in (euclidean, raw):
-        assert run.method.ema_base == 0.99 and run.method.decay == PRESETS[name]["decay"]
-        paper = {True: LARS_RUN, False: SGD_RUN}[run.method.ema][:2]
-        assert run.method.correlation == "embeddings"
-        assert (run.optimizer.name, run.optimizer.lr) == paper
+    method = {"name": name, **given} | ({"ema": False} if without_ema else {})
+    data = {"dataset": dataset, "root": "somewhere"}
+    config = validate({"data": data, "train": {"epochs": epochs}, "method": method})
+    ema, closed = PRESETS[name]["ema"] and not without_ema, "alpha" in PRESETS[name]
+    ours = not papers and not given
+    expected = PRESETS[name] | {"ema": ema, "ema_base": 0.99}
+    expected["correlation"] = "directions" if ours else "embeddings"
+    if closed and "metric" in given:
+        expected |= {"normalize": "none", "eps": 0.0}
+    if closed and not ema:
+        expected["decay"] = 0.5
+    elif closed and ours:
+        expected |= {"decay": 0.9, "ema_base": 0.9}
+    assert config.method.model_dump(include=set(expected)) == expected
+    optimizer = config.optimizer
+    lars = ema and not ours
+    lr = 1.0 if lars else 0.3 if closed and ours else 0.1
+    assert (optimizer.name, optimizer.lr) == ("lars" if lars else "sgd", lr)
+    assert (optimizer.momentum, optimizer.eta) == (0.9, 0.02)
+    assert optimizer.weight_decay == (1e-5 if name in ("byol", "simsiam") else 1e-4)
 
 
 def test_the_user_wins_over_every_preset() -> None:
@@ -130,20 +99,23 @@ def test_a_folder_has_the_stem_of_its_crop(crop: int | None, stem: str) -> None:
     assert validate({"data": data, "encoder": {"stem": "imagenet"}}).encoder.stem == "imagenet"
 
 
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize(
+    ("epochs", "given", "expected"), [(1000, None, 10), (30, None, 3), (30, 5.0, 5)]
+)
+def test_warmup_shrinks_with_a_short_run(epochs: int, given: float | None, expected: float) -> None:
+    raw = {**DATA, "train": {"epochs": epochs}, "schedule": {"warmup_epochs": given}}
+    assert validate(raw).warmup_epochs == expected
+
+
 @pytest.mark.parametrize(
     ("dataset", "stem"),
     [("cifar10", "cifar"), ("cifar100", "cifar"), ("stl10", "imagenet"), ("tinyimagenet", "tiny")],
 )
-def test_each_data_set_has_the_papers_run_of_each_method(
-    dataset: str, stem: str, name: str
-) -> None:
-    path = LAUNCH / f"{dataset}.json"
-    config = load_config(path, [f"method.name={name}"])
+def test_each_data_set_has_the_papers_run(dataset: str, stem: str) -> None:
+    config = load_config(LAUNCH / f"{dataset}.json")
     assert config.data.dataset == dataset and config.encoder.name == "resnet18"
     assert (config.encoder.stem, config.encoder.stem_padding) == (stem, 1)
     assert (config.train.epochs, config.train.batch_size) == (1000, 256)
     assert (config.projector.hidden, config.projector.output) == (4096, 256)
     assert config.method.metric == "cosine" and config.warmup_epochs == 10
-    assert config.method.model_dump(include=set(PRESETS[name])) == PRESETS[name]
-    assert load_config(path).method.name == "isoloss"
+    assert config.method.model_dump(include=set(PRESETS["isoloss"])) == PRESETS["isoloss"]
