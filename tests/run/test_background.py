@@ -1,4 +1,4 @@
-"""Work beside the training loop: it is not waited for, stays in order, and tells its errors."""
+"""The background thread: order, errors, bounds; the recorder on top of it."""
 
 import sys
 import threading
@@ -14,67 +14,50 @@ import torch
 from isofast.config.schema import Config
 from isofast.distributed import World
 from isofast.run.background import Background, HostCopy
-from isofast.run.metrics import read_metrics, read_spectra
+from isofast.run.metrics import Evaluation, read_metrics, read_spectra
 from isofast.run.recorder import Recorder, Totals
-from isofast.training.online import Evaluation
 
 
-def test_the_background_runs_in_order_and_the_caller_goes_on(gate: threading.Event) -> None:
+@pytest.fixture
+def background() -> Iterator[Background]:
+    with closing(Background()) as background:
+        yield background
+
+
+@pytest.fixture
+def gate() -> Iterator[threading.Event]:
+    """What holds up the background thread, until it is set or the test is over."""
+    event = threading.Event()
+    yield event
+    event.set()
+
+
+def test_jobs_run_in_order_and_a_caller_far_ahead_waits(
+    background: Background, gate: threading.Event
+) -> None:
     done: list[int] = []
-    background = Background()
     background.do(gate.wait)
     futures = [background.do(lambda n=n: done.append(n)) for n in range(5)]
     assert done == [] and not any(future.done() for future in futures)
-    gate.set()
-    background.wait()
-    assert done == [0, 1, 2, 3, 4]
-    background.close()
-
-
-def test_a_caller_sixteen_jobs_ahead_waits_for_the_oldest(gate: threading.Event) -> None:
-    background = Background()
-    done: list[int] = []
-    given = 0
-    sixteen, seventeen = threading.Event(), threading.Event()
-
-    def give() -> None:
-        nonlocal given
-        background.do(gate.wait)
-        for given in range(2, 18):
-            background.do(lambda n=given: done.append(n))
-            if given == 16:
-                sixteen.set()
-        seventeen.set()
-
-    caller = threading.Thread(target=give)
+    caller = threading.Thread(
+        target=lambda: [background.do(lambda n=n: done.append(n)) for n in range(5, 40)]
+    )
     caller.start()
-    assert sixteen.wait(timeout=30)
-    assert not seventeen.wait(timeout=0.3)
+    caller.join(timeout=0.3)
+    assert caller.is_alive() and done == []
     gate.set()
-    assert seventeen.wait(timeout=30)
+    caller.join(timeout=30)
     background.wait()
-    caller.join()
-    assert done == list(range(2, 18))
-    background.close()
+    assert done == [*range(40)]
 
 
-def test_an_error_in_the_background_is_raised_once() -> None:
-    background = Background()
-    background.do(lambda: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        background.wait()
-    assert background.do(lambda: 3).result() == 3
-    background.close()
-
-
-def test_an_error_in_the_background_is_raised_by_the_next_job_given() -> None:
-    background = Background()
+@pytest.mark.parametrize("by", ["the next job", "waiting"])
+def test_an_error_is_raised_once(background: Background, by: str) -> None:
     failed = background.do(lambda: 1 / 0)
     assert isinstance(failed.exception(timeout=30), ZeroDivisionError)
     with pytest.raises(ZeroDivisionError):
-        background.do(lambda: 3)
+        background.wait() if by == "waiting" else background.do(lambda: 3)
     assert background.do(lambda: 4).result() == 4
-    background.close()
 
 
 def test_a_host_copy_is_of_its_moment() -> None:
@@ -99,16 +82,8 @@ def test_a_host_copy_of_a_gpu_tensor_is_of_its_moment_and_is_not_waited_for() ->
 
 
 @pytest.fixture
-def gate() -> Iterator[threading.Event]:
-    """What holds up the thread beside the loop, until it is set or the test is over."""
-    event = threading.Event()
-    yield event
-    event.set()
-
-
-@pytest.fixture
 def make_recorder(small_config: Callable[..., Config], tmp_path: Path) -> Callable[..., Recorder]:
-    """Makes the recorder of a run that goes on from a step; its 200th is the first judged."""
+    """Makes the recorder of a run continued from a step; its 200th is the first judged."""
     world = World(rank=0, size=1, local_rank=0, device=torch.device("cpu"))
 
     def make(step: int, *loggers: str) -> Recorder:
@@ -143,7 +118,7 @@ def test_the_loop_waits_for_no_spectrum_and_records_keep_their_order(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     class Gated:
-        """A logger that is held up at its first record."""
+        """A logger held up at its first record."""
 
         def __init__(self, run_dir: Path, config: Config, step: int) -> None:
             self.flush = self.close = lambda: None
@@ -170,7 +145,7 @@ def test_the_loop_waits_for_no_spectrum_and_records_keep_their_order(
     recorder.close()
 
 
-def test_a_collapse_that_recovers_is_told_no_longer(
+def test_a_collapse_that_recovers_is_forgotten(
     make_recorder: Callable[..., Recorder], tmp_path: Path
 ) -> None:
     with closing(make_recorder(0)) as recorder:
@@ -184,10 +159,9 @@ def test_a_collapse_that_recovers_is_told_no_longer(
         assert recorder.summary(300, corr_of(8), 0, "a full disk")["collapse"] is None
 
 
-def test_a_run_that_goes_on_knows_what_it_had_before(
+def test_a_continued_run_is_judged_by_its_earlier_records(
     make_recorder: Callable[..., Recorder],
 ) -> None:
-    """The growth of spread and norm are measured from the records of the process before."""
     with closing(make_recorder(0)) as first:
         record(first, 100, corr_of(8), spread=0.06)
         record(first, 120, corr_of(8), spread=0.06)
