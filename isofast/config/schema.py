@@ -292,6 +292,10 @@ class CheckpointConfig(_Section):
 
     every_steps: int = Field(1000, ge=1, json_schema_extra=FREE)
     """Steps between checkpoints."""
+    every_minutes: float | None = Field(10.0, gt=0, json_schema_extra=FREE)
+    """Also after this many minutes without one; null: by steps only."""
+    max_failures: int = Field(3, ge=0, json_schema_extra=FREE)
+    """Checkpoints in a row that may fail, on a full disk, before the run ends."""
     keep: int = Field(2, ge=1, json_schema_extra=FREE)
     """How many of the newest are kept."""
 

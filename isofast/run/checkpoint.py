@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor
 
 from isofast.data.files import sync
 from isofast.errors import RunError, UserError
@@ -42,7 +42,9 @@ def checkpoint_path(folder: Path, step: int) -> Path:
     return folder / f"step_{step:08d}"
 
 
-def save_checkpoint(folder: Path, step: int, state: State, encoder: nn.Module, keep: int) -> Path:
+def save_checkpoint(
+    folder: Path, step: int, state: State, encoder: dict[str, Tensor], keep: int
+) -> Path:
     """Write ``folder``/step_N, return it, and remove all but the ``keep`` newest up to it.
 
     Later ones, damaged and skipped by a resume, stay until they are replaced.
@@ -51,7 +53,7 @@ def save_checkpoint(folder: Path, step: int, state: State, encoder: nn.Module, k
         folder: the run's checkpoints folder.
         step: steps taken.
         state: tensors and plain Python values.
-        encoder: the backbone.
+        encoder: the backbone's state.
         keep: checkpoints to keep, including this one.
 
     Raises:
@@ -64,7 +66,7 @@ def save_checkpoint(folder: Path, step: int, state: State, encoder: nn.Module, k
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir()
         torch.save(state, part / _STATE)
-        tensors = {k: v.detach().cpu().contiguous() for k, v in encoder.state_dict().items()}
+        tensors = {k: v.detach().cpu().contiguous() for k, v in encoder.items()}
         # torchvision's BatchNorm counts its batches, ours does not: two views a step
         counters = {
             name.replace("running_mean", "num_batches_tracked"): torch.tensor(2 * step)

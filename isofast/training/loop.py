@@ -30,10 +30,11 @@ from isofast.distributed import (
     mean_over_ranks_,
 )
 from isofast.errors import GOES_ON, RunError, Stopped, UserError
-from isofast.run.checkpoint import newest_checkpoint, save_checkpoint
+from isofast.run.checkpoint import newest_checkpoint
 from isofast.run.collapse import Finding, remedies
 from isofast.run.directory import describe_environment, open_run_dir
 from isofast.run.recorder import Recorder, Totals
+from isofast.run.saving import Saver
 from isofast.run.summary import Summary
 from isofast.training.build import (
     TrainState,
@@ -154,6 +155,13 @@ class _Run:
         notes += images.notes() + data_set_notes(config)
         notes += self._plan(train, environment["device"])
         self.recorder.progress.say("\n".join(notes))
+        self.saver = Saver(
+            run_dir / "checkpoints",
+            config.checkpoint.keep,
+            config.checkpoint.max_failures,
+            self.recorder.progress.say,
+        )
+        self.saved_at = time.monotonic()
         self.all_finite = torch.ones((), dtype=torch.bool, device=world.device)
         self.warned: set[str] = set()
 
@@ -196,11 +204,11 @@ class _Run:
                 recorder.progress.advance(self.step)
             if at_end or self._evaluation_is_due():
                 self.evaluate()
-            stop = signals.poll()
-            if at_end or stop or self.step % config.checkpoint.every_steps == 0:
-                self.checkpoint()
-            if stop and not at_end:
-                self._stop(stop)
+            asked = signals.poll(save=self._minutes_are_over())
+            if at_end or asked.save or self.step % config.checkpoint.every_steps == 0:
+                self.checkpoint(last=at_end or asked.stop is not None)
+            if asked.stop and not at_end:
+                self._stop(asked.stop)
 
     def log(self, output: StepOutput, lr: float) -> None:
         """Records this step; the only place where the loop waits for the GPU."""
@@ -233,8 +241,8 @@ class _Run:
         self.recorder.evaluation(self.step, self.evaluator(self.state.online))
         self.recorder.resume_clock()
 
-    def checkpoint(self) -> None:
-        """Saves a checkpoint, unless a parameter is NaN or infinite."""
+    def checkpoint(self, *, last: bool) -> None:
+        """Save a checkpoint, unless a parameter is NaN or infinite; ``last`` waits for the disk."""
         self.recorder.stop_clock()
         if not self.state.is_finite():
             self._blow_up("a parameter")
@@ -244,14 +252,12 @@ class _Run:
             state["totals"] = asdict(self.recorder.flush())
             state["loader"] = self.loader.state_dict()
             state["images"] = self.fingerprints
-            save_checkpoint(
-                self.run_dir / "checkpoints",
-                self.step,
-                state,
-                self.state.online.branch.encoder,
-                self.config.checkpoint.keep,
-            )
-        barrier()
+            self.saver.save(self.step, state, self.state.online.branch.encoder.state_dict())
+            if last:
+                self.saver.wait()
+        self.saved_at = time.monotonic()
+        if last:
+            barrier()
         self.recorder.resume_clock()
 
     def finish(self, failure: str | None = None) -> Summary:
@@ -263,6 +269,7 @@ class _Run:
 
     def close(self) -> None:
         """Closes files and the loader."""
+        self.saver.close()
         self.recorder.close()
         self.loader.close()
 
@@ -327,6 +334,15 @@ class _Run:
         batch: Batch = next(self.loader)
         self.recorder.waited(time.perf_counter() - began)
         return batch
+
+    def _minutes_are_over(self) -> bool:
+        """Whether the first rank asks for a checkpoint, once each time."""
+        minutes = self.config.checkpoint.every_minutes
+        now = time.monotonic()
+        due = minutes is not None and self.world.is_main and now - self.saved_at > 60 * minutes
+        if due:
+            self.saved_at = now
+        return due
 
     def _evaluation_is_due(self) -> bool:
         every = self.config.evaluation.every_epochs

@@ -5,7 +5,7 @@ import signal
 import sys
 import threading
 from types import FrameType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -15,6 +15,15 @@ from isofast.distributed import World
 # Slurm kills 30 s after SIGTERM by default; a rank that waits for a lost peer would never save
 GRACE_S = 60.0
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+# below every signal's number
+_SAVE = 1
+
+
+class Asked(NamedTuple):
+    """What a run is asked to do after a step."""
+
+    save: bool
+    stop: signal.Signals | None
 
 
 class Signals:
@@ -34,7 +43,7 @@ class Signals:
         self._handled = threading.Event()
         self._handlers: dict[signal.Signals, Any] = {}
         self._group = dist.new_group(backend="gloo") if world.size > 1 else None
-        self._agreeing: tuple[Any, torch.Tensor] | None = None
+        self._exchange: tuple[Any, torch.Tensor] | None = None
 
     def __enter__(self) -> "Signals":
         if threading.current_thread() is not threading.main_thread():
@@ -57,19 +66,25 @@ class Signals:
         signal.set_wakeup_fd(self._wakeup)
         os.close(self._writer)
 
-    def poll(self) -> signal.Signals | None:
-        """Return the signal that any rank got before the last poll, the same on all ranks."""
-        if self._group is None:
-            return signal.Signals(self._received) if self._received else None
-        agreed = 0
-        if self._agreeing is not None:
-            work, number = self._agreeing
-            work.wait()
-            agreed = int(number)
-        # what the next poll returns; the step between hides the exchange
-        mine = torch.tensor(self._received)
-        self._agreeing = _maximum(mine, self._group), mine
-        return signal.Signals(agreed) if agreed else None
+    def poll(self, save: bool = False) -> Asked:
+        """Exchange what the ranks are asked to do; return the same on all of them.
+
+        With several ranks it is what they had at the poll before, so that the step between hides
+        the exchange.
+
+        Args:
+            save: ask for a checkpoint.
+        """
+        asked = self._received or (_SAVE if save else 0)
+        if self._group is not None:
+            before, mine = self._exchange, torch.tensor(asked)
+            self._exchange = _maximum(mine, self._group), mine
+            asked = 0
+            if before is not None:
+                work, number = before
+                work.wait()
+                asked = int(number)
+        return Asked(asked > 0, signal.Signals(asked) if asked > _SAVE else None)
 
     def _listen(self) -> None:
         while data := os.read(self._reader, 1):

@@ -20,7 +20,7 @@ from isofast.run.checkpoint import newest_checkpoint, save_checkpoint
 
 def _save(folder: Path, step: int, keep: int = 3) -> Path:
     state = {"value": torch.full((1000,), float(step))}
-    return save_checkpoint(folder, step, state, nn.Linear(2, 2), keep)
+    return save_checkpoint(folder, step, state, nn.Linear(2, 2).state_dict(), keep)
 
 
 def test_the_newest_is_found_and_old_ones_go(tmp_path: Path) -> None:
@@ -109,7 +109,7 @@ def test_a_full_disk_leaves_the_older_checkpoint(tmp_path: Path) -> None:
 
 def test_the_encoder_loads_into_torchvisions_resnet(tmp_path: Path) -> None:
     encoder = make_encoder(EncoderConfig())
-    path = save_checkpoint(tmp_path, 1, {}, encoder, 1)
+    path = save_checkpoint(tmp_path, 1, {}, encoder.state_dict(), 1)
     theirs = resnet18()
     answer = theirs.load_state_dict(load_file(path / "encoder.safetensors"), strict=False)
     assert answer.unexpected_keys == [] and answer.missing_keys == ["fc.weight", "fc.bias"]

@@ -1,0 +1,99 @@
+"""Checkpoints written while training goes on."""
+
+import copy
+from collections.abc import Callable
+from concurrent.futures import Future
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from isofast.errors import RunError
+from isofast.run.background import Background, HostCopy
+from isofast.run.checkpoint import State, save_checkpoint
+
+
+class Saver:
+    """Copies what it is given and writes it in the background, one checkpoint at a time.
+
+    One that cannot be written leaves the older ones and the run, until ``max_failures`` in a row.
+
+    Args:
+        folder: the run's checkpoints folder.
+        keep: checkpoints kept.
+        max_failures: the run ends at the next one.
+        report: takes a line for the user.
+    """
+
+    def __init__(
+        self, folder: Path, keep: int, max_failures: int, report: Callable[[str], None]
+    ) -> None:
+        self._folder, self._keep = folder, keep
+        self._allowed, self._max_failures = max_failures, max_failures
+        self._report = report
+        self._background = Background()
+        self._pending: Future[RunError | None] | None = None
+
+    def save(self, step: int, state: State, encoder: dict[str, Tensor]) -> None:
+        """Save a step; waits only for the checkpoint before.
+
+        Raises:
+            RunError: too many in a row could not be written.
+        """
+        error = self._result()
+        if error is None:
+            self._allowed = self._max_failures
+        elif self._allowed == 0:
+            raise error
+        else:
+            self._allowed -= 1
+            self._report(f"warning: {error}")
+        copies = _each(_copy, (state, encoder))
+        self._pending = self._background.do(partial(self._write, step, copies))
+
+    def wait(self) -> None:
+        """Wait until the last checkpoint is on the disk.
+
+        Raises:
+            RunError: it could not be written.
+        """
+        error = self._result()
+        if error is not None:
+            raise error
+
+    def close(self) -> None:
+        """Finish what is being written."""
+        self._background.close()
+
+    def _write(self, step: int, copies: Any) -> RunError | None:
+        state, encoder = _each(_get, copies)
+        try:
+            save_checkpoint(self._folder, step, state, encoder, self._keep)
+        except RunError as error:
+            return error
+        return None
+
+    def _result(self) -> RunError | None:
+        pending, self._pending = self._pending, None
+        return None if pending is None else pending.result()
+
+
+def _each(function: Callable[[Any], Any], tree: Any) -> Any:
+    """``tree`` with ``function`` of its leaves."""
+    if isinstance(tree, dict):
+        # a copy keeps the versions that a module's state carries
+        copied = copy.copy(tree)
+        copied.update({key: _each(function, value) for key, value in tree.items()})
+        return copied
+    if isinstance(tree, list | tuple):
+        return type(tree)(_each(function, value) for value in tree)
+    return function(tree)
+
+
+def _copy(leaf: Any) -> Any:
+    return HostCopy(leaf) if isinstance(leaf, Tensor) else leaf
+
+
+def _get(leaf: Any) -> Any:
+    return leaf.get() if isinstance(leaf, HostCopy) else leaf

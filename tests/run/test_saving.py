@@ -1,0 +1,67 @@
+"""Checkpoints that are written while training goes on."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from isofast.errors import RunError
+from isofast.run.checkpoint import newest_checkpoint
+from isofast.run.saving import Saver
+
+from ..support.runs import train
+
+
+def test_a_checkpoint_holds_what_there_was_when_it_was_asked_for(tmp_path: Path) -> None:
+    saver = Saver(tmp_path, 2, 0, print)
+    module = torch.nn.Linear(1000, 1000)
+    for step in (1, 2):
+        torch.nn.init.constant_(module.weight, step)
+        state = module.state_dict()
+        saver.save(step, {"online": state}, state)
+        torch.nn.init.zeros_(module.weight)
+    saver.wait()
+    saver.close()
+    found = newest_checkpoint(tmp_path)
+    assert found is not None and found.step == 2
+    state = found.load()["online"]
+    assert (state["weight"] == 2).all()
+    # by which modules know what an older version of them saved
+    assert state._metadata == module.state_dict()._metadata
+
+
+def test_a_disk_that_fails_is_borne_for_a_while(tmp_path: Path) -> None:
+    said: list[str] = []
+    folder = tmp_path / "checkpoints"
+    saver = Saver(folder, 2, 2, said.append)
+
+    def save(step: int) -> None:
+        saver.save(step, {}, {"weight": torch.zeros(2)})
+
+    # no folder can be made where a file is
+    folder.touch()
+    for step in (1, 2, 3):
+        save(step)
+    assert len(said) == 2 and all("could not write the checkpoint" in line for line in said)
+    with pytest.raises(RunError, match="could not write"):
+        save(4)
+    folder.unlink()
+    for step in (5, 6):
+        save(step)
+    saver.wait()
+    folder.rename(tmp_path / "away")
+    folder.touch()
+    for step in (7, 8, 9):
+        save(step)
+    # counted anew after one that was written
+    assert len(said) == 4
+    with pytest.raises(RunError, match="could not write"):
+        saver.wait()
+    saver.close()
+
+
+def test_a_run_saves_by_the_clock_too(config_file: Callable[..., Path], tmp_path: Path) -> None:
+    config = config_file(checkpoint={"every_steps": 1000, "every_minutes": 1e-9, "keep": 10})
+    train(config, tmp_path / "run")
+    assert len(list((tmp_path / "run" / "checkpoints").iterdir())) == 6
