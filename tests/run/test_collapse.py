@@ -1,4 +1,4 @@
-"""The collapse watch against recorded runs, and on made-up spectra."""
+"""The collapse watch on recorded runs and on made-up records."""
 
 import json
 from collections.abc import Callable
@@ -19,7 +19,6 @@ RUNS = [
     {**run, "records": [dict(zip(RECORDED["columns"], r, strict=True)) for r in run["records"]]}
     for run in RECORDED["runs"]
 ]
-HEALTHY = 1 / np.sqrt(128)
 
 
 @pytest.fixture
@@ -90,65 +89,49 @@ def test_recorded_runs_are_judged_by_what_became_of_them(run: dict[str, Any]) ->
         assert (found[0][0], found[0][1].kind) == expected
 
 
-def record_at(step: int, spread: float | None = HEALTHY, **more: float) -> Record:
+def at(step: int, share: float | None = 1.0, **more: float) -> Record:
+    """A record whose embeddings have a share of the healthy spread; else all is well."""
     known = {"norm_spread": 2.0, "prediction_norm": 0.9, "embedding_norm": 4.0}
+    spread = None if share is None else share / np.sqrt(128)
     return {"step": step, "embedding_std": spread, "effective_rank": 2.0} | known | more
 
 
-def kinds(watch: CollapseWatch, *records: Record) -> list[str | None]:
-    findings = [watch.judge(record) for record in records]
-    return [None if finding is None else finding.kind for finding in findings]
-
-
-def test_one_point_for_all_images_is_told_at_once(config: Callable[..., Config]) -> None:
-    watch = CollapseWatch(config(), steps_per_epoch=22)
-    finding = watch.judge(record_at(10, 0.005 * HEALTHY))
-    assert finding is not None and finding.kind == "complete" and "one point" in finding.message
+LONG = {"norm_spread": 9.0, "prediction_norm": 0.0}
+LONG_RUN = [at(10, **LONG), at(20), at(30, **LONG), at(40, **LONG)]
 
 
 @pytest.mark.parametrize(
-    ("method", "expected"),
+    ("method", "records", "expected"),
     [
-        ({"correlation": "embeddings"}, "torn"),
-        ({"correlation": "directions"}, None),
-        ({"correlation": "embeddings", "metric": "euclidean"}, None),
-        ({"correlation": "embeddings", "name": "byol"}, None),
+        ({}, [at(10, 0.005)], ["complete"]),
+        # long embeddings own a raw C only, and after two records
+        ({"correlation": "embeddings"}, LONG_RUN, [None, None, None, "torn"]),
+        ({"correlation": "directions"}, LONG_RUN, [None] * 4),
+        ({"correlation": "embeddings", "metric": "euclidean"}, LONG_RUN, [None] * 4),
+        ({"correlation": "embeddings", "name": "byol"}, LONG_RUN, [None] * 4),
+        # a low spread may still grow, or C settle
+        ({}, [at(100, 0.2), at(220, 0.2)], [None, "dimensional"]),
+        ({}, [at(100, 0.2), at(220, 0.3)], [None, None]),
+        ({"decay": 0.998}, [at(100, 0.2), at(220, 0.2)], [None, None]),
+        ({}, [at(1000, 0.2)], [None]),
+        # a norm a thousand times the first, or NaN
+        (
+            {},
+            [at(1), at(2, embedding_norm=3e3), at(3, embedding_norm=5e3)],
+            [None, None, "blow-up"],
+        ),
+        ({}, [at(1), at(2, None)], [None, "blow-up"]),
     ],
 )
-def test_long_embeddings_own_a_raw_c_alone_and_after_two_records(
-    method: dict[str, Any], expected: str | None, config: Callable[..., Config]
+def test_each_kind_of_collapse_is_told_from_a_healthy_run(
+    method: dict[str, Any],
+    records: list[Record],
+    expected: list[str | None],
+    config: Callable[..., Config],
 ) -> None:
     watch = CollapseWatch(config(**method), steps_per_epoch=22)
-    torn = {"norm_spread": 9.0, "prediction_norm": 0.0}
-    records = [record_at(10, **torn), record_at(20), record_at(30, **torn), record_at(40, **torn)]
-    assert kinds(watch, *records) == [None, None, None, expected]
-
-
-@pytest.mark.parametrize(
-    ("decay", "end", "expected"),
-    [(0.99, 0.20, "dimensional"), (0.99, 0.30, None), (0.998, 0.20, None)],
-)
-def test_a_low_spread_is_left_in_peace_while_it_grows_or_c_settles(
-    decay: float, end: float, expected: str | None, config: Callable[..., Config]
-) -> None:
-    watch = CollapseWatch(config(decay=decay), steps_per_epoch=22)
-    records = record_at(100, 0.2 * HEALTHY), record_at(220, end * HEALTHY)
-    assert kinds(watch, *records) == [None, expected]
-
-
-def test_without_an_earlier_record_nothing_is_known_of_growth(
-    config: Callable[..., Config],
-) -> None:
-    watch = CollapseWatch(config(), steps_per_epoch=22)
-    assert kinds(watch, record_at(1000, 0.2 * HEALTHY)) == [None]
-
-
-def test_norms_that_grow_a_thousandfold_or_are_lost_are_a_blow_up(
-    config: Callable[..., Config],
-) -> None:
-    watch = CollapseWatch(config(), steps_per_epoch=22)
-    records = [record_at(k, embedding_norm=norm) for k, norm in ((1, 4.0), (2, 3e3), (3, 5e3))]
-    assert kinds(watch, *records, record_at(4, None)) == [None, None, "blow-up", "blow-up"]
+    found = [watch.judge(record) for record in records]
+    assert [finding and finding.kind for finding in found] == expected
 
 
 @pytest.mark.parametrize(

@@ -27,21 +27,17 @@ def _write(run_dir: Path, start: int, steps: range) -> None:
 
 def test_a_resumed_run_drops_what_was_written_after_its_checkpoint(tmp_path: Path) -> None:
     _write(tmp_path, 0, range(1, 6))
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 3, "lo')
     _write(tmp_path, 3, range(4, 8))
-    assert [record["step"] for record in read_metrics(tmp_path / "metrics.jsonl")] == [*range(1, 8)]
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [*range(1, 8)]
     with np.load(tmp_path / "spectrum.npz") as spectrum:
         assert spectrum["step"].tolist() == [*range(1, 8)]
         assert spectrum["eigenvalues"].shape == (7, 3)
         assert spectrum["eigenvalues"][1].tolist() == [4.0, 2.0, 0.0]
-
-
-def test_a_line_cut_short_is_dropped(tmp_path: Path) -> None:
-    _write(tmp_path, 0, range(1, 4))
-    with (tmp_path / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 4, "lo')
-    _write(tmp_path, 3, range(4, 5))
-    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
-    assert [json.loads(line)["step"] for line in lines] == [1, 2, 3, 4]
+    _write(tmp_path, 0, range(1, 2))
+    assert len(read_metrics(tmp_path / "metrics.jsonl")) == 1
 
 
 @pytest.mark.parametrize("content", [b"", b"no archive", b"PK\x03\x04cut"])
@@ -53,12 +49,6 @@ def test_a_damaged_spectrum_is_named_and_left_alone(tmp_path: Path, content: byt
     assert (tmp_path / "spectrum.npz").read_bytes() == content
     assert len(read_metrics(tmp_path / "metrics.jsonl")) == 4
     _write(tmp_path, 0, range(1, 2))
-
-
-def test_a_new_run_keeps_nothing(tmp_path: Path) -> None:
-    _write(tmp_path, 0, range(1, 4))
-    _write(tmp_path, 0, range(1, 2))
-    assert len(read_metrics(tmp_path / "metrics.jsonl")) == 1
 
 
 def test_nan_becomes_null(tmp_path: Path) -> None:
@@ -102,5 +92,3 @@ def test_a_logger_that_does_not_start_is_named(
     config = small_config(logging={"loggers": ["no_logger:Here"]})
     with pytest.raises(UserError, match=r"cannot start 'no_logger:Here'.*No module named"):
         make_loggers(tmp_path, config, 0)
-    with pytest.raises(UserError, match="'wandb' is no logger; allowed are tensorboard"):
-        small_config(logging={"loggers": ["wandb"]})

@@ -43,12 +43,6 @@ def test_both_ranks_count_the_dimensions_in_use(
     assert spectrum.effective_rank_entropy == pytest.approx(entropy)
 
 
-def test_the_participation_ratio_is_the_smaller_rank() -> None:
-    for seed in range(20):
-        spectrum = Spectrum(np.random.default_rng(seed).exponential(size=30) ** 3)
-        assert 1 <= spectrum.effective_rank <= spectrum.effective_rank_entropy <= 30
-
-
 def test_eigenvalues_come_in_descending_order_without_rounding_below_zero() -> None:
     values_D = torch.linspace(0, 5, DIM).clamp(min=1)
     values_D[:9] = 0
