@@ -18,7 +18,8 @@ TRAIN = str(ROOT / "launch" / "train.py")
 ISOFAST = [sys.executable, "-m", "isofast.cli"]
 STEP_KEYS = {
     *("step", "epoch", "loss", "lr", "probe_loss", "probe_top1", "images_per_s", "data_wait"),
-    *("effective_rank", "embedding_std", "alignment"),
+    *("effective_rank", "effective_rank_entropy", "embedding_std", "embedding_norm", "mean_share"),
+    *("norm_spread", "alignment", "prediction_norm"),
 }
 SUMMARY_KEYS = {
     *("completed", "epochs", "steps", "val_top1", "knn_top1", "effective_rank"),
@@ -67,8 +68,8 @@ def test_a_run_and_its_folder(outside: Path) -> None:
     steps = [line for line in lines_of(folder) if "loss" in line]
     evaluations = [line for line in lines_of(folder) if "knn_top1" in line]
     assert [line["step"] for line in steps] == [1, 2, 3, 4]
-    assert all(line.keys() >= STEP_KEYS for line in steps)
-    assert evaluations[-1].keys() >= {"step", "epoch", "val_top1", "knn_top1"}
+    assert all(line.keys() == STEP_KEYS for line in steps)
+    assert evaluations[-1].keys() == {"step", "epoch", "val_top1", "knn_top1"}
     summary = json.loads((folder / "summary.json").read_text())
     assert summary.keys() >= SUMMARY_KEYS
     assert summary["completed"] is True and summary["steps"] == 4
@@ -84,8 +85,11 @@ def test_a_run_and_its_folder(outside: Path) -> None:
 
     # raising max_steps continues; what changes the result is refused; --fresh deletes nothing
     assert "continuing from" in run(outside, "--set", "train.max_steps=6")
-    refused = run(outside, "--set", "seed=1", "--set", "train.max_steps=6", code=2)
-    assert "seed" in refused and "--fresh" in refused
+    stored = (folder / "config.json").read_text()
+    changes = ("--set", "seed=1", "--set", "optimizer.lr=9", "--set", "train.max_steps=6")
+    refused = run(outside, *changes, code=2)
+    assert all(word in refused for word in ("seed: 0 -> 1", "optimizer.lr: 0.004 -> 9", "--fresh"))
+    assert (folder / "config.json").read_text() == stored
     run(outside, "--set", "seed=1", "--fresh")
     assert len(list((outside / "runs").iterdir())) == 2
     assert json.loads((folder / "summary.json").read_text())["steps"] == 6

@@ -1,11 +1,10 @@
-"""What is printed: durations, the table of results, run dirs that are chosen."""
+"""What is printed: durations, the table of results."""
 
 import time
 from pathlib import Path
 
 import pytest
 
-from isofast.run.directory import choose_run_dir
 from isofast.run.progress import Progress, duration
 from isofast.run.summary import results_table
 
@@ -52,16 +51,3 @@ def test_the_table_shows_what_there_is(tmp_path: Path) -> None:
     assert shown["encoder weights"].strip() == str(checkpoint / "encoder.safetensors")
     # values in one column
     assert len({line.index(line.split("  ")[-1].strip()) for line in lines if line}) == 1
-
-
-def test_run_dirs_are_named_after_the_config(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    assert choose_run_dir(Path("launch/x.json"), None, fresh=False) == Path("runs/x")
-    assert choose_run_dir(Path("launch/x.json"), None, fresh=True) == Path("runs/x")
-    for taken in ("runs/x", "runs/x-2"):
-        Path(taken).mkdir(parents=True)
-    assert choose_run_dir(Path("launch/x.json"), None, fresh=False) == Path("runs/x")
-    assert choose_run_dir(Path("launch/x.json"), None, fresh=True) == Path("runs/x-3")
-    assert choose_run_dir(Path("launch/x.json"), Path("y"), fresh=True) == Path("y")
