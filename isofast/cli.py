@@ -36,7 +36,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _finish(parser: argparse.ArgumentParser, run: Any, interrupted: str) -> None:
-    """Add what all commands have; ``interrupted`` says what the same command does after Ctrl-C."""
+    """Add what all commands share; ``interrupted`` tells what repeating one does after Ctrl-C."""
     parser.add_argument("--debug", action="store_true", help="show tracebacks of user errors too")
     parser.set_defaults(run=run, interrupted=interrupted)
 
@@ -46,7 +46,7 @@ def _add_prepare(commands: Any) -> None:
     parser.add_argument(
         "name", help="digits, cifar10, cifar100, stl10, tinyimagenet or imagefolder"
     )
-    parser.add_argument("--root", type=Path, required=True, help="folder to fill, or to check")
+    parser.add_argument("--root", type=Path, required=True, help="folder to fill or check")
     parser.add_argument("--archive", type=Path, help="the official archive; nothing is downloaded")
     parser.add_argument(
         "--on-bad-image",
@@ -252,7 +252,7 @@ def _add_reproduce(commands: Any) -> None:
         type=_command,
         default=[sys.executable],
         metavar="COMMAND",
-        help="what stands before launch/train.py, such as 'deepspeed --num_gpus 4' or 'srun "
+        help="how to start launch/train.py, such as 'deepspeed --num_gpus 4' or 'srun "
         ".venv/bin/python' (default: this Python)",
     )
     parser.add_argument(
@@ -293,7 +293,7 @@ def _reproduce(args: argparse.Namespace) -> None:
 
 
 def _command(text: str) -> list[str]:
-    """A shell command as a list of words."""
+    """Split a shell command into words."""
     try:
         return shlex.split(text)
     except ValueError as error:
@@ -301,7 +301,7 @@ def _command(text: str) -> list[str]:
 
 
 def _words(text: str) -> list[str]:
-    """ "a,b" as ["a", "b"]."""
+    """Split at commas."""
     words = [word for word in text.split(",") if word]
     if not words:
         raise argparse.ArgumentTypeError(f"expected at least one name, got {text!r}")
@@ -315,7 +315,7 @@ def _count(text: str) -> int:
 
 
 def _say(text: str) -> None:
-    """Print what may hold file names, which need not be text in the terminal's encoding."""
+    """Print file names, even those that the terminal's encoding lacks."""
     encoding = sys.stdout.encoding or "utf-8"
     print(text.encode(encoding, "backslashreplace").decode(encoding))
 

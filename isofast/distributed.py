@@ -1,4 +1,4 @@
-"""The ranks of a run: who they are, means and gathers over them."""
+"""The ranks of a run: who they are, and means and gathers over them."""
 
 import os
 from dataclasses import dataclass
@@ -28,22 +28,22 @@ class World:
 
 
 def under_srun() -> bool:
-    """Whether srun started this process in a group; false for a batch script's own processes."""
+    """Whether srun started this process, rather than a batch script by itself."""
     return "RANK" not in os.environ and int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1
 
 
 def launched_rank() -> int:
-    """The rank the launcher assigned; 0 without one."""
+    """Return the rank that the launcher assigned; 0 without one."""
     return int(os.environ.get("SLURM_PROCID" if under_srun() else "RANK", "0"))
 
 
 def launched_world_size() -> int:
-    """The number of processes the launcher started; 1 without one."""
+    """Return the number of processes that the launcher started; 1 without one."""
     return int(os.environ.get("SLURM_STEP_NUM_TASKS" if under_srun() else "WORLD_SIZE", "1"))
 
 
 def cores_of_rank(world: World) -> int:
-    """This rank's share of the cores; srun has already bound its processes to theirs."""
+    """Return this rank's share of the cores; srun has already bound its processes to theirs."""
     env = os.environ
     known = env.get("LOCAL_WORLD_SIZE") or env.get("LOCAL_SIZE") or world.size
     sharing = 1 if "SLURM_STEP_NUM_TASKS" in env else int(known)
@@ -88,7 +88,7 @@ def gather_objects(item: _T) -> list[_T]:
 
 
 def world_size() -> int:
-    """The number of processes in the group; 1 without one."""
+    """Return the number of processes in the group; 1 without one."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 

@@ -11,14 +11,14 @@ STARTS_OVER = "the same command starts over"
 
 
 class UserError(ValueError):
-    """A user's mistake: the message says what was got, what is allowed and what to do.
+    """A user's mistake; the message says what was got, what is allowed and what to do.
 
     Commands print it without a traceback and exit with code 2.
     """
 
 
 class RankError(UserError):
-    """A user's mistake that only some ranks of a group see; each of those prints it."""
+    """A user's mistake that only some ranks see; each of those prints it."""
 
 
 class RunError(RuntimeError):
@@ -46,7 +46,7 @@ def exit_code_of(
     Args:
         command: what to run.
         debug: print tracebacks of user errors too.
-        rank: of this process; only rank 0 prints what all ranks find.
+        rank: this process's; only rank 0 prints errors common to all ranks.
         interrupted: what repeating the command after Ctrl-C does.
     """
     try:

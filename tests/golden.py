@@ -1,8 +1,8 @@
 """Train every method for a few steps with two versions of the source, and compare them bitwise.
 
-`python tests/golden.py [COMMIT]` runs COMMIT (default: HEAD~1) and the working tree on the digits,
-with one process and two, uncut and resumed, and exits 1 where a record, an eigenvalue or a weight
-of the encoder differs. Both run on this machine: other machines round otherwise.
+`python tests/golden.py [COMMIT]` trains COMMIT (default: HEAD~1) and the working tree's tracked
+files on the digits, with one process and two, stopped and resumed, and exits 1 if a record, an
+eigenvalue or a weight of the encoder differs. Both run here: other machines round differently.
 """
 
 import json
@@ -50,23 +50,14 @@ PROCESSES.set_forkserver_preload(["torch", "deepspeed"])
 
 
 def main(commit: str = "HEAD~1") -> int:
-    """Runs both versions; 0 if all of their results are equal."""
+    """Run both versions; return 0 if all of their results are equal."""
+    changes = subprocess.check_output(["git", "stash", "create"], cwd=ROOT, text=True).strip()
     with tempfile.TemporaryDirectory() as folder:
-        trees = {"old": Path(folder) / "old", "new": Path(folder) / "new"}
-        trees["old"].mkdir()
-        archive = subprocess.run(
-            ["git", "archive", commit], cwd=ROOT, check=True, capture_output=True
-        )
-        subprocess.run(["tar", "x", "-C", trees["old"]], input=archive.stdout, check=True)
-        files = subprocess.check_output(
-            ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"], cwd=ROOT
-        )
-        for name in filter(None, files.decode().split("\0")):
-            if (ROOT / name).is_file():
-                (trees["new"] / name).parent.mkdir(parents=True, exist_ok=True)
-                shutil.copy(ROOT / name, trees["new"] / name)
-        data = Path(folder) / "digits"
-        for tree in trees.values():
+        old, new, data = (Path(folder) / name for name in ("old", "new", "digits"))
+        for tree, version in ((old, commit), (new, changes or "HEAD")):
+            archive = subprocess.check_output(["git", "archive", version], cwd=ROOT)
+            tree.mkdir()
+            subprocess.run(["tar", "x", "-C", tree], input=archive, check=True)
             (tree / "isofast_kernels").symlink_to("kernels")
             # a process of its own: what it imports is this tree's
             subprocess.run(
@@ -74,13 +65,13 @@ def main(commit: str = "HEAD~1") -> int:
                 check=True,
                 env=os.environ | {"PYTHONPATH": str(tree), "OMP_NUM_THREADS": "1"},
             )
-        differing = [name for name in RUNS if not compare(name, trees["old"], trees["new"])]
+        differing = [name for name in RUNS if not equal(name, old / "golden", new / "golden")]
     print(f"{len(RUNS) - len(differing)} of {len(RUNS)} runs are equal", *differing)
     return 1 if differing else 0
 
 
 def run_tree(tree: Path, data: Path) -> None:
-    """Trains all of RUNS with the source in ``tree``, into ``tree``/golden."""
+    """Train all of RUNS with the source in ``tree``, into ``tree``/golden."""
     if not data.exists():
         command = [sys.executable, "-m", "isofast.cli", "prepare", "digits", "--root", str(data)]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
@@ -123,33 +114,26 @@ def launch(tree: Path, arguments: list[str], rank: int, ranks: int, port: str) -
     sys.exit(runpy.run_path(str(tree / "launch" / "train.py"))["main"](arguments))
 
 
-def compare(name: str, old: Path, new: Path) -> bool:
+def equal(name: str, old: Path, new: Path) -> bool:
     """Whether both versions of a run left the same numbers; prints the first that differ."""
-    a, b = (tree / "golden" / name for tree in (old, new))
-    records = [
-        [
-            {key: value for key, value in json.loads(line).items() if key not in TIMED}
-            for line in (run / "metrics.jsonl").read_text().splitlines()
-        ]
-        for run in (a, b)
-    ]
+    records, arrays = [], []
+    for run in (old / name, new / name):
+        lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+        records.append([{k: v for k, v in line.items() if k not in TIMED} for line in lines])
+        weights = load_file(run / f"checkpoints/step_{STEPS:08d}/encoder.safetensors")
+        with np.load(run / "spectrum.npz") as spectrum:
+            arrays.append(dict(spectrum) | weights)
     for left, right in zip(*records, strict=True):
         if left != right:
-            keys = [key for key in {*left, *right} if left.get(key) != right.get(key)]
-            shown = {key: (left.get(key), right.get(key)) for key in sorted(keys)}
+            keys = sorted(key for key in {*left, *right} if left.get(key) != right.get(key))
+            shown = {key: (left.get(key), right.get(key)) for key in keys}
             print(f"{name}: step {left['step']}: {shown}")
             return False
-    with np.load(a / "spectrum.npz") as left, np.load(b / "spectrum.npz") as right:
-        same = left.files == right.files and all(
-            np.array_equal(left[key], right[key]) for key in left.files
-        )
-    path = f"checkpoints/step_{STEPS:08d}/encoder.safetensors"
-    weights = load_file(a / path), load_file(b / path)
-    same = same and weights[0].keys() == weights[1].keys()
-    same = same and all(np.array_equal(value, weights[1][key]) for key, value in weights[0].items())
-    if not same:
-        print(f"{name}: eigenvalues or weights differ")
-    return same
+    one, other = arrays
+    wrong = [k for k in {*one, *other} if not np.array_equal(one.get(k, []), other.get(k, []))]
+    if wrong:
+        print(f"{name}: {', '.join(sorted(wrong))} differ")
+    return not wrong
 
 
 if __name__ == "__main__":

@@ -9,17 +9,6 @@ from isofast.config.load import validate
 from isofast.distributed import World, cores_of_rank, launched_rank, launched_world_size
 from isofast.training.build import synchronises_batch_norm
 
-LAUNCHERS = ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "SLURM_STEP_NUM_TASKS", "SLURM_PROCID")
-
-
-@pytest.fixture
-def launched(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
-    """The launcher's environment given as parameter, and nothing else of a launcher."""
-    for name in LAUNCHERS:
-        monkeypatch.delenv(name, raising=False)
-    for name, value in request.param.items():
-        monkeypatch.setenv(name, value)
-
 
 @pytest.mark.parametrize(
     ("launched", "expected"),
@@ -30,10 +19,12 @@ def launched(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) ->
         # a batch script without srun
         ({"SLURM_NTASKS": "4", "SLURM_PROCID": "0"}, (0, 1)),
     ],
-    indirect=["launched"],
 )
-@pytest.mark.usefixtures("launched")
-def test_the_rank_is_known_before_the_group_exists(expected: tuple[int, int]) -> None:
+def test_the_rank_is_known_before_the_group_exists(
+    launched: dict[str, str], expected: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in launched.items():
+        monkeypatch.setenv(name, value)
     assert (launched_rank(), launched_world_size()) == expected
 
 
@@ -47,10 +38,12 @@ def test_the_rank_is_known_before_the_group_exists(expected: tuple[int, int]) ->
         # Slurm has bound the process to its cores
         ({"SLURM_STEP_NUM_TASKS": "8", "LOCAL_WORLD_SIZE": "8"}, 1),
     ],
-    indirect=["launched"],
 )
-@pytest.mark.usefixtures("launched")
-def test_cores_are_shared_with_the_neighbours(sharing: int) -> None:
+def test_cores_are_shared_with_the_neighbours(
+    launched: dict[str, str], sharing: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in launched.items():
+        monkeypatch.setenv(name, value)
     world = World(rank=0, size=8, local_rank=0, device=torch.device("cpu"))
     assert cores_of_rank(world) == max(1, len(os.sched_getaffinity(0)) // sharing)
 

@@ -9,28 +9,13 @@ from torch import nn
 from isofast.training.online import eval_mode, knn_top1
 
 
-def _knn_by_hand(
-    bank: torch.Tensor,
-    bank_y: torch.Tensor,
-    query: torch.Tensor,
-    classes: int,
-    k: int,
-    temperature: float,
-) -> list[int]:
-    answers = []
-    for q in query.double():
-        scored = sorted(
-            (
-                (float(q @ b / (q.norm() * b.norm())), int(y))
-                for b, y in zip(bank.double(), bank_y, strict=True)
-            ),
-            reverse=True,
-        )
-        votes = [0.0] * classes
-        for similarity, label in scored[:k]:
-            votes[label] += math.exp(similarity / temperature)
-        answers.append(max(range(classes), key=lambda label: votes[label]))
-    return answers
+def _vote(q: torch.Tensor, bank: torch.Tensor, bank_y: list[int], k: int, t: float) -> int:
+    """The class of one query by k-NN, a neighbour at a time."""
+    similarities = [float(q @ b / (q.norm() * b.norm())) for b in bank.double()]
+    votes = [0.0] * 5
+    for similarity, label in sorted(zip(similarities, bank_y, strict=True), reverse=True)[:k]:
+        votes[label] += math.exp(similarity / t)
+    return votes.index(max(votes))
 
 
 @pytest.mark.parametrize("k", [1, 7, 200], ids=lambda k: f"k{k}")
@@ -38,7 +23,7 @@ def test_knn_is_a_weighted_vote(k: int) -> None:
     torch.manual_seed(0)
     bank, bank_y = torch.randn(60, 8), torch.randint(5, (60,))
     query, query_y = torch.randn(40, 8), torch.randint(5, (40,))
-    answers = _knn_by_hand(bank, bank_y, query, 5, k, 0.5)
+    answers = [_vote(q, bank, bank_y.tolist(), k, 0.5) for q in query.double()]
     expected = sum(a == y for a, y in zip(answers, query_y.tolist(), strict=True)) / 40
     got = knn_top1(bank, bank_y, query, query_y, classes=5, k=k, temperature=0.5)
     assert got == pytest.approx(expected)
