@@ -283,6 +283,9 @@ class EvaluationConfig(_Section):
     """Votes weigh exp(cosine similarity / temperature)."""
     knn_pixels: bool = Field(False, json_schema_extra=FREE)
     """Also report the k-NN of the raw pixels, at the end; meant for small images."""
+    metrics_images: int = Field(1000, ge=0, json_schema_extra=FREE)
+    """Validation images of the metrics that need no labels (docs/method/metrics.md), the same in
+    every run; 0: none of these metrics."""
     batch_size: int = Field(256, ge=1, json_schema_extra=FREE)
     """Images a forward pass and rank."""
 

@@ -7,7 +7,7 @@ trained on with the label -1; a root may hold nothing else.
 import hashlib
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -68,6 +68,17 @@ class ImageFolder:
     def __len__(self) -> int:
         """Number of images."""
         return len(self.paths)
+
+    def take(self, indices: Iterable[int]) -> "ImageFolder":
+        """Return some of the images, numbered in the order given."""
+        chosen = list(indices)
+        return replace(
+            self,
+            paths=tuple(self.paths[k] for k in chosen),
+            labels=self.labels[chosen],
+            sizes=None if self.sizes is None else self.sizes[chosen],
+            stamps=None if self.stamps is None else tuple(self.stamps[k] for k in chosen),
+        )
 
 
 def open_dataset(root: Path | str, split: str) -> ImageFolder:

@@ -3,6 +3,7 @@
 import contextlib
 import math
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -256,6 +257,46 @@ def make_eval_loader(
             else _dali().DaliCleanRenderer(dataset, recipe, batch_size=batch_size, **common)
         )
     return EvalLoader(dataset, renderer, index_N, batch_size=batch_size)
+
+
+def draw_views(
+    backend: str,
+    dataset: ImageFolder,
+    recipe: Recipe,
+    draws: int,
+    *,
+    device: torch.device,
+    threads: int,
+    seed: int = 0,
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Yield both views (x1_NCHW, x2_NCHW) of all images in their order, each time drawn anew.
+
+    Args:
+        backend: as for `make_train_loader`, whose errors are raised.
+        dataset: the images, from `check_folder`.
+        recipe: the augmentation.
+        draws: how often.
+        device: where views are made.
+        threads: CPU threads.
+        seed: of the draws.
+    """
+    loader = make_train_loader(
+        backend,
+        # numbered, because every epoch has an order of its own
+        replace(dataset, labels=np.arange(len(dataset))),
+        recipe,
+        batch_size=len(dataset),
+        seed=seed,
+        device=device,
+        threads=threads,
+    )
+    try:
+        for _ in range(draws):
+            x1_NCHW, x2_NCHW, number_N = next(loader)
+            place_N = number_N.argsort()
+            yield x1_NCHW[place_N], x2_NCHW[place_N]
+    finally:
+        loader.close()
 
 
 def resolve_backend(

@@ -1,7 +1,5 @@
 """A picture of what a recipe does: originals and both views."""
 
-from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +10,7 @@ from PIL import Image, ImageDraw, ImageFont
 from isofast.data.check import OnBad, check_folder
 from isofast.data.files import write_atomically
 from isofast.data.folder import ImageFolder, open_dataset
-from isofast.data.loaders import make_train_loader
+from isofast.data.loaders import draw_views
 from isofast.data.recipe import Recipe, recipe_for
 from isofast.data.resident import rgb
 from isofast.errors import UserError
@@ -64,8 +62,9 @@ def write_preview(name: str, root: Path, path: Path, *, on_bad: OnBad = "stop") 
     # in whole multiples of their size, so that small images keep sharp pixels
     side = recipe.crop * -(-_TILE // recipe.crop)
     rows = [[_original(root / image, side)] for image in chosen.paths]
-    for views in _drawn_views(chosen, recipe):
-        for row, pair in zip(rows, views, strict=True):
+    cpu = torch.device("cpu")
+    for views in draw_views("auto", chosen, recipe, _DRAWS, device=cpu, threads=1):
+        for row, *pair in zip(rows, *(_pixels(x_NCHW, recipe) for x_NCHW in views), strict=True):
             row += [Image.fromarray(view).resize((side, side), _SHARP) for view in pair]
     names = [chosen.classes[k] if k >= 0 else "no label" for k in chosen.labels]
     # what the file system takes as a name need not be text
@@ -79,16 +78,8 @@ def write_preview(name: str, root: Path, path: Path, *, on_bad: OnBad = "stop") 
 
 def _spread_out(dataset: ImageFolder) -> ImageFolder:
     """A few images from all over the data set, as a data set."""
-    assert dataset.sizes is not None and dataset.stamps is not None
     count = min(_IMAGES, len(dataset))
-    chosen = (np.arange(count) * len(dataset) // count + len(dataset) // (2 * count)).tolist()
-    return replace(
-        dataset,
-        paths=tuple(dataset.paths[k] for k in chosen),
-        labels=dataset.labels[chosen],
-        sizes=dataset.sizes[chosen],
-        stamps=tuple(dataset.stamps[k] for k in chosen),
-    )
+    return dataset.take(np.arange(count) * len(dataset) // count + len(dataset) // (2 * count))
 
 
 def _original(path: Path, side: int) -> Image.Image:
@@ -101,29 +92,6 @@ def _original(path: Path, side: int) -> Image.Image:
     square = Image.new("RGB", (side, side), "white")
     square.paste(image.resize(size, smooth), ((side - size[0]) // 2, (side - size[1]) // 2))
     return square
-
-
-def _drawn_views(chosen: ImageFolder, recipe: Recipe) -> Iterator[list[tuple[Pixels, Pixels]]]:
-    """Both views of all chosen images, once an epoch: each epoch draws anew."""
-    count = len(chosen)
-    loader = make_train_loader(
-        "auto",
-        # numbered, because every epoch has an order of its own
-        replace(chosen, labels=np.arange(count)),
-        recipe,
-        batch_size=count,
-        seed=0,
-        device=torch.device("cpu"),
-        threads=1,
-    )
-    try:
-        for _ in range(_DRAWS):
-            x1_BCHW, x2_BCHW, number_B = next(loader)
-            place = {int(number): k for k, number in enumerate(number_B)}
-            first, second = _pixels(x1_BCHW, recipe), _pixels(x2_BCHW, recipe)
-            yield [(first[place[k]], second[place[k]]) for k in range(count)]
-    finally:
-        loader.close()
 
 
 def _pixels(x_BCHW: torch.Tensor, recipe: Recipe) -> Pixels:

@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +24,8 @@ class Evaluation:
 
     val_top1: float
     knn_top1: float
+    label_free: Callable[[], Record] = dict
+    """Computes what the record says beside them; the recorder calls it in the background."""
 
 
 class MetricsWriter:

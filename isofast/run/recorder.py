@@ -150,8 +150,10 @@ class Recorder:
         if step == 0:
             self.totals.knn_top1_initial = result.knn_top1
         if self._writer is not None:
-            record: Record = {"step": step, "epoch": self._epoch(step), **asdict(result)}
-            self._background.do(partial(self._writer.write, record))
+            writer = self._writer
+            record: Record = {"step": step, "epoch": self._epoch(step)}
+            record |= {"val_top1": result.val_top1, "knn_top1": result.knn_top1}
+            self._background.do(lambda: writer.write(record | result.label_free()))
         self.progress.say(
             f"epoch {self._epoch(step):g}: validation top-1 {result.val_top1:.3f}, "
             f"k-NN {result.knn_top1:.3f}"

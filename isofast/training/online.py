@@ -1,10 +1,11 @@
-"""Clean evaluation: top-1 of the online probe, k-NN of the features, k-NN of raw pixels.
+"""Evaluation: top-1 of the online probe, k-NN of features and raw pixels, metrics without labels.
 
-Shapes: N images of the bank, M queries, F features, K classes.
+Shapes: N images of the bank, M queries, V views, F features, K classes.
 """
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -13,14 +14,26 @@ from torch.nn import functional
 from tqdm import tqdm
 
 from isofast.config.schema import Config
-from isofast.data import UNLABELLED, EvalLoader, ImageFolder, Recipe, make_eval_loader
+from isofast.data import (
+    UNLABELLED,
+    EvalLoader,
+    ImageFolder,
+    Recipe,
+    draw_views,
+    make_eval_loader,
+)
 from isofast.distributed import World, cores_of_rank, gather_rows
 from isofast.errors import UserError
+from isofast.run.background import HostCopy
+from isofast.run.labelfree import label_free
+from isofast.run.loggers import Record
 from isofast.run.metrics import Evaluation
 from isofast.training.step import Online
 
 Features = Callable[[Tensor], Tensor]
 _QUERIES_AT_ONCE = 1024
+# augmented for the metrics that compare views
+_VIEWED_IMAGES, _VIEWS = 100, 10
 
 
 class Evaluator:
@@ -71,6 +84,15 @@ class Evaluator:
         self._bank = loader(train, bank)
         self._val = loader(val, np.arange(len(val)))
         self.images = len(bank) + len(val)
+        self._views: Tensor | None = None
+        if config.evaluation.metrics_images:
+            # the same for every seed; at least one image a rank
+            drawn = np.random.default_rng(0).permutation(len(val))
+            sample = drawn[: max(config.evaluation.metrics_images, world.size)]
+            gathered = [np.arange(len(val))[rank :: world.size] for rank in range(world.size)]
+            self._sample = np.flatnonzero(np.isin(np.concatenate(gathered), sample))
+            viewed = val.take(sample[: max(_VIEWED_IMAGES, world.size)][world.rank :: world.size])
+            self._views = _views(config, viewed, recipe, world, backend)
 
     @torch.no_grad()
     def __call__(self, online: Online) -> Evaluation:
@@ -79,9 +101,9 @@ class Evaluator:
             bank_NF, bank_y_N = self._collect(self._bank, online.branch.features)
             val_MF, val_y_M = self._collect(self._val, online.branch.features)
             right = int((online.probe(val_MF).argmax(1) == val_y_M).sum())
+            measured = self._label_free(online, val_MF)
         return Evaluation(
-            val_top1=right / len(val_y_M),
-            knn_top1=self._knn(bank_NF, bank_y_N, val_MF, val_y_M),
+            right / len(val_y_M), self._knn(bank_NF, bank_y_N, val_MF, val_y_M), measured
         )
 
     @torch.no_grad()
@@ -92,6 +114,29 @@ class Evaluator:
             return x_BCHW.flatten(1)
 
         return self._knn(*self._collect(self._bank, flat), *self._collect(self._val, flat))
+
+    def _label_free(self, online: Online, val_MF: Tensor) -> Callable[[], Record]:
+        """What computes the metrics of features and embeddings as they are now."""
+        if self._views is None:
+            return dict
+        branch = online.branch
+        pieces = (
+            x_BCHW.to(val_MF.device, torch.float32, memory_format=torch.channels_last)
+            for x_BCHW in torch.split(self._views, self._config.evaluation.batch_size)
+        )
+        view_LF = gather_rows(torch.cat([branch.features(x_BCHW) for x_BCHW in pieces]))
+        features = [val_MF[self._sample], view_LF]
+        copies = [HostCopy(x) for h in features for x in (h, branch.projector(h))]
+
+        def compute() -> Record:
+            h_NF, z_ND, view_LF, view_LD = (copy.get() for copy in copies)
+            of_h, of_z = (
+                label_free(x, views.reshape(-1, _VIEWS, views.shape[1]))
+                for x, views in ((h_NF, view_LF), (z_ND, view_LD))
+            )
+            return of_h | {f"{name}_z": value for name, value in of_z.items()}
+
+        return compute
 
     def _collect(self, loader: EvalLoader, features: Features) -> tuple[Tensor, Tensor]:
         """Features and labels of all of a loader's images, gathered from all ranks."""
@@ -154,6 +199,26 @@ def knn_top1(
         votes_QK.scatter_add_(1, bank_y_N[index_Qk], weights_Qk)
         right += (votes_QK.argmax(1) == query_y_Q).sum()
     return float(right) / len(query_MF)
+
+
+def _views(
+    config: Config, images: ImageFolder, recipe: Recipe, world: World, backend: str
+) -> Tensor:
+    """View 1 of each image, ``_VIEWS`` times: (images * V, C, H, W) on the CPU."""
+    threads = config.data.threads or cores_of_rank(world)
+    twice = replace(recipe, view2=recipe.view1)
+    try:
+        pairs = draw_views(
+            backend, images, twice, _VIEWS // 2, device=world.device, threads=threads
+        )
+        # float16 rounds a fraction of a gray level
+        x_NVCHW = torch.stack([x.cpu().half() for pair in pairs for x in pair], dim=1)
+    except UserError as error:
+        raise UserError(
+            f"augmented validation images: {error}. To do without the metrics that need them, "
+            f"--set evaluation.metrics_images=0"
+        ) from None
+    return x_NVCHW.flatten(0, 1)
 
 
 @contextmanager

@@ -1,0 +1,146 @@
+"""What embeddings say of themselves, without labels (docs/method/metrics.md).
+
+Computed in float64 on the CPU, whatever comes in; NaN where a number is not defined or the input is
+not finite. Shapes: N images, V views of each, F dimensions.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from isofast.run.loggers import Record
+
+# of RankMe, added to every share
+_EPS = 1e-7
+# of LiDAR, added to the scatter within images
+_DELTA = 1e-4
+# the eigenvalues to which a power law is fitted, from 1
+FIRST, LAST = 5, 100
+# smaller eigenvalues, relative to the largest, are rounding errors
+_LEAST_SHARE = 1e-10
+
+
+def label_free(z_NF: Tensor, e_NVF: Tensor) -> Record:
+    """Return every metric by its name in metrics.jsonl.
+
+    Args:
+        z_NF: embeddings of images as they are.
+        e_NVF: embeddings of augmented views of other images, or the same.
+    """
+    return {
+        "rankme": rankme(z_NF),
+        "alpha_req": alpha_req(z_NF),
+        "uniformity": uniformity(z_NF),
+        "lidar": lidar(e_NVF),
+        "view_alignment": alignment(e_NVF),
+    }
+
+
+def rankme(z_NF: Tensor) -> float:
+    """Return RankMe, the smooth rank exp(-sum p log p), p_k = sigma_k / sum sigma + 1e-7.
+
+    sigma are the singular values of z_NF, not centred: 1 to min(N, F), the same for c z.
+    Garrido et al., "RankMe", ICML 2023, equations 1 and 2.
+
+    Args:
+        z_NF: embeddings (N, F), float.
+    """
+    return _smooth_rank(_singular_values(z_NF))
+
+
+def lidar(e_NVF: Tensor) -> float:
+    """Return LiDAR, the smooth rank (as in RankMe) of what tells images apart despite their views.
+
+    The eigenvalues are those of S_w^(-1/2) S_b S_w^(-1/2): S_b is the covariance of the images'
+    means, S_w the mean outer product of what views add to them, plus 1e-4 I. At most N - 1 are not
+    zero. The same for e Q with orthogonal Q. Thilak et al., "LiDAR", ICLR 2024, equations 1 to 4.
+
+    Args:
+        e_NVF: embeddings (N, V, F), float.
+    """
+    e_NVF = _double(e_NVF)
+    images, views, dim = e_NVF.shape
+    mean_N1F = e_NVF.mean(1, keepdim=True)
+    within_MF = (e_NVF - mean_N1F).reshape(-1, dim)
+    between_NF = (mean_N1F - mean_N1F.mean(0))[:, 0] / math.sqrt(images)
+    within_FF = within_MF.T @ within_MF / (images * views)
+    within_FF.diagonal().add_(_DELTA)
+    root_FF, failed = torch.linalg.cholesky_ex(within_FF)
+    if failed or not between_NF.isfinite().all():
+        return math.nan
+    # S_w = L L^T: the eigenvalues of L^-1 S_b L^-T, squares of singular values
+    whitened_FN = torch.linalg.solve_triangular(root_FF, between_NF.T, upper=False)
+    eigenvalues = torch.linalg.svdvals(whitened_FN).square()
+    return _smooth_rank(functional.pad(eigenvalues, (0, dim - len(eigenvalues))))
+
+
+def alpha_req(z_NF: Tensor) -> float:
+    """Return alpha of lambda_k ~ k^-alpha, by least squares of log lambda_k on log k.
+
+    lambda are the eigenvalues of the covariance of z_NF, descending; fitted are k = 5 to 100, or to
+    the last above 1e-10 of the first. Agrawal et al., "alpha-ReQ", NeurIPS 2022.
+
+    Args:
+        z_NF: embeddings (N, F), float.
+    """
+    z_NF = _double(z_NF)
+    eigenvalues = _singular_values(z_NF - z_NF.mean(0)).square()[:LAST]
+    log_lambda = eigenvalues[eigenvalues > _LEAST_SHARE * eigenvalues[0]][FIRST - 1 :].log()
+    if len(log_lambda) < 2:
+        return math.nan
+    log_k = torch.arange(FIRST, FIRST + len(log_lambda), dtype=torch.float64).log()
+    log_k = log_k - log_k.mean()
+    return -float(log_k @ log_lambda / log_k.square().sum())
+
+
+def alignment(e_NVF: Tensor) -> float:
+    """Return the mean |u - u'|^2 over all pairs of views of one image, u = e / |e|: 0 to 4.
+
+    Wang and Isola, "Understanding contrastive representation learning through alignment and
+    uniformity on the hypersphere", ICML 2020, alpha = 2.
+
+    Args:
+        e_NVF: embeddings (N, V, F), float, V at least 2.
+    """
+    u_NVF = functional.normalize(_double(e_NVF), dim=2)
+    # of V unit vectors, sum over pairs |u - u'|^2 = V sum |u - mean u|^2
+    spread = (u_NVF - u_NVF.mean(1, keepdim=True)).square().sum(2).mean()
+    views = e_NVF.shape[1]
+    return float(2 * views / (views - 1) * spread)
+
+
+def uniformity(z_NF: Tensor) -> float:
+    """Return log mean exp(-2 |u - u'|^2) over all pairs of images, u = z / |z|: -8 to 0.
+
+    Wang and Isola, ICML 2020 (as `alignment`), t = 2. About -4 where u is uniform on the sphere.
+
+    Args:
+        z_NF: embeddings (N, F), float, N at least 2.
+    """
+    u_NF = functional.normalize(_double(z_NF), dim=1)
+    if not u_NF.isfinite().all():
+        return math.nan
+    # |u - u'|^2 = |u|^2 + |u'|^2 - 2 u.u', and a lost embedding has |u| = 0
+    square_N = u_NF.square().sum(1)
+    distance_NN = square_N[:, None] + square_N - 2 * u_NF @ u_NF.T
+    weight_NN = (-2 * distance_NN).exp().fill_diagonal_(0)
+    return float((weight_NN.sum() / (len(u_NF) * (len(u_NF) - 1))).log())
+
+
+def _smooth_rank(values: Tensor) -> float:
+    shares = values / values.sum() + _EPS
+    return float((-shares * shares.log()).sum().exp())
+
+
+def _singular_values(z_NF: Tensor) -> Tensor:
+    z_NF = _double(z_NF)
+    if not z_NF.isfinite().all():
+        return torch.full((min(z_NF.shape),), math.nan, dtype=torch.float64)
+    values: Tensor = torch.linalg.svdvals(z_NF)
+    return values
+
+
+def _double(tensor: Tensor) -> Tensor:
+    return tensor.detach().to("cpu", torch.float64)
