@@ -5,7 +5,7 @@ import json
 import os
 import shlex
 import sys
-from dataclasses import fields
+from dataclasses import asdict, fields
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True)
     _add_prepare(commands)
     _add_profile(commands)
+    _add_evaluate(commands)
     _add_theory(commands)
     _add_figures(commands)
     _add_reproduce(commands)
@@ -97,6 +98,59 @@ def _profile(args: argparse.Namespace) -> None:
     from isofast.training.profile import profile_steps
 
     _say(str(profile_steps(load_config(args.config, args.set), args.output, args.steps)))
+
+
+def _add_evaluate(commands: Any) -> None:
+    parser = commands.add_parser(
+        "evaluate",
+        help="accuracies of a run's frozen features: k-NN, logistic regression, few labels",
+        description="Takes the encoder of the newest checkpoint and the clean training and "
+        "validation images of the run.",
+    )
+    parser.add_argument("run_dir", type=Path, metavar="RUN", help="a run's folder")
+    parser.add_argument(
+        "--protocol",
+        choices=("knn", "linear", "few", "all"),
+        default="all",
+        help="knn: weighted vote, k = 20 and 200; linear: logistic regression; few: the same on 1, "
+        "5 and 10 labels a class (default: all of them)",
+    )
+    parser.add_argument(
+        "--baselines",
+        type=_words,
+        default=[],
+        metavar="NAME,...",
+        help="compare with random (the network before training), pixels (for small images), files "
+        "of weights for the same encoder (.safetensors)",
+    )
+    parser.add_argument(
+        "--train-images",
+        type=_count,
+        default=50_000,
+        metavar="N",
+        help="labelled training images, at most (default 50,000)",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of all draws (default 0)")
+    parser.add_argument(
+        "--root", type=Path, metavar="DIR", help="the images (default: the run's data.root)"
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    _finish(parser, _evaluate, STARTS_OVER)
+
+
+def _evaluate(args: argparse.Namespace) -> None:
+    from isofast.evaluation.offline import PROTOCOLS, evaluate
+
+    report = evaluate(
+        args.run_dir,
+        PROTOCOLS if args.protocol == "all" else [args.protocol],
+        args.baselines,
+        train_images=args.train_images,
+        seed=args.seed,
+        root=args.root,
+        say=lambda text: print(text, file=sys.stderr),
+    )
+    _say(json.dumps(asdict(report)) if args.json else str(report))
 
 
 def _add_theory(commands: Any) -> None:
@@ -186,12 +240,13 @@ def _toy_figure(args: argparse.Namespace) -> None:
 def _add_figures(commands: Any) -> None:
     parser = commands.add_parser(
         "figures",
-        help="draw the paper's figures 3, 4, 7 and 8 from runs",
+        help="draw the paper's figures 3, 4, 7 and 8, or metrics, from runs",
         description="3: C's eigenvalues and the accuracy of each run; 4: alignment of trained "
         "linear predictors with C's eigenvectors; 7: runs with an EMA target beside runs without; "
-        "8: weight decays.",
+        "8: weight decays; metrics: each metric that needs no labels against k-NN accuracy, over "
+        "all evaluations, as PNG and CSV.",
     )
-    parser.add_argument("number", type=int, choices=(3, 4, 7, 8), help="which figure")
+    parser.add_argument("what", choices=("3", "4", "7", "8", "metrics"), help="which figure")
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="folders of runs")
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="where it goes")
     _finish(parser, _figures, STARTS_OVER)
@@ -199,8 +254,12 @@ def _add_figures(commands: Any) -> None:
 
 def _figures(args: argparse.Namespace) -> None:
     from isofast.paper.figures import draw
+    from isofast.paper.metrics_figure import draw_metrics
 
-    print(*draw(args.number, args.runs, args.output), sep="\n")
+    if args.what == "metrics":
+        print(*draw_metrics(args.runs, args.output), sep="\n")
+    else:
+        print(*draw(int(args.what), args.runs, args.output), sep="\n")
 
 
 def _add_reproduce(commands: Any) -> None:

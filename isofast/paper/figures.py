@@ -24,10 +24,10 @@ from isofast.run.spectrum import effective_rank
 from isofast.run.stored import Array, Run, labels, read_run
 
 # Okabe and Ito's palette, safe for colour-blind readers
-_PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _DASHES = ("-", "--", "-.", (0, (1, 1)), (0, (5, 1, 1, 1, 1, 1)))
 _COLUMNS = 3
-_PANEL_INCHES = (3.3, 2.5)
+PANEL_INCHES = (3.3, 2.5)
 # more only make the files large
 _MOST_LINES, _MOST_POINTS = 48, 500
 # smaller eigenvalues, relative to the largest, are rounding errors
@@ -37,7 +37,7 @@ _EMA_KEYS = {
     *("method.ema", "method.ema_base", "method.decay"),
     *("optimizer.name", "optimizer.lr"),
 }
-_STYLE: Any = {
+STYLE: Any = {
     "font.size": 9,
     "axes.titlesize": 9,
     "axes.spines.top": False,
@@ -62,13 +62,13 @@ def draw(number: int, folders: Sequence[Path], output: Path) -> list[Path]:
             ``output`` cannot be written to.
     """
     runs = [read_run(folder) for folder in dict.fromkeys(folders)]
-    with mpl.rc_context(_STYLE):
+    with mpl.rc_context(STYLE):
         figure = FIGURES[number](runs)
         try:
             output.mkdir(parents=True, exist_ok=True)
             paths = [output / f"figure{number}.{kind}" for kind in ("png", "svg")]
             for path in paths:
-                _save(figure, path)
+                save(figure, path)
             return paths
         except OSError as error:
             raise UserError(f"cannot write to {output}: {error}; name another --output") from None
@@ -196,7 +196,7 @@ def _spectra_above_accuracy(runs: Sequence[Run], names: Sequence[str]) -> Figure
     # four runs make a square
     columns = 2 if len(runs) == 4 else min(_COLUMNS, len(runs))
     rows = -(-len(runs) // columns)
-    width, height = _PANEL_INCHES
+    width, height = PANEL_INCHES
     size = (max(columns, 2) * width + 0.8, (rows + 1) * height)
     figure = Figure(figsize=size, layout="constrained")
     grid = GridSpec(rows + 1, columns, figure=figure)
@@ -223,7 +223,7 @@ def _spectra_above_accuracy(runs: Sequence[Run], names: Sequence[str]) -> Figure
 
 
 def _grid(rows: int, columns: int) -> tuple[Figure, list[list[Axes]]]:
-    width, height = _PANEL_INCHES
+    width, height = PANEL_INCHES
     size = (columns * width + 0.8, rows * height + 0.2)
     figure = Figure(figsize=size, layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False)
@@ -302,7 +302,7 @@ def _plot_accuracy(axis: Axes, run: Run, accuracy: str, name: str, place: int) -
     axis.plot(
         epochs_T,
         values_T,
-        color=_PALETTE[place % len(_PALETTE)],
+        color=PALETTE[place % len(PALETTE)],
         linestyle=_DASHES[place % len(_DASHES)],
         marker="o" if accuracy == "val_top1" and len(epochs_T) < 40 else None,
         markersize=3,
@@ -312,7 +312,7 @@ def _plot_accuracy(axis: Axes, run: Run, accuracy: str, name: str, place: int) -
     axis.xaxis.set_major_locator(_epochs())
 
 
-def _save(figure: Figure, path: Path) -> None:
+def save(figure: Figure, path: Path) -> None:
     kind = path.suffix[1:]
     metadata = {"Date": None} if kind == "svg" else None
     write_atomically(

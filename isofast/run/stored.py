@@ -54,11 +54,11 @@ class Run:
         return np.array([r["epoch"] for r in known]), np.array([float(r[name]) for r in known])
 
 
-def read_run(path: Path) -> Run:
-    """Read what a run has written so far.
+def read_config(path: Path) -> Config:
+    """Read the config of the run in a folder.
 
     Raises:
-        UserError: the folder is not a run, has no records or spectra yet, or is damaged.
+        UserError: the folder is not a run, or is damaged.
     """
     config_path = path / "config.json"
     if not config_path.is_file():
@@ -67,7 +67,19 @@ def read_run(path: Path) -> Run:
             f"{path} is no run: it {what}. Give the folder that --run-dir named, such as runs/NAME"
         )
     try:
-        config = read_stored(config_path)
+        return read_stored(config_path)
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read the run {path}: {error}") from None
+
+
+def read_run(path: Path) -> Run:
+    """Read what a run has written so far.
+
+    Raises:
+        UserError: the folder is not a run, has no records or spectra yet, or is damaged.
+    """
+    config = read_config(path)
+    try:
         spectra = read_spectra(path / "spectrum.npz")
     except (OSError, ValueError) as error:
         raise UserError(f"cannot read the run {path}: {error}") from None

@@ -1,0 +1,1 @@
+"""What a finished or stopped run is worth, and its encoder for other programs."""

@@ -1,0 +1,380 @@
+"""Accuracies of a run's frozen features, beside those of baselines.
+
+Shapes: N training images, M validation images, F features.
+"""
+
+import math
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.linear_model import LogisticRegression
+from sklearn.model_selection import GridSearchCV, StratifiedShuffleSplit
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+from torch import Tensor, nn
+
+from isofast.config.schema import Config
+from isofast.data import (
+    UNLABELLED,
+    EvalLoader,
+    ImageFolder,
+    make_eval_loader,
+    open_dataset,
+    recipe_for,
+    resolve_backend,
+)
+from isofast.data.images import Images, check_images
+from isofast.distributed import World, cores_of_rank
+from isofast.errors import UserError
+from isofast.methods.networks import make_encoder
+from isofast.run.checkpoint import newest_checkpoint
+from isofast.run.stored import read_config
+from isofast.training.online import eval_mode, knn_top1
+
+_NEIGHBOURS, _TEMPERATURE = (20, 200), 0.07
+GRID_C, _HELD_BACK = (0.001, 0.01, 0.1, 1.0, 10.0), 0.2
+_LABELS, _DRAWS = (1, 5, 10), 5
+_MOST_ITERATIONS = 500
+# two-sided 95 % of the normal distribution
+_Z = 1.959964
+
+
+@dataclass(frozen=True)
+class Result:
+    """One accuracy; what its protocol does not have is None."""
+
+    baseline: str | None
+    """Whose features: "random", "pixels" or a file; None for the run."""
+    protocol: str
+    """knn, linear or few."""
+    value: float
+    """Top-1, a fraction; of few the mean over draws."""
+    interval: tuple[float, float]
+    """95 %, by the number of validation images alone (Wilson)."""
+    n: int
+    """Validation images."""
+    k: int | None = None
+    """Neighbours that vote."""
+    C: float | None = None
+    """scikit-learn's inverse strength of the penalty."""
+    labels_per_class: int | None = None
+    std: float | None = None
+    """Over the draws of labelled images."""
+    seeds: list[int] | None = None
+    """Of these draws."""
+
+    @property
+    def setting(self) -> str:
+        """The protocol in words."""
+        if self.protocol == "few":
+            return f"few labels, {self.labels_per_class} a class"
+        return f"k-NN, k = {self.k}" if self.protocol == "knn" else "logistic regression"
+
+
+@dataclass(frozen=True)
+class Report:
+    """What ``evaluate`` found, and of what."""
+
+    run: str
+    checkpoint: str
+    step: int
+    root: str
+    classes: int
+    train_images: int
+    val_images: int
+    seed: int
+    results: list[Result]
+    notes: list[str]
+    """What was left out, and why."""
+
+    def __str__(self) -> str:
+        """A table of at most 80 columns."""
+        head = (
+            f"step {self.step}, {self.train_images:,} training and {self.val_images:,} validation "
+            f"images, {self.classes} classes"
+        )
+        title = f"  {'':<24}{'features of':<18}{'top-1':>7}   95 % interval   std"
+        lines, before = [self.run, head, "", title], ""
+        for one in self.results:
+            name = one.baseline or "the run"
+            short = name if len(name) < 18 else f"...{name[-14:]}"
+            low, high = one.interval
+            std = "" if one.std is None else f"  {one.std:.3f}"
+            setting = one.setting if one.setting != before else ""
+            line = f"  {setting:<24}{short:<18}{one.value:>7.3f}  [{low:.3f}, {high:.3f}]{std}"
+            lines.append(line)
+            before = one.setting
+        return "\n".join([*lines, *self.notes])
+
+
+class _Features(NamedTuple):
+    train_NF: Tensor
+    train_y_N: Tensor
+    val_MF: Tensor
+    val_y_M: Tensor
+
+    def arrays(self) -> list[npt.NDArray[Any]]:
+        return [tensor.cpu().numpy() for tensor in self]
+
+
+def evaluate(
+    run_dir: Path,
+    protocols: Sequence[str],
+    baselines: Sequence[str] = (),
+    *,
+    train_images: int = 50_000,
+    seed: int = 0,
+    root: Path | None = None,
+    say: Callable[[str], None] = lambda text: None,
+) -> Report:
+    """Evaluate the encoder of a run's newest checkpoint on clean images, in fp32.
+
+    knn: a vote of the 20 and 200 nearest by cosine similarity, temperature 0.07. linear: logistic
+    regression on standardised features; C is the best of ``GRID_C`` on a stratified fifth of the
+    training images, and the fit is repeated on all of them. few: the same with C = 1 on 1, 5 and 10
+    labels a class, drawn five times; all training images standardise, their labels unseen.
+
+    Args:
+        run_dir: a finished or stopped run.
+        protocols: some of knn, linear, few.
+        baselines: "random" (the run's network before training), "pixels", or files of weights for
+            the run's encoder (.safetensors).
+        train_images: how many training images at most, drawn by ``seed``.
+        seed: of all draws.
+        root: of the images, if they are not in the run's data.root any more.
+        say: told what is being done.
+
+    Raises:
+        UserError: the run has no checkpoint, its images no labels or no validation split, too few
+            of a class, or a baseline does not exist or fit.
+        RunError: an image can no longer be read.
+    """
+    config = read_config(run_dir)
+    checkpoint = newest_checkpoint(run_dir / "checkpoints")
+    if checkpoint is None:
+        raise UserError(
+            f"the run {run_dir} has no checkpoint yet, and so no encoder to evaluate; one comes "
+            f"every {config.checkpoint.every_steps} steps and at its end"
+        )
+    # before hours of work on the first
+    encoders: dict[str | None, nn.Module] = {
+        None: _of_file(config, checkpoint.path / "encoder.safetensors")
+    }
+    encoders |= {name: _baseline(config, name) for name in baselines}
+    train, val = _images(config, root or config.data.root)
+    classes = len(train.classes)
+    labelled = np.random.default_rng(seed).permutation(np.flatnonzero(train.labels != UNLABELLED))
+    drawn = np.sort(labelled[:train_images])
+    counts = np.bincount(train.labels[drawn], minlength=classes)
+    _require_enough(counts, protocols)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    loaders = [
+        _loader(config, train, images, indices, device)
+        for images, indices in ((train, drawn), (val, np.arange(len(val))))
+    ]
+    results: list[Result] = []
+    for name, encoder in encoders.items():
+        say(f"features of {name or run_dir}")
+        parts = [_collect(encoder.to(device), loader) for loader in loaders]
+        features = _Features(*parts[0], *parts[1])
+        encoder.cpu()
+        for protocol in protocols:
+            say(f"{protocol} of {name or run_dir}")
+            results += _PROTOCOLS[protocol](name, features, classes, seed)
+    for loader in loaders:
+        loader.close()
+    order = [*_PROTOCOLS]
+    too_few = [count for count in _LABELS if count > counts.min()] if "few" in protocols else []
+    return Report(
+        run=str(run_dir),
+        checkpoint=str(checkpoint.path),
+        step=checkpoint.step,
+        root=str(train.root),
+        classes=classes,
+        train_images=len(drawn),
+        val_images=len(val),
+        seed=seed,
+        # settings together, the run before its baselines
+        results=sorted(
+            results, key=lambda r: (order.index(r.protocol), r.k or r.labels_per_class or 0)
+        ),
+        notes=[
+            f"no {count} labels a class: a class has {counts.min()} training image(s)"
+            for count in too_few
+        ],
+    )
+
+
+def wilson(share: float, n: int) -> tuple[float, float]:
+    """Return the 95 % interval of a share of ``n`` trials (Wilson, JASA 1927)."""
+    middle = share + _Z**2 / (2 * n)
+    half = _Z * math.sqrt(share * (1 - share) / n + (_Z / (2 * n)) ** 2)
+    scale = 1 + _Z**2 / n
+    return (middle - half) / scale, (middle + half) / scale
+
+
+def _knn(name: str | None, features: _Features, classes: int, seed: int) -> list[Result]:
+    results = []
+    for k in sorted({min(k, len(features.train_NF)) for k in _NEIGHBOURS}):
+        top1 = knn_top1(*features, classes=classes, k=k, temperature=_TEMPERATURE)
+        results.append(_result(name, "knn", top1, features, k=k))
+    return results
+
+
+def _linear(name: str | None, features: _Features, classes: int, seed: int) -> list[Result]:
+    train_NF, train_y_N, val_MF, val_y_M = features.arrays()
+    split = StratifiedShuffleSplit(1, test_size=_HELD_BACK, random_state=seed)
+    pipeline = make_pipeline(StandardScaler(), LogisticRegression(max_iter=_MOST_ITERATIONS))
+    search = GridSearchCV(pipeline, {"logisticregression__C": GRID_C}, cv=split)
+    with _unconverged():
+        search.fit(train_NF, train_y_N)
+    best = search.best_params_["logisticregression__C"]
+    return [_result(name, "linear", search.score(val_MF, val_y_M), features, C=best)]
+
+
+def _few(name: str | None, features: _Features, classes: int, seed: int) -> list[Result]:
+    train_NF, train_y_N, val_MF, val_y_M = features.arrays()
+    scaler = StandardScaler().fit(train_NF)
+    train_NF, val_MF = scaler.transform(train_NF), scaler.transform(val_MF)
+    seeds = list(range(seed, seed + _DRAWS))
+    orders = [np.random.default_rng(one).permutation(len(train_NF)) for one in seeds]
+    results = []
+    for count in _LABELS:
+        if count > np.bincount(train_y_N, minlength=classes).min():
+            break
+        scores = []
+        for order in orders:
+            of_classes = [order[train_y_N[order] == label][:count] for label in range(classes)]
+            chosen = np.concatenate(of_classes)
+            model = LogisticRegression(max_iter=_MOST_ITERATIONS)
+            with _unconverged():
+                model.fit(train_NF[chosen], train_y_N[chosen])
+            scores.append(model.score(val_MF, val_y_M))
+        spread = {"std": float(np.std(scores, ddof=1)), "seeds": seeds}
+        mean = float(np.mean(scores))
+        results.append(
+            _result(name, "few", mean, features, labels_per_class=count, C=1.0, **spread)
+        )
+    return results
+
+
+_PROTOCOLS = {"knn": _knn, "linear": _linear, "few": _few}
+PROTOCOLS = tuple(_PROTOCOLS)
+
+
+def _result(
+    name: str | None, protocol: str, top1: float, features: _Features, **settings: Any
+) -> Result:
+    n = len(features.val_y_M)
+    return Result(name, protocol, float(top1), wilson(top1, n), n, **settings)
+
+
+def _unconverged() -> warnings.catch_warnings:
+    """Silence the warning of a fit that stops at the last of its iterations."""
+    return warnings.catch_warnings(action="ignore", category=ConvergenceWarning)
+
+
+def _images(config: Config, root: Path) -> tuple[ImageFolder, ImageFolder]:
+    """Both splits, checked as the run checks them."""
+    train = open_dataset(root, "train")
+    if not train.classes:
+        raise UserError(
+            f"the training images in {root} have no labels, and k-NN, logistic regression and few "
+            f"labels all need them: sort some into train/CLASS/ and val/CLASS/. Without labels "
+            f"there are C's eigenvalues and effective rank (`isofast figures 3 RUN`)"
+        )
+    if not (root / "val").is_dir():
+        raise UserError(
+            f"{root} has no folder val: accuracies are those of images that were not trained on. "
+            f"Put some into {root}/val/CLASS/, or name another folder of images with --root"
+        )
+    checked = check_images(config, Images(train, open_dataset(root, "val")))
+    assert checked.val is not None
+    return checked.train, checked.val
+
+
+def _require_enough(counts: npt.NDArray[np.int64], protocols: Sequence[str]) -> None:
+    """Enough training images of each class to hold back a stratified share of them."""
+    total, held_back = counts.sum(), math.ceil(_HELD_BACK * counts.sum())
+    if "linear" in protocols and (counts.min() < 2 or held_back < len(counts)):
+        raise UserError(
+            f"logistic regression holds back a fifth of the training images to choose C, at least "
+            f"one of each class, and there are {total:,} of {len(counts)} classes, the least "
+            f"{counts.min()} of a class; give more (--train-images), or take --protocol knn"
+        )
+    if counts.min() < 1:
+        raise UserError(
+            f"of {len(counts)} classes some have none of the {total:,} training images; give more "
+            f"with --train-images"
+        )
+
+
+def _loader(
+    config: Config,
+    train: ImageFolder,
+    images: ImageFolder,
+    indices: npt.NDArray[np.int64],
+    device: torch.device,
+) -> EvalLoader:
+    data = config.data
+    recipe = recipe_for(data.dataset, crop=data.crop, augmentation=data.augmentation)
+    return make_eval_loader(
+        resolve_backend(data.backend, train, recipe, device, data.resident_limit_gb),
+        images,
+        recipe,
+        indices,
+        batch_size=config.evaluation.batch_size,
+        device=device,
+        threads=data.threads or cores_of_rank(World(0, 1, 0, device)),
+        resident_limit_gb=data.resident_limit_gb,
+    )
+
+
+@torch.no_grad()
+def _collect(encoder: nn.Module, loader: EvalLoader) -> tuple[Tensor, Tensor]:
+    with eval_mode(encoder):
+        parts = [(encoder(x_BCHW).float(), y_B) for x_BCHW, y_B in loader]
+    return torch.cat([h_BF for h_BF, _ in parts]), torch.cat([y_B for _, y_B in parts])
+
+
+def _baseline(config: Config, name: str) -> nn.Module:
+    if name == "pixels":
+        return nn.Flatten()
+    if name == "random":
+        return _untrained(config)
+    if not Path(name).is_file():
+        raise UserError(
+            f"--baselines: there is no file {name}; allowed are random, pixels and files of "
+            "weights (.safetensors)"
+        )
+    return _of_file(config, Path(name))
+
+
+def _untrained(config: Config) -> nn.Module:
+    """The run's encoder at step 0: the first that a run draws."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        return make_encoder(config.encoder)
+
+
+def _of_file(config: Config, path: Path) -> nn.Module:
+    """The run's encoder with a file's weights; a classifier's are left out."""
+    encoder = _untrained(config)
+    try:
+        weights = {k: v for k, v in load_file(path).items() if not k.startswith("fc.")}
+        encoder.load_state_dict(weights)
+    except (SafetensorError, RuntimeError) as error:
+        raise UserError(
+            f"the weights in {path} do not fit the run's encoder, {config.encoder.name} with stem "
+            f"{config.encoder.stem} and width {config.encoder.width}: {error}"
+        ) from None
+    return encoder

@@ -1,0 +1,142 @@
+"""Metrics that need no labels against k-NN accuracy, over all evaluations of runs."""
+
+import csv
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from scipy.stats import spearmanr
+
+from isofast.data.files import write_atomically
+from isofast.errors import UserError
+from isofast.paper.figures import PALETTE, PANEL_INCHES, STYLE, save
+from isofast.run.metrics import read_spectra
+from isofast.run.stored import Run, labels, read_run
+
+Row = dict[str, Any]
+_OF_EMBEDDINGS = ("rankme", "lidar", "alpha_req", "uniformity", "view_alignment")
+# a row of panels each; from metrics.jsonl, for C from spectrum.npz
+_ROWS = {
+    "features": _OF_EMBEDDINGS,
+    "projector": tuple(f"{name}_z" for name in _OF_EMBEDDINGS),
+    "C": ("effective_rank", "effective_rank_entropy"),
+}
+_MARKERS = "os^Dv<>"
+
+
+def draw_metrics(folders: Sequence[Path], output: Path) -> list[Path]:
+    """Draw ``output``/metrics.png, and write its numbers to metrics.csv.
+
+    Args:
+        folders: run folders.
+        output: made if missing.
+
+    Raises:
+        UserError: a folder is no run, no run has an evaluation, or ``output`` cannot be written to.
+    """
+    runs = [read_run(folder) for folder in dict.fromkeys(folders)]
+    rows = table(runs)
+    with mpl.rc_context(STYLE):
+        figure = metrics_figure(rows)
+        paths = [output / "metrics.png", output / "metrics.csv"]
+        try:
+            output.mkdir(parents=True, exist_ok=True)
+            save(figure, paths[0])
+            write_atomically(paths[1], lambda part: _write_csv(rows, part))
+        except OSError as error:
+            raise UserError(f"cannot write to {output}: {error}; name another --output") from None
+    return paths
+
+
+def table(runs: Sequence[Run]) -> list[Row]:
+    """Return a row for each evaluation: run, name, step, epoch, final, accuracies, metrics.
+
+    Raises:
+        UserError: there is no evaluation.
+    """
+    rows: list[Row] = []
+    for run, name in zip(runs, labels(runs), strict=True):
+        spectra = read_spectra(run.path / "spectrum.npz")
+        for record in run.evaluations:
+            row: Row = {"run": str(run.path), "name": name}
+            row |= {key: record[key] for key in ("step", "epoch")}
+            row["final"] = record is run.evaluations[-1]
+            row |= {key: record[key] for key in ("knn_top1", "val_top1")}
+            row |= {key: record.get(key) for key in (*_ROWS["features"], *_ROWS["projector"])}
+            spectrum = spectra.get(record["step"])
+            ranks = {key: getattr(spectrum, key, np.nan) for key in _ROWS["C"]}
+            row |= {key: rank if np.isfinite(rank) else None for key, rank in ranks.items()}
+            rows.append(row)
+    if not rows:
+        raise UserError(
+            "none of these runs has been evaluated yet; train with --set evaluation.every_epochs=1 "
+            "and validation images"
+        )
+    return rows
+
+
+def metrics_figure(rows: Sequence[Row]) -> Figure:
+    """Draw each known metric of ``table`` against k-NN accuracy, a run's last evaluation larger."""
+    shown = {
+        kind: [key for key in keys if any(row[key] is not None for row in rows)]
+        for kind, keys in _ROWS.items()
+    }
+    shown = {kind: keys for kind, keys in shown.items() if keys}
+    columns = max(len(keys) for keys in shown.values())
+    width, height = PANEL_INCHES
+    size = (columns * width, len(shown) * height + 0.6)
+    figure = Figure(figsize=size, layout="constrained")
+    axes = figure.subplots(len(shown), columns, squeeze=False)
+    for row_of_axes, (kind, keys) in zip(axes, shown.items(), strict=True):
+        for axis, key in zip(row_of_axes, keys, strict=False):
+            _panel(axis, rows, key, kind)
+        row_of_axes[0].set_ylabel("k-NN top-1")
+        for axis in row_of_axes[len(keys) :]:
+            axis.set_axis_off()
+    named = axes[0, 0].get_legend_handles_labels()
+    figure.legend(*named, loc="outside lower center", ncols=columns)
+    return figure
+
+
+def spearman(rows: Sequence[Row], key: str) -> tuple[float, int]:
+    """Return Spearman's correlation of a metric with k-NN accuracy, and of how many evaluations.
+
+    NaN for fewer than three, or where one of them never changes.
+    """
+    pairs = [(row[key], row["knn_top1"]) for row in rows if row[key] is not None]
+    if len(pairs) < 3 or any(len(set(values)) == 1 for values in zip(*pairs, strict=True)):
+        return float("nan"), len(pairs)
+    return float(spearmanr(pairs).statistic), len(pairs)
+
+
+def _panel(axis: Axes, rows: Sequence[Row], key: str, kind: str) -> None:
+    for place, run in enumerate(dict.fromkeys(row["run"] for row in rows)):
+        own = [row for row in rows if row["run"] == run]
+        values = [np.nan if row[key] is None else row[key] for row in own]
+        accuracies = [row["knn_top1"] for row in own]
+        color, marker = PALETTE[place % len(PALETTE)], _MARKERS[place % len(_MARKERS)]
+        line: Row = {
+            "color": color,
+            "linewidth": 0.5,
+            "marker": marker,
+            "markersize": 3,
+            "alpha": 0.5,
+        }
+        last: Row = {"color": color, "marker": marker, "s": 50, "edgecolor": "black", "zorder": 3}
+        axis.plot(values, accuracies, **line)
+        label = own[0]["name"].replace("$", r"\$")
+        axis.scatter(values[-1:], accuracies[-1:], label=label, **last)
+    correlation, count = spearman(rows, key)
+    name = key.removesuffix("_z")
+    axis.set_title(f"{name} of {kind}\nSpearman {correlation:.2f} (n = {count})")
+
+
+def _write_csv(rows: Sequence[Row], path: Path) -> None:
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=[*rows[0]])
+        writer.writeheader()
+        writer.writerows(rows)
