@@ -114,6 +114,20 @@ def spectrum_runs(
     return runs
 
 
+@pytest.fixture(scope="session")
+def evaluated_run(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run of 44 steps, evaluated before, between and after its two epochs."""
+    changes = {
+        "data": {"root": str(digits)},
+        "train": {"max_steps": None},
+        "evaluation": {"every_epochs": 1, "at_start": True},
+        "checkpoint": {"every_steps": 22},
+    }
+    run_dir = tmp_path_factory.mktemp("runs") / "evaluated"
+    fit_apart(merge(SMALL, changes), run_dir)
+    return run_dir
+
+
 @pytest.fixture
 def request_of(digits: Path, tmp_path: Path) -> Callable[..., Request]:
     """A request for table 2 on the digits; keyword arguments change it."""

@@ -1,12 +1,19 @@
-"""k-NN against a plain loop, evaluation in eval mode."""
+"""k-NN against a plain loop, evaluation in eval mode, metrics without labels beside it."""
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
 from torch import nn
 
-from isofast.training.online import eval_mode, knn_top1
+from isofast.config.schema import Config
+from isofast.data import Recipe, make_eval_loader, recipe_for
+from isofast.data.images import Images, check_images, list_images
+from isofast.distributed import World
+from isofast.run.labelfree import label_free
+from isofast.training.build import build
+from isofast.training.online import Evaluator, eval_mode, knn_top1
 
 
 def _vote(q: torch.Tensor, bank: torch.Tensor, bank_y: list[int], k: int, t: float) -> int:
@@ -54,3 +61,76 @@ def test_eval_mode_gives_back_the_mode_it_found() -> None:
     with eval_mode(module):
         pass
     assert not module.training
+
+
+ALONE = World(0, 1, 0, torch.device("cpu"))
+
+
+def evaluator_of(config: Config) -> tuple[Evaluator, Images, Recipe]:
+    images = check_images(config, list_images(config))
+    assert images.val is not None
+    recipe = recipe_for("digits")
+    return (
+        Evaluator(config, images.train, images.val, recipe, ALONE, backend="dali"),
+        images,
+        recipe,
+    )
+
+
+def test_metrics_without_labels_are_of_a_fixed_sample(small_config: Callable[..., Config]) -> None:
+    """Features and embeddings of all 355 validation images, here; no random number is drawn."""
+
+    def config(**evaluation: int) -> Config:
+        sections = {"evaluation": {"every_epochs": 1, "knn_images": 99, **evaluation}}
+        return small_config(**sections, train={"cuda_graph": "on"})
+
+    evaluator, images, recipe = evaluator_of(config())
+    online = build(config(), ALONE, 10).online.train()
+    before = torch.get_rng_state(), [buffer.clone() for buffer in online.buffers()]
+    evaluation = evaluator(online)
+    found = evaluation.label_free()
+    assert torch.equal(torch.get_rng_state(), before[0]) and online.training
+    assert all(map(torch.equal, online.buffers(), before[1]))
+
+    assert images.val is not None
+    loader = make_eval_loader(
+        "dali", images.val, recipe, range(355), batch_size=355, device=ALONE.device, threads=1
+    )
+    (x_NCHW, _), *_ = loader
+    with torch.no_grad(), eval_mode(online):
+        h_NF, z_ND = online.branch(x_NCHW)
+    views = torch.zeros(2, 2, 2)
+    for suffix, x in (("", h_NF), ("_z", z_ND)):
+        want = label_free(x, views)
+        for name in ("rankme", "alpha_req", "uniformity"):
+            assert found[name + suffix] == pytest.approx(want[name], rel=1e-3), name + suffix
+        assert 1 < found[f"lidar{suffix}"] < 100
+        assert 0 < found[f"view_alignment{suffix}"] < 2
+    assert len(found) == 10
+
+    # the same images and views in another run, and others in a smaller sample
+    assert evaluator_of(config())[0](online).label_free() == found
+    fewer = evaluator_of(config(metrics_images=60))[0](online).label_free()
+    assert fewer.keys() == found.keys() and not fewer.items() & found.items()
+    without = evaluator_of(config(metrics_images=0))[0](online)
+    assert without.label_free() == {}
+    accuracies = [(one.val_top1, one.knn_top1) for one in (without, evaluation)]
+    assert accuracies[0] == accuracies[1]
+
+
+def test_views_are_of_the_recipes_first_view(small_config: Callable[..., Config]) -> None:
+    """With a first view that changes nothing, the views of an image are one point."""
+    still = {"crop_scale": [1.0, 1.0], "crop_ratio": [1.0, 1.0], "jitter_p": 0.0, "gray_p": 0.0}
+    still |= {"degrees": 0.0, "translate": 0.0, "scale": [1.0, 1.0], "shear": 0.0, "flip_p": 0.0}
+    config = small_config(
+        data={"augmentation": {"view1": still}},
+        evaluation={"every_epochs": 1},
+        train={"cuda_graph": "on"},
+    )
+    images = check_images(config, list_images(config))
+    assert images.val is not None
+    recipe = recipe_for("digits", augmentation=config.data.augmentation)
+    evaluator = Evaluator(config, images.train, images.val, recipe, ALONE, backend="dali")
+    found = evaluator(build(config, ALONE, 10).online).label_free()
+    assert found["view_alignment"] == pytest.approx(0, abs=1e-10)
+    assert found["uniformity"] < -1e-3

@@ -1,0 +1,234 @@
+"""`isofast evaluate` on a run of the digits, against scikit-learn by hand."""
+
+import json
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from scipy.stats import binomtest
+from sklearn.linear_model import LogisticRegression
+from sklearn.model_selection import train_test_split
+from sklearn.neighbors import KNeighborsClassifier
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+
+from isofast.cli import main
+from isofast.config.schema import EncoderConfig
+from isofast.data import check_folder, make_eval_loader, open_dataset, recipe_for
+from isofast.evaluation.offline import GRID_C, wilson
+from isofast.methods.networks import make_encoder
+from isofast.run.metrics import read_metrics
+
+from ..support.runs import call
+
+Array = npt.NDArray[Any]
+slow = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def report(evaluated_run: Path) -> dict[str, Any]:
+    """What the command prints, all protocols and both named baselines."""
+    return printed_json(evaluated_run, "--baselines", "random,pixels")
+
+
+def printed_json(run_dir: Path, *options: str) -> dict[str, Any]:
+    """Run the command in a process of its own; its standard output is JSON alone."""
+    command = [sys.executable, "-m", "isofast.cli", "evaluate", str(run_dir), *options, "--json"]
+    printed: dict[str, Any] = json.loads(call(command).stdout)
+    return printed
+
+
+def values(report: dict[str, Any], baseline: str | None, protocol: str) -> list[float]:
+    results = report["results"]
+    return [
+        one["value"]
+        for one in results
+        if one["baseline"] == baseline and one["protocol"] == protocol
+    ]
+
+
+@pytest.fixture(scope="module")
+def features(evaluated_run: Path, digits: Path) -> tuple[Array, Array, Array, Array]:
+    """Train and validation features and labels, of torchvision's network in eval mode."""
+    (path,) = evaluated_run.glob("checkpoints/step_*44/encoder.safetensors")
+    stem = json.loads((evaluated_run / "config.json").read_text())["encoder"]["stem"]
+    encoder = make_encoder(EncoderConfig(width=4, stem=stem))
+    encoder.load_state_dict(load_file(path))
+    splits: list[Array] = []
+    for split in ("train", "val"):
+        images = check_folder(open_dataset(digits, split))
+        count, cpu = len(images), torch.device("cpu")
+        ((x_NCHW, y_N),) = make_eval_loader(
+            "dali",
+            images,
+            recipe_for("digits"),
+            range(count),
+            batch_size=count,
+            device=cpu,
+            threads=1,
+        )
+        with torch.no_grad():
+            splits += [encoder.eval()(x_NCHW).numpy(), y_N.numpy()]
+    return splits[0], splits[1], splits[2], splits[3]
+
+
+@slow
+def test_knn_is_scikit_learns(report: dict[str, Any], features: tuple[Array, ...]) -> None:
+    train_NF, train_y_N, val_MF, val_y_M = features
+    for k, value in zip((20, 200), values(report, None, "knn"), strict=True):
+        vote = KNeighborsClassifier(
+            k, metric="cosine", algorithm="brute", weights=lambda d: np.exp((1 - d) / 0.07)
+        )
+        want = vote.fit(train_NF, train_y_N).score(val_MF, val_y_M)
+        # of equal votes either may win
+        assert value == pytest.approx(want, abs=1 / 355)
+
+
+@slow
+def test_the_linear_probe_is_scikit_learns(
+    report: dict[str, Any], features: tuple[Array, ...]
+) -> None:
+    train_NF, train_y_N, val_MF, val_y_M = features
+
+    def probe(c: float) -> Any:
+        return make_pipeline(StandardScaler(), LogisticRegression(C=c, max_iter=500))
+
+    fit, hold, fit_y, hold_y = train_test_split(
+        train_NF, train_y_N, test_size=0.2, stratify=train_y_N, random_state=0
+    )
+    scores = {c: probe(c).fit(fit, fit_y).score(hold, hold_y) for c in GRID_C}
+    (result,) = (r for r in report["results"] if (r["baseline"], r["protocol"]) == (None, "linear"))
+    assert scores[result["C"]] == max(scores.values())
+    want = probe(result["C"]).fit(train_NF, train_y_N).score(val_MF, val_y_M)
+    assert result["value"] == pytest.approx(want, abs=1 / 355)
+
+
+@slow
+def test_few_labels_are_drawn_for_each_seed(
+    report: dict[str, Any], features: tuple[Array, ...]
+) -> None:
+    """A mean over five draws, like that of five hundred by hand within their spread."""
+    train_NF, train_y_N, val_MF, val_y_M = features
+    scaler = StandardScaler().fit(train_NF)
+    rows = [r for r in report["results"] if (r["baseline"], r["protocol"]) == (None, "few")]
+    assert [row["labels_per_class"] for row in rows] == [1, 5, 10]
+    assert [row["value"] for row in rows] == sorted(row["value"] for row in rows)
+    for row in rows:
+        assert row["seeds"] == [0, 1, 2, 3, 4] and row["std"] > 0
+        scores = []
+        for seed in range(100, 130):
+            random = np.random.default_rng(seed)
+            chosen = [
+                random.choice(np.flatnonzero(train_y_N == label), row["labels_per_class"], False)
+                for label in range(10)
+            ]
+            some = np.concatenate(chosen)
+            model = LogisticRegression(max_iter=500)
+            model.fit(scaler.transform(train_NF[some]), train_y_N[some])
+            scores.append(model.score(scaler.transform(val_MF), val_y_M))
+        assert row["value"] == pytest.approx(np.mean(scores), abs=3 * np.std(scores) / 5**0.5)
+
+
+@slow
+def test_baselines_and_the_run_are_what_training_knew(
+    report: dict[str, Any], evaluated_run: Path
+) -> None:
+    """The same network before and after training, voted on by the same 200 neighbours."""
+    records = [r for r in read_metrics(evaluated_run / "metrics.jsonl") if "knn_top1" in r]
+    assert values(report, "random", "knn")[1] == pytest.approx(records[0]["knn_top1"], abs=0.003)
+    assert values(report, None, "knn")[1] == pytest.approx(records[-1]["knn_top1"], abs=0.003)
+    assert values(report, "pixels", "knn")[1] == pytest.approx(0.972, abs=0.003)
+    assert report["step"] == records[-1]["step"] == 44
+
+
+@slow
+def test_everything_is_in_the_json(report: dict[str, Any], evaluated_run: Path) -> None:
+    assert (report["classes"], report["train_images"], report["val_images"]) == (10, 1442, 355)
+    assert report["run"] == str(evaluated_run) and report["notes"] == []
+    assert len(report["results"]) == 3 * (2 + 1 + 3)
+    for result in report["results"]:
+        low, high = result["interval"]
+        assert 0 <= low < result["value"] < high <= 1 and result["n"] == 355
+        given = {key for key, value in result.items() if value is not None}
+        own = {
+            "knn": {"k"},
+            "linear": {"C"},
+            "few": {"C", "labels_per_class", "std", "seeds"},
+        }
+        always = {"protocol", "value", "interval", "n"}
+        assert given - {"baseline"} == always | own[result["protocol"]]
+
+
+@slow
+def test_a_file_of_weights_is_a_baseline(
+    evaluated_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The first checkpoint, with a classifier as torchvision's files have; in 80 columns."""
+    path = tmp_path / f"{'long-' * 20}name.safetensors"
+    (early,) = evaluated_run.glob("checkpoints/step_*22/encoder.safetensors")
+    save_file(load_file(early) | {"fc.weight": torch.zeros(10, 32)}, path)
+    options = ["--protocol", "knn", "--baselines", str(path), "--train-images", "150"]
+    assert main(["evaluate", str(evaluated_run), *options]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "150 training and 355 validation images, 10 classes" in lines[1]
+    assert all(len(line) <= 80 for line in lines[1:])
+    # a bank of 150 has no 200 neighbours
+    assert [line.split("  ")[1] for line in lines if "k-NN" in line] == [
+        "k-NN, k = 20",
+        "k-NN, k = 150",
+    ]
+    assert sum("...name.safetensors"[-14:] in line for line in lines) == 2
+
+
+@slow
+def test_what_cannot_be_evaluated_is_told(
+    evaluated_run: Path, digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuses(*words: str, run_dir: Path = evaluated_run, options: tuple[str, ...] = ()) -> None:
+        assert main(["evaluate", str(run_dir), *options]) == 2
+        printed = capsys.readouterr()
+        assert printed.out == "" and "Traceback" not in printed.err
+        assert all(word in printed.err for word in words), printed.err
+
+    refuses("is no run", run_dir=tmp_path)
+    young = tmp_path / "young"
+    young.mkdir()
+    shutil.copy(evaluated_run / "config.json", young)
+    refuses("no checkpoint yet", "every 22 steps", run_dir=young)
+    refuses("no file nets", "random, pixels", options=("--baselines", "random,nets"))
+    wide = tmp_path / "wide.safetensors"
+    save_file(make_encoder(EncoderConfig(width=8, stem="cifar")).state_dict(), wide)
+    refuses("do not fit", "width 4", "size mismatch", options=("--baselines", str(wide)))
+    wide.write_bytes(b"no weights")
+    refuses("do not fit", options=("--baselines", str(wide)))
+    unlabelled, no_val = tmp_path / "unlabelled", tmp_path / "no_val"
+    shutil.copytree(digits / "train" / "0", unlabelled / "unlabeled")
+    refuses("no labels", "isofast figures 3", options=("--root", str(unlabelled)))
+    shutil.copytree(digits / "train", no_val / "train")
+    refuses("no folder val", "--root", options=("--root", str(no_val)))
+    refuses("is not a folder", options=("--root", str(tmp_path / "gone")))
+    refuses("at least one of each class", "--protocol knn", options=("--train-images", "20"))
+    refuses("none of the 5", options=("--train-images", "5", "--protocol", "few"))
+
+
+@slow
+def test_too_few_labels_are_left_out_and_noted(
+    evaluated_run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--protocol", "few", "--train-images", "110", "--json"]
+    assert main(["evaluate", str(evaluated_run), *options]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert [result["labels_per_class"] for result in report["results"]] == [1, 5]
+    assert any("no 10 labels a class" in note for note in report["notes"])
+
+
+@pytest.mark.parametrize(("right", "n"), [(0, 50), (50, 50), (17, 40), (9134, 10_000)])
+def test_the_interval_is_wilsons(right: int, n: int) -> None:
+    want = binomtest(right, n).proportion_ci(method="wilson")
+    assert wilson(right / n, n) == pytest.approx((want.low, want.high), abs=1e-6)

@@ -1,0 +1,86 @@
+"""`isofast figures metrics`: what is drawn and written is what the runs recorded."""
+
+import csv
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from isofast.cli import main
+from isofast.paper.metrics_figure import metrics_figure, spearman, table
+from isofast.run.metrics import read_metrics, read_spectra
+from isofast.run.stored import read_run
+
+NAMES = ("rankme", "lidar", "alpha_req", "uniformity", "view_alignment")
+
+
+def rows_of(*pairs: tuple[float | None, float]) -> list[dict[str, Any]]:
+    return [{"m": value, "knn_top1": accuracy} for value, accuracy in pairs]
+
+
+def test_spearman_is_the_correlation_of_ranks() -> None:
+    random = np.random.default_rng(0)
+    values, accuracies = random.exponential(size=(2, 30))
+    ranks = values.argsort().argsort(), accuracies.argsort().argsort()
+    rows = rows_of(*zip(values, accuracies, strict=True), (None, 0.5))
+    found, count = spearman(rows, "m")
+    assert found == pytest.approx(np.corrcoef(*ranks)[0, 1]) and count == 30
+    assert spearman(rows_of((1, 0.1), (20, 0.2), (300, 0.9)), "m") == (pytest.approx(1), 3)
+    for none in (rows_of((1, 0.1), (2, 0.2)), rows_of((1, 0.1), (1, 0.2), (1, 0.3))):
+        assert np.isnan(spearman(none, "m")[0])
+
+
+@pytest.mark.slow
+def test_metrics_of_two_runs(
+    evaluated_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # the same run as one of an earlier version, which knew no metrics
+    old = tmp_path / "old"
+    shutil.copytree(evaluated_run, old)
+    records = read_metrics(old / "metrics.jsonl")
+    kept = [{k: v for k, v in one.items() if k.removesuffix("_z") not in NAMES} for one in records]
+    (old / "metrics.jsonl").write_text("".join(json.dumps(one) + "\n" for one in kept))
+
+    output = tmp_path / "new" / "folder"
+    command = ["figures", "metrics", str(evaluated_run), str(old), "--output", str(output)]
+    assert main(command) == 0
+    paths = [output / "metrics.png", output / "metrics.csv"]
+    assert capsys.readouterr().out.split() == [str(path) for path in paths]
+    with Image.open(paths[0]) as image:
+        assert image.width > 1500 and len(np.unique(np.asarray(image.convert("L")))) > 20
+
+    with paths[1].open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    evaluations = [one for one in records if "knn_top1" in one]
+    assert [int(row["step"]) for row in rows] == [0, 22, 44] * 2
+    assert [row["final"] for row in rows] == ["False", "False", "True"] * 2
+    spectra = read_spectra(evaluated_run / "spectrum.npz")
+    for row, want in zip(rows[:3], evaluations, strict=True):
+        for name in ("knn_top1", "val_top1", *NAMES, *(f"{name}_z" for name in NAMES)):
+            assert float(row[name]) == want[name]
+        rank = spectra[want["step"]].effective_rank if want["step"] else None
+        assert row["effective_rank"] == ("" if rank is None else str(rank))
+    assert all(row["rankme"] == "" for row in rows[3:])
+
+    panels = metrics_figure(table([read_run(evaluated_run), read_run(old)])).axes
+    titles = [axis.get_title() for axis in panels if axis.get_title()]
+    assert len(titles) == 12 and titles[0].startswith("rankme of features\nSpearman ")
+    assert titles[0].endswith("(n = 3)") and titles[-1].endswith("(n = 4)")
+    last = panels[0].collections[0].get_offsets()
+    assert last.tolist() == [[evaluations[-1]["rankme"], evaluations[-1]["knn_top1"]]]
+    assert len(metrics_figure(table([read_run(old)])).axes) == 2
+
+
+@pytest.mark.slow
+def test_runs_without_evaluations_are_told(
+    spectrum_runs: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # a run is evaluated at its end; one without validation images is not
+    command = ["figures", "metrics", str(spectrum_runs["ema"][1]), "--output", str(tmp_path / "o")]
+    assert main(command) == 2
+    assert "evaluation.every_epochs=1" in capsys.readouterr().err
+    assert not (tmp_path / "o").exists()
