@@ -79,7 +79,6 @@ def test_metrics_of_two_runs(
 def test_runs_without_evaluations_are_told(
     spectrum_runs: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    # a run is evaluated at its end; one without validation images is not
     command = ["figures", "metrics", str(spectrum_runs["ema"][1]), "--output", str(tmp_path / "o")]
     assert main(command) == 2
     assert "evaluation.every_epochs=1" in capsys.readouterr().err
