@@ -165,7 +165,7 @@ def evaluate(
             f"the run {run_dir} has no checkpoint yet, and so no encoder to evaluate; one comes "
             f"every {config.checkpoint.every_steps} steps and at its end"
         )
-    # before hours of work on the first
+    # all of them at once: a wrong baseline is told before any work
     encoders: dict[str | None, nn.Module] = {
         None: _of_file(config, checkpoint.path / "encoder.safetensors")
     }
@@ -219,7 +219,8 @@ def wilson(share: float, n: int) -> tuple[float, float]:
     middle = share + _Z**2 / (2 * n)
     half = _Z * math.sqrt(share * (1 - share) / n + (_Z / (2 * n)) ** 2)
     scale = 1 + _Z**2 / n
-    return (middle - half) / scale, (middle + half) / scale
+    # rounding must not leave [0, 1]
+    return max(0.0, (middle - half) / scale), min(1.0, (middle + half) / scale)
 
 
 def _knn(name: str | None, features: _Features, classes: int, seed: int) -> list[Result]:

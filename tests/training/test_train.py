@@ -88,7 +88,7 @@ def _check_run_dir(run_dir: Path, printed: str) -> None:
     evaluations = [record for record in records if "knn_top1" in record]
     assert [record["step"] for record in steps] == [*range(2, 31, 2)]
     assert [record["step"] for record in evaluations] == [0, 22, 30]
-    label_free = "rankme lidar alpha_req uniformity view_alignment".split()
+    label_free = ["rankme", "lidar", "alpha_req", "uniformity", "view_alignment"]
     of_both = {*label_free, *(f"{name}_z" for name in label_free)}
     assert set(evaluations[0]) == {"step", "epoch", "val_top1", "knn_top1", *of_both}
     assert all(np.isfinite(record[name]) for record in evaluations for name in of_both)
