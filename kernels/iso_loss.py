@@ -25,10 +25,17 @@ class IsoLoss(nn.Module):
         metric: "cosine", where C is divided by its largest eigenvalue, or "euclidean", where not.
         isotropic: leave the factor W out of the gradient.
         gather_distributed: average C over the ranks, so that the averaged gradient is that of one
-            process on the whole batch; else C stays the rank's own. All ranks call it together.
+            process on the whole batch; else C stays the rank's own, or the first rank's where DDP
+            wraps this module too and broadcasts its buffers. All ranks call it together, with
+            equally many rows.
+
+    C is part of the state: save it with the network. It moves once a call, so with gradients
+    accumulated over k calls it moves k times an optimizer step, each call's loss at the C of its
+    turn; decay^(1/k) keeps its memory as long as ``decay`` does without.
 
     Attributes:
-        corr_DD: C, fp32 (D, D), a buffer that starts at 0.
+        corr_DD: C, (D, D), a buffer that starts at 0; fp32, also in a module converted to bf16 or
+            fp16, or float64.
     """
 
     corr_DD: Tensor
@@ -85,6 +92,14 @@ class IsoLoss(nn.Module):
         """The settings."""
         kind = "isotropic" if self.isotropic else "plain"
         return f"{len(self.corr_DD)}, {self.metric}, {kind}, alpha={self.alpha:g}"
+
+    def _apply(self, fn, recurse=True):  # type: ignore[no-untyped-def]
+        """Keep C as it was where a whole model is converted to bf16 or fp16."""
+        corr_DD = self.corr_DD
+        super()._apply(fn, recurse)
+        if self.corr_DD.dtype in (torch.bfloat16, torch.float16):
+            self.corr_DD = corr_DD.to(self.corr_DD.device)
+        return self
 
     @torch.no_grad()
     def _update(self, *views_BD: Tensor) -> None:

@@ -13,6 +13,9 @@ from torch import nn
 
 from isofast_kernels import IsoLoss, reference
 
+from ..support.runs import assert_equal_trees
+from . import iso_loss_ranks
+
 ROOT = Path(__file__).resolve().parents[2]
 DIM, BATCH = 6, 8
 
@@ -98,50 +101,124 @@ def test_settings_that_do_not_fit_are_refused(settings, word):
         criterion(*embeddings())
 
 
-RANK = """
-import sys, torch, torch.distributed as dist
-from torch.nn.parallel import DistributedDataParallel as DDP
-from isofast_kernels import IsoLoss
-folder, gather, rank = sys.argv[1], sys.argv[2] == "True", int(sys.argv[3])
-dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=2)
-torch.manual_seed(0)
-encoder, x = torch.nn.Linear(5, 6).double(), torch.randn(3, 2, 8, 5).double()
-criterion = IsoLoss(6, decay=0.5, gather_distributed=gather)
-ddp = DDP(encoder)
-for step in range(3):
-    share = x[step][:, 4 * rank : 4 * rank + 4]
-    encoder.zero_grad()
-    criterion(*(z.float() for z in ddp(share.flatten(0, 1)).view(2, 4, 6))).backward()
-torch.save([criterion.corr_DD, encoder.weight.grad], f"{folder}/{rank}.pt")
-# who leaves early takes the other's connections along
-dist.barrier()
-dist.destroy_process_group()
-"""
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_autocast_changes_the_network_alone(compiled):
+    """fp32 inside, of bf16 embeddings: under autocast the bits of outside, in one graph too."""
+    z1, z2 = (z.detach().bfloat16().requires_grad_() for z in embeddings())
+    criteria = IsoLoss(DIM, decay=0.5), IsoLoss(DIM, decay=0.5)
+    call = criteria[1]
+    if compiled:
+        call = torch.compile(criteria[1], fullgraph=True, backend="aot_eager")
+    for _ in range(2):
+        outside = criteria[0](z1, z2)
+        with torch.autocast("cpu", torch.bfloat16):
+            inside = call(z1, z2)
+    assert inside.dtype == criteria[1].corr_DD.dtype == torch.float32
+    assert torch.equal(outside, inside)
+    assert torch.equal(criteria[0].corr_DD, criteria[1].corr_DD)
+    grads = [torch.autograd.grad(loss, (z1, z2)) for loss in (outside, inside)]
+    assert grads[0][0].dtype == torch.bfloat16
+    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+
+
+def test_a_model_of_bf16_keeps_c_in_fp32():
+    """As Lightning's bf16-true and DeepSpeed's bf16 convert a whole module."""
+    model = nn.ModuleDict({"encoder": nn.Linear(5, DIM), "criterion": IsoLoss(DIM, decay=0.5)})
+    x = torch.randn(2, BATCH, 5)
+    model["criterion"](*model["encoder"](x).unbind())
+    before = model["criterion"].corr_DD.clone()
+    model.bfloat16()
+    assert torch.equal(model["criterion"].corr_DD, before)
+    model["criterion"](*model["encoder"](x.bfloat16()).unbind()).backward()
+    assert model["encoder"].weight.grad.dtype == torch.bfloat16
+    assert model.double()["criterion"].corr_DD.dtype == torch.float64
+    assert model.to("meta").half()["criterion"].corr_DD.device.type == "meta"
+
+
+def test_a_run_resumed_through_state_dict_has_the_losses_of_the_uncut_one(tmp_path):
+    def parts():
+        encoder, criterion = nn.Linear(5, DIM), IsoLoss(DIM, decay=0.9)
+        return encoder, criterion, torch.optim.SGD(encoder.parameters(), lr=0.1, momentum=0.9)
+
+    def losses(encoder, criterion, optimizer, x):
+        for views in x:
+            loss = criterion(*encoder(views).unbind())
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            yield loss.item()
+
+    torch.manual_seed(0)
+    x = torch.randn(8, 2, BATCH, 5)
+    first = parts()
+    before = [*losses(*first, x[:4])]
+    torch.save([part.state_dict() for part in first], tmp_path / "run.pt")
+    uncut = [*losses(*first, x[4:])]
+    second = parts()
+    for part, state in zip(second, torch.load(tmp_path / "run.pt"), strict=True):
+        part.load_state_dict(state)
+    assert [*losses(*second, x[4:])] == uncut
+    assert len({*before, *uncut}) == 8
+    # what a checkpoint without C would give
+    second[0].load_state_dict(torch.load(tmp_path / "run.pt")[0])
+    second[1].corr_DD.zero_()
+    assert next(losses(*second, x[4:])) != uncut[0]
+
+
+def test_with_gradient_accumulation_c_moves_at_each_call():
+    calls, decay = 4, 0.9
+    torch.manual_seed(0)
+    encoder, x = nn.Linear(5, DIM).double(), torch.randn(calls, 2, BATCH, 5).double()
+    criterion = IsoLoss(DIM, decay=decay ** (1 / calls)).double()
+    start = torch.eye(DIM).double()
+    criterion.corr_DD.copy_(start)
+    for views in x:
+        (criterion(*encoder(views).unbind()) / calls).backward()
+    with torch.no_grad():
+        z = encoder(x)
+    moments = torch.einsum("kvbi,kvbj->kij", z, z) / (2 * BATCH)
+    weights = decay ** (torch.arange(calls).flip(0) / calls) * (1 - decay ** (1 / calls))
+    expected = decay * start + torch.einsum("k,kij->ij", weights.double(), moments)
+    torch.testing.assert_close(criterion.corr_DD, expected)
+
+    # each call's loss is at the C of its turn
+    grad, corr = 0, start
+    for views, moment in zip(x, moments, strict=True):
+        corr = decay ** (1 / calls) * corr + (1 - decay ** (1 / calls)) * moment
+        values, u = torch.linalg.eigh(corr)
+        w = u @ (values / values.max()).sqrt().diag() @ u.T
+        z1, z2 = encoder(views).unbind()
+        pairs = ((z1, z2.detach()), (z2, z1.detach()))
+        options = {"metric": "cosine", "isotropic": True}
+        losses = [reference.losses_reference(z, t, w, **options).mean() for z, t in pairs]
+        (alone,) = torch.autograd.grad(2 * sum(losses) / calls, encoder.weight)
+        grad = grad + alone
+    torch.testing.assert_close(encoder.weight.grad, grad)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("gather", [True, False])
-def test_two_ranks_are_one_process_on_the_whole_batch(tmp_path, gather):
-    torch.manual_seed(0)
-    encoder, x = nn.Linear(5, 6).double(), torch.randn(3, 2, 8, 5).double()
-    criterion = IsoLoss(6, decay=0.5)
-    for step in range(3):
-        encoder.zero_grad()
-        criterion(*(encoder(view).float() for view in x[step])).backward()
+def test_two_ranks_are_one_process_on_the_whole_batch(tmp_path):
+    """DDP in a loop and around the loss, with lightly's heads and teacher, FSDP2, torch.compile."""
+    script = Path(iso_loss_ranks.__file__)
     processes = [
         subprocess.Popen(
-            [sys.executable, "-c", RANK, str(tmp_path), str(gather), str(rank)],
+            [sys.executable, str(script), str(tmp_path), str(rank)],
             env=os.environ | {"OMP_NUM_THREADS": "1"},
         )
         for rank in (0, 1)
     ]
-    assert [process.wait(timeout=120) for process in processes] == [0, 0]
-    (corr, grad), (other_corr, other_grad) = (torch.load(tmp_path / f"{k}.pt") for k in (0, 1))
-    assert torch.equal(grad, other_grad)
-    assert torch.equal(corr, other_corr) == gather
-    if gather:
-        torch.testing.assert_close(corr, criterion.corr_DD, rtol=1e-5, atol=1e-6)
-        torch.testing.assert_close(grad, encoder.weight.grad, rtol=1e-4, atol=1e-6)
+    expected = iso_loss_ranks.everything()
+    assert [process.wait(timeout=300) for process in processes] == [0, 0]
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
+    assert not torch.equal(first["local"].pop("C"), second["local"].pop("C"))
+    assert_equal_trees(first, second)
+    # without it each rank trains at a C of its own
+    assert (first["local"]["losses"] - expected.pop("local")["losses"]).abs().max() > 1e-3
+    for case, results in expected.items():
+        for name, tensor in results.items():
+            torch.testing.assert_close(
+                first[case][name], tensor, rtol=1e-10, atol=1e-12, msg=f"{case}: {name}"
+            )
 
 
 @pytest.mark.slow

@@ -1,0 +1,142 @@
+"""IsoLoss in trainings as other people write them, by two gloo processes or by one.
+
+`python iso_loss_ranks.py FOLDER RANK` is one of two; each leaves FOLDER/RANK.pt. In float64, so
+that two processes differ from one by nothing but the order of sums.
+"""
+
+import copy
+import sys
+
+import torch
+import torch.distributed as dist
+from lightly.models.modules.heads import BYOLProjectionHead
+from lightly.models.utils import deactivate_requires_grad, update_momentum
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+
+from isofast_kernels import IsoLoss
+
+VIEWS, BATCH, INPUTS, DIM = 2, 16, 10, 6
+
+
+class Student(nn.Module):
+    """An encoder, its projector and the loss in one module, as a LightningModule has them."""
+
+    def __init__(self, projector: nn.Module, gather: bool = True) -> None:
+        super().__init__()
+        self.encoder = nn.Sequential(nn.Linear(INPUTS, 12), nn.ReLU())
+        self.projector = projector
+        self.criterion = IsoLoss(DIM, decay=0.5, gather_distributed=gather)
+
+    def embed(self, x_BI):
+        # of BatchNorm's rows, so that one process can take the statistics of each rank's
+        ranks = 1 if dist.is_initialized() else 2
+        return torch.cat([self.projector(self.encoder(rows)) for rows in x_BI.chunk(ranks)])
+
+    def forward(self, x1_BI, x2_BI, targets=()):
+        return self.criterion(self.embed(x1_BI), self.embed(x2_BI), *targets)
+
+
+def batches(steps):
+    """This process's share of each step's views, of all rows where it is alone."""
+    generator = torch.Generator().manual_seed(7)
+    rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    rows = BATCH // ranks
+    for _ in range(steps):
+        shared = torch.randn(BATCH, INPUTS, generator=generator, dtype=torch.float64)
+        noise = torch.randn(VIEWS, BATCH, INPUTS, generator=generator, dtype=torch.float64)
+        yield (shared + 0.3 * noise)[:, rank * rows : (rank + 1) * rows]
+
+
+def mean_over_ranks(losses):
+    mean = torch.stack(losses).detach()
+    if dist.is_initialized():
+        dist.all_reduce(mean)
+        mean /= dist.get_world_size()
+    return mean
+
+
+def whole(tensor):
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def trained(steps, student, call, teacher=None):
+    """Losses of steps of SGD, then every parameter, its last gradient, and C."""
+    optimizer = torch.optim.SGD(student.parameters(), lr=0.1, momentum=0.9)
+    losses = []
+    for x1, x2 in batches(steps):
+        targets = ()
+        if teacher is not None:
+            update_momentum(student, teacher, m=0.9)
+            with torch.no_grad():
+                targets = teacher.embed(x1), teacher.embed(x2)
+        optimizer.zero_grad()
+        losses.append(call(x1, x2, targets))
+        losses[-1].backward()
+        optimizer.step()
+    results = {"losses": mean_over_ranks(losses), "C": student.criterion.corr_DD}
+    for name, parameter in student.named_parameters():
+        results |= {name: whole(parameter), f"{name}.grad": whole(parameter.grad)}
+    return {name: tensor.detach().clone() for name, tensor in results.items()}
+
+
+def ddp(gather):
+    """The loss outside DDP, as a criterion of a plain loop."""
+    torch.manual_seed(0)
+    student = Student(nn.Linear(12, DIM), gather).double()
+    network = nn.Sequential(student.encoder, student.projector)
+    network = DistributedDataParallel(network) if dist.is_initialized() else network
+
+    def call(x1_BI, x2_BI, targets):
+        return student.criterion(*network(torch.cat([x1_BI, x2_BI])).chunk(2))
+
+    return trained(3, student, call)
+
+
+def heads():
+    """lightly's projection head and momentum teacher; DDP holds the loss and broadcasts C."""
+    torch.manual_seed(0)
+    student = Student(BYOLProjectionHead(12, 16, DIM)).double()
+    teacher = copy.deepcopy(student)
+    deactivate_requires_grad(teacher)
+    call = DistributedDataParallel(student) if dist.is_initialized() else student
+    return trained(20, student, call, teacher)
+
+
+def fsdp():
+    """Parameters sharded by FSDP2, a unit a layer."""
+    torch.manual_seed(0)
+    student = Student(nn.Linear(12, DIM)).double()
+    if dist.is_initialized():
+        mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+        for module in (student.encoder, student.projector, student):
+            fully_shard(module, mesh=mesh)
+        assert isinstance(student.projector.weight, DTensor)
+    return trained(5, student, student)
+
+
+def compiled():
+    """The loss as one graph, its collective included."""
+    torch.manual_seed(0)
+    student = Student(nn.Linear(12, DIM)).double()
+    # before DDP's hooks: one process has no gradients to average
+    forward = torch.compile(student, fullgraph=True, backend="aot_eager")
+    call = DistributedDataParallel(forward) if dist.is_initialized() else student
+    return trained(3, student, call)
+
+
+def everything():
+    cases = {"gather": ddp(True), "local": ddp(False), "heads": heads(), "fsdp": fsdp()}
+    return cases | {"compiled": compiled()}
+
+
+if __name__ == "__main__":
+    folder, rank = sys.argv[1], int(sys.argv[2])
+    dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=2)
+    torch.save(everything(), f"{folder}/{rank}.pt")
+    # who leaves early takes the other's connections along
+    dist.barrier()
+    dist.destroy_process_group()
