@@ -9,8 +9,6 @@ import sys
 
 import torch
 import torch.distributed as dist
-from lightly.models.modules.heads import BYOLProjectionHead
-from lightly.models.utils import deactivate_requires_grad, update_momentum
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -63,18 +61,13 @@ def whole(tensor):
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def trained(steps, student, call, teacher=None):
+def trained(steps, student, call, targets_of=lambda x1_BI, x2_BI: ()):
     """Losses of steps of SGD, then every parameter, its last gradient, and C."""
     optimizer = torch.optim.SGD(student.parameters(), lr=0.1, momentum=0.9)
     losses = []
     for x1, x2 in batches(steps):
-        targets = ()
-        if teacher is not None:
-            update_momentum(student, teacher, m=0.9)
-            with torch.no_grad():
-                targets = teacher.embed(x1), teacher.embed(x2)
         optimizer.zero_grad()
-        losses.append(call(x1, x2, targets))
+        losses.append(call(x1, x2, targets_of(x1, x2)))
         losses[-1].backward()
         optimizer.step()
     results = {"losses": mean_over_ranks(losses), "C": student.criterion.corr_DD}
@@ -98,12 +91,21 @@ def ddp(gather):
 
 def heads():
     """lightly's projection head and momentum teacher; DDP holds the loss and broadcasts C."""
+    from lightly.models.modules.heads import BYOLProjectionHead
+    from lightly.models.utils import deactivate_requires_grad, update_momentum
+
     torch.manual_seed(0)
     student = Student(BYOLProjectionHead(12, 16, DIM)).double()
     teacher = copy.deepcopy(student)
     deactivate_requires_grad(teacher)
     call = DistributedDataParallel(student) if dist.is_initialized() else student
-    return trained(20, student, call, teacher)
+
+    @torch.no_grad()
+    def targets_of(x1_BI, x2_BI):
+        update_momentum(student, teacher, m=0.9)
+        return teacher.embed(x1_BI), teacher.embed(x2_BI)
+
+    return trained(20, student, call, targets_of)
 
 
 def fsdp():
