@@ -2,7 +2,7 @@
 
 from typing import Any
 
-__all__ = ["fit", "load_config"]
+__all__ = ["fit", "load_config", "load_encoder"]
 
 
 def __getattr__(name: str) -> Any:
@@ -15,4 +15,8 @@ def __getattr__(name: str) -> Any:
         from isofast.config.load import load_config
 
         return load_config
+    if name == "load_encoder":
+        from isofast.evaluation.encoders import load_encoder
+
+        return load_encoder
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -8,7 +8,7 @@ import sys
 from dataclasses import asdict, fields
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from isofast.errors import GOES_ON, STARTS_OVER, exit_code_of
 
@@ -30,6 +30,8 @@ def _parser() -> argparse.ArgumentParser:
     _add_prepare(commands)
     _add_profile(commands)
     _add_evaluate(commands)
+    _add_embed(commands)
+    _add_export(commands)
     _add_theory(commands)
     _add_figures(commands)
     _add_reproduce(commands)
@@ -151,6 +153,73 @@ def _evaluate(args: argparse.Namespace) -> None:
         say=lambda text: print(text, file=sys.stderr),
     )
     _say(json.dumps(asdict(report)) if args.json else str(report))
+
+
+def _add_embed(commands: Any) -> None:
+    parser = commands.add_parser("embed", help="write the features of a folder of pictures")
+    _add_source(parser)
+    parser.add_argument(
+        "--images", type=Path, required=True, metavar="DIR", help="pictures, read recursively"
+    )
+    parser.add_argument(
+        "--output",
+        type=Path,
+        required=True,
+        metavar="FILE",
+        help=".npz or .pt with embeddings (N, F) and filenames, or .csv with a row a picture",
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    _finish(parser, _embed, STARTS_OVER)
+
+
+def _embed(args: argparse.Namespace) -> None:
+    from isofast.evaluation.embed import embed
+
+    done = embed(args.source, args.images, args.output)
+    for name, problem in done.skipped.items():
+        _say(f"{name}: {problem}", sys.stderr)
+    if done.skipped:
+        _say(f"{len(done.skipped)} unreadable file(s) are left out", sys.stderr)
+    if args.json:
+        print(json.dumps(asdict(done)))
+    else:
+        _say(
+            f"{done.images:,} embeddings of {done.features} features, {done.images_per_s:,.0f} "
+            f"images/s: {done.output}"
+        )
+
+
+def _add_export(commands: Any) -> None:
+    parser = commands.add_parser(
+        "export",
+        help="write an encoder for other libraries",
+        description="Writes the encoder without a classifier, and prints how to load it.",
+    )
+    _add_source(parser)
+    parser.add_argument(
+        "--format",
+        choices=("safetensors", "torchvision", "timm", "onnx", "huggingface"),
+        required=True,
+        help="torchvision and timm: a state dict (.pth or .safetensors); huggingface: a folder "
+        "that timm loads",
+    )
+    parser.add_argument("--output", type=Path, required=True, metavar="PATH")
+    _finish(parser, _export, STARTS_OVER)
+
+
+def _export(args: argparse.Namespace) -> None:
+    from isofast.evaluation.export import export
+
+    _say(export(args.source, args.format, args.output))
+
+
+def _add_source(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "source",
+        type=Path,
+        metavar="RUN|FILE",
+        help="a run's folder, its encoder.safetensors, or a checkpoint of torchvision or timm",
+    )
 
 
 def _add_theory(commands: Any) -> None:
@@ -382,10 +451,11 @@ def _seed(text: str) -> int:
     return int(text)
 
 
-def _say(text: str) -> None:
-    """Print file names, even those that the terminal's encoding lacks."""
-    encoding = sys.stdout.encoding or "utf-8"
-    print(text.encode(encoding, "backslashreplace").decode(encoding))
+def _say(text: str, stream: TextIO | None = None) -> None:
+    """Print what may hold file names, which need not be text in the terminal's encoding."""
+    stream = stream or sys.stdout
+    encoding = stream.encoding or "utf-8"
+    print(text.encode(encoding, "backslashreplace").decode(encoding), file=stream)
 
 
 if __name__ == "__main__":

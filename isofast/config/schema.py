@@ -162,7 +162,7 @@ class EncoderConfig(_Section):
 
     name: str = "resnet18"
     """A torchvision ResNet (resnet18, resnet34, resnet50), timm:NAME, or module:function, your own
-    function that returns the module. The other keys are for the ResNets."""
+    function that returns the module. stem, stem_padding and width are for the ResNets."""
     stem: Literal["cifar", "tiny", "imagenet"] = "imagenet"
     """First layers: cifar 3x3, tiny 3x3 and max-pool, imagenet 7x7 stride 2 and max-pool. Preset:
     the paper's for the data set; for an imagefolder cifar at a data.crop of up to 32, tiny up to
@@ -171,6 +171,10 @@ class EncoderConfig(_Section):
     """Padding of the 3x3 stems in pixels; 2 is the released code's (34 x 34 maps)."""
     width: int = Field(64, ge=4)
     """Channels of the first stage of resnet18 or resnet34; 64 is torchvision's, less is faster."""
+    init: str | None = None
+    """File of weights to begin with: an encoder.safetensors, or a torchvision or timm checkpoint of
+    the same encoder. A classifier in it is left out, a first convolution of another size stays
+    random. Not read when a run continues."""
 
     @field_validator("name")
     @classmethod

@@ -19,7 +19,7 @@ SPLITS = ("train", "val")
 UNLABELED = "unlabeled"
 UNLABELLED = -1
 EXTENSIONS = (".png", ".jpg", ".jpeg")
-_PICTURES = (
+PICTURES = (
     *EXTENSIONS,
     *(".webp", ".bmp", ".gif", ".tif", ".tiff", ".jfif", ".jp2", ".heic", ".avif"),
 )
@@ -251,7 +251,7 @@ def _pictures_below(root: Path, top: str) -> Iterator[str]:
         folders[:] = [name for name in folders if not name.startswith(".")]
         below = os.path.relpath(place, root)
         for name in names:
-            if name.lower().endswith(_PICTURES) and not name.startswith("."):
+            if name.lower().endswith(PICTURES) and not name.startswith("."):
                 yield f"{below}/{name}"
 
 

@@ -8,6 +8,7 @@ torchvision.io crashes the process at a PNG with a wrong checksum (torchvision 0
 import io
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -130,31 +131,44 @@ class ResidentCleanRenderer:
         threads: int,
         progress: bool = True,
     ) -> None:
-        def clean(image_HW3: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
-            image_3HW = torch.from_numpy(image_HW3).permute(2, 0, 1)
-            bicubic = functional.InterpolationMode.BICUBIC
-            resized = functional.resize(image_3HW, [recipe.resize_short], bicubic, antialias=True)
-            cropped: npt.NDArray[np.uint8] = (
-                functional.center_crop(resized, [recipe.crop]).permute(1, 2, 0).numpy()
-            )
-            return cropped
-
         self._images_N3HW = decode_images(
-            dataset, indices, device, threads=threads, progress=progress, transform=clean
+            dataset,
+            indices,
+            device,
+            threads=threads,
+            progress=progress,
+            transform=partial(clean_image, recipe),
         ).permute(0, 3, 1, 2)
         self._place = {int(index): k for k, index in enumerate(indices)}
-        self._mean, self._std = list(recipe.mean), list(recipe.std)
+        self._recipe = recipe
 
     def render(self, batches: Iterable[Ints]) -> Iterator[torch.Tensor]:
         """Yield (B, 3, crop, crop) float32, channels_last, for each batch of image numbers."""
         for index_B in batches:
             places = [self._place[int(index)] for index in index_B]
-            x_BCHW = functional.to_dtype(self._images_N3HW[places], torch.float32, scale=True)
-            x_BCHW = functional.normalize(x_BCHW, self._mean, self._std)
-            yield x_BCHW.contiguous(memory_format=torch.channels_last)
+            yield normalised(self._recipe, self._images_N3HW[places])
 
     def close(self) -> None:
         """Do nothing: the images are freed with the object."""
+
+
+def clean_image(recipe: Recipe, image_HW3: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+    """Return the clean view of an image, (crop, crop, 3), not normalised."""
+    image_3HW = torch.from_numpy(image_HW3).permute(2, 0, 1)
+    bicubic = functional.InterpolationMode.BICUBIC
+    resized = functional.resize(image_3HW, [recipe.resize_short], bicubic, antialias=True)
+    cropped: npt.NDArray[np.uint8] = (
+        functional.center_crop(resized, [recipe.crop]).permute(1, 2, 0).numpy()
+    )
+    return cropped
+
+
+def normalised(recipe: Recipe, images_B3HW: torch.Tensor) -> torch.Tensor:
+    """Return uint8 images as the network takes them, (B, 3, H, W) float32, channels_last."""
+    x_BCHW = functional.to_dtype(images_B3HW, torch.float32, scale=True)
+    x_BCHW = functional.normalize(x_BCHW, list(recipe.mean), list(recipe.std), inplace=True)
+    made: torch.Tensor = x_BCHW.contiguous(memory_format=torch.channels_last)
+    return made
 
 
 def resident_gb(images: int, height: int, width: int) -> float:

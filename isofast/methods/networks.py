@@ -17,7 +17,7 @@ from isofast.data import Batch
 from isofast.errors import UserError
 from isofast.methods.batch_norm import convert_batch_norm, foreign_batch_norms
 
-_STAGES = {"resnet18": (2, 2, 2, 2), "resnet34": (3, 4, 6, 3)}
+STAGES = {"resnet18": (2, 2, 2, 2), "resnet34": (3, 4, 6, 3)}
 
 
 def make_encoder(config: EncoderConfig) -> nn.Module:
@@ -166,7 +166,7 @@ def _narrow(net: resnet.ResNet, config: EncoderConfig) -> None:
     net.conv1 = nn.Conv2d(3, width, 7, 2, 3, bias=False)
     net.bn1 = nn.BatchNorm2d(width)
     net.inplanes = width
-    for stage, blocks in enumerate(_STAGES[config.name]):
+    for stage, blocks in enumerate(STAGES[config.name]):
         layer = net._make_layer(BasicBlock, width * 2**stage, blocks, stride=1 if stage == 0 else 2)
         setattr(net, f"layer{stage + 1}", layer)
     for module in net.modules():

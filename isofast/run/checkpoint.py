@@ -8,7 +8,7 @@ checksums). It is filled under another name and renamed when complete.
 import hashlib
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,7 +43,12 @@ def checkpoint_path(folder: Path, step: int) -> Path:
 
 
 def save_checkpoint(
-    folder: Path, step: int, state: State, encoder: dict[str, Tensor], keep: int
+    folder: Path,
+    step: int,
+    state: State,
+    encoder: dict[str, Tensor],
+    keep: int,
+    about: Mapping[str, str] | None = None,
 ) -> Path:
     """Write ``folder``/step_N, return it, and remove all but the ``keep`` newest up to it.
 
@@ -55,6 +60,7 @@ def save_checkpoint(
         state: tensors and plain Python values.
         encoder: the backbone's state.
         keep: checkpoints to keep, including this one.
+        about: metadata of encoder.safetensors.
 
     Raises:
         RunError: the disk is full or not writable; older checkpoints are untouched.
@@ -73,7 +79,7 @@ def save_checkpoint(
             for name in tensors
             if name.endswith("running_mean")
         }
-        save_file(counters | tensors, part / _ENCODER, metadata={"format": "pt"})
+        save_file(counters | tensors, part / _ENCODER, metadata={"format": "pt", **(about or {})})
         manifest = {name: _fingerprint(part / name) for name in (_STATE, _ENCODER)}
         (part / _MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
         for name in (_STATE, _ENCODER, _MANIFEST):

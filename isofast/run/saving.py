@@ -1,7 +1,7 @@
 """Checkpoints written while training goes on."""
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from functools import partial
 from pathlib import Path
@@ -24,12 +24,18 @@ class Saver:
         keep: checkpoints kept.
         max_failures: the run ends at the next one.
         report: takes a line for the user.
+        about: metadata of encoder.safetensors.
     """
 
     def __init__(
-        self, folder: Path, keep: int, max_failures: int, report: Callable[[str], None]
+        self,
+        folder: Path,
+        keep: int,
+        max_failures: int,
+        report: Callable[[str], None],
+        about: Mapping[str, str] | None = None,
     ) -> None:
-        self._folder, self._keep = folder, keep
+        self._folder, self._keep, self._about = folder, keep, about
         self._allowed, self._max_failures = max_failures, max_failures
         self._report = report
         self._background = Background()
@@ -69,7 +75,7 @@ class Saver:
     def _write(self, step: int, copies: Any) -> RunError | None:
         state, encoder = _each(_get, copies)
         try:
-            save_checkpoint(self._folder, step, state, encoder, self._keep)
+            save_checkpoint(self._folder, step, state, encoder, self._keep, self._about)
         except RunError as error:
             return error
         return None

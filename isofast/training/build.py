@@ -15,6 +15,7 @@ from isofast.methods import Method, make_method
 from isofast.methods.batch_norm import convert_batch_norm
 from isofast.methods.ema import EmaTarget
 from isofast.methods.networks import Branch
+from isofast.methods.weights import initialise
 from isofast.training.optim import load_optimizer_state, make_optimizer
 from isofast.training.parallel import make_engine, restore_engine
 from isofast.training.parts import part
@@ -63,6 +64,15 @@ class TrainState:
             with part("target's move"):
                 self.target.move_(self.online.branch)
         return output
+
+    def initialise(self, path: str | None) -> list[str]:
+        """Begin with the encoder weights of ``path``, the target too; return a line on it."""
+        if path is None:
+            return []
+        note = initialise(self.online.branch.encoder, path)
+        if self.target is not None:
+            self.target.branch.load_state_dict(self.online.branch.state_dict())
+        return [note]
 
     def capture(self) -> State:
         """All that training has changed, as tensors and plain values. Called on every rank."""

@@ -30,6 +30,7 @@ from isofast.distributed import (
     mean_over_ranks_,
 )
 from isofast.errors import GOES_ON, RunError, Stopped, UserError
+from isofast.methods.weights import describe
 from isofast.run.checkpoint import newest_checkpoint
 from isofast.run.collapse import Finding, remedies
 from isofast.run.directory import describe_environment, open_run_dir
@@ -160,6 +161,7 @@ class _Run:
             config.checkpoint.keep,
             config.checkpoint.max_failures,
             self.recorder.progress.say,
+            describe(config.encoder, recipe),
         )
         self.saved_at = time.monotonic()
         self.all_finite = torch.ones((), dtype=torch.bool, device=world.device)
@@ -280,6 +282,7 @@ class _Run:
         if found is None:
             if (self.run_dir / "metrics.jsonl").exists():
                 notes.append(f"no checkpoint in {self.run_dir} yet: beginning again at step 0")
+            notes += self.state.initialise(self.config.encoder.init)
             return 0, Totals(), notes
         state = found.load()
         for kind, fingerprint in self.fingerprints.items():

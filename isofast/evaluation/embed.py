@@ -1,0 +1,186 @@
+"""Embeddings of a folder of pictures, in a file."""
+
+import csv
+import os
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from PIL import Image, UnidentifiedImageError
+from tqdm import tqdm
+
+from isofast.data import Recipe
+from isofast.data.files import write_atomically
+from isofast.data.folder import PICTURES
+from isofast.data.resident import clean_image, normalised, rgb
+from isofast.errors import UserError
+from isofast.evaluation.encoders import read_encoder
+
+Pixels = npt.NDArray[np.uint8]
+Embeddings = npt.NDArray[np.float32]
+
+_BATCH = 128
+# batches decoded while the network works
+_AHEAD = 2
+# enough to outweigh handing a task to a thread
+_FILES_A_TASK = 16
+
+
+@dataclass(frozen=True)
+class Embedded:
+    """What `embed` wrote."""
+
+    output: str
+    encoder: str
+    images: int
+    features: int
+    skipped: dict[str, str]
+    """Unreadable files, and the problem of each."""
+    images_per_s: float
+
+
+@torch.no_grad()
+def embed(source: Path, folder: Path, output: Path) -> Embedded:
+    """Write the features of all pictures below ``folder``, in the order of their relative paths.
+
+    They are resized and cropped as for the evaluation, and go through the network in fp32.
+
+    Args:
+        source: a run or a file, as for `load_encoder`.
+        folder: read recursively, hidden files and folders excepted.
+        output: .npz, or .pt for `torch.load`, with ``embeddings`` (N, F) float32 and ``filenames``
+            (N,) relative to ``folder``; .csv with a column for the name and one a feature.
+
+    Raises:
+        UserError: there is no encoder, no readable picture, or ``output`` cannot be written.
+    """
+    if output.suffix not in _WRITERS:
+        raise UserError(f"--output {output} must be named {', '.join(_WRITERS)}")
+    if not output.parent.is_dir() or output.is_dir():
+        raise UserError(f"--output {output} must be a file in a folder that exists")
+    names = list_pictures(folder)
+    module, config, recipe = read_encoder(source)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    module.to(device).to(memory_format=torch.channels_last)
+    began = time.perf_counter()
+    kept: list[str] = []
+    skipped: dict[str, str] = {}
+    parts: list[torch.Tensor] = []
+    # disable=None: no bar where there is no terminal
+    with tqdm(total=len(names), desc="embedding", unit="image", disable=None) as bar:
+        for batch, images in _decoded(folder, names, recipe):
+            problems = {n: i for n, i in zip(batch, images, strict=True) if isinstance(i, str)}
+            skipped |= problems
+            pixels = [image for image in images if not isinstance(image, str)]
+            if pixels:
+                images_B3HW = torch.from_numpy(np.stack(pixels)).to(device).permute(0, 3, 1, 2)
+                h_BF = module(normalised(recipe, images_B3HW))
+                parts.append(h_BF.float().cpu())
+                kept += [name for name in batch if name not in problems]
+            bar.update(len(batch))
+    if not parts:
+        name, problem = next(iter(skipped.items()))
+        raise UserError(
+            f"none of the {len(names)} pictures below {folder} can be read: {name} ({problem})"
+        )
+    embeddings_NF = torch.cat(parts).numpy()
+    rate = len(kept) / (time.perf_counter() - began)
+    write = _WRITERS[output.suffix]
+    try:
+        write_atomically(output, lambda part: write(part, embeddings_NF, kept))
+    except PermissionError as error:
+        raise UserError(f"cannot write --output {output}: {error}") from None
+    return Embedded(
+        output=str(output),
+        encoder=config.name,
+        images=len(kept),
+        features=embeddings_NF.shape[1],
+        skipped=skipped,
+        images_per_s=round(rate, 1),
+    )
+
+
+def list_pictures(folder: Path) -> list[str]:
+    """Return the paths of all pictures below ``folder``, relative to it, with "/", sorted.
+
+    Raises:
+        UserError: it is not a folder, or holds no picture.
+    """
+    if not folder.is_dir():
+        raise UserError(f"--images {folder} is not a folder")
+    found = []
+    for place, folders, files in os.walk(folder, followlinks=True):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        found += [
+            (Path(place) / name).relative_to(folder).as_posix()
+            for name in files
+            if name.lower().endswith(PICTURES) and not name.startswith(".")
+        ]
+    if not found:
+        raise UserError(
+            f"there is no picture below {folder}; pictures are named *{', *'.join(PICTURES)}"
+        )
+    return sorted(found)
+
+
+def _decoded(
+    folder: Path, names: Sequence[str], recipe: Recipe
+) -> Iterator[tuple[Sequence[str], list[Pixels | str]]]:
+    """Batches of names with their clean images, or why one cannot be read."""
+
+    def decode(name: str) -> Pixels | str:
+        try:
+            with Image.open(folder / name) as image:
+                return clean_image(recipe, rgb(image))
+        except UnidentifiedImageError:
+            return "cannot identify it as an image"
+        except FileNotFoundError:
+            return "a broken link"
+        # Pillow raises nearly anything for damaged files
+        except Exception as error:
+            return str(error) or type(error).__name__
+
+    def submit(batch: Sequence[str]) -> list[Future[list[Pixels | str]]]:
+        pieces = [batch[k : k + _FILES_A_TASK] for k in range(0, len(batch), _FILES_A_TASK)]
+        return [pool.submit(lambda names: [*map(decode, names)], piece) for piece in pieces]
+
+    batches = [names[k : k + _BATCH] for k in range(0, len(names), _BATCH)]
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0)), "isofast-decode") as pool:
+        pending = deque(map(submit, batches[:_AHEAD]))
+        for k, batch in enumerate(batches):
+            pending.extend(map(submit, batches[k + _AHEAD : k + _AHEAD + 1]))
+            yield batch, [image for piece in pending.popleft() for image in piece.result()]
+
+
+def _write_npz(path: Path, embeddings_NF: Embeddings, names: list[str]) -> None:
+    # a name without .npz would get it
+    with path.open("wb") as file:
+        np.savez(file, embeddings=embeddings_NF, filenames=np.array(names))
+
+
+def _write_csv(path: Path, embeddings_NF: Embeddings, names: list[str]) -> None:
+    with path.open("w", encoding="utf-8", errors="surrogateescape", newline="") as file:
+        rows = csv.writer(file)
+        rows.writerow(["filename", *(f"embedding_{k}" for k in range(embeddings_NF.shape[1]))])
+        # nine digits tell all float32 apart
+        rows.writerows(
+            [name, *(f"{value:.9g}" for value in row)]
+            for name, row in zip(names, embeddings_NF, strict=True)
+        )
+
+
+def _write_pt(path: Path, embeddings_NF: Embeddings, names: list[str]) -> None:
+    torch.save({"embeddings": torch.from_numpy(embeddings_NF), "filenames": names}, path)
+
+
+_WRITERS: dict[str, Callable[[Path, Embeddings, list[str]], None]] = {
+    ".npz": _write_npz,
+    ".csv": _write_csv,
+    ".pt": _write_pt,
+}

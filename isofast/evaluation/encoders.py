@@ -1,0 +1,61 @@
+"""The encoder of a run or a file, as a module."""
+
+from os import PathLike
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from isofast.config.schema import EncoderConfig
+from isofast.data import Recipe, recipe_for
+from isofast.errors import UserError
+from isofast.methods.networks import make_encoder
+from isofast.methods.weights import encoder_of, load_weights, read_weights
+from isofast.run.checkpoint import newest_checkpoint
+from isofast.run.stored import read_config
+
+
+class Encoder(NamedTuple):
+    """An encoder in eval mode, x_BCHW -> h_BF, fp32, on the CPU."""
+
+    module: nn.Module
+    config: EncoderConfig
+    recipe: Recipe
+    """Size and normalisation of its images."""
+
+
+def load_encoder(source: str | PathLike[str]) -> nn.Module:
+    """Return a trained encoder, x_BCHW -> h_BF, in eval mode, fp32, on the CPU.
+
+    Args:
+        source: a run's folder, for its newest whole checkpoint; encoder.safetensors of a run, or
+            what `isofast export` made of it; a checkpoint of torchvision's resnet18, 34 or 50
+            (.pth, .safetensors); a timm model's with its config.json beside, or their folder.
+
+    Raises:
+        UserError: there is no encoder, or the file does not say which it is.
+    """
+    return read_encoder(Path(source)).module
+
+
+def read_encoder(source: Path) -> Encoder:
+    """Return the encoder of a run or a file with what it was trained on; see `load_encoder`."""
+    if source.is_dir() and not (source / "model.safetensors").is_file():
+        run = read_config(source)
+        checkpoint = newest_checkpoint(source / "checkpoints")
+        if checkpoint is None:
+            raise UserError(
+                f"the run {source} has no checkpoint yet, and so no encoder; one comes every "
+                f"{run.checkpoint.every_steps} steps and at its end"
+            )
+        weights = read_weights(checkpoint.path / "encoder.safetensors")
+        config, recipe = run.encoder, recipe_for(run.data.dataset, crop=run.data.crop)
+    else:
+        weights = read_weights(source / "model.safetensors" if source.is_dir() else source)
+        config, recipe = encoder_of(weights)
+    # the random weights that are replaced must not move the caller's generator
+    with torch.random.fork_rng(devices=[]):
+        module = make_encoder(config)
+    load_weights(module, weights)
+    return Encoder(module.eval(), config, recipe)

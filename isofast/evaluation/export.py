@@ -1,0 +1,227 @@
+"""Encoders in the formats of other libraries."""
+
+import contextlib
+import importlib.util
+import io
+import shutil
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from isofast.config.schema import EncoderConfig
+from isofast.data.files import write_atomically
+from isofast.errors import RunError, UserError
+from isofast.evaluation.encoders import Encoder, read_encoder
+from isofast.methods.networks import STAGES
+from isofast.methods.weights import describe
+
+_ONNX_TOLERANCE = 1e-4
+
+
+def export(source: Path, kind: str, output: Path) -> str:
+    """Write an encoder without a classifier, whole or not at all; return how to load it.
+
+    Args:
+        source: a run or a file, as for `load_encoder`.
+        kind: safetensors, torchvision, timm, onnx or huggingface.
+        output: a file; for huggingface a new folder. torchvision and timm write what torch.save
+            does, or safetensors where the name ends so.
+
+    Raises:
+        UserError: there is no encoder, the format cannot hold it, its library is not installed, or
+            ``output`` cannot be written.
+        RunError: the ONNX file does not compute what the encoder does.
+    """
+    is_folder = kind == "huggingface"
+    if not output.parent.is_dir():
+        raise UserError(f"--output {output}: there is no folder {output.parent}; make it first")
+    if output.is_dir() if not is_folder else output.exists():
+        what = "a new folder" if is_folder else "a file"
+        raise UserError(f"--output {output} exists; {kind} takes the name of {what}")
+    encoder = read_encoder(source)
+    return FORMATS[kind](encoder, output)
+
+
+def _safetensors(encoder: Encoder, output: Path) -> str:
+    _write_tensors(encoder, output)
+    return f'isofast.load_encoder("{output}")'
+
+
+def _torchvision(encoder: Encoder, output: Path) -> str:
+    config = encoder.config
+    if ":" in config.name:
+        raise UserError(
+            f"{config.name} is not one of torchvision's networks; export it as safetensors or onnx"
+            + (", timm or huggingface" if config.name.startswith("timm:") else "")
+        )
+    _write_state_dict(encoder, output)
+    return torchvision_code(config, output)
+
+
+def _timm(encoder: Encoder, output: Path) -> str:
+    name = _timm_name(encoder.config)
+    _write_state_dict(encoder, output)
+    return f'timm.create_model("{name}", num_classes=0, checkpoint_path="{output}")'
+
+
+def _huggingface(encoder: Encoder, output: Path) -> str:
+    _require("timm")
+    import timm
+    from timm.models import save_for_hf
+
+    module, config, recipe = encoder
+    model = timm.create_model(_timm_name(config), num_classes=0)
+    model.load_state_dict(module.state_dict())
+    card: dict[str, Any] = model.pretrained_cfg  # type: ignore[assignment]
+    # of timm's own weights
+    for key in ("tag", "license", "origin_url", "paper_ids", "test_input_size", "test_crop_pct"):
+        card.pop(key, None)
+    part = output.with_name(f".{output.name}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    card |= {
+        "input_size": (3, recipe.crop, recipe.crop),
+        "crop_pct": recipe.crop / recipe.resize_short,
+        "interpolation": "bicubic",
+        "mean": recipe.mean,
+        "std": recipe.std,
+    }
+    try:
+        save_for_hf(
+            model, str(part), model_config={"pretrained_cfg": card}, safe_serialization=True
+        )
+        part.rename(output)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+    return f'timm.create_model("local-dir:{output}", pretrained=True, num_classes=0)'
+
+
+def _onnx(encoder: Encoder, output: Path) -> str:
+    _require("onnx", "onnxscript", "onnxruntime")
+    module, side = encoder.module, encoder.recipe.crop
+    worst = 0.0
+
+    def write(part: Path) -> None:
+        nonlocal worst
+        # torch warns of its own internals, and prints
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            torch.onnx.export(
+                module,
+                # a batch of one would become a constant
+                (torch.zeros(2, 3, side, side),),
+                part,
+                input_names=["x"],
+                output_names=["h"],
+                dynamic_shapes=({0: torch.export.Dim("batch")},),
+                dynamo=True,
+                external_data=False,
+                verbose=False,
+            )
+        worst = max(_onnx_error(module, part, batch, side) for batch in (1, 3))
+        if not worst <= _ONNX_TOLERANCE:
+            raise RunError(
+                f"onnxruntime's features differ from torch's by {worst:.1e} of their largest; "
+                f"{output} is not written"
+            )
+
+    write_atomically(output, write)
+    return (
+        f'onnxruntime.InferenceSession("{output}").run(None, {{"x": x_BCHW}})\n'
+        f"x: (B, 3, {side}, {side}) float32, normalised; h: (B, F). onnxruntime's features differ "
+        f"from torch's by {worst:.1e} of their largest"
+    )
+
+
+FORMATS: dict[str, Callable[[Encoder, Path], str]] = {
+    "safetensors": _safetensors,
+    "torchvision": _torchvision,
+    "timm": _timm,
+    "onnx": _onnx,
+    "huggingface": _huggingface,
+}
+
+
+def torchvision_code(config: EncoderConfig, output: Path) -> str:
+    """Return the Python that loads torchvision's state dict, as ``net``."""
+    width, pad = config.width, config.stem_padding
+    side, stride, padding = (7, 2, 3) if config.stem == "imagenet" else (3, 1, pad)
+    lines = [
+        "import torch, torchvision",
+        f"net = torchvision.models.{config.name}()",
+        "net.fc = torch.nn.Identity()",
+    ]
+    if config.stem != "imagenet" or width != 64:
+        lines.append(
+            f"net.conv1 = torch.nn.Conv2d(3, {width}, {side}, {stride}, {padding}, bias=False)"
+        )
+    if config.stem == "cifar":
+        lines.append("net.maxpool = torch.nn.Identity()")
+    if width != 64:
+        lines += [
+            f"net.bn1, net.inplanes = torch.nn.BatchNorm2d({width}), {width}",
+            "Block = torchvision.models.resnet.BasicBlock",
+            *(
+                f"net.layer{k + 1} = net._make_layer(Block, {width << k}, {blocks}, "
+                f"stride={min(k + 1, 2)})"
+                for k, blocks in enumerate(STAGES[config.name])
+            ),
+        ]
+    if output.suffix == ".safetensors":
+        lines += [
+            "from safetensors.torch import load_file",
+            f'net.load_state_dict(load_file("{output}"))',
+        ]
+    else:
+        lines.append(f'net.load_state_dict(torch.load("{output}"))')
+    return "\n".join(lines)
+
+
+def _timm_name(config: EncoderConfig) -> str:
+    """timm's name of the network; timm's ResNets have torchvision's names and layers."""
+    if config.name.startswith("timm:"):
+        return config.name.removeprefix("timm:")
+    if ":" in config.name:
+        raise UserError(f"{config.name} is no network of timm's; export it as safetensors or onnx")
+    if config.stem != "imagenet" or config.width != 64:
+        raise UserError(
+            f"timm's {config.name} begins with 64 channels of a 7 x 7 convolution; this encoder "
+            f"has the stem {config.stem} and width {config.width}. Export it as torchvision, whose "
+            f"network can be changed to it (the lines are printed), safetensors or onnx"
+        )
+    return config.name
+
+
+def _write_tensors(encoder: Encoder, output: Path) -> None:
+    tensors = {name: t.contiguous() for name, t in encoder.module.state_dict().items()}
+    about = describe(encoder.config, encoder.recipe)
+    # save_file's files can be read by their owner alone
+    write_atomically(output, lambda part: part.write_bytes(save(tensors, about)))
+
+
+def _write_state_dict(encoder: Encoder, output: Path) -> None:
+    if output.suffix == ".safetensors":
+        _write_tensors(encoder, output)
+    else:
+        write_atomically(output, lambda part: torch.save(dict(encoder.module.state_dict()), part))
+
+
+def _require(*packages: str) -> None:
+    if missing := [name for name in packages if importlib.util.find_spec(name) is None]:
+        raise UserError(f"this format needs {', '.join(missing)}: pip install {' '.join(missing)}")
+
+
+@torch.no_grad()
+def _onnx_error(module: nn.Module, path: Path, batch: int, side: int) -> float:
+    """Largest difference of onnxruntime's features from torch's, over the largest feature."""
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    x_BCHW = torch.randn(batch, 3, side, side, generator=torch.Generator().manual_seed(0))
+    h_BF: Tensor = module(x_BCHW)
+    (got_BF,) = session.run(None, {"x": x_BCHW.numpy()})
+    return ((torch.from_numpy(got_BF) - h_BF).abs().max() / h_BF.abs().max()).item()

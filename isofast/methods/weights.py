@@ -1,0 +1,226 @@
+"""Files of encoder weights: ours, torchvision's and timm's, and what is written with ours."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from isofast.config.schema import RESNETS, EncoderConfig
+from isofast.data import Recipe, recipe_for
+from isofast.errors import UserError
+from isofast.methods.networks import make_encoder
+
+Tensors = dict[str, Tensor]
+
+_CLASSIFIERS = ("fc.", "classifier.", "head.", "head_dist.")
+# BatchNorm in training has none, and no evaluation reads it
+_COUNTER = "num_batches_tracked"
+_FIRST = "conv1.weight"
+_SHOWN = 5
+
+
+class Weights(NamedTuple):
+    """A file's tensors, and what it says of the encoder that they belong to."""
+
+    path: Path
+    tensors: Tensors
+    about: Mapping[str, str]
+
+
+def describe(config: EncoderConfig, recipe: Recipe) -> dict[str, str]:
+    """Return a safetensors file's metadata: how its encoder is built, and what images it takes.
+
+    Strings stand as they are, numbers and lists as JSON.
+    """
+    about: dict[str, Any] = config.model_dump(exclude={"init"})
+    about |= {key: getattr(recipe, key) for key in ("crop", "resize_short", "mean", "std")}
+    texts = {k: v if isinstance(v, str) else json.dumps(v) for k, v in about.items()}
+    return {"format": "pt", **texts}
+
+
+def read_weights(path: Path) -> Weights:
+    """Read a .safetensors file, or a state dict that torch.save wrote.
+
+    A training script's checkpoint may hold it as "state_dict" or "model", with names that begin
+    with "module.".
+
+    Raises:
+        UserError: the file cannot be read or holds no state dict.
+    """
+    about: Mapping[str, str] = {}
+    try:
+        if path.suffix == ".safetensors":
+            with safe_open(path, framework="pt") as file:
+                found: Any = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+                about = file.metadata() or {}
+        else:
+            found = torch.load(path, map_location="cpu", weights_only=True)
+    # whatever unpickling raises
+    except Exception as error:
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        raise UserError(
+            f"cannot read the weights {path}: {reason}. Give a .safetensors file, or a state dict "
+            f"saved by torch.save"
+        ) from error
+    if isinstance(found, Mapping) and "arch" in found:
+        about = {"architecture": str(found["arch"])}
+    for key in ("state_dict", "model"):
+        if isinstance(found, Mapping) and isinstance(found.get(key), Mapping):
+            found = found[key]
+    tensors = {
+        str(name).removeprefix("module."): tensor
+        for name, tensor in (found.items() if isinstance(found, Mapping) else ())
+        if isinstance(tensor, Tensor)
+    }
+    if not tensors:
+        raise UserError(f"{path} holds {type(found).__name__}, not a state dict of tensors")
+    return Weights(path, tensors, about)
+
+
+def encoder_of(weights: Weights) -> tuple[EncoderConfig, Recipe]:
+    """Return the encoder that a file's weights belong to, and the images that it takes.
+
+    Ours say both. For torchvision's ResNets the names and shapes say the encoder, for timm's models
+    a config.json beside, as Hugging Face has it, or the checkpoint's "arch". Images are then those
+    of ImageNet or of that config.json.
+
+    Raises:
+        UserError: the file does not say it.
+    """
+    try:
+        stated = _stated(weights)
+    # pydantic's and JSON's errors are ValueErrors
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        reason = " ".join(str(error).partition(" [type=")[0].split())
+        raise UserError(f"what {weights.path} says of its encoder is damaged: {reason}") from None
+    return stated or (_resnet_of(weights), recipe_for("imagefolder"))
+
+
+def load_weights(encoder: nn.Module, weights: Weights, *, other_stem: bool = False) -> list[str]:
+    """Load a file's weights into ``encoder``; a classifier's are left out.
+
+    Args:
+        encoder: changed in place; no parameter or buffer is replaced.
+        weights: from `read_weights`.
+        other_stem: leave the first convolution as it is where its kernel has another size.
+
+    Returns:
+        Names of what stays as it was.
+
+    Raises:
+        UserError: names or shapes do not fit; ``encoder`` is as it was.
+    """
+    own = encoder.state_dict()
+    given = {
+        name: tensor
+        for name, tensor in weights.tensors.items()
+        if name in own or not (name.startswith(_CLASSIFIERS) or name.endswith(_COUNTER))
+    }
+    kept = []
+    if other_stem and _FIRST in own and _FIRST in given:
+        here, there = own[_FIRST].shape, given[_FIRST].shape
+        if here != there and here[:2] == there[:2]:
+            kept.append(f"{_FIRST} ({_size(here)} here, {_size(there)} there)")
+            del given[_FIRST], own[_FIRST]
+    missing = [name for name in own if name not in given and not name.endswith(_COUNTER)]
+    unknown = [name for name in given if name not in own]
+    misfits = [
+        f"{name} ({_size(own[name].shape)} here, {_size(given[name].shape)} there)"
+        for name in given
+        if name in own and own[name].shape != given[name].shape
+    ]
+    faults = {"missing there": missing, "unknown here": unknown, "of another shape": misfits}
+    if any(faults.values()):
+        listed = "; ".join(f"{what}: {_some(names)}" for what, names in faults.items() if names)
+        raise UserError(f"the weights in {weights.path} do not fit the encoder. {listed}")
+    encoder.load_state_dict(given, strict=False)
+    return kept
+
+
+def initialise(encoder: nn.Module, path: str) -> str:
+    """Load encoder.init before the first step; return a line on it.
+
+    Raises:
+        UserError: the file cannot be read, or does not fit.
+    """
+    try:
+        kept = load_weights(encoder, read_weights(Path(path)), other_stem=True)
+    except UserError as error:
+        raise UserError(f"encoder.init: {error}") from error
+    aside = f", but for the first convolution, which is random: {kept[0]}" if kept else ""
+    return f"the encoder begins with the weights of {path}{aside}"
+
+
+def _stated(weights: Weights) -> tuple[EncoderConfig, Recipe] | None:
+    about, recipe = weights.about, recipe_for("imagefolder")
+    sizes = ("crop", "resize_short", "mean", "std")
+    if about.keys() >= {"name", "stem", "stem_padding", "width", *sizes}:
+        values = {key: json.loads(about[key]) for key in ("stem_padding", "width", *sizes)}
+        config = EncoderConfig(
+            name=about["name"],
+            stem=about["stem"],  # type: ignore[arg-type]
+            stem_padding=values["stem_padding"],
+            width=values["width"],
+        )
+        values |= {key: tuple(values[key]) for key in ("mean", "std")}
+        return config, replace(recipe, **{key: values[key] for key in sizes})
+    beside = weights.path.with_name("config.json")
+    card: Mapping[str, Any] = about
+    if beside.is_file():
+        card = json.loads(beside.read_text(encoding="utf-8"))
+    if "architecture" not in card:
+        return None
+    config = EncoderConfig(name=f"timm:{card['architecture']}")
+    return config, _recipe_of_timm(recipe, card.get("pretrained_cfg", {}))
+
+
+def _resnet_of(weights: Weights) -> EncoderConfig:
+    """The torchvision ResNet that has these names."""
+    names = {
+        name
+        for name in weights.tensors
+        if not (name.startswith(_CLASSIFIERS) or name.endswith(_COUNTER))
+    }
+    for resnet in RESNETS:
+        with torch.device("meta"):
+            own = make_encoder(EncoderConfig(name=resnet)).state_dict()
+        if names == {name for name in own if not name.endswith(_COUNTER)}:
+            width, _, side, _ = weights.tensors[_FIRST].shape
+            if side == 7:
+                # of bottlenecks only torchvision's width is ours; load_weights names what differs
+                return EncoderConfig(name=resnet, width=64 if resnet == "resnet50" else width)
+            raise UserError(
+                f"{weights.path} is a {resnet} with a first convolution of {side} x {side}, and "
+                f"does not say what follows it. Give the run, its encoder.safetensors, or what "
+                f"`isofast export --format safetensors` made of it"
+            )
+    raise UserError(
+        f"{weights.path} does not say which encoder its weights are of. Give a run, its "
+        f"encoder.safetensors, weights of {', '.join(RESNETS)}, or a timm model's file with its "
+        f"config.json beside it"
+    )
+
+
+def _recipe_of_timm(recipe: Recipe, card: Mapping[str, Any]) -> Recipe:
+    crop = card.get("input_size", (3, recipe.crop, recipe.crop))[-1]
+    return replace(
+        recipe,
+        crop=crop,
+        resize_short=round(crop / card.get("crop_pct", recipe.crop / recipe.resize_short)),
+        mean=tuple(card.get("mean", recipe.mean)),
+        std=tuple(card.get("std", recipe.std)),
+    )
+
+
+def _size(shape: torch.Size) -> str:
+    return " x ".join(map(str, shape))
+
+
+def _some(names: list[str]) -> str:
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return ", ".join(names[:_SHOWN]) + more

@@ -1,0 +1,171 @@
+"""`isofast embed` against the same features made by hand, with torchvision's transforms."""
+
+import csv
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+from torch import nn
+from torchvision.models import resnet18
+from torchvision.transforms.v2 import functional
+
+import isofast
+from isofast.cli import main
+from isofast.data import check_folder, make_eval_loader, open_dataset, recipe_for
+
+from ..support.encoders import write_run
+
+IMAGES = {
+    "b/one.jpg": (40, 60),
+    "a-b/two.png": (16, 16),
+    "a/three.PNG": (90, 33),
+    "zebra.jpeg": (17, 16),
+    "a/deep/er/four.webp": (32, 32),
+}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Pictures of several sizes, formats and depths, and what is none."""
+    root = tmp_path / "pictures"
+    rng = np.random.default_rng(0)
+    for name, (height, width) in IMAGES.items():
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        small = Image.fromarray(rng.integers(0, 255, (5, 5, 3), dtype=np.uint8))
+        small.resize((width, height), Image.Resampling.BICUBIC).save(path)
+    (root / "a" / "notes.txt").write_text("no picture")
+    (root / ".hidden").mkdir()
+    (root / ".hidden" / "x.png").write_bytes(b"")
+    return root
+
+
+@pytest.fixture
+def run_dir(tmp_path: Path, small: Callable[..., Any]) -> Path:
+    """A run of an encoder for 16-pixel images."""
+    write_run(tmp_path / "run", small(encoder={"width": 8}))
+    return tmp_path / "run"
+
+
+def by_hand(root: Path, name: str) -> torch.Tensor:
+    """The digits' clean view as torchvision's transforms make it."""
+    with Image.open(root / name) as image:
+        x = functional.pil_to_tensor(image.convert("RGB"))
+    x = functional.resize(x, [16], functional.InterpolationMode.BICUBIC, antialias=True)
+    x = functional.to_dtype(functional.center_crop(x, [16]), torch.float32, scale=True)
+    return functional.normalize(x, [0.305] * 3, [0.376] * 3)[None]
+
+
+def embed(source: Path, folder: Path, output: Path, *options: str) -> int:
+    return main(["embed", str(source), "--images", str(folder), "--output", str(output), *options])
+
+
+def test_the_same_numbers_in_every_format(run_dir: Path, folder: Path, tmp_path: Path) -> None:
+    names = sorted(IMAGES)
+    encoder = isofast.load_encoder(run_dir)
+    with torch.no_grad():
+        expected = torch.cat([encoder(by_hand(folder, name)) for name in names]).numpy()
+    assert expected.std() > 0.05
+    for suffix in (".npz", ".csv", ".pt"):
+        assert embed(run_dir, folder, tmp_path / f"out{suffix}") == 0
+    with np.load(tmp_path / "out.npz") as stored:
+        assert set(stored.files) == {"embeddings", "filenames"}
+        assert stored["filenames"].tolist() == names
+        embeddings = stored["embeddings"]
+    assert embeddings.dtype == np.float32 and embeddings.shape == (len(names), 64)
+    np.testing.assert_allclose(embeddings, expected, rtol=1e-5, atol=1e-5)
+
+    with (tmp_path / "out.csv").open(newline="") as file:
+        header, *rows = csv.reader(file)
+    assert header == ["filename", *(f"embedding_{k}" for k in range(64))]
+    assert [row[0] for row in rows] == names
+    assert np.array_equal(np.array([row[1:] for row in rows], np.float32), embeddings)
+
+    stored_pt = torch.load(tmp_path / "out.pt", weights_only=True)
+    assert stored_pt["filenames"] == names
+    assert torch.equal(stored_pt["embeddings"], torch.from_numpy(embeddings))
+    assert not list(tmp_path.glob(".*.part"))
+
+
+def test_they_are_those_of_the_evaluation(run_dir: Path, digits: Path, tmp_path: Path) -> None:
+    """More than a batch; the evaluation's loader of resident images makes the same pixels."""
+    assert embed(run_dir, digits / "val", tmp_path / "out.npz") == 0
+    images = check_folder(open_dataset(digits, "val"))
+    options: Any = {"batch_size": 355, "device": torch.device("cpu"), "threads": 1}
+    ((x_NCHW, _),) = make_eval_loader(
+        "resident", images, recipe_for("digits"), range(355), **options
+    )
+    with torch.no_grad():
+        expected = isofast.load_encoder(run_dir)(x_NCHW).numpy()
+    with np.load(tmp_path / "out.npz") as stored:
+        assert [f"val/{name}" for name in stored["filenames"]] == list(images.paths)
+        np.testing.assert_allclose(stored["embeddings"], expected, rtol=1e-5, atol=1e-5)
+
+
+def test_torchvision_timm_and_ours_agree(folder: Path, tmp_path: Path) -> None:
+    """A resnet18 that both libraries save and load, on images of ImageNet's size."""
+    theirs = resnet18().eval()
+    torch.save(theirs.state_dict(), tmp_path / "resnet18.pth")
+    assert embed(tmp_path / "resnet18.pth", folder, tmp_path / "out.npz") == 0
+    model = timm.create_model("resnet18", checkpoint_path=tmp_path / "resnet18.pth")
+    model.reset_classifier(0)
+    theirs.fc = nn.Identity()
+    name = "b/one.jpg"
+    with Image.open(folder / name) as image:
+        x = functional.pil_to_tensor(image)
+    x = functional.resize(x, [256], functional.InterpolationMode.BICUBIC, antialias=True)
+    x = functional.to_dtype(functional.center_crop(x, [224]), torch.float32, scale=True)
+    x = functional.normalize(x, [0.485, 0.456, 0.406], [0.229, 0.224, 0.225])[None]
+    with np.load(tmp_path / "out.npz") as stored, torch.no_grad():
+        ours = stored["embeddings"][stored["filenames"].tolist().index(name)]
+        for net in (theirs, model.eval()):
+            np.testing.assert_allclose(ours, net(x)[0].numpy(), rtol=1e-5, atol=1e-5)
+
+
+def test_unreadable_files_are_left_out_and_named(
+    run_dir: Path, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert embed(run_dir, folder, tmp_path / "before.npz") == 0
+    content = (folder / "b" / "one.jpg").read_bytes()
+    (folder / "a" / "cut.jpg").write_bytes(content[: len(content) // 2])
+    (folder / "a-b" / "empty.png").write_bytes(b"")
+    (folder / "gone.jpg").symlink_to(tmp_path / "nowhere.jpg")
+    capsys.readouterr()
+    assert embed(run_dir, folder, tmp_path / "after.npz", "--json") == 0
+    printed = capsys.readouterr()
+    report = json.loads(printed.out)
+    assert report["images"] == len(IMAGES) and report["features"] == 64
+    assert set(report["skipped"]) == {"a/cut.jpg", "a-b/empty.png", "gone.jpg"}
+    assert "a/cut.jpg: Truncated File Read" in printed.err
+    assert "gone.jpg: a broken link" in printed.err and "3 unreadable file(s)" in printed.err
+    with np.load(tmp_path / "before.npz") as one, np.load(tmp_path / "after.npz") as other:
+        assert one["filenames"].tolist() == other["filenames"].tolist()
+        np.testing.assert_allclose(one["embeddings"], other["embeddings"], rtol=1e-6)
+
+
+def test_mistakes_exit_with_2_and_lose_nothing(
+    run_dir: Path, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bad, none, kept = tmp_path / "bad", tmp_path / "none", tmp_path / "kept.npz"
+    bad.mkdir()
+    none.mkdir()
+    (bad / "x.jpg").write_bytes(b"no picture")
+    kept.write_bytes(b"earlier")
+    for source, images, output, words in (
+        (run_dir, bad, kept, "none of the 1 pictures"),
+        (run_dir, none, kept, "no picture below"),
+        (run_dir, tmp_path / "gone", kept, "is not a folder"),
+        (tmp_path / "gone", folder, kept, "cannot read the weights"),
+        (run_dir, folder, tmp_path / "out.json", "must be named .npz, .csv, .pt"),
+        (run_dir, folder, tmp_path / "no" / "out.npz", "a folder that exists"),
+    ):
+        assert embed(source, images, output) == 2
+        assert words in capsys.readouterr().err
+    assert kept.read_bytes() == b"earlier"
+    assert not list(tmp_path.glob(".*.part"))

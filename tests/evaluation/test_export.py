@@ -1,0 +1,163 @@
+"""`isofast export`: each format read by the library that it is for."""
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import timm
+import torch
+from torch import nn
+from torchvision.models import resnet18
+
+import isofast
+from isofast.cli import main
+
+from ..support.encoders import write_run
+
+X_BCHW = torch.randn(5, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+
+
+def export(source: Path, kind: str, output: Path) -> int:
+    return main(["export", str(source), "--format", kind, "--output", str(output)])
+
+
+def features(net: nn.Module) -> torch.Tensor:
+    with torch.no_grad():
+        return net.eval()(X_BCHW)
+
+
+@pytest.fixture
+def run_of(small: Callable[..., Any], tmp_path: Path) -> Callable[..., tuple[Path, torch.Tensor]]:
+    """A run of some encoder for 32-pixel images, and its features of X_BCHW."""
+
+    def make(**encoder: Any) -> tuple[Path, torch.Tensor]:
+        settings = small(data={"dataset": "cifar10"}) | {"encoder": encoder}
+        return tmp_path / "run", features(write_run(tmp_path / "run", settings))
+
+    return make
+
+
+def test_torchvisions_own_network(run_of: Any, tmp_path: Path) -> None:
+    run, expected = run_of(stem="imagenet")
+    assert export(run, "torchvision", tmp_path / "net.pth") == 0
+    theirs = resnet18()
+    theirs.fc = nn.Identity()
+    weights = torch.load(tmp_path / "net.pth", weights_only=True)
+    theirs.load_state_dict(weights, strict=True)
+    assert weights["bn1.num_batches_tracked"] > 0
+    assert torch.equal(features(theirs), expected)
+
+
+@pytest.mark.parametrize(
+    ("encoder", "file"),
+    [
+        ({"stem": "imagenet"}, "net.safetensors"),
+        ({"stem": "cifar", "stem_padding": 2}, "net.pth"),
+        ({"name": "resnet34", "stem": "tiny", "width": 4}, "net.pth"),
+        ({"stem": "imagenet", "width": 8}, "net.safetensors"),
+    ],
+    ids=["imagenet", "cifar", "narrow-tiny", "narrow-imagenet"],
+)
+def test_the_printed_lines_build_torchvisions_network(
+    run_of: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], encoder: Any, file: str
+) -> None:
+    run, expected = run_of(**encoder)
+    assert export(run, "torchvision", tmp_path / file) == 0
+    names: dict[str, Any] = {}
+    exec(capsys.readouterr().out, names)
+    assert torch.equal(features(names["net"]), expected)
+
+
+@pytest.mark.parametrize("file", ["net.pth", "net.safetensors"])
+def test_a_timm_checkpoint(run_of: Any, tmp_path: Path, file: str) -> None:
+    run, expected = run_of(stem="imagenet")
+    assert export(run, "timm", tmp_path / file) == 0
+    # loads strictly
+    model = timm.create_model("resnet18", num_classes=0, checkpoint_path=str(tmp_path / file))
+    torch.testing.assert_close(features(model), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("encoder", [{"stem": "imagenet"}, {"name": "timm:resnet10t"}])
+def test_a_hugging_face_folder(run_of: Any, tmp_path: Path, encoder: Any) -> None:
+    run, expected = run_of(**encoder)
+    folder = tmp_path / "hub"
+    assert export(run, "huggingface", folder) == 0
+    assert {path.name for path in folder.iterdir()} == {"config.json", "model.safetensors"}
+    model = timm.create_model(f"local-dir:{folder}", pretrained=True, num_classes=0)
+    torch.testing.assert_close(features(model), expected, rtol=1e-5, atol=1e-5)
+    images = timm.data.resolve_data_config({}, model=model)
+    assert images["input_size"] == (3, 32, 32) and images["interpolation"] == "bicubic"
+    assert list(images["mean"]) == [0.4914, 0.4822, 0.4465] and images["crop_pct"] == 1
+    card = json.loads((folder / "config.json").read_text())["pretrained_cfg"]
+    assert not {"tag", "license", "origin_url"} & card.keys()
+    assert torch.equal(features(isofast.load_encoder(folder)), features(model))
+    # nothing is overwritten
+    assert export(run, "huggingface", folder) == 2
+
+
+def test_safetensors_come_back(run_of: Any, tmp_path: Path) -> None:
+    run, expected = run_of(stem="tiny", width=4)
+    assert export(run, "safetensors", tmp_path / "one.safetensors") == 0
+    assert export(tmp_path / "one.safetensors", "safetensors", tmp_path / "two.safetensors") == 0
+    assert torch.equal(features(isofast.load_encoder(tmp_path / "two.safetensors")), expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("encoder", [{"stem": "cifar", "width": 4}, {"name": "timm:resnet10t"}])
+def test_onnx_of_any_batch(
+    run_of: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], encoder: Any
+) -> None:
+    import onnxruntime
+
+    run, expected = run_of(**encoder)
+    path = tmp_path / "net.onnx"
+    assert export(run, "onnx", path) == 0
+    assert "differ from torch's by" in capsys.readouterr().out
+    model = onnx.load(path)
+    onnx.checker.check_model(model, full_check=True)
+    batch, *rest = model.graph.input[0].type.tensor_type.shape.dim
+    assert batch.dim_param and [dim.dim_value for dim in rest] == [3, 32, 32]
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    for count in (1, 2, 5):
+        (h_BF,) = session.run(None, {"x": X_BCHW[:count].numpy()})
+        np.testing.assert_allclose(h_BF, expected[:count], rtol=1e-4, atol=1e-4)
+    assert {p.name for p in tmp_path.iterdir()} == {"run", "net.onnx"}
+
+
+@pytest.mark.slow
+def test_onnx_that_computes_something_else_is_not_written(
+    run_of: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, _ = run_of(stem="cifar", width=4)
+    monkeypatch.setattr("isofast.evaluation.export._ONNX_TOLERANCE", 0.0)
+    (tmp_path / "net.onnx").write_bytes(b"earlier")
+    assert export(run, "onnx", tmp_path / "net.onnx") == 1
+    assert (tmp_path / "net.onnx").read_bytes() == b"earlier"
+
+
+def test_what_a_format_cannot_hold_is_said(
+    run_of: Any,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    run, _ = run_of(stem="cifar", width=4)
+    monkeypatch.setitem(sys.modules, "onnxscript", None)
+    for kind, output, words in (
+        ("timm", "x.pth", "stem cifar and width 4"),
+        ("huggingface", "hub", "stem cifar and width 4"),
+        ("onnx", "x.onnx", "needs onnxscript: pip install onnxscript"),
+        ("safetensors", "no/x.safetensors", "make it first"),
+        ("safetensors", "run", "takes the name of a file"),
+    ):
+        assert export(run, kind, tmp_path / output) == 2
+        assert words in capsys.readouterr().err
+    run, _ = run_of(name="timm:resnet10t")
+    assert export(run, "torchvision", tmp_path / "x.pth") == 2
+    assert "not one of torchvision's" in capsys.readouterr().err
+    assert {path.name for path in tmp_path.iterdir()} == {"run"}

@@ -1,0 +1,30 @@
+"""Runs with an encoder and nothing trained, written as a run writes them."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from isofast.config.load import validate
+from isofast.config.schema import to_json
+from isofast.data import recipe_for
+from isofast.methods.networks import make_encoder
+from isofast.methods.weights import describe
+from isofast.run.checkpoint import save_checkpoint
+
+
+def write_run(folder: Path, settings: dict[str, Any], *, step: int = 3) -> nn.Module:
+    """Write a run of a random encoder whose BatchNorm has seen images; return the encoder."""
+    config = validate(settings)
+    recipe = recipe_for(config.data.dataset, crop=config.data.crop)
+    torch.manual_seed(step)
+    encoder = make_encoder(config.encoder)
+    with torch.no_grad():
+        for _ in range(3):
+            encoder(1 + 2 * torch.randn(8, 3, recipe.crop, recipe.crop))
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text(to_json(config))
+    about = describe(config.encoder, recipe)
+    save_checkpoint(folder / "checkpoints", step, {}, encoder, 5, about)
+    return encoder.eval()
