@@ -35,7 +35,7 @@ BASE: dict[str, Any] = {
 RUNS: dict[str, tuple[dict[str, Any], int]] = {
     **{
         name: ({"method": {"name": name}}, 1)
-        for name in ("isoloss", "directpred", "directcopy", "byol", "simsiam", "linear")
+        for name in ("isoloss", "directpred", "directcopy", "byol", "simsiam", "linear", "sigreg")
     },
     "no-ema": ({"method": {"ema": False}}, 1),
     "euclidean": ({"method": {"metric": "euclidean"}, "optimizer": {"name": "adamw"}}, 1),

@@ -52,6 +52,7 @@ METHODS = {
     "byol": "isofast.methods.trained:BYOL",
     "simsiam": "isofast.methods.trained:SimSiam",
     "linear": "isofast.methods.trained:Linear",
+    "sigreg": "isofast.methods.sigreg:SIGReg",
 }
 _CLOSED_FORMS = ("isoloss", "directpred", "directcopy")
 
@@ -79,7 +80,9 @@ def method_preset(dataset: str, epochs: int, method: Mapping[str, Any]) -> Tree:
     ours = epochs < SHORT_RUN_EPOCHS or dataset not in _PAPER_DATASETS
     cosine = method.get("metric", "cosine") == "cosine"
     directions = method.get("correlation", "directions") == "directions"
-    if not (ours and cosine and directions and method["name"] in METHODS):
+    # sigreg's embeddings should be normal themselves, not their directions
+    known = method["name"] in METHODS and method["name"] != "sigreg"
+    if not (ours and cosine and directions and known):
         return {}
     quick = method["name"] in _CLOSED_FORMS and method.get("ema", True)
     return {"correlation": "directions"} | ({"ema_base": 0.9, "decay": 0.9} if quick else {})
@@ -97,7 +100,9 @@ def optimizer_preset(method: str, correlation: str, ema: bool, chosen: str) -> T
     """
     closed = method in _CLOSED_FORMS
     name, lr = "sgd", 0.1
-    if method in METHODS and correlation == "directions" and closed:
+    if method == "sigreg":
+        name, lr = "adamw", _PEAK_LR["adamw"]
+    elif method in METHODS and correlation == "directions" and closed:
         lr = 0.3
     elif method in METHODS and correlation == "embeddings" and ema:
         name, lr = "lars", 1.0
@@ -105,7 +110,8 @@ def optimizer_preset(method: str, correlation: str, ema: bool, chosen: str) -> T
         name, lr = chosen, _PEAK_LR[chosen]
     # The released table's runs; the paper's closed forms have 4e-4. Neither gives one for a linear
     # predictor, which is compared with the closed forms.
-    return {"name": name, "lr": lr, "weight_decay": 1e-4 if closed or method == "linear" else 1e-5}
+    decay = 1e-4 if closed or method == "linear" else 0.05 if method == "sigreg" else 1e-5
+    return {"name": name, "lr": lr, "weight_decay": decay}
 
 
 def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> Tree:

@@ -141,18 +141,21 @@ def _is_foreign(norm: _BatchNorm) -> bool:
 
 
 @torch.library.custom_op("isofast::mean_over_ranks", mutates_args=())
-def _mean_over_ranks(x: Tensor) -> Tensor:
-    """An operation of its own, so that torch.compile keeps the collective in its graph."""
+def mean_over_ranks(x: Tensor) -> Tensor:
+    """The mean over the ranks, differentiable, with two or more of them.
+
+    An operation of its own, so that torch.compile keeps the collective in its graph.
+    """
     mean = x.clone()
     dist.all_reduce(mean)
     return mean.div_(dist.get_world_size())
 
 
-@_mean_over_ranks.register_fake
+@mean_over_ranks.register_fake
 def _(x: Tensor) -> Tensor:
     return torch.empty_like(x)
 
 
-_mean_over_ranks.register_autograd(
+mean_over_ranks.register_autograd(
     lambda context, grad: torch.ops.isofast.mean_over_ranks(grad.contiguous())
 )

@@ -118,7 +118,9 @@ def remedies(config: Config, kind: Kind) -> list[str]:
         tries.append("method.correlation directions, so that long embeddings don't own C")
     if method.name in ("directpred", "directcopy"):
         tries.append("method.name isoloss, which keeps small eigenvalues growing")
-    if not method.ema:
+    if method.name == "sigreg":
+        tries.append(f"method.weight above {method.weight:g}")  # type: ignore[attr-defined]
+    elif not method.ema:
         name = "method.name byol" if method.name == "simsiam" else "method.ema true"
         tries.append(f"{name}, for an EMA target")
     if method.name in ("byol", "simsiam", "linear") and optimizer.name != "sgd":

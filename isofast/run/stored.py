@@ -22,6 +22,7 @@ TITLES = {
     "byol": "BYOL",
     "simsiam": "SimSiam",
     "linear": "linear predictor",
+    "sigreg": "SIGReg",
 }
 # Named whenever runs differ in them; other keys only to tell runs apart.
 _ALWAYS_KEYS = ("method.metric", "method.ema")

@@ -145,6 +145,7 @@ def test_each_kind_of_collapse_is_told_from_a_healthy_run(
         ),
         ({"name": "simsiam"}, "complete", ["method.name byol", "optimizer.name sgd"]),
         ({"name": "byol"}, "complete", ["optimizer.name sgd"]),
+        ({"name": "sigreg"}, "complete", ["method.weight above 0.05"]),
         ({}, "complete", ["optimizer.lr below 0.008", "a longer"]),
         ({}, "blow-up", ["optimizer.lr below 0.008", "a longer"]),
     ],

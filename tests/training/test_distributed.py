@@ -38,7 +38,10 @@ def _run(config: Path, output: Path, size: int, launcher: str) -> dict[str, Any]
     return result
 
 
-@pytest.fixture(scope="module", params=[("isoloss", "torchrun"), ("byol", "srun")], ids="-".join)
+CASES = [("isoloss", "torchrun"), ("byol", "srun"), ("sigreg", "torchrun")]
+
+
+@pytest.fixture(scope="module", params=CASES, ids="-".join)
 def results(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, digits: Path
 ) -> Results:
