@@ -10,7 +10,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TextIO
 
-from isofast.errors import GOES_ON, STARTS_OVER, exit_code_of
+from isofast.errors import GOES_ON, STARTS_OVER, RunError, exit_code_of
 
 _PREPARE_INTERRUPTED = (
     "the same command starts over, but for a whole download and a build that is complete"
@@ -19,15 +19,25 @@ _PREPARE_INTERRUPTED = (
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; return the exit code."""
-    args = _parser().parse_args(arguments)
-    return exit_code_of(lambda: args.run(args), debug=args.debug, interrupted=args.interrupted)
+    args = parser_of_all().parse_args(arguments)
+    rank = 0
+    if args.command == "train":
+        from isofast.distributed import launched_rank
+
+        rank = launched_rank()
+    return exit_code_of(
+        lambda: args.run(args), debug=args.debug, rank=rank, interrupted=args.interrupted
+    )
 
 
-def _parser() -> argparse.ArgumentParser:
+def parser_of_all() -> argparse.ArgumentParser:
+    """Return the parser of all commands."""
     parser = argparse.ArgumentParser(prog="isofast", description=__doc__)
     parser.add_argument("--version", action="version", version=f"isofast {version('isofast')}")
     commands = parser.add_subparsers(dest="command", required=True)
     _add_prepare(commands)
+    _add_train(commands)
+    _add_doctor(commands)
     _add_profile(commands)
     _add_evaluate(commands)
     _add_embed(commands)
@@ -78,14 +88,79 @@ def _prepare(args: argparse.Namespace) -> None:
         _say(f"views of {args.name}: {args.preview}")
 
 
+def _add_train(commands: Any) -> None:
+    parser = commands.add_parser(
+        "train",
+        help="train a configuration, or continue it",
+        description="Trains in one process. A launcher starts several of launch/train.py, which is "
+        "the same: deepspeed launch/train.py --config ...",
+    )
+    _add_config(parser)
+    parser.add_argument(
+        "--run-dir", type=Path, metavar="DIR", help="where results go (default: runs/NAME)"
+    )
+    parser.add_argument(
+        "--fresh", action="store_true", help="start over in a new folder beside the run dir"
+    )
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
+    _finish(parser, _train, GOES_ON)
+
+
+def _train(args: argparse.Namespace) -> None:
+    # one import after the other, so that a wrong key is refused at once
+    from isofast.config.load import load_config
+
+    config = load_config(args.config, args.set)
+    from isofast.run.directory import choose_run_dir
+    from isofast.training.loop import fit
+
+    fit(config, choose_run_dir(args.config, args.run_dir, args.fresh))
+
+
+def _add_config(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--config",
+        type=Path,
+        required=True,
+        metavar="FILE",
+        help="JSON config, or the name of a shipped one, such as tinyimagenet",
+    )
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="override one key, such as train.epochs=100; may be repeated",
+    )
+
+
+def _add_doctor(commands: Any) -> None:
+    parser = commands.add_parser(
+        "doctor",
+        help="say whether training can run here, and what is missing",
+        description="Imports every library and runs kernels on every device. Exits with 1 if "
+        "training cannot run.",
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    _finish(parser, _doctor, STARTS_OVER)
+
+
+def _doctor(args: argparse.Namespace) -> None:
+    from isofast.run.doctor import examine
+
+    report = examine()
+    _say(json.dumps(asdict(report)) if args.json else str(report))
+    if not report.ok:
+        raise RunError(report.verdict)
+
+
 def _add_profile(commands: Any) -> None:
     parser = commands.add_parser(
         "profile",
         help="say where the time of a training step goes",
         description="Trains some steps of a run and saves nothing but a trace of them.",
     )
-    parser.add_argument("--config", type=Path, required=True, metavar="FILE")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
+    _add_config(parser)
     parser.add_argument("--steps", type=_count, default=20, metavar="N", help="default 20")
     parser.add_argument(
         "--output", type=Path, default=Path("runs/profile"), metavar="DIR", help="for trace.json"

@@ -39,7 +39,7 @@ def _importers(module: str, within: tuple[str, ...] = ("isofast", "kernels", "la
     [
         ("deepspeed", {"isofast/training/parallel.py"}),
         ("nvidia", {"isofast/data/dali.py"}),
-        ("isofast.training.loop", {"launch/train.py", "isofast/__init__.py"}),
+        ("isofast.training.loop", {"isofast/cli.py", "isofast/__init__.py"}),
         ("launch", set()),
         ("bench", set()),
         ("tests", set()),

@@ -13,19 +13,31 @@ from isofast.config.plugins import method_class
 from isofast.config.schema import Config, MethodConfig
 from isofast.errors import UserError
 
+_PACKAGE = Path(__file__).resolve().parents[1]
+# the shipped configs: within an installed package, beside it in a checkout
+LAUNCH = next(p / "launch" for p in (_PACKAGE, _PACKAGE.parent) if (p / "launch").is_dir())
+
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
     """Read ``path``, apply ``--set`` overrides (``key.path=value``), fill presets, validate.
+
+    Without a file at ``path`` the shipped one of that name is read, such as tinyimagenet.
 
     Raises:
         UserError: the file is missing or not JSON, or a key or value is not allowed; the message
             names every wrong key and its nearest allowed name.
     """
+    shipped = LAUNCH / f"{path}.json"
+    if not path.is_file() and shipped.is_file():
+        path = shipped
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         known = ", ".join(sorted(str(p) for p in path.parent.glob("*.json"))) or "none"
-        raise UserError(f"no config file {path}. JSON files beside it: {known}") from None
+        names = ", ".join(sorted({p.stem for p in LAUNCH.glob("*.json")} - {"config.schema"}))
+        raise UserError(
+            f"no config file {path}. JSON files beside it: {known}. Shipped, by name: {names}"
+        ) from None
     except (OSError, ValueError) as error:
         raise UserError(f"cannot read {path} as JSON: {error}") from None
     if not isinstance(raw, dict):

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from isofast.config.load import read_stored, resolve
+from isofast.config.load import LAUNCH, read_stored, resolve
 from isofast.config.presets import merge
 from isofast.config.schema import SCHEMA_KEY, Config, changed_keys
 from isofast.data.files import write_atomically
@@ -26,7 +26,7 @@ DATASETS = {
 }
 # The shipped config of each data set. Digits are not in the paper: a quick check of everything.
 SHIPPED = {"digits": "quickstart.json"} | {name: f"{name}.json" for name in DATASETS}
-TRAIN_SCRIPT = Path(__file__).resolve().parents[2] / "launch" / "train.py"
+TRAIN_SCRIPT = LAUNCH / "train.py"
 _SEEDS = {"paper": 5, "small": 1}
 # Changes to the shipped configs: the table reports the end of each run.
 _PAPER: dict[str, Any] = {"evaluation": {"at_start": False, "knn_pixels": False}}

@@ -90,10 +90,10 @@ def describe_environment(world: World, **resolved: str) -> dict[str, Any]:
     """
     cuda = world.device.type == "cuda"
     return {
-        "versions": {name: _version(name) for name in _PACKAGES},
+        "versions": {name: version_of(name) for name in _PACKAGES},
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "device": torch.cuda.get_device_name(world.device) if cuda else _cpu_name(),
+        "device": torch.cuda.get_device_name(world.device) if cuda else cpu_name(),
         "cuda": torch.version.cuda if cuda else None,
         "torch_threads": torch.get_num_threads(),
         "ranks": world.size,
@@ -117,14 +117,16 @@ def _refuse_other_config(stored: Path, config: Config) -> None:
         )
 
 
-def _version(package: str) -> str | None:
+def version_of(package: str) -> str | None:
+    """Return a distribution's version; None where it is not installed."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return None
 
 
-def _cpu_name() -> str:
+def cpu_name() -> str:
+    """Return the processor's model."""
     cpuinfo = Path("/proc/cpuinfo")
     text = cpuinfo.read_text(encoding="utf-8") if cpuinfo.exists() else ""
     named = re.search(r"^model name\s*: (.*)$", text, re.MULTILINE)

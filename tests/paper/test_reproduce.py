@@ -9,13 +9,12 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import psutil
 import pytest
 
-from isofast.cli import main
+from isofast.cli import main, parser_of_all
 from isofast.config.load import load_config
 from isofast.errors import UserError
 from isofast.paper.tables import TABLES, Request
@@ -214,7 +213,7 @@ def test_what_the_quickstart_says_of_a_method_is_for_the_quickstart(
 
 
 def test_a_dry_run_prints_commands_that_work(
-    tmp_path: Path, launch: ModuleType, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     given = ["reproduce", "table3", "--datasets", "cifar10,digits", "--seeds", "1", "--dry-run"]
     runs = tmp_path / "runs"
@@ -225,7 +224,7 @@ def test_a_dry_run_prints_commands_that_work(
     assert len(lines) == 2 * 2 * 2 and "IsoLoss alpha 1, EMA, seed 0 (new)" in lines[0]
     assert lines[1].startswith("  srun -n 4 python ") and "seed-0.json --run-dir" in lines[1]
     for line, ema in zip(lines[1::2], (True, False, True, False), strict=True):
-        args = launch.parse_arguments(shlex.split(line)[5:])
+        args = parser_of_all().parse_args(["train", *shlex.split(line)[5:]])
         config = load_config(args.config, args.set)
         assert (config.method.name, config.method.ema, config.encoder.width) == ("isoloss", ema, 4)
         assert args.config == args.run_dir.with_suffix(".json") and not args.run_dir.exists()

@@ -1,0 +1,276 @@
+"""`isofast doctor`: whether training can run on this machine, and what is missing."""
+
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import torch
+
+from isofast.run.directory import cpu_name, version_of
+from isofast_kernels import asymmetric_loss, matrix_power
+from isofast_kernels.reference import (
+    losses_and_gradients_reference,
+    matrix_power_reference,
+    second_moment_reference,
+)
+
+# A kernel that is wrong is wrong by far more. NUMERICS.md has what each may lose.
+_TOLERANCE = 1e-3
+_ROWS, _FEATURES = 256, 128
+_IMPORT_S = 300
+
+
+@dataclass(frozen=True)
+class Package:
+    """A library that training uses."""
+
+    name: str
+    version: str | None
+    purpose: str
+    problem: str | None
+    """Why it cannot be imported, and the remedy."""
+    required: bool
+
+
+@dataclass(frozen=True)
+class Device:
+    """A device, and the relative errors of kernels on it against the float64 reference."""
+
+    name: str
+    kind: str
+    memory_gb: float
+    free_gb: float
+    precisions: list[str]
+    """Those with arithmetic of their own."""
+    errors: dict[str, float]
+    problem: str | None
+
+
+@dataclass(frozen=True)
+class Report:
+    """What was found."""
+
+    ok: bool
+    verdict: str
+    problems: list[str]
+    """Why training cannot run."""
+    notes: list[str]
+    """What else is missing."""
+    python: str
+    platform: str
+    packages: list[Package]
+    devices: list[Device]
+    driver: str | None
+    cuda: str | None
+    """That torch was built for."""
+    cores: int
+    compiler: str | None
+    disk_free_gb: float
+
+    def __str__(self) -> str:
+        """A line a finding, the verdict last."""
+        lines = [f"{'Python':<20} {self.python}, {self.platform}"]
+        for package in self.packages:
+            lines.append(f"{package.name:<20} {package.version or 'not installed'}")
+        for device in self.devices:
+            errors = ", ".join(f"{name} {error:.1e}" for name, error in device.errors.items())
+            lines += [
+                f"{device.kind:<20} {device.name}, {device.free_gb:.1f} of {device.memory_gb:.1f} "
+                f"GB free, {' and '.join(device.precisions)}",
+                f"{'  kernels':<20} {device.problem or f'errors against float64: {errors}'}",
+            ]
+        lines += [
+            f"{'driver':<20} {self.driver or 'none'}; torch is built for CUDA {self.cuda or '-'}",
+            f"{'cores':<20} {self.cores}",
+            f"{'C compiler':<20} {self.compiler or 'none'}",
+            f"{'disk':<20} {self.disk_free_gb:.1f} GB free in {Path.cwd()}",
+            *(f"note: {note}" for note in self.notes),
+            *(f"problem: {problem}" for problem in self.problems),
+            self.verdict,
+        ]
+        return "\n".join(lines)
+
+
+def examine() -> Report:
+    """Import every library, run kernels on every device, and judge."""
+    cuda = torch.cuda.is_available()
+    packages = _packages(cuda)
+    devices = [_cpu(), *(_gpu(index) for index in range(torch.cuda.device_count()) if cuda)]
+    compiler = _compiler()
+    driver = _driver()
+    problems = [f"{p.name}: {p.problem}" for p in packages if p.problem and p.required]
+    problems += [f"kernels on {d.name}: {d.problem}" for d in devices if d.problem]
+    notes = [f"{p.name}: {p.problem}" for p in packages if p.problem and not p.required]
+    if compiler is None:
+        text = (
+            "no C compiler, or no Python.h, which Triton and torch.compile need: install gcc, g++ "
+            "and the headers of this Python (python3-dev)"
+        )
+        (problems if cuda else notes).append(text)
+    if driver and not cuda:
+        notes.append(
+            f"there is a driver {driver} and torch {torch.__version__} finds no GPU; it is built "
+            f"for CUDA {torch.version.cuda or '-'}. Install the torch that suits the driver"
+        )
+    gpus = [device.name for device in devices if device.kind == "GPU"]
+    where = ", ".join(gpus) if gpus else "the CPU alone, which is for small sets"
+    return Report(
+        ok=not problems,
+        verdict=f"training runs on {where}" if not problems else "training cannot run here",
+        problems=problems,
+        notes=notes,
+        python=platform.python_version(),
+        platform=platform.platform(),
+        packages=packages,
+        devices=devices,
+        driver=driver,
+        cuda=torch.version.cuda,
+        cores=len(os.sched_getaffinity(0)),
+        compiler=compiler,
+        disk_free_gb=round(shutil.disk_usage(Path.cwd()).free / 1e9, 1),
+    )
+
+
+def kernel_errors(device: torch.device) -> dict[str, float]:
+    """Return relative errors of the loss, its gradient and the root of C, in fp32 on ``device``.
+
+    The truth is the reference in float64, in the Frobenius norm.
+    """
+    generator = torch.Generator().manual_seed(0)
+    z_BD, t_BD = torch.randn(2, _ROWS, _FEATURES, generator=generator)
+    corr_DD = second_moment_reference([z_BD])
+    w_DD = matrix_power_reference(corr_DD, 0.5)
+    exact = [x.double() for x in (z_BD, t_BD, w_DD)]
+    loss_B, dz_BD = losses_and_gradients_reference(*exact, metric="cosine", isotropic=True)
+    z_BD = z_BD.to(device).requires_grad_()
+    loss = asymmetric_loss(z_BD, t_BD.to(device), w_DD.to(device), metric="cosine", isotropic=True)
+    torch.autograd.backward(loss)
+    assert z_BD.grad is not None
+    pairs = {
+        "loss": (loss.detach(), loss_B.mean()),
+        "gradient": (z_BD.grad, dz_BD / _ROWS),
+        "root": (
+            matrix_power(corr_DD.to(device), 0.5),
+            matrix_power_reference(corr_DD.double(), 0.5),
+        ),
+    }
+    return {
+        name: ((got.cpu().double() - truth).norm() / truth.norm()).item()
+        for name, (got, truth) in pairs.items()
+    }
+
+
+def _packages(cuda: bool) -> list[Package]:
+    """Each library with what comes of importing it, in processes that it may crash."""
+    wanted = [
+        ("torchvision", "torchvision", "networks and official data sets", True),
+        ("triton", "triton", "kernels on a GPU", cuda),
+        ("deepspeed", "deepspeed", "runs of several processes, and their launcher", True),
+        (
+            *("nvidia-dali-cuda130", "nvidia.dali.fn"),
+            "decoding; without it images stay decoded on the device",
+            False,
+        ),
+    ]
+    # as for training: without a GPU DeepSpeed is not to look for one
+    environment = os.environ | {"DS_ACCELERATOR": "cuda" if cuda else "cpu"}
+    imports = [
+        subprocess.Popen(
+            [sys.executable, "-c", f"import {module}"],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=environment,
+        )
+        for _, module, _, _ in wanted
+    ]
+    # imported already
+    own = [
+        Package(n, version_of(n), "", None, True) for n in ("isofast", "isofast-kernels", "torch")
+    ]
+    return own + [
+        Package(
+            name=name,
+            version=version_of(name) or version_of(name.replace("cuda130", "cuda120")),
+            purpose=purpose,
+            problem=_import_problem(process, name, purpose),
+            required=required,
+        )
+        for (name, _, purpose, required), process in zip(wanted, imports, strict=True)
+    ]
+
+
+def _import_problem(process: "subprocess.Popen[str]", name: str, purpose: str) -> str | None:
+    try:
+        _, said = process.communicate(timeout=_IMPORT_S)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        said = f"not imported within {_IMPORT_S} s"
+    if process.returncode == 0:
+        return None
+    last = said.strip().rpartition("\n")[2] or f"the import ends with {process.returncode}"
+    return f"{last}. It is for {purpose}: pip install {name}"
+
+
+def _cpu() -> Device:
+    memory = psutil.virtual_memory()
+    cpuinfo = Path("/proc/cpuinfo")
+    flags = cpuinfo.read_text(encoding="utf-8") if cpuinfo.exists() else ""
+    bf16 = ["bf16"] if re.search(r"\b(avx512_bf16|amx_bf16|bf16)\b", flags) else []
+    return Device(
+        cpu_name(),
+        "CPU",
+        round(memory.total / 1e9, 1),
+        round(memory.available / 1e9, 1),
+        ["fp32", *bf16],
+        *_tried(torch.device("cpu")),
+    )
+
+
+def _gpu(index: int) -> Device:
+    device = torch.device("cuda", index)
+    free, total = torch.cuda.mem_get_info(device)
+    major, _ = torch.cuda.get_device_capability(device)
+    return Device(
+        torch.cuda.get_device_name(device),
+        "GPU",
+        round(total / 1e9, 1),
+        round(free / 1e9, 1),
+        ["fp32", *(["tf32", "bf16"] if major >= 8 else [])],
+        *_tried(device),
+    )
+
+
+def _tried(device: torch.device) -> tuple[dict[str, float], str | None]:
+    """The errors of kernels, and what is wrong with them."""
+    try:
+        errors = kernel_errors(device)
+    # a compiler, a driver or a full GPU
+    except Exception as error:
+        return {}, f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+    wrong = [f"{name} is off by {e:.1e}" for name, e in errors.items() if not e <= _TOLERANCE]
+    return errors, ", ".join(wrong) or None
+
+
+def _compiler() -> str | None:
+    """The C compiler that Triton takes; None without one or without Python's headers."""
+    named = os.environ.get("CC")
+    found = shutil.which(named) if named else shutil.which("gcc") or shutil.which("clang")
+    headers = Path(sysconfig.get_paths()["include"]) / "Python.h"
+    return found if headers.is_file() else None
+
+
+def _driver() -> str | None:
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        answer = subprocess.run(query, capture_output=True, text=True, timeout=30, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return answer.stdout.partition("\n")[0].strip() or None

@@ -1,0 +1,65 @@
+"""`isofast doctor`: what it finds here, and what it says of a machine where things are missing."""
+
+import json
+import os
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from isofast.run import doctor
+from isofast.run.doctor import kernel_errors
+
+from ..support.runs import call
+
+DOCTOR = [sys.executable, "-m", "isofast.cli", "doctor"]
+
+
+def test_the_errors_are_those_of_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu = torch.device("cpu")
+    errors = kernel_errors(cpu)
+    assert errors.keys() == {"loss", "gradient", "root"}
+    assert all(1e-9 < error < 1e-5 for error in errors.values())
+    monkeypatch.setattr(doctor, "matrix_power", lambda corr_DD, alpha: corr_DD)
+    assert kernel_errors(cpu)["root"] > 0.1
+
+    def fails(*_: object, **__: object) -> Tensor:
+        raise RuntimeError("no compiler\nmore")
+
+    monkeypatch.setattr(doctor, "matrix_power", fails)
+    report = doctor.Device("x", "CPU", 1, 1, [], *doctor._tried(cpu))
+    assert report.errors == {} and report.problem == "RuntimeError: no compiler"
+
+
+@pytest.mark.slow
+def test_this_machine_can_train(tmp_path: Path) -> None:
+    report = json.loads(call([*DOCTOR, "--json"], cwd=tmp_path).stdout)
+    assert report["ok"] is True and report["problems"] == []
+    versions = {package["name"]: package["version"] for package in report["packages"]}
+    assert versions["torch"] == version("torch") and versions["deepspeed"] == version("deepspeed")
+    assert report["cores"] == len(os.sched_getaffinity(0))
+    (device,) = report["devices"]
+    assert device["kind"] == "CPU" and max(device["errors"].values()) < 1e-5
+    assert "training runs on the CPU alone" in report["verdict"]
+
+
+@pytest.mark.slow
+def test_what_is_missing_is_named_with_its_remedy(tmp_path: Path) -> None:
+    # found before the installed ones
+    (tmp_path / "deepspeed.py").write_text("raise ImportError('libmpi.so.40: cannot open')")
+    (tmp_path / "nvidia.py").write_text("")
+    path = f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
+    done = call(DOCTOR, code=1, PYTHONPATH=path, CC="no-such-compiler")
+    for words in (
+        "problem: deepspeed: ImportError: libmpi.so.40: cannot open. It is for runs of several",
+        "pip install deepspeed",
+        "note: nvidia-dali-cuda130: ModuleNotFoundError",
+        "pip install nvidia-dali-cuda130",
+        "note: no C compiler",
+    ):
+        assert words in done.stdout
+    assert done.stdout.endswith("training cannot run here\n")
+    assert "error: training cannot run here" in done.stderr
