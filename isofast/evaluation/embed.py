@@ -20,7 +20,7 @@ from isofast.data.files import write_atomically
 from isofast.data.folder import PICTURES
 from isofast.data.resident import clean_image, normalised, rgb
 from isofast.errors import UserError
-from isofast.evaluation.encoders import read_encoder
+from isofast.evaluation.encoders import check_output, read_encoder
 
 Pixels = npt.NDArray[np.uint8]
 Embeddings = npt.NDArray[np.float32]
@@ -62,8 +62,7 @@ def embed(source: Path, folder: Path, output: Path) -> Embedded:
     """
     if output.suffix not in _WRITERS:
         raise UserError(f"--output {output} must be named {', '.join(_WRITERS)}")
-    if not output.parent.is_dir() or output.is_dir():
-        raise UserError(f"--output {output} must be a file in a folder that exists")
+    check_output(output)
     names = list_pictures(folder)
     module, config, recipe = read_encoder(source)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -92,10 +91,7 @@ def embed(source: Path, folder: Path, output: Path) -> Embedded:
     embeddings_NF = torch.cat(parts).numpy()
     rate = len(kept) / (time.perf_counter() - began)
     write = _WRITERS[output.suffix]
-    try:
-        write_atomically(output, lambda part: write(part, embeddings_NF, kept))
-    except PermissionError as error:
-        raise UserError(f"cannot write --output {output}: {error}") from None
+    write_atomically(output, lambda part: write(part, embeddings_NF, kept))
     return Embedded(
         output=str(output),
         encoder=config.name,

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from isofast.config.schema import EncoderConfig
 from isofast.data.files import write_atomically
 from isofast.errors import RunError, UserError
-from isofast.evaluation.encoders import Encoder, read_encoder
+from isofast.evaluation.encoders import Encoder, check_output, read_encoder
 from isofast.methods.networks import STAGES
 from isofast.methods.weights import describe
 
@@ -37,14 +37,10 @@ def export(source: Path, kind: str, output: Path) -> str:
             ``output`` cannot be written.
         RunError: the ONNX file does not compute what the encoder does.
     """
-    is_folder = kind == "huggingface"
-    if not output.parent.is_dir():
-        raise UserError(f"--output {output}: there is no folder {output.parent}; make it first")
-    if output.is_dir() if not is_folder else output.exists():
-        what = "a new folder" if is_folder else "a file"
-        raise UserError(f"--output {output} exists; {kind} takes the name of {what}")
-    encoder = read_encoder(source)
-    return FORMATS[kind](encoder, output)
+    check_output(output)
+    if kind == "huggingface" and output.exists():
+        raise UserError(f"--output {output} exists; huggingface takes the name of a new folder")
+    return FORMATS[kind](read_encoder(source), output)
 
 
 def _safetensors(encoder: Encoder, output: Path) -> str:

@@ -163,7 +163,7 @@ def test_mistakes_exit_with_2_and_lose_nothing(
         (run_dir, tmp_path / "gone", kept, "is not a folder"),
         (tmp_path / "gone", folder, kept, "cannot read the weights"),
         (run_dir, folder, tmp_path / "out.json", "must be named .npz, .csv, .pt"),
-        (run_dir, folder, tmp_path / "no" / "out.npz", "a folder that exists"),
+        (run_dir, folder, tmp_path / "no" / "out.npz", "there is no folder"),
     ):
         assert embed(source, images, output) == 2
         assert words in capsys.readouterr().err

@@ -153,7 +153,7 @@ def test_what_a_format_cannot_hold_is_said(
         ("huggingface", "hub", "stem cifar and width 4"),
         ("onnx", "x.onnx", "needs onnxscript: pip install onnxscript"),
         ("safetensors", "no/x.safetensors", "make it first"),
-        ("safetensors", "run", "takes the name of a file"),
+        ("safetensors", "run", "run is a folder; name one that"),
     ):
         assert export(run, kind, tmp_path / output) == 2
         assert words in capsys.readouterr().err
