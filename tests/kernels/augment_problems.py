@@ -83,3 +83,11 @@ def levels_of(views):
     """Normalised views (..., 3, S, S) as 8-bit levels, float64."""
     std, mean = (torch.tensor(x, dtype=torch.float64).view(3, 1, 1) for x in (STD, MEAN))
     return (views.double().cpu() * std + mean) * 255
+
+
+def assert_same_levels(got, expected, share=2e-3):
+    difference = (levels_of(got) - levels_of(expected)).abs()
+    assert (difference > 0.5).double().mean() <= share
+    assert difference.mean() <= 0.01
+    # where the level is the same, so is the value, to the rounding of the normalisation
+    assert difference[difference < 0.5].max() < 1e-3

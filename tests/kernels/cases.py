@@ -1,15 +1,19 @@
-"""What the kernel tests run over, and where."""
+"""What the kernel tests run over, and how far results may be off."""
 
 import pytest
 import torch
 
 from isofast_kernels.dispatch import INTERPRET
 
-# a GPU, or Triton's interpreter (`make interpret`); else the operations run their definitions
+# CUDA and Triton's interpreter (`make interpret`) run the kernels, a plain CPU their reference
 DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRET else "cpu"
-ON_TRITON = [] if INTERPRET else [pytest.mark.gpu]
-if DEVICE == "cpu" and not INTERPRET:
-    ON_TRITON.append(pytest.mark.skip(reason="no GPU; make interpret runs these without one"))
+TRITON = INTERPRET or DEVICE == "cuda"
+ON_DEVICE = [pytest.mark.gpu] if DEVICE == "cuda" else []
+KERNELS_ONLY = pytest.mark.skipif(not TRITON, reason="no GPU; make interpret runs it without one")
+CUDA_ONLY = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(DEVICE != "cuda", reason="needs a CUDA device"),
+]
 
 LOSSES = [
     pytest.param("cosine", False, id="cosine"),
@@ -17,9 +21,26 @@ LOSSES = [
     pytest.param("euclidean", False, id="euclidean"),
     pytest.param("euclidean", True, id="iso_euclidean"),
 ]
-NO_BF16 = pytest.mark.skipif(DEVICE == "cpu", reason="the interpreter's bf16 is wrong")
+NO_BF16 = pytest.mark.skipif(INTERPRET, reason="the interpreter multiplies bf16 wrongly")
 DTYPES = [
     pytest.param(torch.float32, id="fp32"),
     pytest.param(torch.float16, id="fp16"),
     pytest.param(torch.bfloat16, id="bf16", marks=NO_BF16),
 ]
+
+
+def relative_error(got, exact):
+    """Frobenius error of `got`, relative to the float64 `exact`; NaN stays NaN."""
+    assert exact.dtype == torch.float64
+    return ((got.double() - exact).norm() / exact.norm()).item()
+
+
+def assert_within_budget(name, got, torchs, exact):
+    """`got` errs at most twice as much as `torchs`, torch's result in the same dtype.
+
+    The budget is at least two roundings of the result: torch's error may be zero by luck.
+    """
+    assert got.dtype == torchs.dtype and got.shape == exact.shape
+    budget = 2 * max(relative_error(torchs, exact), torch.finfo(got.dtype).eps)
+    error = relative_error(got, exact)
+    assert error <= budget, f"{name}: relative error {error:.2e}, budget {budget:.2e}"

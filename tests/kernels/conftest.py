@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+from .cases import TRITON
+
 GUARD = 256
 """Elements of NaN on either side of a guarded tensor; keeps the alignment kernels rely on."""
 
@@ -59,7 +61,7 @@ def poisoned_empty(monkeypatch):
 
     monkeypatch.setattr(torch, "empty", poisoned)
     yield
-    assert buffers, "the operation under test allocated nothing through torch.empty"
+    assert buffers or not TRITON, "the operation under test allocated nothing through torch.empty"
     for buffer in buffers:
         assert buffer[:GUARD].isnan().all(), "written before the start of an output"
         assert buffer[-GUARD:].isnan().all(), "written past the end of an output"

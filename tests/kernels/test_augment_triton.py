@@ -1,7 +1,6 @@
 """The augmentation's kernel against its definition, on a GPU or in Triton's interpreter.
 
-`make interpret` runs it without a GPU. Both round to levels after each operation, so a sum in
-another order gives another level now and then: few of them may, by little.
+Both round to levels after each operation, so a sum in another order may give another level.
 """
 
 import pytest
@@ -10,10 +9,19 @@ import torch
 from isofast_kernels import augment_views
 from isofast_kernels.augment_reference import augment_views_reference
 
-from .augment_problems import MEAN, STD, levels_of, noise, photos, random_rows, rows
-from .cases import DEVICE, DTYPES, ON_TRITON
+from .augment_problems import (
+    MEAN,
+    STD,
+    assert_same_levels,
+    levels_of,
+    noise,
+    photos,
+    random_rows,
+    rows,
+)
+from .cases import DEVICE, DTYPES, KERNELS_ONLY, ON_DEVICE, TRITON
 
-pytestmark = ON_TRITON
+pytestmark = ON_DEVICE
 
 # stored height, width, side: no power of two, one block and more, enlarged and reduced
 SHAPES = [(20, 20, 20), (37, 29, 15), (13, 11, 35), (64, 64, 64), (9, 50, 33)]
@@ -29,14 +37,7 @@ def both(images, index, table, side, *, blur, dtype=torch.float32):
     return got, expected.permute(0, 1, 4, 2, 3)
 
 
-def assert_same_levels(got, expected, share=2e-3):
-    difference = (levels_of(got) - levels_of(expected)).abs()
-    assert (difference > 0.5).double().mean() <= share
-    assert difference.mean() <= 0.01
-    # where the level is the same, so is the value, to the rounding of the normalisation
-    assert difference[difference < 0.5].max() < 1e-3
-
-
+@KERNELS_ONLY
 @pytest.mark.usefixtures("poisoned_empty")
 @pytest.mark.parametrize("blur", [False, True], ids=["no_blur", "blur"])
 @pytest.mark.parametrize(("height", "width", "side"), SHAPES)
@@ -64,6 +65,7 @@ OPERATIONS = {
 }
 
 
+@KERNELS_ONLY
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_each_operation(name):
     images, index = photos()[:3, :48, :48].contiguous(), torch.arange(3)
@@ -77,15 +79,7 @@ def test_each_operation(name):
     assert changed > 0.3 or name in ("nothing", "narrow blur")
 
 
-@pytest.mark.parametrize("order", [(0, 1, 2, 3), (3, 2, 1, 0), (1, 3, 0, 2), (2, 0, 3, 1)], ids=str)
-def test_the_order_of_the_jitter(order):
-    places = dict(zip(("first", "second", "third", "fourth"), order, strict=True))
-    strong = {"brightness": 1.4, "contrast": 0.6, "saturation": 1.2, "hue": 0.1}
-    table = rows(1, 2, 32, 32, **strong, **places)
-    got, expected = both(photos(32)[:2], torch.arange(2), table, 32, blur=False)
-    assert_same_levels(got, expected, share=0.0)
-
-
+@KERNELS_ONLY
 @pytest.mark.usefixtures("poisoned_empty")
 @pytest.mark.parametrize("dtype", DTYPES[1:])
 def test_half_precision_views_are_the_rounded_ones(dtype):
@@ -97,15 +91,16 @@ def test_half_precision_views_are_the_rounded_ones(dtype):
     assert torch.equal(half, full.to(dtype))
 
 
-def test_the_same_inputs_give_the_same_bits_in_any_batch():
+def test_the_same_inputs_give_the_same_views_in_any_batch():
     images, index = noise(3, 20, 20), torch.tensor([2, 0, 1])
     table = random_rows(2, 3, 20, 20, blur=True)
     whole, _ = both(images, index, table, 20, blur=True)
-    for _ in range(3):
-        assert torch.equal(both(images, index, table, 20, blur=True)[0], whole)
+    assert torch.equal(both(images, index, table, 20, blur=True)[0], whole)
+    # a CPU's product over another batch may add in another order, and round to another level
+    bound = 0 if TRITON else 1e-3
     for k in range(3):
         alone, _ = both(images, index[k : k + 1], table[:, k : k + 1], 20, blur=True)
-        assert torch.equal(alone, whole[:, k : k + 1])
+        assert ((alone - whole[:, k : k + 1]).abs() > bound).float().mean() <= bound
 
 
 def test_only_the_window_counts():
@@ -117,35 +112,3 @@ def test_only_the_window_counts():
     images[:, 7:27, 13:24] = inside
     got, _ = both(images, torch.arange(2), table, 16, blur=True)
     assert torch.equal(got, expected)
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device")
-def test_a_store_of_more_than_2_31_bytes():
-    images = torch.zeros(180_000, 64, 64, 3, dtype=torch.uint8, device=DEVICE)
-    last = noise(1, 64, 64)
-    images[-1] = last[0].to(DEVICE)
-    index = torch.tensor([len(images) - 1], device=DEVICE)
-    table = rows(1, 1, 64, 64)
-    kind = {"side": 64, "mean": MEAN, "std": STD}
-    got = augment_views(images, index, table.to(DEVICE), blur=False, **kind)
-    expected = augment_views_reference(last, torch.zeros(1, dtype=torch.int64), table, **kind)
-    assert_same_levels(got.cpu(), expected.permute(0, 1, 4, 2, 3), share=0.0)
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device")
-def test_a_cuda_graph_replays_it():
-    """Capture fails on any host sync; new parameters in the same tensors give new views."""
-    images, index = noise(8, 32, 32).to(DEVICE), torch.arange(8, device=DEVICE)
-    tables = [random_rows(2, 8, 32, 32, blur=True, seed=s).to(DEVICE) for s in range(3)]
-    kind = {"side": 32, "mean": MEAN, "std": STD, "blur": True, "dtype": torch.bfloat16}
-    expected = [augment_views(images, index, table, **kind) for table in tables]
-    static = tables[0].clone()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        views = augment_views(images, index, static, **kind)
-    for table, want in zip(tables, expected, strict=True):
-        static.copy_(table)
-        graph.replay()
-        assert torch.equal(views, want)

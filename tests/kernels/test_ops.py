@@ -1,7 +1,4 @@
-"""The public operations on the CPU: autograd, tracing, argument errors, what the import needs."""
-
-import subprocess
-import sys
+"""The public operations on the CPU: autograd, tracing, argument errors."""
 
 import pytest
 import torch
@@ -32,51 +29,18 @@ def test_gradcheck(make_problem, metric):
     assert torch.autograd.gradcheck(pair, (z1.requires_grad_(), z2.requires_grad_()))
 
 
-@pytest.mark.parametrize(("metric", "isotropic"), LOSSES)
-def test_loss_and_gradient_are_the_definition_s(make_problem, metric, isotropic):
-    z, _, _, t, w = make_problem(37, 129)
-    z.requires_grad_()
-    loss = asymmetric_loss(z, t, w, metric=metric, isotropic=isotropic)
-    expected = reference.losses_reference(z, t, w, metric=metric, isotropic=isotropic).mean()
-    torch.testing.assert_close(loss, expected, rtol=1e-12, atol=1e-14)
-    got_dz, expected_dz = (torch.autograd.grad(x, z)[0] for x in (loss, expected))
-    torch.testing.assert_close(got_dz, expected_dz, rtol=1e-12, atol=1e-15)
-
-
-@pytest.mark.parametrize(("metric", "isotropic"), LOSSES)
-def test_the_pair_crosses_views_and_adds_directions(make_problem, metric, isotropic):
-    z1, z2, t1, t2, w = make_problem(9, 16)
-    z1.requires_grad_()
-    z2.requires_grad_()
-    kind = {"metric": metric, "isotropic": isotropic}
-    pair = asymmetric_loss_pair(z1, z2, t1, t2, w, **kind)
-    crossed = asymmetric_loss(z1, t2, w, **kind) + asymmetric_loss(z2, t1, w, **kind)
-    torch.testing.assert_close(pair, crossed)
-    for got, expected in zip(
-        torch.autograd.grad(pair, (z1, z2)), torch.autograd.grad(crossed, (z1, z2)), strict=True
-    ):
-        torch.testing.assert_close(got, expected)
-
-
-def test_only_z_gets_a_gradient(make_problem):
-    z, _, _, t, w = (x.requires_grad_() for x in make_problem(5, 6))
-    asymmetric_loss(z, t, w).backward()
-    assert z.grad is not None and t.grad is None and w.grad is None
-
-
-def test_a_view_without_gradient_is_left_out(make_problem):
-    z1, z2, t1, t2, w = make_problem(5, 6)
-    z1.requires_grad_()
-    asymmetric_loss_pair(z1, z2, t1, t2, w).backward()
-    assert z1.grad is not None and z2.grad is None
-
-
-def test_a_second_derivative_is_refused(make_problem):
-    z, _, _, t, w = make_problem(5, 6)
-    z.requires_grad_()
-    (dz,) = torch.autograd.grad(asymmetric_loss(z, t, w), z, create_graph=True)
+def test_gradients_flow_once_and_only_into_z(make_problem):
+    z1, z2, t1, t2, w = (x.requires_grad_() for x in make_problem(5, 6))
+    z2.requires_grad_(False)
+    (dz,) = torch.autograd.grad(asymmetric_loss(z1, t2, w), z1, create_graph=True)
     with pytest.raises(RuntimeError, match="once"):
-        torch.autograd.grad(dz.sum(), z)
+        torch.autograd.grad(dz.sum(), z1)
+    asymmetric_loss_pair(z1, z2, t1, t2, w).backward()
+    assert z1.grad is not None and all(x.grad is None for x in (z2, t1, t2, w))
+    # nor are statistics a part of the graph
+    assert not second_moment(z1).requires_grad
+    assert not matrix_power(w, 0.5).requires_grad
+    assert not correlation_ema_(w.detach().clone(), z1, 0.5).requires_grad
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
@@ -106,16 +70,6 @@ def test_under_autocast_the_loss_stays_in_fp32(make_problem):
     assert torch.equal(power, matrix_power(corr, 0.5))
 
 
-def test_direct_copy_is_alpha_1(make_problem):
-    z, _, _, t, _ = make_problem(40, 12)
-    corr = second_moment(z)
-    top = torch.linalg.eigvalsh(corr)[-1]
-    direct_copy = corr / top + 0.25 * torch.eye(12, dtype=torch.float64)
-    w = matrix_power(corr, 1.0, eps=0.25)
-    torch.testing.assert_close(w, direct_copy, rtol=1e-13, atol=1e-14)
-    torch.testing.assert_close(asymmetric_loss(z, t, w), asymmetric_loss(z, t, direct_copy))
-
-
 def test_one_tensor_and_a_sequence_of_its_parts_give_one_moment():
     z = torch.randn(30, 8, dtype=torch.float64)
     whole = second_moment(z)
@@ -127,32 +81,13 @@ def test_one_tensor_and_a_sequence_of_its_parts_give_one_moment():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["fp32", "fp64"])
-def test_of_the_state_the_lower_triangle_counts(dtype):
-    z = torch.randn(30, 8, dtype=dtype)
-    state = second_moment(torch.randn(30, 8, dtype=dtype))
-    corr = state.masked_fill(torch.ones(8, 8, dtype=torch.bool).triu(1), float("nan"))
-    correlation_ema_(corr, z, 0.5)
-    assert torch.equal(corr, corr.T)
-    assert torch.equal(corr, correlation_ema_(state, z, 0.5))
-
-
-def test_statistics_take_no_part_in_autograd():
-    z = torch.randn(5, 6, requires_grad=True)
-    corr = torch.zeros(6, 6)
-    correlation_ema_(corr, z, 0.5)
-    assert not corr.requires_grad
-    assert not second_moment(z).requires_grad
-    assert not matrix_power(corr.requires_grad_(), 0.5).requires_grad
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["fp32", "fp64"])
 @pytest.mark.parametrize(("metric", "isotropic"), LOSSES)
 def test_opcheck_loss(make_problem, metric, isotropic, dtype):
     z1, z2, t1, t2, w = make_problem(6, 9, dtype=dtype)
     z1.requires_grad_()
     z2.requires_grad_()
-    # The op's second result, the gradient itself, is not differentiable, which opcheck's AOT
-    # test assumes of every result; test_compiles_without_a_graph_break covers that path.
+    # opcheck's AOT test takes every result for differentiable, which the gradient itself is not;
+    # test_compiles_without_a_graph_break covers that path
     utilities = ("test_schema", "test_autograd_registration", "test_faketensor")
     torch.library.opcheck(
         OPS.asymmetric_loss.default,
@@ -170,7 +105,7 @@ def test_opcheck_statistics(make_problem):
             torch.library.opcheck(OPS.matrix_power.default, (corr, alpha, 0.1, normalize))
 
 
-def step(corr, z1, z2, t1, t2, decay=0.9, eps=0.1, **loss):
+def step(corr, z1, z2, t1, t2, decay, eps, **loss):
     """A training step's share of this package."""
     correlation_ema_(corr, [z1, z2], decay)
     w = matrix_power(corr, 0.5, eps=eps)
@@ -178,13 +113,15 @@ def step(corr, z1, z2, t1, t2, decay=0.9, eps=0.1, **loss):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("metric", ["cosine", "euclidean"])
-@pytest.mark.parametrize("isotropic", [True, False])
+@pytest.mark.parametrize(("metric", "isotropic"), LOSSES)
 @pytest.mark.parametrize("dynamic", [None, True])
-def test_compiles_for_other_floats_and_batches(make_problem, metric, isotropic, dynamic):
+def test_compiles_without_a_graph_break(make_problem, dynamic, metric, isotropic):
     """opcheck cannot trace the loss's backward (its dz has no second one); this stands for it."""
     torch.compiler.reset()
-    compiled = torch.compile(step, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    # the operations are opaque to inductor: one of its slow compilations is enough
+    once = (dynamic, metric, isotropic) == (None, "cosine", True)
+    backend = "inductor" if once else "aot_eager"
+    compiled = torch.compile(step, fullgraph=True, backend=backend, dynamic=dynamic)
     for rows, decay, eps in ((16, 0.9, 0.1), (7, 0.5, 0.25), (33, 0.0, 0.2)):
         z1, z2, t1, t2, _ = make_problem(rows, 12, dtype=torch.float32)
         leaves = [z.bfloat16().requires_grad_() for z in (z1, z2)]
@@ -194,21 +131,6 @@ def test_compiles_for_other_floats_and_batches(make_problem, metric, isotropic, 
             loss = function(corr, *leaves, t1, t2, decay, eps, metric=metric, isotropic=isotropic)
             results.append((corr, loss, *torch.autograd.grad(loss, leaves)))
         torch.testing.assert_close(results[1], results[0])
-
-
-@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
-def test_compiles_without_a_graph_break(make_problem, backend):
-    z1, z2, t1, t2, _ = make_problem(16, 12, dtype=torch.float32)
-    leaves = [z1.requires_grad_(), z2.requires_grad_()]
-    corr, compiled_corr = torch.zeros(12, 12), torch.zeros(12, 12)
-    loss = step(corr, z1, z2, t1, t2)
-    gradients = torch.autograd.grad(loss, leaves)
-    compiled = torch.compile(step, fullgraph=True, backend=backend)
-    compiled_loss = compiled(compiled_corr, z1, z2, t1, t2)
-    compiled_gradients = torch.autograd.grad(compiled_loss, leaves)
-    torch.testing.assert_close(compiled_corr, corr)
-    torch.testing.assert_close(compiled_loss, loss)
-    torch.testing.assert_close(compiled_gradients, gradients)
 
 
 Z, W = torch.randn(4, 6), torch.eye(6)
@@ -266,35 +188,3 @@ def test_everything_public_is_documented():
         documentation = getattr(public, "forward", public).__doc__
         assert "Args:" in documentation and "Returns:" in documentation
         assert "Raises:" in documentation
-
-
-def run_python(code):
-    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert process.returncode == 0, process.stderr
-
-
-@pytest.mark.slow
-def test_the_import_brings_torch_and_triton_alone():
-    run_python("""
-import sys, torch, triton
-before = {name.partition(".")[0] for name in sys.modules}
-import isofast_kernels
-new = {name.partition(".")[0] for name in sys.modules} - before - set(sys.stdlib_module_names)
-assert new == {"isofast_kernels"}, new
-""")
-
-
-@pytest.mark.slow
-def test_the_cpu_path_needs_no_triton():
-    run_python("""
-import importlib.util, sys
-sys.modules["triton"] = None
-find_spec = importlib.util.find_spec
-importlib.util.find_spec = lambda name, *a: None if name == "triton" else find_spec(name, *a)
-import torch, isofast_kernels as kernels
-z = torch.randn(8, 4, requires_grad=True)
-corr = kernels.correlation_ema_(torch.zeros(4, 4), z, 0.0)
-loss = kernels.asymmetric_loss(z, z, kernels.matrix_power(corr, 0.5))
-loss.backward()
-assert loss.isfinite() and z.grad.isfinite().all()
-""")

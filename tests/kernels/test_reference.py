@@ -11,9 +11,9 @@ SHAPES = [(37, 129), (1, 16), (8, 5), (3, 1)]
 EPS = torch.finfo(torch.float64).eps
 
 
-def paper_loss(z, target, w, metric, isotropic):
-    """One sample, as printed: W^(1/2) is formed, stop-gradients are .detach()."""
-    p, t = w @ z, target.detach()
+def paper_loss(z, t, w, metric, isotropic):
+    """One sample, as printed: W^(1/2) is formed; only IsoLoss has its stop-gradients here."""
+    p = w @ z
     if metric == "euclidean":
         if isotropic:  # P Eq. 15
             return 0.5 * torch.linalg.vector_norm(z - (t + z - w @ z).detach()) ** 2
@@ -34,13 +34,18 @@ def paper_loss(z, target, w, metric, isotropic):
 def test_losses_and_gradients_are_the_papers(make_problem, rows, features, metric, isotropic):
     z, _, _, t, w = make_problem(rows, features)
     loss, dz = reference.losses_and_gradients_reference(z, t, w, metric=metric, isotropic=isotropic)
+    both_dz, dt = reference.two_sided_gradients_reference(z, t, w, metric=metric)
+    assert isotropic or torch.equal(both_dz, dz)
     for row in range(rows):
-        z_D = z[row].clone().requires_grad_()
-        expected = paper_loss(z_D, t[row], w, metric, isotropic)
-        (gradient,) = torch.autograd.grad(expected, z_D)
+        z_D, t_D = z[row].clone().requires_grad_(), t[row].clone().requires_grad_()
+        expected = paper_loss(z_D, t_D, w, metric, isotropic)
+        gradient, target_gradient = torch.autograd.grad(expected, (z_D, t_D), allow_unused=True)
         torch.testing.assert_close(loss[row], expected.detach(), rtol=1e-12, atol=1e-13)
         # iso cosine in one dimension: both terms cancel, so the scale is |t| / (ab), not |dz|
-        torch.testing.assert_close(dz[row], gradient, rtol=1e-11, atol=1e-12 / w.norm().item())
+        atol = 1e-12 / w.norm().item() if isotropic else 1e-13
+        torch.testing.assert_close(dz[row], gradient, rtol=1e-11, atol=atol)
+        if not isotropic:
+            torch.testing.assert_close(dt[row], target_gradient, rtol=1e-11, atol=1e-12)
 
 
 @pytest.mark.parametrize(("metric", "isotropic"), LOSSES)
@@ -56,6 +61,23 @@ def test_definition_and_closed_form_agree(make_problem, metric, isotropic):
     torch.testing.assert_close(closed_dz, gradient, rtol=1e-12, atol=1e-14)
 
 
+def test_the_papers_target_gradient_differs_only_in_the_stated_term(make_problem):
+    z, _, _, t, w = make_problem(37, 129)
+    dz, paper = reference.two_sided_gradients_reference(
+        z, t, w, metric="cosine", paper_gradient=True
+    )
+    true_dz, true = reference.two_sided_gradients_reference(z, t, w, metric="cosine")
+    p = z @ w
+    a, b = p.norm(dim=-1, keepdim=True), t.norm(dim=-1, keepdim=True)
+    d = (p * t).sum(-1, keepdim=True)
+    difference = d * t / (a**3 * b) - d * t / (a * b**3)
+    assert difference.norm() > true.norm(), "the case must tell the two forms apart"
+    assert torch.equal(dz, true_dz)
+    torch.testing.assert_close(paper - true, difference, rtol=1e-10, atol=1e-12)
+    with pytest.raises(ValueError, match="for metric 'cosine'"):
+        reference.two_sided_gradients_reference(z, t, w, metric="euclidean", paper_gradient=True)
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
 @pytest.mark.parametrize(("metric", "isotropic"), LOSSES)
 @pytest.mark.parametrize("collapsed", ["z", "target", "both"])
@@ -69,8 +91,12 @@ def test_a_collapsed_batch_gives_finite_numbers(make_problem, collapsed, metric,
     definition = reference.losses_reference(leaf, t, w, metric=metric, isotropic=isotropic)
     torch.testing.assert_close(loss, definition.detach())
     torch.testing.assert_close(dz, torch.autograd.grad(definition.sum(), leaf)[0])
-    if metric == "cosine":
-        assert (loss == 0).all()
+    assert metric == "euclidean" or (loss == 0).all()
+    for paper in {False, metric == "cosine"}:
+        for gradient in reference.two_sided_gradients_reference(
+            z, t, w, metric=metric, paper_gradient=paper
+        ):
+            assert gradient.dtype == dtype and gradient.isfinite().all()
 
 
 def test_cosine_is_torchs_cosine_similarity_down_to_the_clamp(make_problem):
@@ -82,61 +108,53 @@ def test_cosine_is_torchs_cosine_similarity_down_to_the_clamp(make_problem):
     torch.testing.assert_close(loss, expected, rtol=1e-12, atol=0)
 
 
-def test_gradients_in_float32_survive_small_and_large_embeddings(make_problem):
-    for scale in (1e-6, 1e-3, 1e3, 1e6):
-        z, _, _, t, w = make_problem(5, 32, dtype=torch.float32)
-        z = z * scale
-        _, dz = reference.losses_and_gradients_reference(z, t, w, metric="cosine", isotropic=True)
-        _, exact = reference.losses_and_gradients_reference(
-            z.double(), t.double(), w.double(), metric="cosine", isotropic=True
-        )
-        torch.testing.assert_close(dz.double(), exact, rtol=1e-4, atol=1e-5 / scale)
-
-
-@pytest.mark.parametrize("metric", ["cosine", "euclidean"])
-def test_plain_gradient_is_w_times_iso_gradient(make_problem, metric):
-    z, _, _, t, w = make_problem(37, 129)
-    _, plain = reference.losses_and_gradients_reference(z, t, w, metric=metric, isotropic=False)
-    _, iso = reference.losses_and_gradients_reference(z, t, w, metric=metric, isotropic=True)
-    torch.testing.assert_close(plain, iso @ w, rtol=1e-12, atol=1e-14)
+@pytest.mark.parametrize("scale", [1e-6, 1e-3, 1e3, 1e6])
+def test_gradients_in_float32_survive_small_and_large_embeddings(make_problem, scale):
+    z, _, _, t, w = make_problem(5, 32, dtype=torch.float32)
+    z = z * scale
+    kind = {"metric": "cosine", "isotropic": True}
+    _, dz = reference.losses_and_gradients_reference(z, t, w, **kind)
+    _, exact = reference.losses_and_gradients_reference(z.double(), t.double(), w.double(), **kind)
+    torch.testing.assert_close(dz.double(), exact, rtol=1e-4, atol=1e-5 / scale)
 
 
 @pytest.mark.parametrize(("metric", "isotropic"), LOSSES)
-def test_a_rotation_of_everything_rotates_the_gradient_alone(make_problem, metric, isotropic):
+def test_symmetries(make_problem, metric, isotropic):
+    """A rotation of everything turns the gradient; the cosine ignores the lengths of z and t."""
     z, _, _, t, w = make_problem(9, 33)
+    kind = {"metric": metric, "isotropic": isotropic}
     rotation = torch.linalg.qr(torch.randn(33, 33, dtype=torch.float64))[0]
-    loss, dz = reference.losses_and_gradients_reference(z, t, w, metric=metric, isotropic=isotropic)
-    turned_loss, turned_dz = reference.losses_and_gradients_reference(
-        z @ rotation,
-        t @ rotation,
-        rotation.T @ w @ rotation,
-        metric=metric,
-        isotropic=isotropic,
+    loss, dz = reference.losses_and_gradients_reference(z, t, w, **kind)
+    turned = reference.losses_and_gradients_reference(
+        z @ rotation, t @ rotation, rotation.T @ w @ rotation, **kind
     )
-    torch.testing.assert_close(turned_loss, loss, rtol=1e-11, atol=1e-12)
-    torch.testing.assert_close(turned_dz, dz @ rotation, rtol=1e-11, atol=1e-12)
+    torch.testing.assert_close(turned, (loss, dz @ rotation), rtol=1e-11, atol=1e-12)
+    if metric == "cosine":
+        scaled = reference.losses_and_gradients_reference(4 * z, 8 * t, w, **kind)
+        torch.testing.assert_close(scaled, (loss, dz / 4), rtol=1e-13, atol=0)
+    if not isotropic:
+        _, iso = reference.losses_and_gradients_reference(z, t, w, metric=metric, isotropic=True)
+        torch.testing.assert_close(dz, iso @ w, rtol=1e-12, atol=1e-14)
 
 
-@pytest.mark.parametrize("isotropic", [False, True], ids=["cosine", "iso_cosine"])
-def test_scaling_z_and_target_scales_the_cosine_gradient_alone(make_problem, isotropic):
-    z, _, _, t, w = make_problem(9, 33)
-    loss, dz = reference.losses_and_gradients_reference(
-        z, t, w, metric="cosine", isotropic=isotropic
-    )
-    scaled_loss, scaled_dz = reference.losses_and_gradients_reference(
-        4 * z, 8 * t, w, metric="cosine", isotropic=isotropic
-    )
-    torch.testing.assert_close(scaled_dz, dz / 4, rtol=1e-13, atol=0)
-    torch.testing.assert_close(scaled_loss, loss, rtol=1e-13, atol=0)
+@pytest.mark.parametrize("metric", ["euclidean", "cosine"])
+def test_leading_dimensions_are_batches_and_broadcast(make_problem, metric):
+    problems = [make_problem(7, 5, seed=seed) for seed in range(3)]
+    z, t, w = (torch.stack([problem[k] for problem in problems]) for k in (0, 3, 4))
 
+    def all_of(z, t, w):
+        for isotropic in (False, True):
+            yield from reference.losses_and_gradients_reference(
+                z, t, w, metric=metric, isotropic=isotropic
+            )
+        yield from reference.two_sided_gradients_reference(z, t, w, metric=metric)
 
-def test_the_cosine_gradient_is_orthogonal_to_z_and_the_iso_gradient_to_p(make_problem):
-    z, _, _, t, w = make_problem(9, 33)
-    _, plain = reference.losses_and_gradients_reference(z, t, w, metric="cosine", isotropic=False)
-    _, iso = reference.losses_and_gradients_reference(z, t, w, metric="cosine", isotropic=True)
-    zero = torch.zeros(9, dtype=torch.float64)
-    torch.testing.assert_close((plain * z).sum(-1), zero, rtol=0, atol=1e-13)
-    torch.testing.assert_close((iso * (z @ w)).sum(-1), zero, rtol=0, atol=1e-13)
+    for s in range(3):
+        alone = list(all_of(z[s], t[s], w[s]))
+        for batches in (all_of(z, t, w), all_of(z[s], t[s], w)):
+            for got, expected in zip(batches, alone, strict=True):
+                assert len(got) == 3
+                torch.testing.assert_close(got[s], expected, rtol=1e-12, atol=1e-14)
 
 
 def test_correlation_is_the_mean_outer_product_over_all_rows_of_all_views():
@@ -146,59 +164,20 @@ def test_correlation_is_the_mean_outer_product_over_all_rows_of_all_views():
     outer = [torch.outer(row, row) for view in views for row in view]
     expected = 0.9 * corr + 0.1 * sum(outer) / 12
     got = reference.correlation_ema_reference_(corr, views, 0.9)
-    assert got is corr
+    assert got is corr and torch.equal(corr, corr.T)
     torch.testing.assert_close(corr, expected, rtol=1e-13, atol=1e-14)
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
-def test_correlation_stays_bitwise_symmetric_and_positive_along_a_stream(dtype):
-    corr = torch.zeros(61, 61, dtype=dtype)
-    for _ in range(20):
-        reference.correlation_ema_reference_(corr, [torch.randn(17, 61, dtype=dtype)], 0.9)
-        assert torch.equal(corr, corr.T)
-    s = torch.linalg.eigvalsh(corr.double())
-    assert s[0] >= -61 * torch.finfo(dtype).eps * s[-1]
-
-
-def power_by_definition(corr, alpha, eps, normalize):
-    s, u = torch.linalg.eigh(corr)
-    s = s.clamp_min(0)
-    s = s / s.max() if normalize == "spectral" else s
-    return u @ torch.diag((s + eps) ** alpha) @ u.T
 
 
 @pytest.mark.parametrize("normalize", ["spectral", "none"])
 @pytest.mark.parametrize("eps", [0.0, 0.25])
 @pytest.mark.parametrize("alpha", [0.25, 0.5, 1.0, 2.0])
 def test_matrix_power_is_the_power_of_the_shifted_eigenvalues(alpha, eps, normalize):
-    z = torch.randn(9, 20, dtype=torch.float64)
-    corr = reference.second_moment_reference([z])
+    corr = reference.second_moment_reference([torch.randn(9, 20, dtype=torch.float64)])
     w = reference.matrix_power_reference(corr, alpha, eps=eps, normalize=normalize)
-    expected = power_by_definition(corr, alpha, eps, normalize)
+    s, u = torch.linalg.eigh(corr)
+    s = s.clamp_min(0) / (s.max() if normalize == "spectral" else 1)
     assert torch.equal(w, w.T)
     # rank 9 of 20: an eigenvalue of 1e-16 has a fourth root of 1e-4
     rank_noise = (corr.norm().item() * 20 * EPS) ** min(alpha, 1) if eps == 0 else 1e-12
+    expected = u @ torch.diag((s + eps) ** alpha) @ u.T
     torch.testing.assert_close(w, expected, rtol=1e-11, atol=4 * rank_noise)
-
-
-def test_squaring_the_root_gives_the_normalised_correlation():
-    corr = reference.second_moment_reference([torch.randn(64, 20, dtype=torch.float64)])
-    w = reference.matrix_power_reference(corr, 0.5)
-    top = torch.linalg.eigvalsh(corr)[-1]
-    torch.testing.assert_close(w @ w, corr / top, rtol=1e-11, atol=1e-13)
-    assert abs(torch.linalg.eigvalsh(w)[-1].item() - 1) < 1e-12
-
-
-@pytest.mark.parametrize("alpha", [0.25, 0.5, 0.7, 1.0, 2.0])
-@pytest.mark.parametrize("eps", [0.0, 0.3])
-def test_a_zero_correlation_gives_eps_to_the_alpha_times_identity(alpha, eps):
-    w = reference.matrix_power_reference(torch.zeros(6, 6), alpha, eps=eps)
-    torch.testing.assert_close(w, eps**alpha * torch.eye(6), rtol=1e-6, atol=0)
-
-
-@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
-@pytest.mark.parametrize("alpha", [0.5, 1.0])
-def test_a_non_finite_correlation_gives_nan_and_raises_nothing(alpha, bad):
-    corr = torch.eye(6)
-    corr[2, 2] = bad
-    assert reference.matrix_power_reference(corr, alpha).isnan().all()

@@ -1,31 +1,51 @@
-"""A training step's kernels on a GPU: whole batches, CUDA graphs, torch.compile, other devices."""
+"""On a GPU: a training step's whole batches, CUDA graphs, torch.compile, other devices."""
 
 import pytest
 import torch
 
 from isofast_kernels import (
     asymmetric_loss_pair,
+    augment_views,
     correlation_ema_,
     matrix_power,
     reference,
     second_moment,
 )
-from isofast_kernels.dispatch import INTERPRET
+from isofast_kernels.augment_reference import augment_views_reference
 
-from .cases import DTYPES
-from .tolerances import assert_within_budget
+from .augment_problems import MEAN, STD, assert_same_levels, noise, random_rows, rows
+from .cases import CUDA_ONLY, DTYPES, assert_within_budget
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(INTERPRET or not torch.cuda.is_available(), reason="needs a CUDA device"),
-]
+pytestmark = CUDA_ONLY
 
 
-def training_step(corr, z1, z2, t1, t2):
+@pytest.fixture
+def views(make_problem):
+    """z1, z2, which get gradients, t1 and t2."""
+
+    def make(dtype, size=256, device="cuda"):
+        z1, z2, t1, t2, _ = make_problem(size, size, dtype=dtype, device=device)
+        return z1.requires_grad_(), z2.requires_grad_(), t1, t2
+
+    return make
+
+
+def forward(corr, z1, z2, t1, t2):
     correlation_ema_(corr, [z1.detach(), z2.detach()], 0.9)
-    w = matrix_power(corr, 0.5)
-    loss = asymmetric_loss_pair(z1, z2, t1, t2, w)
+    return asymmetric_loss_pair(z1, z2, t1, t2, matrix_power(corr, 0.5))
+
+
+def training_step(corr, z1, z2, t1, t2, forward=forward):
+    loss = forward(corr, z1, z2, t1, t2)
     return loss, *torch.autograd.grad(loss, (z1, z2))
+
+
+def first_step(views, **options):
+    return training_step(views[0].new_zeros(views[0].shape, dtype=torch.float32), *views, **options)
+
+
+def assert_equal(one, other):
+    assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -38,65 +58,71 @@ def test_the_correlation_of_whole_batches_is_within_budget(rows, dtype):
     assert_within_budget("moment", second_moment(z), own, exact)
 
 
-def test_the_compiled_step_is_one_graph(make_problem):
-    z1, z2, t1, t2, _ = make_problem(256, 256, dtype=torch.bfloat16, device="cuda")
-    z1.requires_grad_()
-    z2.requires_grad_()
-
-    def forward(corr):
-        correlation_ema_(corr, [z1.detach(), z2.detach()], 0.9)
-        return asymmetric_loss_pair(z1, z2, t1, t2, matrix_power(corr, 0.5))
-
-    loss = torch.compile(forward, fullgraph=True)(torch.zeros(256, 256, device="cuda"))
-    got = loss, *torch.autograd.grad(loss, (z1, z2))
-    expected = training_step(torch.zeros(256, 256, device="cuda"), z1, z2, t1, t2)
-    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+def test_the_compiled_step_is_one_graph(views):
+    problem = views(torch.bfloat16)
+    compiled = torch.compile(forward, fullgraph=True)
+    assert_equal(first_step(problem, forward=compiled), first_step(problem))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_a_cuda_graph_replays_the_step(make_problem, dtype):
+def test_a_cuda_graph_replays_the_step(views, dtype):
     """Capture fails on any host sync; the replay must give what eager execution gives."""
-    z1, z2, t1, t2, _ = make_problem(256, 256, dtype=dtype, device="cuda")
-    z1.requires_grad_()
-    z2.requires_grad_()
+    problem = views(dtype)
     corr = torch.zeros(256, 256, device="cuda")
     expected_corr = corr.clone()
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        training_step(corr.clone(), z1, z2, t1, t2)
+        training_step(corr.clone(), *problem)
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        captured = training_step(corr, z1, z2, t1, t2)
+        captured = training_step(corr, *problem)
     for _ in range(3):
         graph.replay()
-        expected = training_step(expected_corr, z1, z2, t1, t2)
-        assert torch.equal(corr, expected_corr)
-        assert all(torch.equal(a, b) for a, b in zip(captured, expected, strict=True))
+        expected = training_step(expected_corr, *problem)
+        assert_equal((corr, *captured), (expected_corr, *expected))
 
 
-def test_torch_s_global_precision_switches_change_nothing(make_problem):
-    z1, z2, t1, t2, _ = make_problem(256, 256, dtype=torch.float32, device="cuda")
-    z1.requires_grad_()
-    z2.requires_grad_()
-    expected = training_step(torch.zeros(256, 256, device="cuda"), z1, z2, t1, t2)
-    before = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = True
-    try:
-        got = training_step(torch.zeros(256, 256, device="cuda"), z1, z2, t1, t2)
-    finally:
-        torch.backends.cuda.matmul.allow_tf32 = before
-    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+def test_torch_s_global_precision_switches_change_nothing(views, monkeypatch):
+    problem = views(torch.float32)
+    expected = first_step(problem)
+    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", True)
+    assert_equal(first_step(problem), expected)
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
-def test_tensors_need_not_lie_on_the_current_device(make_problem):
-    z1, z2, t1, t2, _ = make_problem(64, 64, dtype=torch.float32, device="cuda:1")
-    z1.requires_grad_()
-    z2.requires_grad_()
+def test_tensors_need_not_lie_on_the_current_device(views):
+    problem = views(torch.float32, 64, "cuda:1")
     with torch.cuda.device(1):
-        expected = training_step(torch.zeros(64, 64, device="cuda:1"), z1, z2, t1, t2)
+        expected = first_step(problem)
     with torch.cuda.device(0):
-        got = training_step(torch.zeros(64, 64, device="cuda:1"), z1, z2, t1, t2)
-    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+        assert_equal(first_step(problem), expected)
+
+
+def test_a_store_of_images_of_more_than_2_31_bytes():
+    images = torch.zeros(180_000, 64, 64, 3, dtype=torch.uint8, device="cuda")
+    last = noise(1, 64, 64)
+    images[-1] = last[0].to("cuda")
+    index = torch.tensor([len(images) - 1], device="cuda")
+    table = rows(1, 1, 64, 64)
+    kind = {"side": 64, "mean": MEAN, "std": STD}
+    got = augment_views(images, index, table.to("cuda"), blur=False, **kind)
+    expected = augment_views_reference(last, torch.zeros(1, dtype=torch.int64), table, **kind)
+    assert_same_levels(got.cpu(), expected.permute(0, 1, 4, 2, 3), share=0.0)
+
+
+def test_a_cuda_graph_replays_the_augmentation():
+    """Capture fails on any host sync; new parameters in the same tensors give new views."""
+    images, index = noise(8, 32, 32).to("cuda"), torch.arange(8, device="cuda")
+    tables = [random_rows(2, 8, 32, 32, blur=True, seed=s).to("cuda") for s in range(3)]
+    kind = {"side": 32, "mean": MEAN, "std": STD, "blur": True, "dtype": torch.bfloat16}
+    expected = [augment_views(images, index, table, **kind) for table in tables]
+    static = tables[0].clone()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = augment_views(images, index, static, **kind)
+    for table, want in zip(tables, expected, strict=True):
+        static.copy_(table)
+        graph.replay()
+        assert torch.equal(captured, want)
