@@ -44,19 +44,15 @@ from isofast.data import (
 )
 from isofast_kernels.dispatch import INTERPRET
 
-TESTS = ["kernels/test_augment.py", "kernels/test_augment_triton.py", "data/test_resident.py"]
+NAMES = ("kernels/test_augment", "kernels/test_augment_triton", "data/test_resident")
+TESTS = [f"tests/{name}.py" for name in NAMES]
 GENERATED = 3000
 _PAUSE_S = 1.0
 
 
-class BothViews:
-    """A transform a view, for torchvision's own data set."""
-
-    def __init__(self, first: Callable[[Any], Any], second: Callable[[Any], Any]) -> None:
-        self._both = first, second
-
-    def __call__(self, image: Any) -> tuple[Any, ...]:
-        return tuple(view(image) for view in self._both)
+def both(views: list[Callable[[Any], Any]], image: Any) -> tuple[Any, ...]:
+    """Every view of an image."""
+    return tuple(view(image) for view in views)
 
 
 def transform(t: Any, recipe: Recipe, row: ViewConfig) -> Callable[[Any], Any]:
@@ -90,19 +86,17 @@ def torchvision_batches(
     root: Path, recipe: Recipe, t: Any, batch: int, workers: int, device: torch.device
 ) -> Iterator[Any]:
     """Endless batches as a user of torchvision configures them."""
-    views = BothViews(transform(t, recipe, recipe.view1), transform(t, recipe, recipe.view2))
-    reader: dict[str, Any] = {}
-    if t is v2:
-        reader["loader"] = functools.partial(decode_image, mode=ImageReadMode.RGB)
-    cuda = device.type == "cuda"
+    views = [transform(t, recipe, row) for row in (recipe.view1, recipe.view2)]
+    decode = functools.partial(decode_image, mode=ImageReadMode.RGB)
+    reader = {"loader": decode} if t is v2 else {}
     loader = DataLoader(
-        TorchvisionFolder(root / "train", views, **reader),
+        TorchvisionFolder(root / "train", functools.partial(both, views), **reader),
         batch,
         shuffle=True,
         num_workers=workers,
         drop_last=True,
         persistent_workers=workers > 0,
-        pin_memory=cuda,
+        pin_memory=device.type == "cuda",
     )
     while True:
         for (x1, x2), y in loader:
@@ -235,7 +229,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if INTERPRET:
         parser.error("TRITON_INTERPRET=1 times the interpreter; unset it")
-    if not harness.tests_pass([f"tests/{path}" for path in TESTS]):
+    if not harness.tests_pass(*TESTS):
         print(harness.NOT_TIMED)
         return 1
     recipe = recipe_for(options.recipe)

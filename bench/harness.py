@@ -16,6 +16,7 @@ import textwrap
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
+from importlib import metadata
 from pathlib import Path
 
 import torch
@@ -90,12 +91,8 @@ def environment() -> dict[str, str]:
     else:
         device = f"CPU, {_cpu_name()}, {torch.get_num_threads()} threads, no GPU"
     versions = {"python": platform.python_version(), "torch": torch.__version__}
-    try:
-        import triton
-
-        versions["triton"] = triton.__version__
-    except ModuleNotFoundError:
-        versions["triton"] = "absent"
+    triton = [found.version for found in metadata.distributions(name="triton")]
+    versions["triton"] = triton[0] if triton else "absent"
     commit = _git("rev-parse", "--short", "HEAD") or "unknown"
     changed = _git("status", "--porcelain", "--", ".", ":!bench/results")
     return {"device": device, **versions, "commit": commit + "+" * bool(changed)}
@@ -217,9 +214,10 @@ def _time_ms(call: Callable[[], object], repeats: int) -> float:
     return (time.perf_counter() - began) * 1e3 / repeats
 
 
-def tests_pass(paths: list[str]) -> bool:
-    """Return whether tests pass; show their output if not."""
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *paths]
+@functools.cache
+def tests_pass(*arguments: str) -> bool:
+    """Return whether pytest passes with these arguments; show its output if not."""
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *arguments]
     process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     if process.returncode != 0:
         sys.stderr.write(process.stdout + process.stderr)
@@ -232,7 +230,7 @@ def run(name: str, questions: list[Question], rounds: int, results: Path = RESUL
         print(f"{key}: {value}")
     timings, refused = [], not questions
     for question in questions:
-        if not tests_pass(question.tests):
+        if not tests_pass(*question.tests):
             print(f"\n{question.name}: {NOT_TIMED}")
             refused = True
             continue
@@ -309,15 +307,14 @@ def _plot(path: Path, timings: list[Timing], about: dict[str, str]) -> None:
 
 
 def table(timings: list[Timing]) -> str:
-    """Return the timings as text, each relative to the first contender of its question."""
-    lines, first = [], {}
+    """Return the timings of one question as text, each relative to the first contender."""
+    first = timings[0]
+    lines = [f"\n{first.question} (n = {first.n})"]
     for timing in timings:
-        base = first.setdefault(timing.question, timing.median_ms)
-        if base is timing.median_ms:
-            lines.append(f"\n{timing.question} (n = {timing.n})")
+        slower = timing.median_ms / first.median_ms
         lines.append(
             f"  {timing.contender:34} {timing.median_ms:10.4f} ms "
-            f"[{timing.low_ms:.4f}, {timing.high_ms:.4f}]  x{timing.median_ms / base:<8.2f}"
+            f"[{timing.low_ms:.4f}, {timing.high_ms:.4f}]  x{slower:<8.2f}"
             + (f"{timing.share_of_floor:7.1%} of the floor's speed  " if timing.floor_ms else "")
             + timing.note
         )

@@ -1,23 +1,31 @@
-"""The benchmarks refuse what they cannot time fairly, and keep earlier results."""
+"""The benchmarks refuse what they cannot time fairly, keep earlier results, and pair ratios."""
 
 import importlib
-from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+from PIL import Image
+
+from isofast.config.presets import VIEWS_OF_DATASET
+from isofast.data.recipe import recipe_for
 
 from ..conftest import ROOT, load_script
 
+CROPS = {recipe_for(name).crop for name in VIEWS_OF_DATASET}
+
+
+@pytest.fixture(autouse=True)
+def _beside_the_scripts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "bench"))
+
 
 @pytest.fixture
-def harness(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
+def harness() -> ModuleType:
     """bench/harness.py, found as its scripts find it."""
-    monkeypatch.syspath_prepend(str(ROOT / "bench"))
-    yield importlib.import_module("harness")
+    return importlib.import_module("harness")
 
 
-@pytest.mark.usefixtures("harness")
 @pytest.mark.parametrize("name", ["kernels", "data"])
 def test_the_interpreter_is_not_timed(
     name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -36,16 +44,6 @@ def test_without_git_the_commit_is_unknown(
     assert harness.environment()["commit"] == "unknown"
 
 
-def test_only_green_tests_pass(harness: ModuleType, tmp_path: Path) -> None:
-    file = tmp_path / "test_both.py"
-    file.write_text("def test_good():\n    pass\n\ndef test_bad():\n    assert False\n")
-    assert harness.tests_pass([str(file), "-k", "good"])
-    # alone, a missing file would have pytest load every conftest.py of the repository
-    missing = [str(file), "-k", "good", str(tmp_path / "test_missing.py")]
-    for paths in ([str(file)], [str(file), "-k", "absent"], missing):
-        assert not harness.tests_pass(paths)
-
-
 def test_only_questions_with_green_tests_are_timed_and_no_result_is_overwritten(
     harness: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -53,22 +51,55 @@ def test_only_questions_with_green_tests_are_timed_and_no_result_is_overwritten(
     file.write_text("def test_good():\n    pass\n\ndef test_bad():\n    assert False\n")
     called = set()
 
-    def question(name: str) -> object:
+    def question(name: str, *tests: str) -> object:
         contender = harness.Contender("who", lambda: called.add(name))
-        tests = [str(file), "-k", name]
-        return harness.Question(name, tests, lambda: ([contender], harness.Work(bytes=100)))
+        selected = [str(file), "-k", name, *tests]
+        return harness.Question(name, selected, lambda: ([contender], harness.Work(bytes=100)))
 
-    both, results = [question("good"), question("bad")], tmp_path / "results"
-    assert harness.run("some", both[1:], 2, results) == 1
-    assert not results.exists()
-    assert harness.run("some", both, 2, results) == 1
+    good, bad, results = question("good"), question("bad"), tmp_path / "results"
+    # alone, a missing file would have pytest load every conftest.py of the repository
+    red = [bad, question("absent"), question("good", str(tmp_path / "test_missing.py"))]
+    assert harness.run("some", red, 2, results) == 1
+    assert not results.exists() and not called
+    assert harness.run("some", [good, bad], 2, results) == 1
     assert called == {"good"}
     assert capsys.readouterr().out.count(f"bad: {harness.NOT_TIMED}") == 2
     kept = {path.name: path.read_bytes() for path in results.iterdir()}
     assert set(kept) == {"some-001.csv", "some-001.png"}
     assert b"# commit: " in kept["some-001.csv"] and b"\ngood,who,2," in kept["some-001.csv"]
 
-    assert harness.run("some", both[:1], 2, results) == 0
+    assert harness.run("some", [good], 2, results) == 0
     now = {path.name: path.read_bytes() for path in results.iterdir()}
     assert set(now) - set(kept) == {"some-002.csv", "some-002.png"}
     assert all(now[name] == content for name, content in kept.items())
+
+
+@pytest.mark.parametrize("side", sorted(CROPS | {600}))
+def test_pictures_are_made_in_the_size_of_every_recipe(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, side: int
+) -> None:
+    """Also where the photographs, 640 x 427 pixels, have no four times larger square, or none."""
+    bench = load_script(ROOT / "bench" / "data.py")
+    monkeypatch.setattr(bench, "GENERATED", 20)
+    bench.generate(tmp_path, side)
+    files = sorted(tmp_path.glob("train/class?/*.jpg"))
+    assert len({path.read_bytes() for path in files}) > 15 and len(files) == 20
+    for path in files:
+        with Image.open(path) as image:
+            assert image.size == (side, side)
+
+
+def test_the_notes_have_the_paired_ratio() -> None:
+    """When rounds slow down together, the ratio of medians is not the median of ratios."""
+    bench = load_script(ROOT / "bench" / "data.py")
+    first, second = (
+        bench.Contender(name, lambda: None, note, times_ms)
+        for name, note, times_ms in (
+            ("first", "", [10.0, 30.0, 60.0, 70.0, 80.0]),
+            ("second", "decoded before", [5.0, 10.0, 15.0, 14.0, 80.0]),
+        )
+    )
+    bench.add_speeds([first, second], 64)
+    assert first.note == "1,067 images/s"
+    ratio = "x3.00 [1.40, 4.60] of first (paired)"
+    assert second.note == f"4,571 images/s; {ratio}; decoded before"
