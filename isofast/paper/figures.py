@@ -2,6 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0
 _DASHES = ("-", "--", "-.", (0, (1, 1)), (0, (5, 1, 1, 1, 1, 1)))
 _COLUMNS = 3
 PANEL_INCHES = (3.3, 2.5)
+_EIGENVALUES = r"eigenvalues $\lambda_i$ of $C$"
 # more only make the files large
 _MOST_LINES, _MOST_POINTS = 48, 500
 # smaller eigenvalues, relative to the largest, are rounding errors
@@ -64,14 +66,14 @@ def draw(number: int, folders: Sequence[Path], output: Path) -> list[Path]:
     runs = [read_run(folder) for folder in dict.fromkeys(folders)]
     with mpl.rc_context(STYLE):
         figure = FIGURES[number](runs)
+        paths = [output / f"figure{number}.{kind}" for kind in ("png", "svg")]
         try:
             output.mkdir(parents=True, exist_ok=True)
-            paths = [output / f"figure{number}.{kind}" for kind in ("png", "svg")]
             for path in paths:
                 save(figure, path)
-            return paths
         except OSError as error:
             raise UserError(f"cannot write to {output}: {error}; name another --output") from None
+    return paths
 
 
 def figure3(runs: Sequence[Run]) -> Figure:
@@ -82,8 +84,7 @@ def figure3(runs: Sequence[Run]) -> Figure:
 def figure4(runs: Sequence[Run]) -> Figure:
     """Alignment of linear predictors with C's eigenvectors, above C's eigenvalues."""
     figure, axes = _grid(2, len(runs))
-    for column, (run, name) in enumerate(zip(runs, _names(runs), strict=True)):
-        above, below = axes[0][column], axes[1][column]
+    for above, below, run, name in zip(*axes, runs, _names(runs), strict=True):
         if run.alignment_TD is None:
             raise UserError(
                 f"{run.path} has method {run.config.method.name} and no alignment in spectrum.npz. "
@@ -102,8 +103,8 @@ def figure4(runs: Sequence[Run]) -> Figure:
         _eigenvalues(below, run)
         below.set_xlabel("epoch")
     axes[0][0].set_ylabel(r"alignment $\cos(W u_i, u_i)$")
+    axes[1][0].set_ylabel(_EIGENVALUES)
     _legend(figure, axes[0][0], 1)
-    axes[1][0].set_ylabel(r"eigenvalues $\lambda_i$ of $C$")
     _same_limits(axes[1])
     _same_epochs(axes[0] + axes[1], runs)
     _colorbar(figure, axes[0] + axes[1])
@@ -115,16 +116,15 @@ def figure7(runs: Sequence[Run]) -> Figure:
     pairs = _ema_pairs(runs)
     figure, axes = _grid(len(pairs), 3)
     firsts = _names([pair[0] for pair in pairs])
-    for row, (pair, name) in enumerate(zip(pairs, firsts, strict=True)):
-        accuracy = _accuracy_name(pair)
-        for column, (run, kind) in enumerate(zip(pair, ("EMA", "no EMA"), strict=True)):
-            _eigenvalues(axes[row][column], run)
-            axes[row][column].set_title(f"{name}, {kind}{_rank(run)}")
-            _plot_accuracy(axes[row][2], run, accuracy, kind, column)
-        axes[row][0].set_ylabel(r"eigenvalues $\lambda_i$ of $C$")
-        axes[row][2].set_ylabel(_ACCURACIES[accuracy])
-        _same_limits(axes[row][:2])
-        _same_epochs(axes[row], pair)
+    kinds = ("EMA", "no EMA")
+    for row, pair, name in zip(axes, pairs, firsts, strict=True):
+        for axis, run, kind in zip(row, pair, kinds, strict=False):
+            _eigenvalues(axis, run)
+            axis.set_title(f"{name}, {kind}{_rank(run)}")
+        row[0].set_ylabel(_EIGENVALUES)
+        _accuracies(row[2], pair, kinds)
+        _same_limits(row[:2])
+        _same_epochs(row, pair)
     for axis in axes[-1]:
         axis.set_xlabel("epoch")
     _legend(figure, axes[0][2], 2)
@@ -149,10 +149,6 @@ FIGURES: dict[int, Callable[[Sequence[Run]], Figure]] = {
     4: figure4,
     7: figure7,
     8: figure8,
-}
-_ACCURACIES = {
-    "val_top1": "top-1, validation",
-    "probe_top1": "top-1, training views",
 }
 
 
@@ -200,23 +196,21 @@ def _spectra_above_accuracy(runs: Sequence[Run], names: Sequence[str]) -> Figure
     size = (max(columns, 2) * width + 0.8, (rows + 1) * height)
     figure = Figure(figsize=size, layout="constrained")
     grid = GridSpec(rows + 1, columns, figure=figure)
-    panels = [
-        figure.add_subplot(grid[place // columns, place % columns]) for place in range(len(runs))
-    ]
-    for place, (axis, run, name) in enumerate(zip(panels, runs, names, strict=True)):
+    panels = []
+    for place, (run, name) in enumerate(zip(runs, names, strict=True)):
+        axis = figure.add_subplot(grid[divmod(place, columns)])
+        panels.append(axis)
         _eigenvalues(axis, run)
         axis.set_title(f"{name}{_rank(run)}")
         if place % columns == 0:
-            axis.set_ylabel(r"eigenvalues $\lambda_i$ of $C$")
+            axis.set_ylabel(_EIGENVALUES)
         if place + columns >= len(runs):
             axis.set_xlabel("epoch")
     _same_limits(panels)
     _colorbar(figure, panels)
     below = figure.add_subplot(grid[rows, :])
-    accuracy = _accuracy_name(runs)
-    for place, (run, name) in enumerate(zip(runs, names, strict=True)):
-        _plot_accuracy(below, run, accuracy, name, place)
-    below.set(xlabel="epoch", ylabel=_ACCURACIES[accuracy])
+    _accuracies(below, runs, names)
+    below.set_xlabel("epoch")
     _same_epochs([*panels, below], runs)
     _legend(figure, below, columns)
     return figure
@@ -226,8 +220,7 @@ def _grid(rows: int, columns: int) -> tuple[Figure, list[list[Axes]]]:
     width, height = PANEL_INCHES
     size = (columns * width + 0.8, rows * height + 0.2)
     figure = Figure(figsize=size, layout="constrained")
-    axes = figure.subplots(rows, columns, squeeze=False)
-    return figure, [list(row) for row in axes]
+    return figure, figure.subplots(rows, columns, squeeze=False).tolist()
 
 
 def _eigenvalues(axis: Axes, run: Run) -> None:
@@ -249,16 +242,10 @@ def _modes(axis: Axes, epochs_T: Array, values_TD: Array) -> None:
     axis.add_collection(lines)
     axis.autoscale_view()
     axis.margins(x=0.02)
-    axis.xaxis.set_major_locator(_epochs())
 
 
 def _colorbar(figure: Figure, axes: Sequence[Axes]) -> None:
     figure.colorbar(axes[0].collections[0], ax=axes, label="place $i$, largest first", shrink=0.8)
-
-
-def _epochs() -> MaxNLocator:
-    """A few round numbers."""
-    return MaxNLocator(nbins=5, steps=[1, 2, 5, 10])
 
 
 def _legend(figure: Figure, axis: Axes, columns: int) -> None:
@@ -274,10 +261,11 @@ def _same_limits(axes: Sequence[Axes]) -> None:
 
 
 def _same_epochs(axes: Sequence[Axes], runs: Sequence[Run]) -> None:
-    """Share the scale of epochs, up to the end of the longest run."""
+    """Share the scale of epochs, up to the end of the longest run, with a few round numbers."""
     last = max(max(run.epochs_T[-1], run.records[-1]["epoch"]) for run in runs)
     for axis in axes:
         axis.set_xlim(-0.02 * last, 1.02 * last)
+        axis.xaxis.set_major_locator(MaxNLocator(nbins=5, steps=[1, 2, 5, 10]))
 
 
 def _rank(run: Run) -> str:
@@ -291,30 +279,25 @@ def _blow_up(run: Run) -> str:
     return f"\nNaN from epoch {run.epochs_T[unsound.argmax()]:.3g}" if unsound.any() else ""
 
 
-def _accuracy_name(runs: Sequence[Run]) -> str:
-    """Validation accuracy if all runs have a curve of it, else that on the training views."""
-    curves = all(len(run.curve("val_top1")[0]) >= 3 for run in runs)
-    return "val_top1" if curves else "probe_top1"
-
-
-def _plot_accuracy(axis: Axes, run: Run, accuracy: str, name: str, place: int) -> None:
-    epochs_T, values_T = run.curve(accuracy)
-    axis.plot(
-        epochs_T,
-        values_T,
-        color=PALETTE[place % len(PALETTE)],
-        linestyle=_DASHES[place % len(_DASHES)],
-        marker="o" if accuracy == "val_top1" and len(epochs_T) < 40 else None,
-        markersize=3,
-        label=name,
-    )
-    axis.set_ylim(0, 1.02)
-    axis.xaxis.set_major_locator(_epochs())
+def _accuracies(axis: Axes, runs: Sequence[Run], names: Sequence[str]) -> None:
+    """Validation accuracies if all runs have a curve of them, else those on training views."""
+    validated = all(len(run.curve("val_top1")[0]) >= 3 for run in runs)
+    for place, (run, name) in enumerate(zip(runs, names, strict=True)):
+        epochs_T, values_T = run.curve("val_top1" if validated else "probe_top1")
+        axis.plot(
+            epochs_T,
+            values_T,
+            color=PALETTE[place % len(PALETTE)],
+            linestyle=_DASHES[place % len(_DASHES)],
+            marker="o" if validated and len(epochs_T) < 40 else None,
+            markersize=3,
+            label=name,
+        )
+    axis.set(ylim=(0, 1.02), ylabel=f"top-1, {'validation' if validated else 'training views'}")
 
 
 def save(figure: Figure, path: Path) -> None:
+    """Write a PNG or an SVG."""
+    metadata = {"Date": None} if path.suffix == ".svg" else None
     kind = path.suffix[1:]
-    metadata = {"Date": None} if kind == "svg" else None
-    write_atomically(
-        path, lambda part: figure.savefig(part, format=kind, dpi=160, metadata=metadata)
-    )
+    write_atomically(path, partial(figure.savefig, format=kind, dpi=160, metadata=metadata))

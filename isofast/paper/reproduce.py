@@ -151,43 +151,38 @@ def render(request: Request, runs: Sequence[PlannedRun]) -> str:
     """Return the table as Markdown, with the runs that have ended."""
     scale = "" if request.scale == "paper" else f", {request.scale} scale"
     lines = [f"# {request.table.replace('table', 'Table ')}{scale}"]
+    header = ["model", "alpha", "EMA", *_COLUMNS, "crashed", "paper"]
     for dataset, of_dataset in groupby(runs, attrgetter("dataset")):
-        header = ["model", "alpha", "EMA", *_COLUMNS, "crashed", "paper"]
-        lines += ["", f"## {DATASETS.get(dataset, dataset)}", ""]
-        lines += [_line(header), _line(["---"] * len(header))]
+        rows = [header, ["---"] * len(header)]
         for row, of_row in groupby(of_dataset, attrgetter("row")):
             ended = [run for run in of_row if run.has_ended]
             spreads = [_spread(ended, *column) for column in _COLUMNS.values()]
             crashed = sum(bool(run.summary()["collapse"]) for run in ended)
-            cells = [*row.cells, *spreads, f"{crashed} of {len(ended)}"]
-            lines.append(_line([*cells, row.reported.get(dataset, "-")]))
+            reported = row.reported.get(dataset, "-")
+            rows.append([*row.cells, *spreads, f"{crashed} of {len(ended)}", reported])
+        lines += ["", f"## {DATASETS.get(dataset, dataset)}", ""]
+        lines += [f"| {' | '.join(cells)} |" for cells in rows]
     return "\n".join([*lines, "", *_notes(runs)]) + "\n"
 
 
-def _line(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cells)} |"
-
-
 def _spread(runs: Sequence[PlannedRun], key: str, scale: float) -> str:
-    """Mean and standard deviation."""
-    known = [scale * value for run in runs if (value := _last(run, key)) is not None]
+    """Mean and standard deviation; of a run ended early the last number recorded."""
+    known = []
+    for run in runs:
+        records = [*read_metrics(run.run_dir / "metrics.jsonl"), run.summary()]
+        known += [scale * r[key] for r in records if r.get(key) is not None][-1:]
     if not known:
         return "-"
     deviation = f" +- {statistics.stdev(known):.1f}" if len(known) > 1 else ""
     return f"{statistics.mean(known):.1f}{deviation}"
 
 
-def _last(run: PlannedRun, key: str) -> float | None:
-    """The summary's number; of a run ended early the last one recorded."""
-    if (value := run.summary().get(key)) is None:
-        records = read_metrics(run.run_dir / "metrics.jsonl")
-        value = next((r[key] for r in reversed(records) if r.get(key) is not None), None)
-    return value
-
-
 def _notes(runs: Sequence[PlannedRun]) -> list[str]:
-    epochs = " or ".join(str(e) for e in sorted({run.config.train.epochs for run in runs}))
-    widths = " or ".join(str(w) for w in sorted({run.config.encoder.width for run in runs}))
+    configs = [run.config for run in runs]
+    epochs, widths = (
+        " or ".join(map(str, sorted(values)))
+        for values in ({c.train.epochs for c in configs}, {c.encoder.width for c in configs})
+    )
     notes = [
         "k-NN and probe: top-1 in percent on the validation images, mean +- standard deviation "
         f"over the seeds. Networks of width {widths}, {epochs} epochs; before: untrained.",
@@ -196,24 +191,19 @@ def _notes(runs: Sequence[PlannedRun]) -> list[str]:
         "Its two tables are split by alpha here: table2 has the trained predictors and alpha 0.5, "
         "table3 has alpha 1.",
     ]
-    if any(run.config.method.correlation == "directions" for run in runs):
+    if any(config.method.correlation == "directions" for config in configs):
         notes.append(
             "Short runs compare with the paper in the order of the methods, not in accuracy. They "
             "use C of directions and optimizers of isofast, with which a method that crashes in "
             "the paper may learn. --set method.correlation=embeddings uses the paper's."
         )
-    return [*notes, *_machines(runs)]
-
-
-def _machines(runs: Sequence[PlannedRun]) -> list[str]:
-    """A line for each kind of machine."""
-    found = set()
+    machines = set()
     for path in (run.run_dir / "environment.json" for run in runs):
         if path.exists():
             made: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
             versions = f"torch {made['versions']['torch']}, isofast {made['versions']['isofast']}"
-            found.add(f"Made on {made['device']}, {made['ranks']} process(es), {versions}.")
-    return sorted(found)
+            machines.add(f"Made on {made['device']}, {made['ranks']} process(es), {versions}.")
+    return [*notes, *sorted(machines)]
 
 
 def _draw_figures(runs: Sequence[PlannedRun], folder: Path) -> Iterator[Path]:

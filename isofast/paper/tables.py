@@ -8,6 +8,7 @@ import json
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any, Literal
 
@@ -64,17 +65,6 @@ class Row:
         """Name, alpha and EMA as printed."""
         alpha = "-" if self.alpha is None else f"{self.alpha:g}"
         return [TITLES[self.method], alpha, "yes" if self.ema else "no"]
-
-    @property
-    def folder(self) -> str:
-        """Its folder's name."""
-        return self.method if self.ema or self.method == "simsiam" else f"{self.method}-no-ema"
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        """The method section of its configs."""
-        alpha = {} if self.alpha is None else {"alpha": self.alpha}
-        return {"name": self.method, "ema": self.ema, **alpha}
 
 
 def _row(method: str, alpha: float | None, ema: bool, *cells: str) -> Row:
@@ -147,12 +137,7 @@ class Request:
                 "launch/train.py; name it with --train-script"
             )
         rows = [row for row in TABLES[self.table] if row.method in methods]
-        return [
-            self._planned(dataset, row, seed)
-            for dataset in datasets
-            for row in rows
-            for seed in range(seeds)
-        ]
+        return [self._planned(*place) for place in product(datasets, rows, range(seeds))]
 
     def _selected(self) -> tuple[list[str], list[str], int]:
         """Data sets, methods in the table's order, number of seeds."""
@@ -168,7 +153,8 @@ class Request:
         return list(dict.fromkeys(datasets)), methods, self.seeds or _SEEDS[self.scale]
 
     def _planned(self, dataset: str, row: Row, seed: int) -> "PlannedRun":
-        run_dir = self.folder / dataset / row.folder / f"seed-{seed}"
+        no_ema = "" if row.ema or row.method == "simsiam" else "-no-ema"
+        run_dir = self.folder / dataset / f"{row.method}{no_ema}" / f"seed-{seed}"
         settings = self._settings(dataset, row, seed)
         config, fixed = resolve(settings, self.overrides), resolve(settings)
         for key in _FIXED_KEYS:
@@ -184,8 +170,7 @@ class Request:
         stored = run.stored_config()
         if stored is not None and (changes := changed_keys(stored, config)):
             raise UserError(
-                f"{run_dir} holds a run of another configuration:\n  "
-                + "\n  ".join(changes)
+                "\n  ".join([f"{run_dir} holds a run of another configuration:", *changes])
                 + "\nRestore the old values, or name another --runs"
             )
         return run
@@ -194,17 +179,17 @@ class Request:
         """The shipped config of the data set with the table's changes."""
         path = self.train_script.parent / SHIPPED[dataset]
         shipped: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        shipped.pop(SCHEMA_KEY, None)
-        # of quickstart.json, for IsoLoss with EMA
-        shipped.pop("optimizer", None)
-        shipped.pop("method", None)
+        # quickstart.json has an optimizer and a method, for IsoLoss with EMA
+        for key in (SCHEMA_KEY, "optimizer", "method"):
+            shipped.pop(key, None)
         settings = merge(shipped, _PAPER)
         if self.scale == "small":
             settings = merge(settings, _SMALL_DIGITS if dataset == "digits" else _SMALL)
         own = {
             "seed": seed,
             "data": {"root": str(self.root / dataset)},
-            "method": row.settings,
+            "method": {"name": row.method, "ema": row.ema}
+            | ({} if row.alpha is None else {"alpha": row.alpha}),
             "train": {} if self.epochs is None else {"epochs": self.epochs},
         }
         return merge(settings, own)

@@ -39,15 +39,13 @@ from isofast_kernels.reference import (
 NOISE = 0.1
 """Standard deviation of x2 - x1."""
 RELU_DRIFT = (NOISE - math.atan(NOISE)) / (2 * math.pi)
-"""c = E[relu(r) 1[u > 0] u] - E[relu(u)^2] for u ~ N(0, 1) and r = u + NOISE n: the noisy view is
-longer on average, so without a predictor z1 grows after it, by NOISE^3 / (6 pi) per unit of time.
-The first mean is one of Cho and Saul's (2009), for the angle atan(NOISE) between u and r."""
+"""c = E[relu(r) 1[u > 0] u] - E[relu(u)^2] for u ~ N(0, 1) and r = u + NOISE n (Cho and Saul 2009):
+the noisy view is longer on average, so without a predictor z1 grows after it."""
 SHORTEST = 0.1
-"""Relative to the root mean square: a ReLU network's shorter samples are left out of the iso cosine
-loss, whose mean needs such a bound (`_has_direction`). At the start that is 4 % of the samples with
-defined cosine in the plane, 0.6 % in the spectrum. In the plane it decides the end: from the V of
-seed 0 a trace of 0.60, 0.61 and 0.63 with 0.2, 0.1 and 0.05; with 0.01 the two rows of V are
-driven apart, to a trace of 5.6 that still grows."""
+"""Samples of a ReLU network shorter than this, relative to the root mean square, are left out of
+the iso cosine loss (`_has_direction`): 4 % of those with a cosine in the plane at the start, 0.6 %
+in the spectrum. The plane's trace, from the V of seed 0, ends at 0.60, 0.61 and 0.63 with 0.2, 0.1
+and 0.05; with 0.01 it grows without end."""
 INITIAL_SCALE = 0.25
 """Standard deviation of V's elements at the start."""
 
@@ -88,12 +86,11 @@ class Toy:
 
     def __post_init__(self) -> None:
         ranges = {"inputs": (1, 10**4), "outputs": (1, 10**4), "samples": (1, 10**7)}
-        ranges |= {"steps": (0, 10**9), "seed": (0, 2**63 - 1)}
-        for name, (low, high) in ranges.items():
+        for name, (low, high) in (ranges | {"steps": (0, 10**9), "seed": (0, 2**63 - 1)}).items():
             value = getattr(self, name)
             if value is not None and not low <= value <= high:
                 raise UserError(f"{name}: got {value}; give a number from {low} to {high:,}")
-        if self.lr is not None and not (math.isfinite(self.lr) and self.lr > 0):
+        if self.lr is not None and not 0 < self.lr < math.inf:
             raise UserError(f"lr: got {self.lr}; give a finite number above 0, such as 0.01")
         if self.isotropic and not (self.stop_gradient and self.predictor):
             raise UserError(
@@ -117,24 +114,16 @@ class Toy:
         return self.loss.startswith("iso_")
 
     @property
-    def exact(self) -> bool:
-        """Whether the population gradient has a closed form, so that nothing is sampled."""
-        no_predictor = self.stop_gradient and not self.predictor
-        return self.metric == "euclidean" and (not self.relu or no_predictor)
-
-    @property
     def default_steps(self) -> int:
         """``steps``, or those of the paper's figures for this loss."""
-        if self.steps is not None:
-            return self.steps
-        return 1500 if self.predictor else 100_000
+        default = 1500 if self.predictor else 100_000
+        return default if self.steps is None else self.steps
 
     @property
     def default_lr(self) -> float:
         """``lr``, or that of the paper's pictures of spectra for this loss."""
-        if self.lr is not None:
-            return self.lr
-        return 0.01 if self.metric == "euclidean" and self.predictor else 0.1
+        default = 0.01 if self.metric == "euclidean" and self.predictor else 0.1
+        return default if self.lr is None else self.lr
 
     @property
     def matrix(self) -> str:
@@ -159,14 +148,12 @@ class Trajectory:
         eigenvalues: (T, S, M), of ``toy.matrix``, descending.
         weight_eigenvalues: (T, S, M), of V V^T, descending; the same for linear networks.
         points: (T, S, P, M), embeddings of the given points.
-        weights: (S, M, N), the last V.
     """
 
     steps: NDArray[np.int64]
     eigenvalues: NDArray[np.float64]
     weight_eigenvalues: NDArray[np.float64]
     points: NDArray[np.float64]
-    weights: NDArray[np.float64]
 
 
 def initial_weights(toy: Toy) -> Tensor:
@@ -201,7 +188,7 @@ def simulate(
     generator = stream(toy.seed, 1)
     steps = np.unique(np.linspace(0, toy.default_steps, max(records, 2)).round().astype(np.int64))
     wanted = set(steps.tolist())
-    spectra, weight_spectra, points = [], [], []
+    correlations, grams, points = [], [], []
     for step in range(toy.default_steps + 1):
         if step > 0:
             v_SMN = v_SMN - toy.default_lr * population_gradient(toy, v_SMN, generator)
@@ -211,21 +198,32 @@ def simulate(
                     f"the weights are not finite at step {step:,}: lr {toy.default_lr:g} is too "
                     "large; give a smaller --lr"
                 )
-            spectra.append(_spectrum(correlation(toy, v_SMN)))
-            weight_spectra.append(_spectrum(v_SMN @ v_SMN.mT))
+            correlations.append(correlation(toy, v_SMN))
+            grams.append(v_SMN @ v_SMN.mT)
             points.append(embed(toy, points_PN, v_SMN))
-    return Trajectory(
-        steps=steps,
-        eigenvalues=torch.stack(spectra).numpy(),
-        weight_eigenvalues=torch.stack(weight_spectra).numpy(),
-        points=torch.stack(points).numpy(),
-        weights=v_SMN.numpy(),
+    spectra, weight_spectra = (
+        torch.linalg.eigvalsh(torch.stack(matrices)).flip(-1).clamp_min(0).numpy()
+        for matrices in (correlations, grams)
     )
+    return Trajectory(steps, spectra, weight_spectra, torch.stack(points).numpy())
 
 
 def population_gradient(toy: Toy, v_SMN: Tensor, generator: torch.Generator) -> Tensor:
     """Return dV (S, M, N), in closed form where there is one, else from ``toy.samples`` pairs."""
-    return _exact_gradient(toy, v_SMN) if toy.exact else sampled_gradient(toy, v_SMN, generator)
+    drifts = toy.relu and toy.stop_gradient and not toy.predictor
+    if toy.metric != "euclidean" or (toy.relu and not drifts):
+        return sampled_gradient(toy, v_SMN, generator)
+    if drifts:
+        # each row of V separately, and by symmetry along itself
+        return -RELU_DRIFT * v_SMN
+    w_SMM = _predictor(toy, v_SMN)
+    # E x1 x1^T = E x2 x1^T = I
+    error_SMN = w_SMM @ v_SMN - v_SMN
+    dv_SMN = error_SMN if toy.isotropic else w_SMM @ error_SMN
+    if not toy.stop_gradient:
+        # E x2 x2^T = (1 + NOISE^2) I, only in the target's own term
+        dv_SMN = dv_SMN - error_SMN + NOISE**2 * v_SMN
+    return dv_SMN
 
 
 def sampled_gradient(toy: Toy, v_SMN: Tensor, generator: torch.Generator) -> Tensor:
@@ -240,65 +238,47 @@ def sampled_gradient(toy: Toy, v_SMN: Tensor, generator: torch.Generator) -> Ten
     x2_BN = x1_BN + NOISE * randn((toy.samples, toy.inputs), generator)
     z_SBM, t_SBM = embed(toy, x1_BN, v_SMN), embed(toy, x2_BN, v_SMN)
     w_SMM = _predictor(toy, v_SMN)
-    counts_SB1 = _has_direction(toy, z_SBM @ w_SMM, t_SBM) if toy.relu else None
     if toy.stop_gradient:
         _, dz_SBM = losses_and_gradients_reference(
             z_SBM, t_SBM, w_SMM, metric=toy.metric, isotropic=toy.isotropic
         )
-        return _to_weights(dz_SBM, z_SBM, x1_BN, counts_SB1)
-    dz_SBM, dt_SBM = two_sided_gradients_reference(
-        z_SBM, t_SBM, w_SMM, metric=toy.metric, paper_gradient=toy.paper_gradient
-    )
-    dv_SMN = _to_weights(dz_SBM, z_SBM, x1_BN, counts_SB1)
-    return dv_SMN + _to_weights(dt_SBM, t_SBM, x2_BN, counts_SB1)
-
-
-def _exact_gradient(toy: Toy, v_SMN: Tensor) -> Tensor:
-    """The Euclidean gradient's mean over the views."""
-    if toy.relu:
-        # each row of V separately, and by symmetry along itself
-        return -RELU_DRIFT * v_SMN
-    w_SMM = _predictor(toy, v_SMN)
-    # E x1 x1^T = E x2 x1^T = I
-    error_SMN = w_SMM @ v_SMN - v_SMN
-    dv_SMN = error_SMN if toy.isotropic else w_SMM @ error_SMN
-    if not toy.stop_gradient:
-        # E x2 x2^T = (1 + NOISE^2) I, only in the target's own term
-        dv_SMN = dv_SMN - error_SMN + NOISE**2 * v_SMN
+        sides = [(dz_SBM, z_SBM, x1_BN)]
+    else:
+        dz_SBM, dt_SBM = two_sided_gradients_reference(
+            z_SBM, t_SBM, w_SMM, metric=toy.metric, paper_gradient=toy.paper_gradient
+        )
+        sides = [(dz_SBM, z_SBM, x1_BN), (dt_SBM, t_SBM, x2_BN)]
+    dv_SMN = torch.zeros_like(v_SMN)
+    counts_SB1 = _has_direction(toy, z_SBM @ w_SMM, t_SBM) if toy.relu else None
+    for gradient_SBM, out_SBM, x_BN in sides:
+        if counts_SB1 is not None:
+            gradient_SBM = torch.where((out_SBM > 0) & counts_SB1, gradient_SBM, 0.0)
+        dv_SMN += gradient_SBM.mT @ x_BN / len(x_BN)
     return dv_SMN
 
 
-def _to_weights(dz_SBM: Tensor, z_SBM: Tensor, x_BN: Tensor, counts_SB1: Tensor | None) -> Tensor:
-    """The mean of dz x^T, through a ReLU where samples are counted."""
-    if counts_SB1 is not None:
-        dz_SBM = torch.where((z_SBM > 0) & counts_SB1, dz_SBM, 0.0)
-    return dz_SBM.mT @ x_BN / len(x_BN)
-
-
-def _has_direction(toy: Toy, p_SBM: Tensor, t_SBM: Tensor) -> Tensor:
-    """Whether a sample counts, (S, B, 1); for the Euclidean losses all do.
+def _has_direction(toy: Toy, *sides: Tensor) -> Tensor:
+    """Whether a ReLU network's sample counts, (S, B, 1), by its prediction p and target t.
 
     A ReLU that silences all outputs but one makes short embeddings frequent. Below the norm floor
-    the clamped gradient, of about 1e8, is no longer orthogonal to them: one such sample in ten
-    million would throw V off for good, where the derivative of the cosine is zero.
+    the clamped gradient of the cosine, about 1e8, points along them, where the derivative is zero:
+    one sample in ten million would throw V off for good.
 
-    IsoLoss needs more. With one output u left, g = -sin^2(theta) / (u |W_1|), theta between the
-    row W_1 and its axis, and u has a density at 0: with two outputs half of the samples are such,
-    E|g| does not exist, and V would leap with the shortest sample met. (The plain cosine has W g
-    there, which is 0.) So its samples with |p| or |t| below `SHORTEST` of the batch's root mean
-    square are left out. The mean of the others grows as log(1 / SHORTEST). The paper's form
-    without stop-gradient has no mean there either, but is no gradient to be mended.
+    IsoLoss needs a larger bound, `SHORTEST`. With one output u left, g = -sin^2(theta) / (u |W_1|),
+    theta between the row W_1 and its axis, and u has a density at 0: E|g| does not exist, and V
+    would leap with the shortest sample. (The plain cosine has W g = 0 there.) The mean over longer
+    ones grows as log(1 / SHORTEST). The paper's form without stop-gradient has no mean either, but
+    is no gradient to be mended.
     """
+    counts_SB1 = torch.ones(1, dtype=torch.bool)
     if toy.metric == "euclidean":
-        return torch.ones(1, dtype=torch.bool)
-    return _long_enough(toy, p_SBM) & _long_enough(toy, t_SBM)
-
-
-def _long_enough(toy: Toy, x_SBM: Tensor) -> Tensor:
-    length_SB1: Tensor = torch.linalg.vector_norm(x_SBM, dim=-1, keepdim=True)
-    rms_S11 = length_SB1.square().mean(-2, keepdim=True).sqrt()
-    shortest = SHORTEST if toy.isotropic else 0.0
-    return length_SB1 > (shortest * rms_S11).clamp_min(NORM_FLOOR)
+        return counts_SB1
+    for x_SBM in sides:
+        length_SB1: Tensor = torch.linalg.vector_norm(x_SBM, dim=-1, keepdim=True)
+        rms_S11 = length_SB1.square().mean(-2, keepdim=True).sqrt()
+        shortest = SHORTEST if toy.isotropic else 0.0
+        counts_SB1 = counts_SB1 & (length_SB1 > (shortest * rms_S11).clamp_min(NORM_FLOOR))
+    return counts_SB1
 
 
 def embed(toy: Toy, x_BN: Tensor, v_SMN: Tensor) -> Tensor:
@@ -326,11 +306,6 @@ def correlation(toy: Toy, v_SMN: Tensor) -> Tensor:
 
 def _predictor(toy: Toy, v_SMN: Tensor) -> Tensor:
     return v_SMN @ v_SMN.mT if toy.predictor else torch.eye(toy.outputs, dtype=v_SMN.dtype)
-
-
-def _spectrum(matrix_SMM: Tensor) -> Tensor:
-    ascending_SM: Tensor = torch.linalg.eigvalsh(matrix_SMM)
-    return ascending_SM.flip(-1).clamp_min(0)
 
 
 def stream(seed: int, index: int) -> torch.Generator:

@@ -1,9 +1,9 @@
 """The paper's Fig. 2, 5 and 6 from simulations, as PNG and as NPZ."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from tempfile import TemporaryFile
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -19,28 +19,25 @@ from isofast.errors import UserError
 from isofast.paper.toy import SHORTEST, Toy, Trajectory, initial_weights, randn, simulate, stream
 
 METRICS = ("euclidean", "cosine")
-VARIANTS: dict[str, dict[str, bool]] = {
-    "no_stop_gradient": {"stop_gradient": False},
-    "paper_gradient": {"stop_gradient": False, "paper_gradient": True},
-    "no_predictor": {"predictor": False},
-    "plain": {},
-    "iso": {},
+# title and ablation by name in the NPZ
+VARIANTS: dict[str, tuple[str, dict[str, bool]]] = {
+    "no_stop_gradient": ("no stop-gradient", {"stop_gradient": False}),
+    "paper_gradient": (
+        "no stop-gradient,\npaper's derivative",
+        {"stop_gradient": False, "paper_gradient": True},
+    ),
+    "no_predictor": ("no predictor", {"predictor": False}),
+    "plain": ("stop-gradient and\npredictor", {}),
+    "iso": ("IsoLoss", {}),
 }
 PLANE: dict[str, Any] = {"inputs": 6, "outputs": 2, "lr": 0.01}
+# in the plane the cosine's gradient, about 1 / |z|, has no variance: every loss runs as long, on
+# more samples, where 100,000 steps on few would show a random walk
 PLANE_STEPS, PLANE_SAMPLES = 1500, 10
-"""In the plane every loss runs as long, on so many times the samples: the cosine's gradient there,
-about 1 / |z|, has no variance, so that 100,000 steps on few samples show a random walk."""
 INITIALISATIONS = ("V0", "2 V0", "randn / 2")
 RECORDS = 301
+# points followed in the plane: the longest of so many show the motion best
 POINTS, CANDIDATES = 20, 5000
-"""Points followed in the plane: the longest of so many, as they show the motion best."""
-TITLES = {
-    "no_stop_gradient": "no stop-gradient",
-    "paper_gradient": "no stop-gradient,\npaper's derivative",
-    "no_predictor": "no predictor",
-    "plain": "stop-gradient and\npredictor",
-    "iso": "IsoLoss",
-}
 NOTE = (
     "The derivative that the paper prints\n"
     "for the cosine without stop-gradient\n"
@@ -63,27 +60,19 @@ RELU_NOTE = (
 # of Okabe and Ito's palette, told apart by colour-blind readers
 START, END, LINE = "#D55E00", "#0072B2", "#9A9A9A"
 THREE = ("#0072B2", "#E69F00", "#009E73")
+# eigenvalues shown, as in the paper; a panel that exceeds them has its own scale
 LOW, HIGH = 1e-2, 10.0
-"""Eigenvalues shown, as in the paper; a panel that leaves them upwards has a scale of its own."""
+# so has a plane that embeddings leave by so many times their first reach
 OWN_SCALE = 3.0
-"""A plane that embeddings leave by so many times their first reach has a scale of its own."""
 
 
-@dataclass(frozen=True)
-class Panel:
-    """A simulation of a figure.
-
-    Attributes:
-        name: its prefix in the NPZ.
-        toy: what is simulated.
-        starts: initial weights (S, M, N), float64; None for `initial_weights`.
-        points: inputs (P, N), float64, whose embeddings are drawn; None for a spectrum.
-    """
+class Panel(NamedTuple):
+    """A simulation of a figure: its prefix in the NPZ, and the arguments of `simulate`."""
 
     name: str
     toy: Toy
-    starts: torch.Tensor | None = None
-    points: torch.Tensor | None = None
+    starts_SMN: torch.Tensor | None = None
+    points_PN: torch.Tensor | None = None
 
 
 def write_figure(
@@ -116,14 +105,12 @@ def write_figure(
     try:
         folder.mkdir(parents=True, exist_ok=True)
         # minutes of simulation should not end at a folder that takes no file
-        write_atomically(folder / ".probe", Path.touch)
-        (folder / ".probe").unlink()
+        with TemporaryFile(dir=folder):
+            pass
         found = {}
-        for panel in panels:
-            found[panel.name] = simulate(
-                panel.toy, panel.starts, points_PN=panel.points, records=RECORDS
-            )
-            say(f"simulated {panel.name}")
+        for name, toy, starts_SMN, points_PN in panels:
+            found[name] = simulate(toy, starts_SMN, points_PN=points_PN, records=RECORDS)
+            say(f"simulated {name}")
         picture = _starts(found) if figure == "figure5" else _losses(panels, found)
         FigureCanvasAgg(picture)
         write_atomically(paths[0], lambda path: picture.savefig(path, dpi=150, format="png"))
@@ -156,25 +143,24 @@ def panels_of(
         ]
     panels = []
     for metric in METRICS:
-        for variant, ablation in VARIANTS.items():
+        for variant, (_, ablation) in VARIANTS.items():
             if variant == "paper_gradient" and metric == "euclidean":
                 continue
-            name, loss = f"{metric}_{variant}", f"iso_{metric}" if variant == "iso" else metric
+            loss = f"iso_{metric}" if variant == "iso" else metric
             settings: dict[str, Any] = {"loss": loss, "relu": figure == "figure6", **ablation}
             spectrum = Toy(**settings, seed=seed, samples=samples, steps=steps)
-            panels.append(Panel(f"{name}_spectrum", spectrum))
-            panels.append(Panel(f"{name}_plane", Toy(**settings, **plane), points=points_PN))
+            plane_toy = Toy(**settings, **plane)
+            panels.append(Panel(f"{metric}_{variant}_spectrum", spectrum))
+            panels.append(Panel(f"{metric}_{variant}_plane", plane_toy, points_PN=points_PN))
     return panels
 
 
 def _save(path: Path, trajectories: Mapping[str, Trajectory]) -> None:
     arrays: dict[str, Any] = {}
     for name, trajectory in trajectories.items():
-        arrays[f"{name}_steps"] = trajectory.steps
-        arrays[f"{name}_eigenvalues"] = trajectory.eigenvalues
-        arrays[f"{name}_weight_eigenvalues"] = trajectory.weight_eigenvalues
-        if trajectory.points.size:
-            arrays[f"{name}_points"] = trajectory.points
+        for field, values in vars(trajectory).items():
+            if values.size:
+                arrays[f"{name}_{field}"] = values
     # numpy appends .npz to a path
     with path.open("wb") as file:
         np.savez_compressed(file, **arrays)
@@ -182,16 +168,14 @@ def _save(path: Path, trajectories: Mapping[str, Trajectory]) -> None:
 
 def _losses(panels: list[Panel], trajectories: Mapping[str, Trajectory]) -> Figure:
     """Fig. 2 and 6: a column a loss; for each metric embeddings above their spectrum."""
-    toys = {panel.name: panel.toy for panel in panels}
     relu = panels[0].toy.relu
     picture = Figure(figsize=(12.5, 10.8), layout="constrained")
     axes = picture.subplots(4, len(VARIANTS))
     for row, metric in enumerate(METRICS):
-        for column, variant in enumerate(VARIANTS):
+        for column, (variant, (title, _)) in enumerate(VARIANTS.items()):
             above, below = axes[2 * row, column], axes[2 * row + 1, column]
             plane = trajectories.get(f"{metric}_{variant}_plane")
-            spectrum = trajectories.get(f"{metric}_{variant}_spectrum")
-            if plane is None or spectrum is None:
+            if plane is None:
                 above.set_axis_off()
                 below.set_axis_off()
                 text = NOTE + RELU_NOTE if relu else NOTE
@@ -199,9 +183,11 @@ def _losses(panels: list[Panel], trajectories: Mapping[str, Trajectory]) -> Figu
                 note.set_in_layout(False)
                 _legend(below)
                 continue
-            above.set_title(TITLES[variant], fontsize=11)
+            above.set_title(title, fontsize=11)
             _draw_plane(above, plane, 0, _reach(trajectories, metric, variant))
-            _draw_spectrum(below, spectrum, toys[f"{metric}_{variant}_spectrum"].metric, relu)
+            _draw_spectrum(below, trajectories[f"{metric}_{variant}_spectrum"])
+            if metric == "euclidean" and not relu:
+                below.axhline(1, color="0.4", linewidth=0.8, linestyle=":")
         name = metric.capitalize()
         axes[2 * row, 0].set_ylabel(f"{name}\nembedding $z_2$")
         matrix = "E[z z$^T$]" if relu else "V V$^T$"
@@ -235,14 +221,12 @@ def _draw_plane(axes: Axes, trajectory: Trajectory, start: int, reach: float) ->
     axes.set_axisbelow(True)
 
 
-def _draw_spectrum(axes: Axes, trajectory: Trajectory, metric: str, relu: bool) -> None:
+def _draw_spectrum(axes: Axes, trajectory: Trajectory) -> None:
     values_TM = trajectory.eigenvalues[:, 0]
     shades = colormaps["cividis"](np.linspace(0.9, 0.0, values_TM.shape[1]))
     for values_T, shade in zip(values_TM.T, shades, strict=True):
         # a collapsed mode leaves the picture downwards
         axes.semilogy(trajectory.steps, np.maximum(values_T, LOW / 10), color=shade, linewidth=1.2)
-    if metric == "euclidean" and not relu:
-        axes.axhline(1, color="0.4", linewidth=0.8, linestyle=":")
     top = values_TM.max()
     axes.set_ylim(LOW, HIGH if top < HIGH else 10 ** np.ceil(np.log10(top)))
     _step_axis(axes, trajectory)
@@ -279,28 +263,26 @@ def _starts(trajectories: Mapping[str, Trajectory]) -> Figure:
     picture = Figure(figsize=(12.5, 6.4), layout="constrained")
     axes = picture.subplots(len(METRICS), len(INITIALISATIONS) + 1)
     reach = 1.08 * max(float(abs(trajectories[metric].points).max()) for metric in METRICS)
-    for row, metric in zip(axes, METRICS, strict=True):
-        trajectory = trajectories[metric]
-        for start, name in enumerate(INITIALISATIONS):
-            _draw_plane(row[start], trajectory, start, reach)
-            row[start].set_title(f"from {name}", fontsize=11)
+    for (*planes, spectra), metric in zip(axes, METRICS, strict=True):
+        trajectory, euclidean = trajectories[metric], metric == "euclidean"
+        for start, (plane, name) in enumerate(zip(planes, INITIALISATIONS, strict=True)):
+            _draw_plane(plane, trajectory, start, reach)
+            plane.set_title(f"from {name}", fontsize=11)
             values_TM = trajectory.eigenvalues[:, start]
-            for index, values_T in enumerate(values_TM.T):
-                label = name if index == 0 else None
-                row[-1].semilogy(trajectory.steps, values_T, color=THREE[start], label=label)
-            row[-1].axhline(
-                1 if metric == "euclidean" else values_TM[0].mean(),
-                color="0.4" if metric == "euclidean" else THREE[start],
+            lines = spectra.semilogy(trajectory.steps, values_TM, color=THREE[start])
+            lines[0].set_label(name)
+            spectra.axhline(
+                1 if euclidean else values_TM[0].mean(),
+                color="0.4" if euclidean else THREE[start],
                 linewidth=0.8,
                 linestyle=":",
             )
-        _step_axis(row[-1], trajectory)
-        row[-1].set_ylim(0.1, 10)
-        row[0].set_ylabel(f"{metric.capitalize()}\nembedding $z_2$")
-        row[-1].set_ylabel("eigenvalues of V V$^T$")
-        end = "1" if metric == "euclidean" else "trace / 2"
-        row[-1].set_title(f"dotted: expected end, {end}", fontsize=11)
-        row[-1].legend(frameon=False, fontsize=9, loc="upper right", ncols=3, columnspacing=1)
+        planes[0].set_ylabel(f"{metric.capitalize()}\nembedding $z_2$")
+        _step_axis(spectra, trajectory)
+        end = "1" if euclidean else "trace / 2"
+        spectra.set(ylim=(0.1, 10), ylabel="eigenvalues of V V$^T$")
+        spectra.set_title(f"dotted: expected end, {end}", fontsize=11)
+        spectra.legend(frameon=False, fontsize=9, loc="upper right", ncols=3, columnspacing=1)
     picture.suptitle(
         "Where the plain losses go from three initialisations (P Fig. 5); "
         "circles: first step, dots: last step",

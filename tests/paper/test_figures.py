@@ -1,4 +1,4 @@
-"""Figures from real runs, and the errors where there is nothing to draw."""
+"""The figures of runs: their lines, titles and scales, and the errors without anything to draw."""
 
 import json
 import shutil
@@ -8,10 +8,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
 
 from isofast.cli import main
+from isofast.config.load import validate
 from isofast.errors import UserError
 from isofast.paper.figures import figure3, figure4, figure7, figure8
 from isofast.run.stored import Run, labels, read_run
@@ -19,6 +21,34 @@ from isofast.run.stored import Run, labels, read_run
 pytestmark = pytest.mark.slow
 
 Runs = dict[str, tuple[dict[str, Any], Path]]
+Draw = Callable[[Sequence[Run]], Figure]
+
+
+def copied(
+    run: Path, to: Path, *, top1: Sequence[float] = (), spectra: Any = None, **sections: Any
+) -> Run:
+    """A copy of a run with other settings, evaluations after 8, 16 ... steps, or last spectra."""
+    shutil.copytree(run, to)
+    config = json.loads((run / "config.json").read_text())
+    for name, section in sections.items():
+        config[name] = config[name] | section if isinstance(section, dict) else section
+    (to / "config.json").write_text(json.dumps(config))
+    if top1:
+        path = to / "metrics.jsonl"
+        lines = [line for line in path.read_text().splitlines() if "val_top1" not in line]
+        for step, accuracy in zip((8, 16, 24), top1, strict=False):
+            lines.append(json.dumps({"step": step, "epoch": step / 22, "val_top1": accuracy}))
+        path.write_text("\n".join(lines) + "\n")
+    if spectra is not None:
+        with np.load(to / "spectrum.npz") as stored:
+            steps = stored["step"][-len(spectra) :]
+        np.savez(to / "spectrum.npz", step=steps, eigenvalues=np.float32(spectra))
+    return read_run(to)
+
+
+def accuracies_of(figure: Figure) -> Axes:
+    (axes,) = (axes for axes in figure.axes if axes.get_ylabel().startswith("top-1"))
+    return axes
 
 
 @pytest.mark.parametrize(
@@ -48,6 +78,59 @@ def test_a_figure_is_drawn_as_png_and_svg(
     assert paths[1].read_text().rstrip().endswith("</svg>")
 
 
+@pytest.mark.parametrize("scales", [(1.0, 1e4), (1e4, 1.0)])
+@pytest.mark.parametrize(
+    ("draw", "names", "titles"),
+    [
+        (figure3, ["no ema", "ema"], ["IsoLoss, no EMA", "IsoLoss, EMA"]),
+        # EMA comes first, in whatever order given, and the larger weight decay
+        (figure7, ["ema", "no ema"], ["IsoLoss, EMA", "IsoLoss, no EMA"]),
+        (figure8, ["linear", "ema"], ["weight decay 0.05", "weight decay 0.0001"]),
+    ],
+)
+def test_panels_show_their_runs_in_order_on_one_scale(
+    draw: Draw,
+    names: list[str],
+    titles: list[str],
+    scales: tuple[float, float],
+    spectrum_runs: Runs,
+    tmp_path: Path,
+) -> None:
+    """The effective rank is (sum of eigenvalues)^2 over that of squares: n for n that are equal."""
+    ranks, top1 = (5, 3), ((0.31, 0.52, 0.78), (0.2, 0.4, 0.3))
+    runs = []
+    for name, rank, scale, accuracies in zip(names, ranks, scales, top1, strict=True):
+        values_TD = scale * np.array([np.geomspace(4, 0.05, 16), [2.0] * rank + [0] * (16 - rank)])
+        run = spectrum_runs[name][1]
+        runs.append(copied(run, tmp_path / name, top1=accuracies, spectra=values_TD))
+    figure = draw(runs if draw is figure3 else runs[::-1])
+    for axes, run, title, rank in zip(figure.axes[:2], runs, titles, ranks, strict=True):
+        lines = axes.collections[0].get_segments()
+        assert lines[0][:, 0] == pytest.approx(run.epochs_T)
+        assert lines[0][:, 1] == pytest.approx(run.eigenvalues_TD[:, 0])
+        assert axes.get_yscale() == "log"
+        assert title in axes.get_title() and axes.get_title().endswith(f"effective rank {rank}.0")
+        low, high = axes.get_ylim()
+        assert low <= 0.05 and high >= 4e4 and (low, high) == figure.axes[0].get_ylim()
+    axes = accuracies_of(figure)
+    assert axes.get_ylabel() == "top-1, validation" and axes.get_ylim() == (0, 1.02)
+    for line, accuracies in zip(axes.lines, top1, strict=True):
+        assert line.get_xdata() == pytest.approx([8 / 22, 16 / 22, 24 / 22])
+        assert line.get_ydata() == pytest.approx(accuracies)
+        assert line.get_marker() == "o"
+
+
+def test_two_evaluations_of_one_run_are_no_curve(spectrum_runs: Runs, tmp_path: Path) -> None:
+    runs = [
+        copied(spectrum_runs[name][1], tmp_path / name, top1=top1)
+        for name, top1 in (("ema", (0.31, 0.52, 0.78)), ("no ema", (0.2, 0.4)))
+    ]
+    axes = accuracies_of(figure3(runs))
+    assert axes.get_ylabel() == "top-1, training views"
+    for line, run in zip(axes.lines, runs, strict=True):
+        assert line.get_ydata() == pytest.approx([r["probe_top1"] for r in run.records])
+
+
 def test_figure_4_shows_the_alignment(spectrum_runs: Runs) -> None:
     run = read_run(spectrum_runs["linear"][1])
     assert run.alignment_TD is not None
@@ -57,95 +140,72 @@ def test_figure_4_shows_the_alignment(spectrum_runs: Runs) -> None:
     assert above.lines[0].get_ydata()[[1, 3, 5]] == pytest.approx(known, rel=1e-4)
 
 
-@pytest.mark.parametrize(
-    ("draw", "names", "titles"),
-    [
-        (figure3, ["no ema", "ema"], ["IsoLoss, no EMA\n", "IsoLoss, EMA\n"]),
-        (figure7, ["ema", "no ema"], ["IsoLoss, EMA\n", "IsoLoss, no EMA\n"]),
-        (figure8, ["linear", "ema"], ["weight decay 0.05\n", "weight decay 0.0001\n"]),
-    ],
-)
-def test_panels_show_their_runs_in_order(
-    draw: Callable[[Sequence[Run]], Figure],
-    names: list[str],
-    titles: list[str],
-    spectrum_runs: Runs,
-) -> None:
-    """Figure 7 puts the run with EMA first, figure 8 the larger decay, in whatever order given."""
-    runs = [read_run(spectrum_runs[name][1]) for name in names]
-    given = runs if draw is figure3 else runs[::-1]
-    for axes, run, title in zip(draw(given).axes[:2], runs, titles, strict=True):
-        first = axes.collections[0].get_segments()[0]
-        assert first[:, 0] == pytest.approx(run.epochs_T)
-        assert first[:, 1] == pytest.approx(run.eigenvalues_TD[:, 0])
-        assert axes.get_yscale() == "log" and title in axes.get_title()
+def test_eigenvalues_are_drawn_down_to_rounding(spectrum_runs: Runs, tmp_path: Path) -> None:
+    ema = spectrum_runs["ema"][1]
+    values_TD = np.float32(np.geomspace([3, 5], [3e-7, 1e-7], 16, axis=1))
+    run = copied(ema, tmp_path / "run", spectra=values_TD)
+    lines = figure3([run]).axes[0].collections[0]
+    places = lines.get_array().astype(int)
+    assert places[0] == 1 and places[-1] == 16 and len(places) > 8
+    for place, points_T2 in zip(places, lines.get_segments(), strict=True):
+        assert points_T2[:, 1] == pytest.approx(values_TD[:, place - 1])
+    values_TD[:, -1] = 1e-9
+    panel = figure3([copied(ema, tmp_path / "rounding", spectra=values_TD)]).axes[0]
+    assert len(panel.collections[0].get_segments()[-1]) == 0 and panel.get_ylim()[0] > 1e-8
 
 
-def test_figure_7_pairs_what_differs_in_ema_alone(spectrum_runs: Runs, tmp_path: Path) -> None:
+def test_figure_7_pairs_what_differs_only_in_ema(spectrum_runs: Runs, tmp_path: Path) -> None:
     ema, no_ema = (spectrum_runs[name][1] for name in ("ema", "no ema"))
     both = [read_run(ema), read_run(no_ema)]
-    config = both[1].config.model_dump(mode="json")
     # the presets choose these by EMA
-    chosen = config["optimizer"] | {"name": "sgd", "lr": 0.1}
-    with_sgd = read_run(_copy(no_ema, tmp_path / "sgd", optimizer=chosen))
+    with_sgd = copied(no_ema, tmp_path / "sgd", optimizer={"name": "sgd", "lr": 0.1})
     assert len(figure7([both[0], with_sgd]).axes) == 4
-    others = {
-        "decay": {"optimizer": config["optimizer"] | {"weight_decay": 0.05}},
-        "epochs": {"train": config["train"] | {"epochs": 3}},
-        "width": {"encoder": config["encoder"] | {"width": 8}},
+    for name, changes in {
+        "decay": {"optimizer": {"weight_decay": 0.05}},
+        "epochs": {"train": {"epochs": 3}},
+        "width": {"encoder": {"width": 8}},
         "seed": {"seed": 1},
-    }
-    for name, changes in others.items():
-        other = read_run(_copy(no_ema, tmp_path / name, **changes))
+    }.items():
+        other = copied(no_ema, tmp_path / name, **changes)
         # neither paired nor left out silently
         for runs in ([both[0], other], [*both, other]):
             with pytest.raises(UserError, match=f"figure 7 needs .*{other.path}"):
                 figure7(runs)
-    again = read_run(_copy(no_ema, tmp_path / "again"))
     with pytest.raises(UserError, match="exactly one without"):
-        figure7([*both, again])
+        figure7([*both, copied(no_ema, tmp_path / "again")])
     # a pair of each seed
-    seeds = [read_run(_copy(run, tmp_path / f"1-{run.name}", seed=1)) for run in (ema, no_ema)]
+    seeds = [copied(run, tmp_path / f"1-{run.name}", seed=1) for run in (ema, no_ema)]
     rows = figure7([both[0], *seeds[::-1], both[1]]).axes[:6]
     assert "seed 0, EMA" in rows[0].get_title() and "seed 1, no EMA" in rows[4].get_title()
+    # SimSiam is BYOL without EMA, with another optimizer
+    pair = []
+    for name, optimizer in (("simsiam", "sgd"), ("byol", "lars")):
+        settings = {"optimizer": {"name": optimizer}, "method": {"name": name}}
+        config = validate(spectrum_runs["ema"][0] | settings)
+        run = copied(ema, tmp_path / name).path
+        (run / "config.json").write_text(config.model_dump_json())
+        pair.append(read_run(run))
+    titles = [axes.get_title() for axes in figure7(pair).axes[:2]]
+    assert titles[0].startswith("BYOL, EMA\n") and titles[1].startswith("BYOL, no EMA\n")
 
 
 @pytest.mark.parametrize("draw", [figure3, figure4])
 def test_a_run_that_blew_up_says_so_on_the_same_epochs(
-    draw: Callable[[Sequence[Run]], Figure], spectrum_runs: Runs, tmp_path: Path
+    draw: Draw, spectrum_runs: Runs, tmp_path: Path
 ) -> None:
     sound = spectrum_runs["linear"][1]
-    blown = _copy(sound, tmp_path / "blown", seed=1)
-    with np.load(blown / "spectrum.npz") as stored:
+    with np.load(sound / "spectrum.npz") as stored:
         spectra = dict(stored)
     for name in ("eigenvalues", "alignment"):
         spectra[name][2:] = np.nan
+    blown = copied(sound, tmp_path / "blown", seed=1).path
     np.savez(blown / "spectrum.npz", **spectra)
     runs = [read_run(sound), read_run(blown)]
     panels = [axis for axis in draw(runs).axes if axis.get_label() != "<colorbar>"]
     titles = [axis.get_title() for axis in panels[:2]]
-    since = runs[1].epochs_T[2]
-    assert "NaN" not in titles[0] and f"NaN from epoch {since:.3g}" in titles[1]
+    assert "NaN" not in titles[0] and f"NaN from epoch {runs[1].epochs_T[2]:.3g}" in titles[1]
     assert len({axis.get_xlim() for axis in panels}) == 1
     assert panels[0].get_xlim()[1] > 24 / 22
-
-
-def test_labels_say_what_differs_and_no_more(spectrum_runs: Runs, tmp_path: Path) -> None:
-    ema, no_ema, linear = (read_run(spectrum_runs[n][1]) for n in ("ema", "no ema", "linear"))
-    assert labels([ema]) == ["IsoLoss"]
-    assert labels([ema, no_ema]) == ["IsoLoss, EMA", "IsoLoss, no EMA"]
-    assert labels([ema, linear]) == ["IsoLoss", "linear predictor"]
-    assert labels([ema, ema]) == ["IsoLoss (ema)", "IsoLoss (ema)"]
-    seed = _copy(ema.path, tmp_path / "other", seed=3)
-    assert labels([ema, read_run(seed)]) == ["IsoLoss, seed 0", "IsoLoss, seed 3"]
-
-
-def test_a_folders_name_is_no_formula(spectrum_runs: Runs, tmp_path: Path) -> None:
-    ema = spectrum_runs["ema"][1]
-    folders = [_copy(ema, tmp_path / name) for name in ("a$b_{$", "c$d_{$")]
-    assert main(["figures", "3", *map(str, folders), "--output", str(tmp_path)]) == 0
-    titles = [axis.get_title() for axis in figure3([read_run(run) for run in folders]).axes]
-    assert r"(a\$b_{\$)" in titles[0] and r"(c\$d_{\$)" in titles[1]
 
 
 @pytest.mark.parametrize("value", [np.nan, 0.0, np.inf])
@@ -154,7 +214,7 @@ def test_a_folders_name_is_no_formula(spectrum_runs: Runs, tmp_path: Path) -> No
 def test_a_run_without_one_sound_number_is_drawn_without_warnings(
     number: str, value: float, spectrum_runs: Runs, tmp_path: Path
 ) -> None:
-    run = _copy(spectrum_runs["linear"][1], tmp_path / "run")
+    run = copied(spectrum_runs["linear"][1], tmp_path / "run").path
     with np.load(run / "spectrum.npz") as stored:
         spectra = dict(stored)
     spectra["eigenvalues"][:] = value
@@ -163,11 +223,20 @@ def test_a_run_without_one_sound_number_is_drawn_without_warnings(
     assert main(["figures", number, str(run), "--output", str(tmp_path)]) == 0
 
 
-def _copy(run: Path, to: Path, **settings: Any) -> Path:
-    shutil.copytree(run, to)
-    config = json.loads((run / "config.json").read_text())
-    (to / "config.json").write_text(json.dumps(config | settings))
-    return to
+def test_labels_say_what_differs_and_no_more(spectrum_runs: Runs, tmp_path: Path) -> None:
+    ema, no_ema, linear = (read_run(spectrum_runs[n][1]) for n in ("ema", "no ema", "linear"))
+    assert labels([ema]) == ["IsoLoss"]
+    assert labels([ema, no_ema]) == ["IsoLoss, EMA", "IsoLoss, no EMA"]
+    assert labels([ema, linear]) == ["IsoLoss", "linear predictor"]
+    assert labels([ema, ema]) == ["IsoLoss (ema)", "IsoLoss (ema)"]
+    seed = copied(ema.path, tmp_path / "other", seed=3)
+    assert labels([ema, seed]) == ["IsoLoss, seed 0", "IsoLoss, seed 3"]
+    # a folder's name is no formula
+    runs = [copied(ema.path, tmp_path / name) for name in ("a$b_{$", "c$d_{$")]
+    titles = [axis.get_title() for axis in figure3(runs).axes]
+    assert r"(a\$b_{\$)" in titles[0] and r"(c\$d_{\$)" in titles[1]
+    folders = [str(run.path) for run in runs]
+    assert main(["figures", "3", *folders, "--output", str(tmp_path)]) == 0
 
 
 def test_what_cannot_be_drawn_is_refused(
@@ -176,16 +245,11 @@ def test_what_cannot_be_drawn_is_refused(
     ema, no_ema, linear = (str(spectrum_runs[name][1]) for name in ("ema", "no ema", "linear"))
     empty = tmp_path / "empty"
     empty.mkdir()
-    bare = _copy(Path(ema), tmp_path / "bare")
+    bare, blind, torn = (copied(Path(ema), tmp_path / n).path for n in ("bare", "blind", "torn"))
     (bare / "metrics.jsonl").write_text("")
-    blind = _copy(Path(ema), tmp_path / "blind")
     (blind / "spectrum.npz").unlink()
-    torn = _copy(Path(ema), tmp_path / "torn")
     (torn / "spectrum.npz").write_bytes(b"PK\x03\x04cut")
-    old = _copy(Path(linear), tmp_path / "old")
-    with np.load(old / "spectrum.npz") as stored:
-        kept = {name: stored[name] for name in ("step", "eigenvalues")}
-    np.savez(old / "spectrum.npz", **kept)
+    old = copied(Path(linear), tmp_path / "old", spectra=np.ones((2, 16))).path
     (tmp_path / "file").write_text("")
     out = ["--output", str(tmp_path / "figures")]
     for arguments, words in (

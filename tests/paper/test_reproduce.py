@@ -1,7 +1,6 @@
 """`isofast reproduce`: the plan, the runs, an interruption, the table on the screen."""
 
 import json
-import os
 import shlex
 import signal
 import subprocess
@@ -20,6 +19,8 @@ from isofast.errors import UserError
 from isofast.paper.tables import TABLES, Request
 from isofast.run.metrics import read_metrics
 
+from ..support.runs import environment
+
 pytestmark = pytest.mark.slow
 
 # a small network and short runs on the digits
@@ -30,24 +31,23 @@ SMALL = [
 ]
 
 
-def command(root: Path, runs: Path, *more: str, small: bool = True) -> list[str]:
+def command(root: Path, runs: Path, *more: str, seeds: int = 1) -> list[str]:
     """`isofast reproduce table2 --datasets digits ...` in the digits' data root."""
-    settings = [word for setting in SMALL if small for word in ("--set", setting)]
-    where = ["--root", str(root.parent), "--runs", str(runs)]
-    start = [sys.executable, "-m", "isofast.cli", "reproduce", "table2", "--datasets", "digits"]
-    return [*start, *where, *settings, *more]
+    where = ["--datasets", "digits", "--root", str(root.parent), "--runs", str(runs)]
+    settings = [word for setting in SMALL for word in ("--set", setting)]
+    return ["reproduce", "table2", *where, "--seeds", str(seeds), *settings, *more]
 
 
 def start(arguments: list[str]) -> "subprocess.Popen[str]":
     """In a process group of its own, on the CPU."""
     return subprocess.Popen(
-        arguments,
+        [sys.executable, "-m", "isofast.cli", *arguments],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
         preexec_fn=_hear_signals,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        env=environment(),
     )
 
 
@@ -70,7 +70,7 @@ def wait_until(holds: Callable[[], Any], process: "subprocess.Popen[str]") -> No
 
 
 def test_a_killed_table_continues_and_is_printed(digits: Path, tmp_path: Path) -> None:
-    arguments = command(digits, tmp_path, "--methods", "simsiam", "--seeds", "2", "--epochs", "2")
+    arguments = command(digits, tmp_path, "--methods", "simsiam", "--epochs", "2", seeds=2)
     first = tmp_path / "table2" / "digits" / "simsiam" / "seed-0"
     victim = start(arguments)
     wait_until(lambda: len(read_metrics(first / "metrics.jsonl")) > 5, victim)
@@ -131,16 +131,6 @@ def test_the_small_scale_shows_before_and_after_and_draws_its_figures(
     assert drawn == {f"figure{number}.{kind}" for number in (3, 7) for kind in ("png", "svg")}
 
 
-@pytest.mark.parametrize("dataset", ["cifar10", "tinyimagenet"])
-def test_the_small_scale_is_a_narrow_network_for_ten_epochs(
-    dataset: str, request_of: Callable[..., Request]
-) -> None:
-    runs = request_of(datasets=[dataset], scale="small").plan()
-    assert len(runs) == len(TABLES["table2"])
-    assert {(r.config.encoder.width, r.config.train.epochs) for r in runs} == {(16, 10)}
-    assert all(r.config.evaluation.at_start for r in runs)
-
-
 @pytest.mark.parametrize(
     ("found_first", "what"),
     [
@@ -154,7 +144,7 @@ def test_a_run_that_blows_up_is_a_result(
 ) -> None:
     blown = ("optimizer.name=sgd", "optimizer.lr=1e30", "schedule.warmup_epochs=0")
     more = [word for setting in (*blown, *found_first) for word in ("--set", setting)]
-    arguments = command(digits, tmp_path, *more, "--methods", "simsiam", "--seeds", "1")
+    arguments = command(digits, tmp_path, *more, "--methods", "simsiam")
     code, out, err = run(arguments)
     assert code == 0, err
     assert "seed 0: crashed" in out and what in err and "optimizer.lr below 1e+30" in err
@@ -163,25 +153,19 @@ def test_a_run_that_blows_up_is_a_result(
     assert "seed 0: crashed before" in run(arguments)[1]
 
 
-def test_failed_runs_do_not_stop_the_others(digits: Path, tmp_path: Path) -> None:
-    launcher = f"{sys.executable} -c 'import sys; sys.exit(3)'"
-    code, out, err = run(command(digits, tmp_path, "--launcher", launcher, "--seeds", "1"))
-    assert code == 1
-    assert out.count("FAILED with exit code 3\n") == len(TABLES["table2"]) == 6
+@pytest.mark.parametrize(
+    ("code", "says"),
+    [(3, "exit code 3\n"), (0, "exit code 0, before its run ended: use srun")],
+)
+def test_failed_runs_do_not_stop_the_others(
+    code: int, says: str, digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    launcher = f"{sys.executable} -c 'import sys; sys.exit({code})'"
+    assert main(command(digits, tmp_path, "--launcher", launcher)) == 1
+    out, err = capsys.readouterr()
+    assert out.count(f"FAILED with {says}") == len(TABLES["table2"]) == 6
     assert "| IsoLoss | 0.5 | no | - | - | - | - | 0 of 0 | - |" in out
     assert "6 of 6 runs failed" in err
-
-
-def test_the_launcher_has_to_wait_for_the_run(
-    request_of: Callable[..., Request], capsys: pytest.CaptureFixture[str]
-) -> None:
-    wanted = request_of(methods=["simsiam"], seeds=1)
-    where = ["--root", str(wanted.root), "--runs", str(wanted.runs), "--datasets", "digits"]
-    given = ["reproduce", "table2", *where, "--methods", "simsiam", "--seeds", "1"]
-    assert main([*given, "--launcher", "true"]) == 1
-    out, err = capsys.readouterr()
-    assert "FAILED with exit code 0, before its run ended: use srun" in out
-    assert "1 of 1 runs failed" in err and wanted.table_path.is_file()
 
 
 def test_the_plan_is_the_table(request_of: Callable[..., Request]) -> None:
@@ -203,13 +187,12 @@ def test_the_plan_is_the_table(request_of: Callable[..., Request]) -> None:
     assert [(run.config.method.alpha, run.config.method.eps) for run in shipped] == [(1, 0.25)] * 4
     assert {run.config.train.epochs for run in shipped} == {1000}
     assert {run.row.ema: run.config.method.decay for run in shipped} == {True: 0.998, False: 0.5}
-
-
-def test_what_the_quickstart_says_of_a_method_is_for_the_quickstart(
-    request_of: Callable[..., Request],
-) -> None:
-    runs = request_of(methods=["isoloss"]).plan()
-    assert {run.row.ema: run.config.method.decay for run in runs} == {True: 0.9, False: 0.5}
+    # the method section of quickstart.json is not for tables
+    digits = request_of(methods=["isoloss"]).plan()
+    assert {run.row.ema: run.config.method.decay for run in digits} == {True: 0.9, False: 0.5}
+    for small in request_of(datasets=["cifar10", "tinyimagenet"], scale="small").plan():
+        assert (small.config.encoder.width, small.config.train.epochs) == (16, 10)
+        assert small.config.evaluation.at_start
 
 
 def test_a_dry_run_prints_commands_that_work(
@@ -235,6 +218,8 @@ def test_a_dry_run_prints_commands_that_work(
     [
         (["--datasets", "digits,mnist"], ["mnist", "tinyimagenet"]),
         (["--datasets", "cifar10", "digits"], ["isofast prepare cifar10 --root", "/cifar10"]),
+        (["--root", "HERE/only-train"], ["isofast prepare digits --root", "only-train/digits"]),
+        (["--root", "HERE/only-val"], ["isofast prepare digits --root", "only-val/digits"]),
         (["--methods", "directcopy"], ["table2 has no directcopy", "byol"]),
         (["--methods", "byol,moco"], ["table2 has no moco;", "directpred"]),
         (["--runs", "/proc/x"], ["cannot write /proc/x", "--runs"]),
@@ -255,26 +240,16 @@ def test_mistakes_are_refused_before_anything_runs(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    where = ["--root", str(digits.parent), "--runs", str(tmp_path / "runs"), "--datasets", "digits"]
-    where += ["--seeds", "1", "--epochs", "1"]
+    for split in ("train", "val"):
+        (tmp_path / f"only-{split}" / "digits" / split).mkdir(parents=True)
+    given = [word.replace("HERE", str(tmp_path)) for word in arguments]
     try:
-        code: Any = main(["reproduce", "table2", *where, *arguments])
+        code: Any = main([*command(digits, tmp_path / "runs"), *given])
     except SystemExit as ended:
         code = ended.code
     error = capsys.readouterr().err
     assert code == 2 and "Traceback" not in error
     assert all(word in error for word in words), error
-
-
-@pytest.mark.parametrize("missing", ["train", "val"])
-def test_a_root_needs_both_splits(
-    missing: str, digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    for split in {"train", "val"} - {missing}:
-        (tmp_path / "digits" / split).mkdir(parents=True)
-    where = ["--root", str(tmp_path), "--runs", str(tmp_path / "runs"), "--datasets", "digits"]
-    assert main(["reproduce", "table2", *where]) == 2
-    assert f"isofast prepare digits --root {tmp_path / 'digits'}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -293,67 +268,56 @@ def test_the_table_fixes_its_keys(
 ) -> None:
     with pytest.raises(UserError, match=rf"--set {key} is fixed by the table"):
         request_of(methods=["isoloss"], overrides=[override]).plan()
-
-
-def test_a_section_that_agrees_with_the_table_is_accepted(
-    request_of: Callable[..., Request],
-) -> None:
-    override = 'method={"name": "byol", "ema_base": 0.98}'
-    (run, *_) = request_of(methods=["byol"], overrides=[override]).plan()
+    # a section that agrees with the table is accepted
+    agrees = 'method={"name": "byol", "ema_base": 0.98}'
+    (run, *_) = request_of(methods=["byol"], overrides=[agrees]).plan()
     assert (run.config.method.name, run.config.method.ema_base) == ("byol", 0.98)
 
 
-# A launcher that passes no signal on, and whose process ignores SIGINT and SIGTERM.
-DEAF = """
+# A launcher that passes no signal on, and its process, deaf to SIGINT and SIGTERM or not.
+LAUNCHER = """
 import os, pathlib, signal, subprocess, sys, time
 if sys.argv[1] == "launcher":
-    own_session = sys.argv[2] == "own-session"
-    subprocess.Popen([sys.executable, __file__, "rank"], start_new_session=own_session).wait()
-else:
+    command = [sys.executable, __file__, "rank", *sys.argv[2:]]
+    sys.exit(subprocess.Popen(command, start_new_session=sys.argv[3] == "own-session").wait())
+if sys.argv[2] == "deaf":
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
-    note = pathlib.Path(__file__).with_name("part")
-    note.write_text(str(os.getpid()))
-    note.rename(note.with_name("pid"))
+note = pathlib.Path(__file__).with_name("part")
+note.write_text(str(os.getpid()))
+note.rename(note.with_name("pid"))
+try:
     time.sleep(100)
+except KeyboardInterrupt:
+    time.sleep(1)
+    note.with_name("ended").touch()
 """
 
 
 @pytest.mark.parametrize(
-    ("number", "session"), [(signal.SIGINT, "own-session"), (signal.SIGTERM, "same-session")]
+    ("number", "child", "session"),
+    [
+        (signal.SIGINT, "deaf", "own-session"),
+        (signal.SIGTERM, "deaf", "same-session"),
+        # a closed terminal
+        (signal.SIGHUP, "polite", "same-session"),
+    ],
 )
 def test_an_interruption_leaves_nothing_running(
-    number: signal.Signals, session: str, digits: Path, tmp_path: Path
+    number: signal.Signals, child: str, session: str, digits: Path, tmp_path: Path
 ) -> None:
     script, note = tmp_path / "launcher.py", tmp_path / "pid"
-    script.write_text(DEAF)
-    launcher = f"{sys.executable} {script} launcher {session}"
+    script.write_text(LAUNCHER)
+    launcher = f"{sys.executable} {script} launcher {child} {session}"
     process = start(command(digits, tmp_path, "--launcher", launcher))
     wait_until(note.exists, process)
-    child = int(note.read_text())
+    pid = int(note.read_text())
     # an impatient user: the second and third lead to SIGTERM and SIGKILL at once
-    for _ in range(3):
+    for _ in range(3 if child == "deaf" else 1):
         process.send_signal(number)
         time.sleep(0.5)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130 and "interrupted; the same command" in err
-    assert not psutil.pid_exists(child) or psutil.Process(child).status() == "zombie"
-
-
-def test_an_interrupted_command_may_end_by_itself(digits: Path, tmp_path: Path) -> None:
-    script, note, ended = (tmp_path / name for name in ("launcher.py", "pid", "ended"))
-    script.write_text(
-        "import pathlib, sys, time\n"
-        "try:\n"
-        f"    pathlib.Path({str(note)!r}).touch()\n"
-        "    time.sleep(100)\n"
-        "except KeyboardInterrupt:\n"
-        "    time.sleep(1)\n"
-        f"    pathlib.Path({str(ended)!r}).touch()\n"
-    )
-    process = start(command(digits, tmp_path, "--launcher", f"{sys.executable} {script}"))
-    wait_until(note.exists, process)
-    # a closed terminal
-    process.send_signal(signal.SIGHUP)
-    process.communicate(timeout=60)
-    assert process.returncode == 130 and ended.exists()
+    assert not psutil.pid_exists(pid) or psutil.Process(pid).status() == "zombie"
+    # whoever heard it ended by itself
+    assert (tmp_path / "ended").exists() == (child == "polite")

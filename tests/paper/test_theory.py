@@ -90,18 +90,6 @@ def test_an_embedding_moves_at_the_papers_rate(name: str, power: int) -> None:
     np.testing.assert_allclose((after - z) / lr / z, modes**power * (1 - modes), rtol=1e-5)
 
 
-def test_iso_euclidean_modes_follow_the_logistic_curve_at_one_rate() -> None:
-    lr, steps = 1e-4, 8000
-    start, end = spectra(changed(EUCLIDEAN["iso_euclidean"], steps=steps, lr=lr))
-
-    def logit(x: Array) -> Array:
-        return np.log(x / (1 - x))
-
-    below = start < 1
-    slopes = (logit(end[below]) - logit(start[below])) / (2 * lr * steps)
-    np.testing.assert_allclose(slopes, 1, rtol=1e-3)
-
-
 @pytest.mark.parametrize("name", ["euclidean", "iso_euclidean"])
 def test_euclidean_modes_end_at_one(name: str) -> None:
     end = spectra(changed(EUCLIDEAN[name], steps=3000))[-1]
@@ -122,24 +110,23 @@ def test_euclidean_without_stop_gradient_decays() -> None:
     found = spectra(EUCLIDEAN["euclidean_no_stop_gradient"], records=31)
     assert (np.diff(found, axis=0) < 0).all()
     assert np.median(found[-1]) < 1e-3
-    last = np.log(found[-2:, 0])
-    assert last[1] - last[0] < -0.01, "the largest is still on its way down"
+    assert found[-1, 0] < 0.99 * found[-2, 0], "the largest is still on its way down"
 
 
 def test_euclidean_without_predictor_stands_still() -> None:
-    toy = changed(EUCLIDEAN["euclidean_no_predictor"], steps=1000)
-    assert np.array_equal(simulate(toy).weights, initial_weights(toy).numpy())
+    start, end = spectra(changed(EUCLIDEAN["euclidean_no_predictor"], steps=1000))
+    assert np.array_equal(start, end)
 
 
-def test_cosine_equalises_at_the_trace_it_started_with() -> None:
-    start, end = spectra(changed(COSINE["cosine"], steps=2500, samples=400))
-    assert end.sum() == pytest.approx(start.sum(), rel=4e-3)
-    np.testing.assert_allclose(end, end.mean(), rtol=5e-3)
-
-
-def test_iso_cosine_equalises_at_a_larger_trace() -> None:
-    start, end = spectra(changed(COSINE["iso_cosine"], samples=400))
-    assert 1.1 * start.sum() < end.sum() < 1.5 * start.sum()
+@pytest.mark.parametrize(
+    ("name", "steps", "low", "high"),
+    [("cosine", 2500, 0.996, 1.004), ("iso_cosine", 1500, 1.1, 1.5)],
+)
+def test_cosine_equalises_at_the_trace_it_started_with_and_iso_loss_at_a_larger_one(
+    name: str, steps: int, low: float, high: float
+) -> None:
+    start, end = spectra(changed(COSINE[name], steps=steps, samples=400))
+    assert low < end.sum() / start.sum() < high
     np.testing.assert_allclose(end, end.mean(), rtol=5e-3)
 
 
@@ -162,16 +149,14 @@ def test_iso_cosine_recruits_small_modes_at_homogeneous_rates() -> None:
     assert relative_plain.min() / relative_plain.max() == pytest.approx(0.18, abs=0.03)
 
 
-@pytest.mark.parametrize("name", ["cosine", "cosine_no_stop_gradient", "cosine_no_predictor"])
-def test_a_cosine_gradient_leaves_the_trace_alone(name: str) -> None:
-    """Exactly, on any samples: the loss ignores the lengths of its arguments."""
-    v_SMN = initial_weights(Toy())
-    assert abs(rates_of_modes(COSINE[name], v_SMN).sum()) < 1e-12
-
-
-@pytest.mark.parametrize("name", ["iso_cosine", "cosine_paper_gradient"])
-def test_the_other_cosine_gradients_do_not(name: str) -> None:
-    assert rates_of_modes(COSINE[name], initial_weights(Toy())).sum() > 0.1
+@pytest.mark.parametrize("name", COSINE)
+def test_whether_a_cosine_gradient_leaves_the_trace_alone(name: str) -> None:
+    """Exactly, on any samples, where it is a gradient: the loss ignores lengths."""
+    change = rates_of_modes(COSINE[name], initial_weights(Toy())).sum()
+    if name in ("iso_cosine", "cosine_paper_gradient"):
+        assert change > 0.1
+    else:
+        assert abs(change) < 1e-12
 
 
 def test_cosine_without_predictor_keeps_the_trace_and_narrows_slowly() -> None:

@@ -7,7 +7,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from isofast.errors import RunError
 from isofast.paper.toy import (
     NOISE,
     Toy,
@@ -69,20 +68,14 @@ def test_a_row_of_zeros_is_no_trouble() -> None:
 
 
 @pytest.mark.parametrize("name", COSINE)
-def test_relu_embeddings_below_the_norm_floor_move_nothing(name: str) -> None:
-    """One sample of them would otherwise move V by 1e8, along the embedding itself."""
-    toy = changed(COSINE[name], relu=True, samples=200)
-    short = torch.tensor([[[1e-9, 0.0], [0.0, 1e-9]]], dtype=torch.float64)
-    toy = changed(toy, inputs=2, outputs=2)
-    assert (sampled_gradient(toy, short, stream(0, 1)) == 0).all()
-
-
-@pytest.mark.parametrize("name", COSINE)
 @pytest.mark.parametrize("short_side", ["prediction", "target"])
 def test_a_relu_sample_with_one_side_below_the_norm_floor_moves_nothing(
     short_side: str, name: str
 ) -> None:
-    """V takes the only pair of views to one embedding of length 1 and one of 1e-12."""
+    """V takes the only pair of views to embeddings of length 1 and 1e-12.
+
+    The short one would otherwise move V by 1e8, along itself.
+    """
     toy = changed(COSINE[name], relu=True, samples=1, inputs=2, outputs=2)
     generator = stream(0, 1)
     x1_N = randn((1, 2), generator)[0]
@@ -147,31 +140,15 @@ def test_the_sampled_gradient_is_autograds_with_the_predictor_held(toy: Toy, rel
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize("relu", [False, True], ids=["linear", "relu"])
-@pytest.mark.parametrize(
-    "toy", [pytest.param(toy, id=name) for name, toy in {**EUCLIDEAN, **COSINE}.items()]
-)
-def test_initialisations_at_once_equal_one_by_one(toy: Toy, relu: bool) -> None:
-    toy = changed(toy, relu=relu, steps=20, samples=60, lr=0.05)
-    starts = torch.cat([initial_weights(changed(toy, seed=seed)) for seed in (1, 2, 3)])
-    points = randn((4, 15), stream(0, 2))
-    together = simulate(toy, starts, points_PN=points, records=3)
-    for index in range(3):
-        alone = simulate(toy, starts[index : index + 1], points_PN=points, records=3)
-        for field in ("eigenvalues", "weight_eigenvalues", "points"):
-            got, expected = getattr(together, field)[:, index], getattr(alone, field)[:, 0]
-            np.testing.assert_allclose(got, expected, rtol=1e-8, atol=1e-12)
-
-
 def test_a_seed_gives_one_result_and_another_seed_another() -> None:
     toy = Toy(loss="cosine", steps=30, samples=50)
-    first, again = simulate(toy), simulate(toy)
-    assert np.array_equal(first.weights, again.weights)
-    other = simulate(changed(toy, seed=1))
-    assert not np.allclose(first.eigenvalues[0], other.eigenvalues[0])
-    start = initial_weights(toy)
-    drawn = simulate(changed(toy, seed=1), start)
-    assert not np.array_equal(drawn.weights, first.weights), "the samples have the seed too"
+    other = changed(toy, seed=1)
+    first, again, elsewhere = (simulate(one).eigenvalues for one in (toy, toy, other))
+    assert np.array_equal(first, again)
+    assert not np.allclose(first[0], elsewhere[0])
+    drawn = simulate(other, initial_weights(toy)).eigenvalues
+    assert np.array_equal(drawn[0], first[0])
+    assert not np.array_equal(drawn[1], first[1]), "the samples have the seed too"
 
 
 def test_no_two_streams_have_anything_to_do_with_each_other() -> None:
@@ -191,8 +168,3 @@ def test_records_are_spread_from_the_first_step_to_the_last() -> None:
     assert (np.diff(track.eigenvalues, axis=-1) <= 0).all()
     none = simulate(changed(toy, steps=0), records=5)
     assert none.steps.tolist() == [0]
-
-
-def test_a_step_too_large_ends_with_a_message() -> None:
-    with pytest.raises(RunError, match="not finite at step 50: lr 5 is too large"):
-        simulate(Toy(lr=5.0, steps=50))

@@ -1,4 +1,4 @@
-"""What the lines of the toy networks' figures hold, against simulations set up here."""
+"""`isofast theory figureN`: pictures and NPZ files against simulations set up here."""
 
 from pathlib import Path
 from typing import Any
@@ -10,28 +10,34 @@ from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
+from PIL import Image
 
 from isofast.cli import main
 from isofast.paper.toy import Toy, Trajectory, initial_weights, randn, simulate, stream
+from isofast.paper.toy_figures import panels_of
 
 pytestmark = pytest.mark.slow
 
 STEPS, SAMPLES = 3, 20
-# what a title promises
-PROMISES: dict[str, dict[str, Any]] = {
-    "no stop-gradient": {"stop_gradient": False},
-    "no stop-gradient, paper's derivative": {"stop_gradient": False, "paper_gradient": True},
-    "no predictor": {"predictor": False},
-    "stop-gradient and predictor": {},
-    "IsoLoss": {},
+# what a title promises, and its name in the NPZ
+PROMISES: dict[str, tuple[str, dict[str, Any]]] = {
+    "no stop-gradient": ("no_stop_gradient", {"stop_gradient": False}),
+    "no stop-gradient, paper's derivative": (
+        "paper_gradient",
+        {"stop_gradient": False, "paper_gradient": True},
+    ),
+    "no predictor": ("no_predictor", {"predictor": False}),
+    "stop-gradient and predictor": ("plain", {}),
+    "IsoLoss": ("iso", {}),
 }
 DIVERGES = "no stop-gradient, paper's derivative"
 METRICS = ("euclidean", "cosine")
+FIELDS = ("steps", "eigenvalues", "weight_eigenvalues")
 
 
 @pytest.fixture
 def drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Runs the command and gives the picture that it saved, {(row, column): axes}."""
+    """Runs the command; gives the picture that it saved, {(row, column): axes}, and the NPZ."""
     saved: list[Figure] = []
     write = Figure.savefig
 
@@ -43,12 +49,19 @@ def drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 
     def draw(
         figure: str, *, seed: int = 0, steps: int = STEPS, samples: int = SAMPLES
-    ) -> dict[tuple[int, int], Axes]:
+    ) -> tuple[dict[tuple[int, int], Axes], dict[str, NDArray[Any]]]:
         settings = {"steps": steps, "samples": samples, "seed": seed}
         options = [f"--{name}={value}" for name, value in settings.items()]
-        assert main(["theory", figure, "--output", str(tmp_path), *options]) == 0
-        places = {axes: axes.get_subplotspec() for axes in saved[0].axes}
-        return {(place.rowspan.start, place.colspan.start): axes for axes, place in places.items()}
+        folder = tmp_path / "new" / "folder"
+        assert main(["theory", figure, "--output", str(folder), *options]) == 0
+        assert {path.name for path in folder.iterdir()} == {f"{figure}.png", f"{figure}.npz"}
+        with Image.open(folder / f"{figure}.png") as picture:
+            assert picture.width > 1500 and len(picture.convert("L").getcolors() or []) > 50
+        axes = {}
+        for panel in saved[0].axes:
+            place = panel.get_subplotspec()
+            axes[place.rowspan.start, place.colspan.start] = panel
+        return axes, dict(np.load(folder / f"{figure}.npz"))
 
     return draw
 
@@ -63,15 +76,20 @@ def title_of(axes: Axes) -> str:
     return axes.get_title().replace("\n", " ")
 
 
-def toy_of(metric: str, title: str, **settings: Any) -> Toy:
-    loss = f"iso_{metric}" if title == "IsoLoss" else metric
-    return Toy(loss=loss, steps=STEPS, **PROMISES[title], **settings)
-
-
 def plane_of(toy: Toy, start: torch.Tensor | None = None) -> Trajectory:
+    """What a plane shows: the longest 20 of 5,000 points."""
     candidates = randn((5000, 6), stream(toy.seed, 2))
     longest = candidates.norm(dim=-1).argsort(descending=True)[:20]
     return simulate(toy, start, points_PN=candidates[longest], records=STEPS + 1)
+
+
+def assert_stored(
+    arrays: dict[str, NDArray[Any]], name: str, fields: tuple[str, ...], track: Trajectory
+) -> None:
+    for field in fields:
+        stored, expected = arrays.pop(f"{name}_{field}"), getattr(track, field)
+        assert stored.shape == expected.shape
+        np.testing.assert_allclose(stored, expected, rtol=1e-7, atol=1e-12)
 
 
 def assert_plane(axes: Axes, points_TPM: NDArray[Any]) -> None:
@@ -101,49 +119,43 @@ def assert_spectrum(axes: Axes, values_TM: NDArray[Any]) -> None:
 def test_every_panel_shows_the_loss_its_title_and_row_name(
     drawn: Any, figure: str, seed: int
 ) -> None:
-    axes = drawn(figure, seed=seed)
+    axes, arrays = drawn(figure, seed=seed)
     relu = figure == "figure6"
-    seen, ends = set(), []
+    ends: dict[tuple[str, str], NDArray[Any]] = {}
     for row, metric in enumerate(METRICS):
         assert axes[2 * row, 0].get_ylabel().startswith(metric.capitalize())
         assert axes[2 * row + 1, 0].get_ylabel().startswith(f"{metric.capitalize()}\neigenvalues")
-        for column in range(5):
-            above, below = axes[2 * row, column], axes[2 * row + 1, column]
+        for above, below in ((axes[2 * row, k], axes[2 * row + 1, k]) for k in range(5)):
             if not above.axison:
                 continue
             title = title_of(above)
-            seen.add((metric, title))
-            own = {"relu": relu, "seed": seed}
-            plane = toy_of(metric, title, inputs=6, outputs=2, lr=0.01, samples=200, **own)
-            assert_plane(above, plane_of(plane).points[:, 0])
-            toy = toy_of(metric, title, samples=SAMPLES, **own)
-            ends.append(simulate(toy, records=STEPS + 1).eigenvalues[:, 0])
-            assert_spectrum(below, ends[-1])
+            variant, ablation = PROMISES[title]
+            loss = f"iso_{metric}" if title == "IsoLoss" else metric
+            kind = {"loss": loss, "steps": STEPS, "relu": relu, "seed": seed, **ablation}
+            plane = plane_of(Toy(**kind, inputs=6, outputs=2, lr=0.01, samples=200))
+            assert_plane(above, plane.points[:, 0])
+            assert_stored(arrays, f"{metric}_{variant}_plane", (*FIELDS, "points"), plane)
+            spectrum = simulate(Toy(**kind, samples=SAMPLES), records=STEPS + 1)
+            assert_spectrum(below, spectrum.eigenvalues[:, 0])
+            assert_stored(arrays, f"{metric}_{variant}_spectrum", FIELDS, spectrum)
+            ends[metric, title] = spectrum.eigenvalues[-1, 0]
             dotted = [line for line in below.lines if line.get_linestyle() == ":"]
             assert len(dotted) == (metric == "euclidean" and not relu)
             assert all(list(line.get_ydata()) == [1, 1] for line in dotted)
-    assert len(seen) == len(ends) == 9
-    for index, values in enumerate(ends):
-        others = ends[:index] + ends[index + 1 :]
-        assert not any(np.allclose(values, other, rtol=1e-6) for other in others), (
-            "panels alike could be swapped unseen"
-        )
-
-
-@pytest.mark.parametrize("figure", ["figure2", "figure6"])
-def test_the_free_column_says_how_the_paper_and_the_relu_differ(drawn: Any, figure: str) -> None:
-    axes = drawn(figure)
-    free = [place for place, panel in axes.items() if not panel.axison]
-    assert free == [(0, 1), (1, 1)]
-    assert title_of(axes[2, 1]) == "no stop-gradient, paper's derivative"
+    assert len(ends) == 9 and not arrays
+    distinct = np.unique(np.round(list(ends.values()), 6), axis=0)
+    assert len(distinct) == 9, "panels alike could be swapped unseen"
+    # the Euclidean loss has no derivative of the paper's: its place says how the others differ
+    assert [place for place, panel in axes.items() if not panel.axison] == [(0, 1), (1, 1)]
+    assert title_of(axes[2, 1]) == DIVERGES
     (note,) = axes[0, 1].texts
     assert "App. C.2" in note.get_text()
-    assert ("IsoLoss: views below 0.1" in note.get_text()) == (figure == "figure6")
+    assert ("IsoLoss: views below 0.1" in note.get_text()) == relu
 
 
 @pytest.mark.parametrize("seed", [0, 1])
 def test_figure5_shows_each_start_in_its_column_and_its_colour(drawn: Any, seed: int) -> None:
-    axes = drawn("figure5", seed=seed)
+    axes, arrays = drawn("figure5", seed=seed)
     v0 = initial_weights(Toy(inputs=6, outputs=2, seed=seed))
     starts = {"V0": v0, "2 V0": 2 * v0, "randn / 2": randn((1, 2, 6), stream(seed, 3)) / 2}
     limits = {axes[row, column].get_xlim() for row in (0, 1) for column in (0, 1, 2)}
@@ -151,6 +163,8 @@ def test_figure5_shows_each_start_in_its_column_and_its_colour(drawn: Any, seed:
     for row, metric in enumerate(METRICS):
         assert axes[row, 0].get_ylabel().startswith(metric.capitalize())
         toy = Toy(loss=metric, steps=STEPS, samples=200, inputs=6, outputs=2, lr=0.01, seed=seed)
+        together = plane_of(toy, torch.cat([*starts.values()]))
+        assert_stored(arrays, metric, (*FIELDS, "points"), together)
         lines = iter(axes[row, 3].lines)
         for column, (name, start) in enumerate(starts.items()):
             assert title_of(axes[row, column]) == f"from {name}"
@@ -165,11 +179,12 @@ def test_figure5_shows_each_start_in_its_column_and_its_colour(drawn: Any, seed:
             np.testing.assert_allclose(expected.get_ydata(), end, rtol=1e-7)
             assert expected.get_linestyle() == ":"
         assert next(lines, None) is None
+    assert not arrays
 
 
 def test_what_diverges_has_its_own_scale_and_the_others_share_theirs(drawn: Any) -> None:
     """Of this seed's few samples the paper's derivative leaves both scales within 140 steps."""
-    axes = drawn("figure2", seed=6, steps=140, samples=1)
+    axes, _ = drawn("figure2", seed=6, steps=140, samples=1)
     limits = {}
     for (row, column), panel in axes.items():
         if panel.axison and row in (0, 2):
@@ -187,3 +202,33 @@ def test_what_diverges_has_its_own_scale_and_the_others_share_theirs(drawn: Any)
     for metric in METRICS:
         (shared,) = {limit for (of, _), limit in limits.items() if of == metric}
         assert metric == "euclidean" or diverged > 10 * shared
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("figure", ["figure2", "figure5"])
+def test_figures_of_no_step_are_drawn_without_warnings(drawn: Any, figure: str) -> None:
+    _, arrays = drawn(figure, steps=0, samples=5)
+    assert all(arrays[name].tolist() == [0] for name in arrays if name.endswith("_steps"))
+
+
+def test_figures_follow_the_papers_settings() -> None:
+    toys = {panel.name: panel.toy for panel in panels_of("figure2")}
+    assert toys["cosine_plain_plane"].samples == 10_000
+    assert toys["cosine_plain_spectrum"].default_lr == 0.1
+    assert toys["euclidean_plain_spectrum"].default_lr == 0.01
+    assert toys["euclidean_no_predictor_spectrum"].default_lr == 0.1
+    assert toys["cosine_no_predictor_spectrum"].default_steps == 100_000
+    assert {toy.default_steps for name, toy in toys.items() if name.endswith("plane")} == {1500}
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="no /proc: not Linux")
+@pytest.mark.parametrize("output", ["file", "/proc"])
+def test_an_output_that_takes_no_file_is_refused_before_anything_is_simulated(
+    output: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Even root makes no file in /proc."""
+    (tmp_path / "file").write_text("here")
+    assert main(["theory", "figure5", "--output", str(tmp_path / output), "--steps", "3"]) == 2
+    shown = capsys.readouterr().err
+    assert "cannot write to" in shown and "--output" in shown
+    assert "simulated" not in shown and "Traceback" not in shown
