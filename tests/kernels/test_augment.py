@@ -25,7 +25,7 @@ HUE = RNG.uniform(-0.1, 0.1, N).astype(np.float32)
 SIGMA = RNG.uniform(0.1, 2.0, N).astype(np.float32)
 SIDES = RNG.integers(10, 65, (N, 2))
 WINDOWS = np.concatenate([(RNG.random((N, 2)) * (65 - SIDES)).astype(int), SIDES], axis=1)
-JITTER = ("adjust_brightness", "adjust_contrast", "adjust_saturation", "adjust_hue")
+JITTER = ("brightness", "contrast", "saturation", "hue")
 
 
 def augment(images, index, parameters, side, **options):
@@ -63,6 +63,11 @@ def blur(image, k):
     return F.gaussian_blur(image, [side, side], [float(SIGMA[k])] * 2)
 
 
+def adjust(name, values):
+    operation = getattr(F, f"adjust_{name}")
+    return {name: values}, lambda image, k: operation(image, float(values[k])), 64
+
+
 WINDOW = dict(zip(("top", "left", "height", "width"), WINDOWS.T, strict=True))
 CASES = {
     # columns, torchvision's operation, side, allowed distance to Pillow images and to tensors
@@ -71,28 +76,10 @@ CASES = {
     "crop, enlarged": (WINDOW, crop_to(100), 100, 2e-4, 0.004),
     # Pillow 13 resizes along y before x where that is cheaper, and so rounds elsewhere
     "crop, reduced": (WINDOW, crop_to(24), 24, 0.05, 0.004),
-    "brightness": (
-        {"brightness": FACTOR},
-        lambda image, k: F.adjust_brightness(image, float(FACTOR[k])),
-        64,
-        0.0,
-        0.0,
-    ),
-    "contrast": (
-        {"contrast": FACTOR},
-        lambda image, k: F.adjust_contrast(image, float(FACTOR[k])),
-        64,
-        0.0,
-        0.15,
-    ),
-    "saturation": (
-        {"saturation": FACTOR},
-        lambda image, k: F.adjust_saturation(image, float(FACTOR[k])),
-        64,
-        0.0,
-        0.15,
-    ),
-    "hue": ({"hue": HUE}, lambda image, k: F.adjust_hue(image, float(HUE[k])), 64, 0.003, 0.5),
+    "brightness": (*adjust("brightness", FACTOR), 0.0, 0.0),
+    "contrast": (*adjust("contrast", FACTOR), 0.0, 0.15),
+    "saturation": (*adjust("saturation", FACTOR), 0.0, 0.15),
+    "hue": (*adjust("hue", HUE), 0.003, 0.5),
     "gray": ({"gray": 1}, lambda image, k: F.to_grayscale(image, 3), 64, 0.0, 0.6),
     "blur": ({"blur_sigma": SIGMA}, blur, 64, 5e-5, 5e-5),
     "solarize": ({"solarize_from": 128}, lambda image, k: F.solarize(image, 128), 64, 0.0, 0.0),
@@ -116,11 +103,10 @@ def whole_view(image, k, row):
     column = dict(zip(reference.COLUMNS, row.tolist(), strict=True))
     window = [int(column[name]) for name in ("top", "left", "height", "width")]
     image = F.resized_crop(image, *window, [64, 64], InterpolationMode.BICUBIC)
-    factors = [column[name] for name in ("brightness", "contrast", "saturation", "hue")]
-    if factors[0] != 1:
+    if column["brightness"] != 1:
         for place in ("first", "second", "third", "fourth"):
-            number = int(column[place])
-            image = getattr(F, JITTER[number])(image, factors[number])
+            name = JITTER[int(column[place])]
+            image = getattr(F, f"adjust_{name}")(image, column[name])
     if column["gray"]:
         image = F.to_grayscale(image, 3)
     if column["blur_sigma"] > 0:

@@ -29,25 +29,21 @@ def embeddings(seed=0, batch=BATCH):
 @pytest.mark.parametrize("isotropic", [True, False], ids=["iso", "plain"])
 @pytest.mark.parametrize("metric", ["cosine", "euclidean"])
 def test_it_is_the_reference_in_float64(metric, isotropic):
-    criterion = IsoLoss(DIM, alpha=0.5, decay=0.5, metric=metric, isotropic=isotropic)
+    kind = {"metric": metric, "isotropic": isotropic}
+    criterion = IsoLoss(DIM, alpha=0.5, decay=0.5, **kind)
     z1, z2 = embeddings()
     t1, t2 = (z.detach() for z in embeddings(1))
     for _ in range(2):
         z1.grad = z2.grad = None
         loss = criterion(z1, z2, t1, t2)
         loss.backward()
-    a, b, c, d = (x.detach().double() for x in (z1, z2, t1, t2))
-    moment = (a.T @ a + b.T @ b) / (2 * BATCH)
-    corr = 0.75 * moment
+    a, b = (z.detach().double().requires_grad_() for z in (z1, z2))
+    corr = 0.75 * reference.second_moment_reference([a.detach(), b.detach()])
     torch.testing.assert_close(criterion.corr_DD.double(), corr, rtol=1e-5, atol=1e-6)
-    values, u = torch.linalg.eigh(corr)
-    values = values / values.max() if metric == "cosine" else values
-    w = u @ values.clamp(min=0).sqrt().diag() @ u.T
-    a.requires_grad_(), b.requires_grad_()
-    kind = {"metric": metric, "isotropic": isotropic}
-    expected = 2 * (
-        reference.losses_reference(a, d, w, **kind).mean()
-        + reference.losses_reference(b, c, w, **kind).mean()
+    normalize = "spectral" if metric == "cosine" else "none"
+    w = reference.matrix_power_reference(corr, 0.5, normalize=normalize)
+    expected = 2 * sum(
+        reference.losses_reference(z, t.double(), w, **kind).mean() for z, t in ((a, t2), (b, t1))
     )
     expected.backward()
     torch.testing.assert_close(loss.double(), expected, rtol=1e-4, atol=1e-6)
