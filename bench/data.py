@@ -37,8 +37,8 @@ from isofast.config.schema import ViewConfig
 from isofast.data import (
     ImageFolder,
     Recipe,
+    TrainLoader,
     check_folder,
-    make_train_loader,
     open_dataset,
     recipe_for,
 )
@@ -111,7 +111,7 @@ def contenders(
     device = torch.device("cuda", 0) if torch.cuda.is_available() else cpu
 
     def ours(name: str, backend: str, where: torch.device, note: str = "") -> Contender:
-        loader = make_train_loader(
+        loader = TrainLoader(
             backend,
             dataset,
             recipe,

@@ -11,8 +11,6 @@ from isofast.data.loaders import (
     EvalLoader,
     TrainLoader,
     draw_views,
-    make_eval_loader,
-    make_train_loader,
     resolve_backend,
 )
 from isofast.data.recipe import Recipe, recipe_for
@@ -28,8 +26,6 @@ __all__ = [
     "check_folder",
     "draw_views",
     "ignored_note",
-    "make_eval_loader",
-    "make_train_loader",
     "open_dataset",
     "recipe_for",
     "resolve_backend",

@@ -5,7 +5,7 @@ external source. Each file is decoded once and made into both views in C++.
 """
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
@@ -26,10 +26,10 @@ from isofast.data.recipe import Recipe
 from isofast.errors import RunError
 from isofast_kernels.augment_reference import BLUR_REACH
 
-Arrays = dict[str, npt.NDArray[Any]]
+# image numbers of a batch, and the arrays fed beside the files
+Fed = tuple[Ints, list[npt.NDArray[Any]]]
 # DALI's graph nodes are untyped
 Node = Any
-Nodes = dict[str, Node]
 
 # enough to outweigh handing a task to a thread, few enough to share out a small batch
 _FILES_A_TASK = 16
@@ -42,9 +42,9 @@ class DaliPipeline:
 
     Args:
         dataset: where the images are.
-        graph: builds the outputs (HWC, float32) from a decoded image and the named arguments.
-        arguments: names of what is fed beside the files.
-        batch_size: the largest batch.
+        graph: builds the outputs (HWC, float32) from a decoded image and the fed arrays.
+        fed: number of arrays fed beside the files.
+        batch_size: largest batch.
         device: where the images are made.
         threads: CPU threads.
         prefetch: batches made ahead.
@@ -54,8 +54,8 @@ class DaliPipeline:
     def __init__(
         self,
         dataset: ImageFolder,
-        graph: Callable[[Node, Nodes], list[Node]],
-        arguments: Sequence[str],
+        graph: Callable[[Node, list[Node]], list[Node]],
+        fed: int,
         *,
         batch_size: int,
         device: torch.device,
@@ -63,27 +63,23 @@ class DaliPipeline:
         prefetch: int = 2,
         dtype: torch.dtype = torch.float32,
     ) -> None:
-        self._dataset = dataset
-        self._arguments = tuple(arguments)
-        self._device, self._dtype = device, dtype
+        self._dataset, self._device, self._dtype = dataset, device, dtype
         self._readers = ThreadPoolExecutor(threads, "isofast-read")
-        self._source: Iterator[tuple[Ints, Arrays]] = iter(())
-        self._fed: deque[Ints] = deque()
-        self._started = False
+        self._source: Iterator[Fed] = iter(())
+        self._in_progress: deque[Ints] = deque()
         self._pipeline: Pipeline | None = _pipeline(batch_size, device, threads, prefetch)
         with self._pipeline:
-            encoded, *values = fn.external_source(
-                source=self._feed, num_outputs=1 + len(self._arguments), batch=True
+            encoded, *arrays = fn.external_source(
+                source=self._feed, num_outputs=1 + fed, batch=True
             )
-            named = dict(zip(self._arguments, values, strict=True))
-            self._pipeline.set_outputs(*graph(_decoded(encoded, device), named))
+            self._pipeline.set_outputs(*graph(_decoded(encoded, device), arrays))
         self._pipeline.build()
 
-    def run(self, source: Iterable[tuple[Ints, Arrays]]) -> Iterator[list[torch.Tensor]]:
-        """Yield the images (B, 3, H, W), channels_last, of each of the source's batches.
+    def run(self, source: Iterable[Fed]) -> Iterator[tuple[Ints, list[torch.Tensor]]]:
+        """Yield each batch's image numbers and images (B, 3, H, W), channels_last.
 
         Args:
-            source: image numbers (B,) and arguments; read ahead.
+            source: image numbers (B,) and arrays of each batch; read ahead.
 
         Raises:
             RunError: an image cannot be read, or the pipeline is closed.
@@ -91,25 +87,23 @@ class DaliPipeline:
         """
         # discard what was made ahead for an earlier source
         self._source = iter(())
-        while self._started and self._pipeline is not None and self._pull() is not None:
+        while self._pull() is not None:
             pass
         self._source = iter(source)
-        while (images := self._pull()) is not None:
-            yield images
+        while (made := self._pull()) is not None:
+            yield made
 
     def close(self) -> None:
         """Free the pipeline's threads and memory."""
         self._pipeline = None
         self._readers.shutdown()
-        self._fed.clear()
 
-    def _pull(self) -> list[torch.Tensor] | None:
+    def _pull(self) -> tuple[Ints, list[torch.Tensor]] | None:
         """The next batch; None at the source's end, after which another can begin."""
         if self._pipeline is None:
             raise RunError("this data loader has been closed, or has failed; make a new one")
         cuda = self._device.type == "cuda"
         stream = torch.cuda.current_stream(self._device) if cuda else None
-        self._started = True
         try:
             outputs = self._pipeline.run(stream)
         except StopIteration:
@@ -119,22 +113,22 @@ class DaliPipeline:
             self.close()
             raise
         except RuntimeError as error:
-            fed = sorted({int(index) for batch in self._fed for index in batch})
+            fed = sorted({int(index) for batch in self._in_progress for index in batch})
             # DALI pipelines do not recover from a failure
             self.close()
             raise self._blame(fed, error) from error
-        self._fed.popleft()
-        return [self._to_torch(output.as_tensor()).permute(0, 3, 1, 2) for output in outputs]
+        images = [self._to_torch(output.as_tensor()).permute(0, 3, 1, 2) for output in outputs]
+        return self._in_progress.popleft(), images
 
     def _feed(self) -> list[Any]:
-        indices, values = next(self._source)
+        indices, arrays = next(self._source)
         pieces = [indices[k : k + _FILES_A_TASK] for k in range(0, len(indices), _FILES_A_TASK)]
-        # DALI must not read the files itself, as they can change at any time, and an undecodable
-        # one fails its whole batch or crashes the process. It gets the bytes that were checked.
+        # DALI gets the bytes that were checked: files can change, and an undecodable one fails
+        # its whole batch or crashes the process
         files = self._readers.map(partial(read_files, self._dataset), pieces)
         encoded = [np.frombuffer(content, np.uint8) for piece in files for content in piece]
-        self._fed.append(indices)
-        return [encoded, *(np.ascontiguousarray(values[name]) for name in self._arguments)]
+        self._in_progress.append(indices)
+        return [encoded, *map(np.ascontiguousarray, arrays)]
 
     def _blame(self, fed: list[int], error: RuntimeError) -> RunError:
         """Find which of the files DALI refuses."""
@@ -171,14 +165,14 @@ class DaliRenderer(DaliPipeline):
     backend = "dali"
 
     def __init__(self, dataset: ImageFolder, recipe: Recipe, **options: Any) -> None:
-        self._recipe = recipe
-        self._labels: deque[Ints] = deque()
-        super().__init__(dataset, partial(two_views, recipe), view_arguments(recipe), **options)
+        self._rows = (recipe.view1, recipe.view2)
+        fed = sum(len(_operands(row)) for row in self._rows)
+        super().__init__(dataset, partial(_two_views, recipe), fed, **options)
 
     def render(self, chunks: Iterator[Chunk]) -> Iterator[Batch]:
-        """Yield the batches of the chunks, one by one."""
-        for x1_BCHW, x2_BCHW in self.run(self._values(chunks)):
-            y_B = torch.from_numpy(self._labels.popleft()).to(self._device)
+        """Yield the batches of the chunks, which are read ahead."""
+        for index_B, (x1_BCHW, x2_BCHW) in self.run(self._fed(chunks)):
+            y_B = torch.from_numpy(self._dataset.labels[index_B]).to(self._device)
             yield Batch(x1_BCHW, x2_BCHW, y_B)
 
     def describe(self) -> str:
@@ -186,13 +180,12 @@ class DaliRenderer(DaliPipeline):
         where = "GPU" if self._device.type == "cuda" else "CPU"
         return f"images decoded and augmented by DALI on the {where}, batch by batch"
 
-    def _values(self, chunks: Iterator[Chunk]) -> Iterator[tuple[Ints, Arrays]]:
-        for chunk in chunks:
-            size = chunk.index_TB.shape[1]
-            for t, (index_B, label_B) in enumerate(zip(*chunk[:2], strict=True)):
-                batch = slice(t * size, (t + 1) * size)
-                self._labels.append(label_B)
-                yield index_B, view_values(self._recipe, [chunk.view1[batch], chunk.view2[batch]])
+    def _fed(self, chunks: Iterator[Chunk]) -> Iterator[Fed]:
+        for index_TB, *views in chunks:
+            for t, index_B in enumerate(index_TB):
+                batch = slice(t * len(index_B), (t + 1) * len(index_B))
+                pairs = zip(self._rows, views, strict=True)
+                yield index_B, [x for row, view in pairs for x in _operand_values(row, view[batch])]
 
 
 class DaliCleanRenderer(DaliPipeline):
@@ -200,17 +193,15 @@ class DaliCleanRenderer(DaliPipeline):
 
     def __init__(self, dataset: ImageFolder, recipe: Recipe, **options: Any) -> None:
         self._recipe = recipe
-        arguments = ("roi_start", "roi_end")
-        super().__init__(dataset, partial(clean_view, recipe), arguments, **options)
+        super().__init__(dataset, partial(_clean_view, recipe), 2, **options)
 
     def render(self, batches: Iterable[Ints]) -> Iterator[torch.Tensor]:
         """Yield (B, 3, crop, crop) float32, channels_last, for each batch of image numbers."""
-        for (x_BCHW,) in self.run(map(self._windows, batches)):
+        for _, (x_BCHW,) in self.run(map(self._windows, batches)):
             yield x_BCHW
 
-    def _windows(self, index_B: Ints) -> tuple[Ints, Arrays]:
-        start_B2, end_B2 = clean_windows(self._recipe, read_sizes(self._dataset, index_B))
-        return index_B, {"roi_start": start_B2, "roi_end": end_B2}
+    def _windows(self, index_B: Ints) -> Fed:
+        return index_B, [*clean_windows(self._recipe, read_sizes(self._dataset, index_B))]
 
 
 class SingleDecoder:
@@ -264,38 +255,20 @@ def _pipeline(batch_size: int, device: torch.device, threads: int, prefetch: int
     )
 
 
-def view_arguments(recipe: Recipe) -> list[str]:
-    """Return the names of what the graph of both views needs for the recipe's operations."""
-    return [f"{name}{v}" for v, row in _views(recipe) for name in _operands(row)]
-
-
-def view_values(recipe: Recipe, drawn: Sequence[ViewDraw]) -> Arrays:
-    """Return the arguments of both views under the names of `view_arguments`."""
-    values: Arrays = {}
-    for (v, row), view in zip(_views(recipe), drawn, strict=True):
-        everything = _operand_values(view)
-        values |= {f"{name}{v}": everything[name] for name in _operands(row)}
-    return values
-
-
-def two_views(recipe: Recipe, image: Node, arguments: Nodes) -> list[Node]:
-    """Build both views of a decoded image: HWC float32, normalised."""
+def _two_views(recipe: Recipe, image: Node, fed: list[Node]) -> list[Node]:
+    first = len(_operands(recipe.view1))
     return [
-        _view(recipe, row, image, {name: arguments[f"{name}{v}"] for name in _operands(row)})
-        for v, row in _views(recipe)
+        _view(recipe, row, image, dict(zip(_operands(row), given, strict=True)))
+        for row, given in ((recipe.view1, fed[:first]), (recipe.view2, fed[first:]))
     ]
 
 
-def clean_view(recipe: Recipe, image: Node, arguments: Nodes) -> list[Node]:
-    """Build the clean (resized and cropped) view of a decoded image: HWC float32, normalised."""
-    return [_normalise(recipe, _resize(recipe, image, **arguments))]
-
-
-def _views(recipe: Recipe) -> tuple[tuple[int, ViewConfig], ...]:
-    return (1, recipe.view1), (2, recipe.view2)
+def _clean_view(recipe: Recipe, image: Node, fed: list[Node]) -> list[Node]:
+    return [_normalise(recipe, _resize(recipe, image, roi_start=fed[0], roi_end=fed[1]))]
 
 
 def _operands(row: ViewConfig) -> list[str]:
+    """Names of what the graph of a view is fed."""
     return [
         *("start", "shape", "flip"),
         *(["affine"] if row.has_affine else []),
@@ -305,12 +278,12 @@ def _operands(row: ViewConfig) -> list[str]:
     ]
 
 
-def _operand_values(view: ViewDraw) -> Arrays:
+def _operand_values(row: ViewConfig, view: ViewDraw) -> list[npt.NDArray[Any]]:
     colour_N33, colour_of_mean_N33 = colour_matrices(view)
     blurred = view.blur_sigma_N > 0
     # a window of one pixel changes nothing, whatever the sigma
     window_N = np.where(blurred, 2 * np.ceil(BLUR_REACH * view.blur_sigma_N) + 1, 1)
-    return {
+    values: dict[str, npt.NDArray[Any]] = {
         "start": view.window_N4[:, :2],
         "shape": view.window_N4[:, 2:],
         "affine": view.affine_N23,
@@ -321,9 +294,10 @@ def _operand_values(view: ViewDraw) -> Arrays:
         "solarize": view.solarize_N.astype(np.uint8),
         "flip": view.flip_N.astype(np.int32),
     }
+    return [values[name] for name in _operands(row)]
 
 
-def _view(recipe: Recipe, row: ViewConfig, image: Node, args: Nodes) -> Node:
+def _view(recipe: Recipe, row: ViewConfig, image: Node, args: dict[str, Node]) -> Node:
     # crop first: resizing a region would read pixels outside it
     image = fn.slice(image, start=args["start"], shape=args["shape"], axes=[0, 1])
     image = _resize(recipe, image)

@@ -69,15 +69,15 @@ class ImageFolder:
         """Number of images."""
         return len(self.paths)
 
-    def take(self, indices: Iterable[int]) -> "ImageFolder":
-        """Return some of the images, numbered in the order given."""
-        chosen = list(indices)
+    def subset(self, indices: Sequence[int] | npt.NDArray[np.int64]) -> "ImageFolder":
+        """Return some of the images, in the given order, under the whole set's fingerprint."""
+        keep = np.asarray(indices, dtype=np.int64)
         return replace(
             self,
-            paths=tuple(self.paths[k] for k in chosen),
-            labels=self.labels[chosen],
-            sizes=None if self.sizes is None else self.sizes[chosen],
-            stamps=None if self.stamps is None else tuple(self.stamps[k] for k in chosen),
+            paths=tuple(self.paths[k] for k in keep),
+            labels=self.labels[keep],
+            sizes=None if self.sizes is None else self.sizes[keep],
+            stamps=None if self.stamps is None else tuple(self.stamps[k] for k in keep),
         )
 
 

@@ -2,21 +2,24 @@
 
 import contextlib
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
-from isofast.data.batches import Batch, BatchOrder, Chunk
+from isofast.data.batches import Batch, Chunk
 from isofast.data.check import has_dali, read_sizes, remember_bad
-from isofast.data.draw import Ints, draw
+from isofast.data.draw import Ints, draw, epoch_order
 from isofast.data.folder import ImageFolder, UndecodableError
 from isofast.data.recipe import Recipe
 from isofast.data.resident import ResidentCleanRenderer, ResidentRenderer, resident_gb
 from isofast.errors import RunError, UserError
 from isofast_kernels.augment_reference import BLUR_REACH
+
+if TYPE_CHECKING:
+    from isofast.data.dali import DaliCleanRenderer, DaliRenderer
 
 BACKENDS = ("auto", "dali", "resident")
 _GET_DALI = "install it with `pip install nvidia-dali-cuda130` (nvidia-dali-cuda120 for CUDA 12)"
@@ -24,72 +27,76 @@ _GET_DALI = "install it with `pip install nvidia-dali-cuda130` (nvidia-dali-cuda
 _DRAWN_AT_ONCE = 2048
 
 
-class Renderer(Protocol):
-    """Makes augmented views from drawn parameters: by DALI, or of resident images."""
-
-    backend: str
-
-    def render(self, chunks: Iterator[Chunk]) -> Iterator[Batch]:
-        """Yield the batches of the chunks, which are read ahead."""
-        ...
-
-    def describe(self) -> str:
-        """One line on what makes the batches."""
-        ...
-
-    def close(self) -> None:
-        """Free threads and memory."""
-        ...
-
-
-class CleanRenderer(Protocol):
-    """Makes clean images."""
-
-    def render(self, batches: Iterable[Ints]) -> Iterator[torch.Tensor]:
-        """Yield (B, 3, crop, crop) float32, channels_last, for each batch of image numbers."""
-        ...
-
-    def close(self) -> None:
-        """Free threads and memory."""
-        ...
-
-
 class TrainLoader:
-    """An infinite iterator of augmented `Batch`es, made by `make_train_loader`.
+    """An infinite iterator of augmented `Batch`es.
 
     Every batch is a function of (seed, global step): a loader made with start_step=k continues bit
-    for bit where another one stopped after k batches.
+    for bit where another one stopped after k batches. Global batch k of an epoch is the k-th piece
+    of the epoch's permutation, split over the ranks. Images that do not fill a last global batch
+    are dropped, other ones each epoch.
+
+    Args:
+        backend: "auto", "dali" or "resident", as for `resolve_backend`.
+        dataset: the training images, from `check_folder`.
+        recipe: the augmentation.
+        batch_size: images of this rank a step.
+        rank: this rank, from 0.
+        world_size: number of ranks.
+        seed: the run's seed.
+        start_step: global step of the first batch, from 0.
+        device: where batches are made.
+        threads: CPU threads.
+        resident_limit_gb: limit for decoded images, in 10^9 bytes.
+        prefetch: batches that DALI makes ahead.
+        dtype: of the views.
 
     Attributes:
-        steps_per_epoch, images_per_epoch, dropped_per_epoch: counted over all ranks.
+        steps_per_epoch, dropped_per_epoch: counted over all ranks.
         backend: "dali" or "resident".
+
+    Raises:
+        UserError: the backend is unknown, not installed or cannot handle the data set and recipe,
+            or there are fewer images than one global batch.
+        RunError: an image can no longer be read.
     """
 
     def __init__(
         self,
+        backend: str,
         dataset: ImageFolder,
         recipe: Recipe,
-        renderer: Renderer,
         *,
         batch_size: int,
         rank: int = 0,
         world_size: int = 1,
         seed: int,
         start_step: int = 0,
+        device: torch.device,
+        threads: int,
+        resident_limit_gb: float = 8.0,
+        prefetch: int = 2,
+        dtype: torch.dtype = torch.float32,
     ) -> None:
-        self._dataset, self._recipe, self._renderer = dataset, recipe, renderer
-        self._seed, self._step = seed, start_step
-        self._order = BatchOrder(
-            len(dataset), batch_size=batch_size, rank=rank, world_size=world_size, seed=seed
-        )
-        # unknown sizes are read a batch at a time
-        drawn = _DRAWN_AT_ONCE if dataset.sizes is not None else 1
-        self._chunk_steps = max(1, drawn // batch_size)
-        self.steps_per_epoch = self._order.steps_per_epoch
-        self.images_per_epoch = self._order.images_per_epoch
-        self.dropped_per_epoch = self._order.dropped_per_epoch
-        self.backend = renderer.backend
-        self._batches = renderer.render(self._chunks(start_step))
+        global_batch = batch_size * world_size
+        if len(dataset) < global_batch:
+            raise UserError(
+                f"the training set has {len(dataset)} images, fewer than one global batch of "
+                f"{global_batch}; lower train.batch_size or add images"
+            )
+        self._dataset, self._recipe, self._seed, self._step = dataset, recipe, seed, start_step
+        self._batch_size, self._rank, self._world_size = batch_size, rank, world_size
+        self.steps_per_epoch, self.dropped_per_epoch = divmod(len(dataset), global_batch)
+        self.backend = resolve_backend(backend, dataset, recipe, device, resident_limit_gb)
+        options: dict[str, Any] = {"device": device, "threads": threads, "dtype": dtype}
+        with _bad_images_remembered(dataset):
+            self._renderer: ResidentRenderer | DaliRenderer = (
+                ResidentRenderer(dataset, recipe, progress=rank == 0, **options)
+                if self.backend == "resident"
+                else _dali().DaliRenderer(
+                    dataset, recipe, batch_size=batch_size, prefetch=prefetch, **options
+                )
+            )
+        self._batches: Iterator[Batch] = self._renderer.render(self._chunks(start_step))
 
     def __iter__(self) -> "TrainLoader":
         """Return self; the loader is infinite."""
@@ -121,34 +128,72 @@ class TrainLoader:
         self._renderer.close()
 
     def _chunks(self, step: int) -> Iterator[Chunk]:
+        # the sizes of unchecked images are read a batch at a time
+        drawn = _DRAWN_AT_ONCE if self._dataset.sizes is not None else 1
+        steps = max(1, drawn // self._batch_size)
+        epoch, first = divmod(step, self.steps_per_epoch)
         while True:
-            # a chunk ends with its epoch: one call draws for one epoch
-            left = self.steps_per_epoch - step % self.steps_per_epoch
-            batches = [self._order.batch(step + k) for k in range(min(self._chunk_steps, left))]
-            step += len(batches)
-            epoch = batches[0][0]
-            index_TB = np.stack([index_B for _, index_B in batches])
-            index_N = index_TB.reshape(-1)
-            sizes_N2 = read_sizes(self._dataset, index_N)
-            view1, view2 = (
-                draw(self._recipe, v, sizes_N2, index_N, seed=self._seed, epoch=epoch)
-                for v in (1, 2)
-            )
-            yield Chunk(index_TB, self._dataset.labels[index_TB], view1, view2)
+            order = epoch_order(len(self._dataset), seed=self._seed, epoch=epoch)
+            used = order[: len(order) - self.dropped_per_epoch]
+            index_KB = used.reshape(-1, self._world_size, self._batch_size)[:, self._rank]
+            for k in range(first, self.steps_per_epoch, steps):
+                index_TB = index_KB[k : k + steps]
+                index_N = index_TB.reshape(-1)
+                sizes_N2 = read_sizes(self._dataset, index_N)
+                view1, view2 = (
+                    draw(self._recipe, v, sizes_N2, index_N, seed=self._seed, epoch=epoch)
+                    for v in (1, 2)
+                )
+                yield Chunk(index_TB, view1, view2)
+            epoch, first = epoch + 1, 0
 
 
 class EvalLoader:
-    """Clean images in a given order, made by `make_eval_loader`: `for x_BCHW, y_B in loader`.
+    """Clean images in a given order: `for x_BCHW, y_B in loader`.
 
     The short side is resized to recipe.resize_short, then the central recipe.crop pixels are taken.
     The last batch may be short. Iterating again starts over, also after a `break`.
+
+    Args:
+        backend: "dali" or "resident"; DALI replaces resident for clean images over the limit.
+        dataset: the images, from `check_folder`.
+        recipe: sizes and normalisation.
+        indices: which images, in this order; at least one.
+        batch_size: images a batch.
+        device: where batches are made.
+        threads: CPU threads.
+        resident_limit_gb: as for `TrainLoader`.
+        progress: show a bar on stderr while images are decoded.
+
+    Raises:
+        UserError: DALI is needed and not installed.
+        RunError: an image can no longer be read.
     """
 
     def __init__(
-        self, dataset: ImageFolder, renderer: CleanRenderer, indices: Ints, *, batch_size: int
+        self,
+        backend: str,
+        dataset: ImageFolder,
+        recipe: Recipe,
+        indices: Sequence[int] | Ints,
+        *,
+        batch_size: int,
+        device: torch.device,
+        threads: int,
+        resident_limit_gb: float = 8.0,
+        progress: bool = True,
     ) -> None:
-        self._dataset, self._renderer = dataset, renderer
-        self._batches = [indices[k : k + batch_size] for k in range(0, len(indices), batch_size)]
+        index_N = np.asarray(indices, dtype=np.int64)
+        fits = resident_gb(len(index_N), recipe.crop, recipe.crop) <= resident_limit_gb
+        options: dict[str, Any] = {"device": device, "threads": threads}
+        with _bad_images_remembered(dataset):
+            self._renderer: ResidentCleanRenderer | DaliCleanRenderer = (
+                ResidentCleanRenderer(dataset, recipe, index_N, progress=progress, **options)
+                if backend == "resident" and fits
+                else _dali().DaliCleanRenderer(dataset, recipe, batch_size=batch_size, **options)
+            )
+        self._dataset = dataset
+        self._batches = [index_N[k : k + batch_size] for k in range(0, len(index_N), batch_size)]
 
     def __len__(self) -> int:
         """Number of batches, including the short one."""
@@ -171,94 +216,6 @@ class EvalLoader:
         self._renderer.close()
 
 
-def make_train_loader(
-    backend: str,
-    dataset: ImageFolder,
-    recipe: Recipe,
-    *,
-    batch_size: int,
-    rank: int = 0,
-    device: torch.device,
-    threads: int,
-    resident_limit_gb: float = 8.0,
-    prefetch: int = 2,
-    dtype: torch.dtype = torch.float32,
-    **options: Any,
-) -> TrainLoader:
-    """Make the infinite loader of augmented batches.
-
-    Args:
-        backend: "auto", "dali" or "resident", as for `resolve_backend`.
-        dataset: the training images, from `check_folder`.
-        recipe: the augmentation.
-        batch_size: images of this rank a step.
-        rank: this rank, from 0.
-        device: where batches are made.
-        threads: CPU threads.
-        resident_limit_gb: limit for decoded images, in 10^9 bytes.
-        prefetch: batches that DALI makes ahead.
-        dtype: of the views.
-        options: seed, and where not their defaults world_size (1) and start_step (0).
-
-    Raises:
-        UserError: the backend is unknown, not installed or cannot handle the data set and recipe,
-            or there are fewer images than one global batch.
-        RunError: an image can no longer be read.
-    """
-    backend = resolve_backend(backend, dataset, recipe, device, resident_limit_gb)
-    common: dict[str, Any] = {"device": device, "threads": threads, "dtype": dtype}
-    with _bad_images_remembered(dataset):
-        renderer: Renderer = (
-            ResidentRenderer(dataset, recipe, progress=rank == 0, **common)
-            if backend == "resident"
-            else _dali().DaliRenderer(
-                dataset, recipe, batch_size=batch_size, prefetch=prefetch, **common
-            )
-        )
-    return TrainLoader(dataset, recipe, renderer, batch_size=batch_size, rank=rank, **options)
-
-
-def make_eval_loader(
-    backend: str,
-    dataset: ImageFolder,
-    recipe: Recipe,
-    indices: Sequence[int] | Ints,
-    *,
-    batch_size: int,
-    device: torch.device,
-    threads: int,
-    resident_limit_gb: float = 8.0,
-    progress: bool = True,
-) -> EvalLoader:
-    """Make the loader of clean images.
-
-    Args:
-        backend: "dali" or "resident"; DALI replaces resident for clean images over the limit.
-        dataset: the images, from `check_folder`.
-        recipe: sizes and normalisation.
-        indices: which images, in this order; at least one.
-        batch_size: images a batch.
-        device: where batches are made.
-        threads: CPU threads.
-        resident_limit_gb: as for `make_train_loader`.
-        progress: show a bar on stderr while images are decoded.
-
-    Raises:
-        UserError: DALI is needed and not installed.
-        RunError: an image can no longer be read.
-    """
-    index_N = np.asarray(indices, dtype=np.int64)
-    fits = resident_gb(len(index_N), recipe.crop, recipe.crop) <= resident_limit_gb
-    common: dict[str, Any] = {"device": device, "threads": threads}
-    with _bad_images_remembered(dataset):
-        renderer: CleanRenderer = (
-            ResidentCleanRenderer(dataset, recipe, index_N, progress=progress, **common)
-            if backend == "resident" and fits
-            else _dali().DaliCleanRenderer(dataset, recipe, batch_size=batch_size, **common)
-        )
-    return EvalLoader(dataset, renderer, index_N, batch_size=batch_size)
-
-
 def draw_views(
     backend: str,
     dataset: ImageFolder,
@@ -272,7 +229,7 @@ def draw_views(
     """Yield both views (x1_NCHW, x2_NCHW) of all images in their order, each time drawn anew.
 
     Args:
-        backend: as for `make_train_loader`, whose errors are raised.
+        backend: as for `TrainLoader`, whose errors are raised.
         dataset: the images, from `check_folder`.
         recipe: the augmentation.
         draws: how often.
@@ -280,7 +237,7 @@ def draw_views(
         threads: CPU threads.
         seed: of the draws.
     """
-    loader = make_train_loader(
+    loader = TrainLoader(
         backend,
         # numbered, because every epoch has an order of its own
         replace(dataset, labels=np.arange(len(dataset))),

@@ -3,27 +3,23 @@
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageOps
+from torchvision.utils import make_grid
 
 from isofast.data.check import OnBad, check_folder
 from isofast.data.files import write_atomically
-from isofast.data.folder import ImageFolder, open_dataset
+from isofast.data.folder import open_dataset
 from isofast.data.loaders import draw_views
 from isofast.data.recipe import Recipe, recipe_for
 from isofast.data.resident import rgb
 from isofast.errors import UserError
 
-Pixels = npt.NDArray[np.uint8]
-
 _IMAGES = 8
 _DRAWS = 4
 # pixels, at least
 _TILE = 96
-_LONGEST_NAME = 24
-_SHARP = Image.Resampling.NEAREST
-_GAP, _MARGIN, _LINE = 4, 12, 18
+_GAP = 4
 
 
 def check_preview_path(path: Path) -> None:
@@ -45,7 +41,7 @@ def check_preview_path(path: Path) -> None:
 
 
 def write_preview(name: str, root: Path, path: Path, *, on_bad: OnBad = "stop") -> None:
-    """Draw some training images of a prepared root, each with several draws of both views.
+    """Draw a row for each of some training images: the original, then draws of views 1 and 2.
 
     Args:
         name: the data set whose recipe it is.
@@ -58,69 +54,38 @@ def write_preview(name: str, root: Path, path: Path, *, on_bad: OnBad = "stop") 
     """
     check_preview_path(path)
     recipe = recipe_for(name)
-    chosen = _spread_out(check_folder(open_dataset(root, "train"), on_bad=on_bad))
+    images = check_folder(open_dataset(root, "train"), on_bad=on_bad)
+    count = min(_IMAGES, len(images))
+    # spread over the data set
+    chosen = images.subset(np.arange(count) * len(images) // count + len(images) // (2 * count))
     # in whole multiples of their size, so that small images keep sharp pixels
     side = recipe.crop * -(-_TILE // recipe.crop)
-    rows = [[_original(root / image, side)] for image in chosen.paths]
+    columns = [torch.stack([_original(root / image, side) for image in chosen.paths])]
     cpu = torch.device("cpu")
     for views in draw_views("auto", chosen, recipe, _DRAWS, device=cpu, threads=1):
-        for row, *pair in zip(rows, *(_pixels(x_NCHW, recipe) for x_NCHW in views), strict=True):
-            row += [Image.fromarray(view).resize((side, side), _SHARP) for view in pair]
-    names = [chosen.classes[k] if k >= 0 else "no label" for k in chosen.labels]
-    # what the file system takes as a name need not be text
-    names = [name.encode("utf-8", "replace").decode()[:_LONGEST_NAME] for name in names]
-    sheet = _sheet(f"{name}, {recipe.crop} x {recipe.crop} pixels", rows, names, side)
+        columns += [_levels(x_BCHW, recipe, side) for x_BCHW in views]
+    tiles = torch.stack(columns, dim=1).flatten(0, 1)
+    sheet = make_grid(tiles, nrow=len(columns), padding=_GAP, pad_value=255)
+    picture = Image.fromarray(sheet.permute(1, 2, 0).numpy())
     try:
-        write_atomically(path, lambda part: sheet.save(part, format="PNG"))
+        write_atomically(path, lambda part: picture.save(part, format="PNG"))
     except OSError as error:
         raise UserError(f"cannot write --preview {path}: {error.strerror or error}") from error
 
 
-def _spread_out(dataset: ImageFolder) -> ImageFolder:
-    """A few images from all over the data set, as a data set."""
-    count = min(_IMAGES, len(dataset))
-    return dataset.take(np.arange(count) * len(dataset) // count + len(dataset) // (2 * count))
-
-
-def _original(path: Path, side: int) -> Image.Image:
-    """The stored image as it is, whole, in a square."""
+def _original(path: Path, side: int) -> torch.Tensor:
+    """The whole stored image in a square, (3, side, side) uint8."""
     with Image.open(path) as stored:
         image = Image.fromarray(rgb(stored))
-    zoom = side / max(image.size)
-    size = [max(1, round(length * zoom)) for length in image.size]
-    smooth = _SHARP if zoom >= 1 else Image.Resampling.LANCZOS
-    square = Image.new("RGB", (side, side), "white")
-    square.paste(image.resize(size, smooth), ((side - size[0]) // 2, (side - size[1]) // 2))
-    return square
+    resampling = Image.Resampling
+    method = resampling.NEAREST if max(image.size) <= side else resampling.LANCZOS
+    square = ImageOps.pad(image, (side, side), method, color="white")
+    return torch.from_numpy(np.array(square)).permute(2, 0, 1)
 
 
-def _pixels(x_BCHW: torch.Tensor, recipe: Recipe) -> Pixels:
-    """Undo the normalisation: (B, H, W, 3) uint8."""
-    unit = x_BCHW.permute(0, 2, 3, 1).numpy() * np.array(recipe.std) + np.array(recipe.mean)
-    levels: Pixels = np.rint(255 * unit).clip(0, 255).astype(np.uint8)
-    return levels
-
-
-def _sheet(title: str, rows: list[list[Image.Image]], names: list[str], side: int) -> Image.Image:
-    font = ImageFont.load_default(_LINE * 2 / 3)
-    step = side + _GAP
-    names_width = _MARGIN + max(int(font.getlength(name)) for name in names)
-
-    def left(column: int) -> int:
-        """A pair of views stands apart from the next one."""
-        return names_width + _MARGIN + column * step + (column + 1) // 2 * _MARGIN
-
-    width = left(1 + 2 * _DRAWS) + _MARGIN
-    top = _MARGIN + 2 * _LINE
-    sheet = Image.new("RGB", (width, top + len(rows) * step + _MARGIN), "white")
-    pen = ImageDraw.Draw(sheet)
-    pen.text((_MARGIN, _MARGIN), title, "black", font)
-    for column in range(1 + 2 * _DRAWS):
-        caption = f"view {2 - column % 2}" if column else "original"
-        pen.text((left(column), _MARGIN + _LINE), caption, "black", font)
-    for number, (row, name) in enumerate(zip(rows, names, strict=True)):
-        y = top + number * step
-        pen.text((_MARGIN, y + side // 2 - _LINE // 2), name, "black", font)
-        for column, tile in enumerate(row):
-            sheet.paste(tile, (left(column), y))
-    return sheet
+def _levels(x_BCHW: torch.Tensor, recipe: Recipe, side: int) -> torch.Tensor:
+    """Undo the normalisation and enlarge, (B, 3, side, side) uint8."""
+    mean, std = (torch.tensor(row).view(3, 1, 1) for row in (recipe.mean, recipe.std))
+    levels_BCHW = (255 * (x_BCHW * std + mean)).round().clamp(0, 255).to(torch.uint8)
+    zoom = side // recipe.crop
+    return levels_BCHW.repeat_interleave(zoom, dim=2).repeat_interleave(zoom, dim=3)

@@ -65,6 +65,7 @@ class ResidentRenderer:
         dtype: torch.dtype = torch.float32,
         progress: bool = True,
     ) -> None:
+        self._labels = torch.from_numpy(dataset.labels)
         self._recipe, self._device, self._dtype = recipe, device, dtype
         self._blur = any(view.blur_p > 0 for view in (recipe.view1, recipe.view2))
         self._images: torch.Tensor | None = decode_images(
@@ -111,11 +112,9 @@ class ResidentRenderer:
         steps, size = chunk.index_TB.shape
         rows_VNP = parameter_rows(self._recipe, (chunk.view1, chunk.view2))
         rows_TVBP = rows_VNP.reshape(2, steps, size, len(COLUMNS)).swapaxes(0, 1)
-        return _DeviceChunk(
-            torch.from_numpy(chunk.index_TB),
-            torch.from_numpy(np.ascontiguousarray(rows_TVBP)),
-            torch.from_numpy(chunk.label_TB),
-        )
+        index_TB = torch.from_numpy(chunk.index_TB)
+        parameters_TVBP = torch.from_numpy(np.ascontiguousarray(rows_TVBP))
+        return _DeviceChunk(index_TB, parameters_TVBP, self._labels[index_TB])
 
 
 class ResidentCleanRenderer:

@@ -27,7 +27,6 @@ from isofast.data import (
     UNLABELLED,
     EvalLoader,
     ImageFolder,
-    make_eval_loader,
     open_dataset,
     recipe_for,
     resolve_backend,
@@ -328,7 +327,7 @@ def _loader(
 ) -> EvalLoader:
     data = config.data
     recipe = recipe_for(data.dataset, crop=data.crop, augmentation=data.augmentation)
-    return make_eval_loader(
+    return EvalLoader(
         resolve_backend(data.backend, train, recipe, device, data.resident_limit_gb),
         images,
         recipe,

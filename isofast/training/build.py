@@ -8,7 +8,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from isofast.config.schema import Config
-from isofast.data import Batch, ImageFolder, Recipe, TrainLoader, make_train_loader, recipe_for
+from isofast.data import Batch, ImageFolder, Recipe, TrainLoader, recipe_for
 from isofast.distributed import World, cores_of_rank, gather_objects
 from isofast.errors import UserError
 from isofast.methods import Method, make_method
@@ -193,7 +193,7 @@ def train_loader(
     start_step: int = 0,
 ) -> TrainLoader:
     """The batches of this rank, from ``start_step`` on, by ``backend`` (not "auto")."""
-    return make_train_loader(
+    return TrainLoader(
         backend,
         train,
         recipe,

@@ -14,14 +14,7 @@ from torch.nn import functional
 from tqdm import tqdm
 
 from isofast.config.schema import Config
-from isofast.data import (
-    UNLABELLED,
-    EvalLoader,
-    ImageFolder,
-    Recipe,
-    draw_views,
-    make_eval_loader,
-)
+from isofast.data import UNLABELLED, EvalLoader, ImageFolder, Recipe, draw_views
 from isofast.distributed import World, cores_of_rank, gather_rows
 from isofast.errors import UserError
 from isofast.run.background import HostCopy
@@ -69,7 +62,7 @@ class Evaluator:
             )
 
         def loader(images: ImageFolder, indices: np.ndarray) -> EvalLoader:
-            return make_eval_loader(
+            return EvalLoader(
                 backend,
                 images,
                 recipe,
@@ -91,7 +84,7 @@ class Evaluator:
             sample = drawn[: max(config.evaluation.metrics_images, world.size)]
             gathered = [np.arange(len(val))[rank :: world.size] for rank in range(world.size)]
             self._sample = np.flatnonzero(np.isin(np.concatenate(gathered), sample))
-            viewed = val.take(sample[: max(_VIEWED_IMAGES, world.size)][world.rank :: world.size])
+            viewed = val.subset(sample[: max(_VIEWED_IMAGES, world.size)][world.rank :: world.size])
             self._views = _views(config, viewed, recipe, world, backend)
 
     @torch.no_grad()

@@ -19,8 +19,6 @@ from isofast.data import (
     Recipe,
     TrainLoader,
     check_folder,
-    make_eval_loader,
-    make_train_loader,
     open_dataset,
     recipe_for,
 )
@@ -98,7 +96,7 @@ def recipe() -> Recipe:
 def train_loader(dataset: ImageFolder, recipe: Recipe, **changes: Any) -> TrainLoader:
     """A loader on the CPU, by DALI where nothing else is said."""
     options = {"backend": "dali", "batch_size": 4, "seed": 5, "threads": 2, "device": CPU} | changes
-    return make_train_loader(options.pop("backend"), dataset, recipe, **options)
+    return TrainLoader(options.pop("backend"), dataset, recipe, **options)
 
 
 def eval_loader(
@@ -106,7 +104,7 @@ def eval_loader(
 ) -> EvalLoader:
     """A loader of clean images on the CPU, by DALI where nothing else is said."""
     options = {"backend": "dali", "batch_size": 2, "threads": 1, "device": CPU} | changes
-    return make_eval_loader(options.pop("backend"), dataset, recipe, indices, **options)
+    return EvalLoader(options.pop("backend"), dataset, recipe, indices, **options)
 
 
 @pytest.fixture

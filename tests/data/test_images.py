@@ -16,9 +16,10 @@ from torchvision.transforms import functional as F
 
 from isofast.config.schema import ViewConfig
 from isofast.data import ImageFolder, dali, recipe_for
+from isofast.data.batches import Chunk
 from isofast.data.draw import ViewDraw, _affine, draw
 
-from .conftest import eval_loader
+from .conftest import CPU, eval_loader
 
 INDICES = np.arange(0, 1000, 8)
 N = len(INDICES)
@@ -63,17 +64,11 @@ def through_dali(
 ) -> np.ndarray:
     """Run the loader's own graph with the given parameters; gives (N, 64, 64, 3) levels."""
     recipe = replace(BASE, view1=row, view2=row)
-    pipeline = dali.DaliPipeline(
-        photos,
-        lambda image, arguments: dali.two_views(recipe, image, arguments),
-        dali.view_arguments(recipe),
-        batch_size=len(indices),
-        device=torch.device("cpu"),
-        threads=2,
-        prefetch=1,
+    renderer = dali.DaliRenderer(
+        photos, recipe, batch_size=len(indices), device=CPU, threads=2, prefetch=1
     )
-    ((x1, x2),) = pipeline.run([(indices, dali.view_values(recipe, [drawn, drawn]))])
-    pipeline.close()
+    ((x1, x2, _),) = renderer.render(iter([Chunk(indices[None], drawn, drawn)]))
+    renderer.close()
     assert torch.equal(x1, x2), "the same parameters make the same view"
     levels = x1.permute(0, 2, 3, 1) * (255 * torch.tensor(BASE.std)) + 255 * torch.tensor(BASE.mean)
     assert (levels - levels.round()).abs().max() < 1e-2

@@ -17,7 +17,7 @@ from torchvision.transforms.v2 import functional
 
 import isofast
 from isofast.cli import main
-from isofast.data import check_folder, make_eval_loader, open_dataset, recipe_for
+from isofast.data import EvalLoader, check_folder, open_dataset, recipe_for
 
 from ..support.encoders import write_run
 
@@ -98,9 +98,7 @@ def test_they_are_those_of_the_evaluation(run_dir: Path, digits: Path, tmp_path:
     assert embed(run_dir, digits / "val", tmp_path / "out.npz") == 0
     images = check_folder(open_dataset(digits, "val"))
     options: Any = {"batch_size": 355, "device": torch.device("cpu"), "threads": 1}
-    ((x_NCHW, _),) = make_eval_loader(
-        "resident", images, recipe_for("digits"), range(355), **options
-    )
+    ((x_NCHW, _),) = EvalLoader("resident", images, recipe_for("digits"), range(355), **options)
     with torch.no_grad():
         expected = isofast.load_encoder(run_dir)(x_NCHW).numpy()
     with np.load(tmp_path / "out.npz") as stored:

@@ -20,7 +20,7 @@ from sklearn.preprocessing import StandardScaler
 
 from isofast.cli import main
 from isofast.config.schema import EncoderConfig
-from isofast.data import check_folder, make_eval_loader, open_dataset, recipe_for
+from isofast.data import EvalLoader, check_folder, open_dataset, recipe_for
 from isofast.evaluation.offline import GRID_C, wilson
 from isofast.methods.networks import make_encoder
 from isofast.run.metrics import read_metrics
@@ -64,7 +64,7 @@ def features(evaluated_run: Path, digits: Path) -> tuple[Array, Array, Array, Ar
     for split in ("train", "val"):
         images = check_folder(open_dataset(digits, split))
         count, cpu = len(images), torch.device("cpu")
-        ((x_NCHW, y_N),) = make_eval_loader(
+        ((x_NCHW, y_N),) = EvalLoader(
             "dali",
             images,
             recipe_for("digits"),

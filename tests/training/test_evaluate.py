@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from isofast.config.schema import Config
-from isofast.data import Recipe, make_eval_loader, recipe_for
+from isofast.data import EvalLoader, Recipe, recipe_for
 from isofast.data.images import Images, check_images, list_images
 from isofast.distributed import World
 from isofast.run.labelfree import label_free
@@ -93,7 +93,7 @@ def test_metrics_without_labels_are_of_a_fixed_sample(small_config: Callable[...
     assert all(map(torch.equal, online.buffers(), before[1]))
 
     assert images.val is not None
-    loader = make_eval_loader(
+    loader = EvalLoader(
         "dali", images.val, recipe, range(355), batch_size=355, device=ALONE.device, threads=1
     )
     (x_NCHW, _), *_ = loader

@@ -14,7 +14,6 @@ from isofast.data import (
     Recipe,
     TrainLoader,
     check_folder,
-    make_train_loader,
     open_dataset,
     recipe_for,
 )
@@ -35,7 +34,7 @@ def images(digits: Path) -> ImageFolder:
 
 def loader_on(device: str, backend: str, images: ImageFolder, recipe: Recipe) -> TrainLoader:
     kind: dict[str, Any] = {"batch_size": 64, "seed": 3, "threads": 2}
-    return make_train_loader(backend, images, recipe, device=torch.device(device), **kind)
+    return TrainLoader(backend, images, recipe, device=torch.device(device), **kind)
 
 
 def differences(on_cpu: Batch, on_gpu: Batch, recipe: Recipe) -> list[torch.Tensor]:
