@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import BinaryIO, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -41,7 +41,7 @@ _of_thread = threading.local()
 
 
 class _Entry(NamedTuple):
-    """The result for one file; ``problem`` is empty for a good one."""
+    """The result for one file: no ``problem`` in a good one, no ``judge`` if it may pass."""
 
     bytes: int
     mtime_ns: int
@@ -85,48 +85,44 @@ def check_folder(
         return dataset
     judge = "headers" if check == "headers" else decoder or default_decoder()
     known = _read_memory(dataset)
-    found: _Memory = {}
-    bad: dict[str, str] = {}
-    pending: list[tuple[str, Stamp]] = []
-    for path in dataset.paths:
-        try:
-            status = os.stat(dataset.root / path)
-        except OSError as error:
-            bad[path] = error.strerror or str(error)
-            continue
-        stamp = (status.st_size, status.st_mtime_ns)
-        entry = known.get(path)
-        # every judge reads the headers
-        same = entry and entry[:2] == stamp and judge in (entry.judge, "headers")
-        # a bad file that stopped a run may have been repaired, whatever its stamp
-        if entry and same and (on_bad == "skip" or not entry.problem):
-            found[path] = entry
-        else:
-            pending.append((path, stamp))
-    _decode_all(dataset, judge, pending, found, bad, progress)
-    if found != known:
-        _write_memory(dataset, found)
-    bad |= {path: entry.problem for path, entry in found.items() if entry.problem}
+    entries = {path: _remembered(dataset, path, known, judge, on_bad) for path in dataset.paths}
+    pending = [path for path, entry in entries.items() if entry is None]
+    # decoding releases the interpreter's lock, so threads scale
+    pool = ThreadPoolExecutor(min(16, os.cpu_count() or 1))
+    try:
+        bar = tqdm(
+            pool.map(functools.partial(_judge, dataset.root, judge=judge), pending),
+            desc=f"checking {dataset.split} images",
+            total=len(pending),
+            unit="image",
+            # None: no bar unless stderr is a terminal
+            disable=None if progress and pending else True,
+        )
+        entries.update(zip(pending, bar, strict=True))
+    finally:
+        pool.shutdown(cancel_futures=True)
+    found = {path: entry for path, entry in entries.items() if entry is not None}
+    lasting = {path: entry for path, entry in found.items() if entry.judge}
+    if lasting != known:
+        _write_memory(dataset, lasting)
+    bad = {path: entry.problem for path, entry in found.items() if entry.problem}
     if bad and on_bad == "stop":
         raise UserError(f"{_bad_files(dataset, bad)}. {_REMEDY}")
-    kept = [k for k, path in enumerate(dataset.paths) if path not in bad]
-    paths, labels = tuple(dataset.paths[k] for k in kept), dataset.labels[kept]
-    empty = [name for k, name in enumerate(dataset.classes) if not (labels == k).any()]
-    if empty or not kept:
-        what = f"the class {empty[0]}" if empty else "the data set"
+    kept = dataset.subset([k for k, path in enumerate(dataset.paths) if path not in bad])
+    empty = sorted(set(range(len(dataset.classes))) - set(kept.labels.tolist()))
+    if empty or not len(kept):
+        what = f"the class {dataset.classes[empty[0]]}" if empty else "the data set"
         raise UserError(
             f"{_bad_files(dataset, bad)}. That leaves no image of {what}: replace these files, or "
             "remove the class folder from train and val"
         )
-    entries = [found[path] for path in paths]
+    good = [found[path] for path in kept.paths]
     return replace(
-        dataset,
-        paths=paths,
-        labels=labels,
-        sizes=np.array([(entry.height, entry.width) for entry in entries], dtype=np.int64),
-        stamps=tuple(entry[:2] for entry in entries),
+        kept,
+        sizes=np.array([(entry.height, entry.width) for entry in good], dtype=np.int64),
+        stamps=tuple(entry[:2] for entry in good),
         skipped=dict(sorted(bad.items())),
-        fingerprint=fingerprint_of(paths, labels, [entry.bytes for entry in entries])
+        fingerprint=fingerprint_of(kept.paths, kept.labels, [entry.bytes for entry in good])
         if bad
         else dataset.fingerprint,
     )
@@ -185,67 +181,57 @@ def remember_bad(dataset: ImageFolder, indices: Sequence[int], reason: str) -> N
     _write_memory(dataset, memory)
 
 
-def _decode_all(
-    dataset: ImageFolder,
-    judge: str,
-    pending: list[tuple[str, Stamp]],
-    found: _Memory,
-    bad: dict[str, str],
-    progress: bool,
-) -> None:
-    """Add results to ``found``, and errors that may pass to ``bad``."""
-
-    def decode(item: tuple[str, Stamp]) -> _Entry | OSError:
-        path, stamp = item
-        try:
-            return _decode(dataset.root / path, stamp, judge)
-        except OSError as error:
-            return error
-
-    # decoding releases the interpreter's lock, so threads scale
-    pool = ThreadPoolExecutor(min(16, os.cpu_count() or 1))
+def _remembered(
+    dataset: ImageFolder, path: str, known: _Memory, judge: str, on_bad: OnBad
+) -> _Entry | None:
+    """The earlier result for a file; None if it must be judged now."""
+    entry = known.get(path)
+    # every judge reads the headers
+    if entry is None or judge not in (entry.judge, "headers"):
+        return None
+    # a bad file that stopped a run may have been repaired, whatever its stamp
+    if entry.problem and on_bad == "stop":
+        return None
     try:
-        bar = tqdm(
-            zip(pending, pool.map(decode, pending), strict=True),
-            desc=f"checking {dataset.split} images",
-            total=len(pending),
-            unit="image",
-            # None: no bar unless stderr is a terminal
-            disable=None if progress and pending else True,
-        )
-        for (path, _), result in bar:
-            if isinstance(result, OSError):
-                bad[path] = result.strerror or str(result)
-            else:
-                found[path] = result
-    finally:
-        pool.shutdown(cancel_futures=True)
+        status = os.stat(dataset.root / path)
+    except OSError:
+        return None
+    return entry if entry[:2] == (status.st_size, status.st_mtime_ns) else None
 
 
-def _decode(path: Path, stamp: Stamp, judge: str) -> _Entry:
-    """Judge one file; OSError if the disk, the permissions or DALI as a whole fail."""
+def _judge(root: Path, path: str, *, judge: str) -> _Entry:
+    """Judge one file; no judge signs what the disk, the permissions or DALI as a whole refuse."""
     try:
-        with open(path, "rb") as file:
+        with open(root / path, "rb") as file:
+            status = os.fstat(file.fileno())
             # Pillow reads no more of the file than it needs for the header
             content = b"" if judge == "headers" else file.read()
-            image = Image.open(file if judge == "headers" else io.BytesIO(content))
+            stamp = (status.st_size, status.st_mtime_ns)
+            return _decode(file if judge == "headers" else io.BytesIO(content), stamp, judge)
+    except OSError as error:
+        return _Entry(0, 0, "", problem=error.strerror or str(error))
+
+
+def _decode(file: BinaryIO, stamp: Stamp, judge: str) -> _Entry:
+    try:
+        image = Image.open(file)
         if image.format not in _FORMATS:
             return _Entry(*stamp, judge, problem=f"{image.format}, not PNG or JPEG")
         if judge == "pillow":
             # verify() tests the checksums, after which the pixels need a new open()
             image.verify()
-            image = Image.open(io.BytesIO(content))
+            image = Image.open(file)
             image.load()
+    except UnidentifiedImageError:
+        problem = "cannot identify it as an image" if stamp[0] else "empty file"
+        return _Entry(*stamp, judge, problem=problem)
     # Pillow raises nearly anything for damaged files (SyntaxError for PNG, struct.error, ...)
     except Exception as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise
-        problem = str(error) or type(error).__name__
-        if isinstance(error, UnidentifiedImageError):
-            problem = "cannot identify it as an image" if stamp[0] else "empty file"
-        return _Entry(*stamp, judge, problem=problem)
+        return _Entry(*stamp, judge, problem=str(error) or type(error).__name__)
     problem = ""
-    if judge == "dali" and not _dali_decodes(content):
+    if judge == "dali" and not _dali_decodes(file):
         # out of memory or threads is no file's fault
         if not _dali_decodes(_pixel()):
             raise OSError("DALI decodes nothing at all at the moment")
@@ -253,21 +239,21 @@ def _decode(path: Path, stamp: Stamp, judge: str) -> _Entry:
     return _Entry(*stamp, judge, image.height, image.width, problem)
 
 
-def _dali_decodes(content: bytes) -> bool:
+def _dali_decodes(file: BinaryIO) -> bool:
     # imported late: it loads slowly, and is not needed if all files are known
     from isofast.data.dali import SingleDecoder
 
     if not hasattr(_of_thread, "decoder"):
         _of_thread.decoder = SingleDecoder()
     decoder: SingleDecoder = _of_thread.decoder
-    return decoder.decodes(content)
+    file.seek(0)
+    return decoder.decodes(file.read())
 
 
-@functools.cache
-def _pixel() -> bytes:
+def _pixel() -> BinaryIO:
     file = io.BytesIO()
     Image.new("RGB", (1, 1)).save(file, "PNG")
-    return file.getvalue()
+    return file
 
 
 def _bad_files(dataset: ImageFolder, bad: Mapping[str, str], root: Path | str | None = None) -> str:

@@ -5,16 +5,16 @@ was stopped leaves nothing half-written: given again it starts over, or finishes
 """
 
 import contextlib
-import errno
 import fcntl
 import hashlib
 import json
 import os
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -74,11 +74,9 @@ def prepare(
 
     Args:
         name: one of `NAMES`.
-        root: the data root, made where it is missing.
-        archive: the official file, for the data sets that come in one; without it the file is
-            downloaded.
-        on_bad: "stop" refuses unreadable images, "skip" leaves them out of the counts, and of
-            a run with ``data.on_bad_image`` "skip".
+        root: the data root, made if it is missing.
+        archive: the official file, for data sets that come in one; downloaded if not given.
+        on_bad: "stop" refuses unreadable images, "skip" leaves them out of the counts.
 
     Raises:
         UserError: unknown name, an archive that is missing, damaged, not the official one or not
@@ -92,113 +90,75 @@ def prepare(
     if name == "imagefolder":
         return _count(name, root, on_bad, already_there=True)
 
-    def build(folder: Path) -> None:
-        if name == "digits":
-            _write_digits(folder)
-            return
-        # torchvision takes its time to load
-        from isofast.data.official import fetch, write_official
-
-        given = Path(archive) if archive is not None else fetch(name, root / _DOWNLOAD)
-        write_official(name, given, folder)
-
     try:
+        root.mkdir(parents=True, exist_ok=True)
         with _locked(root):
-            return _prepare(name, root, build, on_bad)
+            return _prepare(name, root, archive, on_bad)
     except OSError as error:
-        raise UserError(_failure(name, root, error)) from error
+        raise UserError(
+            f"cannot prepare {name} in {root}: {error}. Solve that or give another --root, then "
+            "repeat the command"
+        ) from error
 
 
 def prepared_name(root: Path) -> str | None:
-    """The data set that `isofast prepare` made in root; None where it did not."""
-    try:
-        return str(json.loads((root / MANIFEST).read_text())["name"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
+    """Return the name of the data set that `isofast prepare` made in root; None for another."""
+    return _manifest(root).get("name")
 
 
-def _prepare(name: str, root: Path, build: Callable[[Path], None], on_bad: OnBad) -> PreparedCounts:
-    partial = root / _PARTIAL
-    if (root / MANIFEST).exists():
+def _prepare(name: str, root: Path, archive: Path | str | None, on_bad: OnBad) -> PreparedCounts:
+    partial, download = root / _PARTIAL, root / _DOWNLOAD
+    already_there = (root / MANIFEST).exists()
+    if already_there:
         _verify_prepared(name, root)
-        # of a command that was stopped after its last move
-        for leftover in (partial, root / _DOWNLOAD):
-            shutil.rmtree(leftover, ignore_errors=True)
-        return _count(name, root, on_bad, already_there=True)
-    # a finished build has its manifest: what was stopped is the move alone
-    finished = prepared_name(partial)
-    if finished not in (None, name):
-        raise UserError(
-            f"{root} holds {finished}, half moved into place; finish that with `isofast prepare "
-            f"{finished} --root {root}`, or give another --root for {name}"
-        )
-    if finished is None:
-        shutil.rmtree(partial, ignore_errors=True)
-        present = [split for split in (*SPLITS, UNLABELED) if (root / split).exists()]
-        if present:
-            raise UserError(
-                f"{root} already holds {' and '.join(present)}, not made by `isofast prepare`. "
-                "Give another --root, or check your own folder with "
-                f"`isofast prepare imagefolder --root {root}`"
-            )
-        try:
-            partial.mkdir()
-            build(partial)
-            # the check comes first: unreadable images stop the build
-            _count(name, partial, on_bad, already_there=False)
-            _write_manifest(name, partial)
-        except BaseException:
-            shutil.rmtree(partial, ignore_errors=True)
-            raise
-    for entry in sorted(partial.iterdir(), key=lambda path: path.name == MANIFEST):
-        entry.rename(root / entry.name)
-    partial.rmdir()
-    shutil.rmtree(root / _DOWNLOAD, ignore_errors=True)
-    return _count(name, root, on_bad, already_there=False)
-
-
-def _failure(name: str, root: Path, error: OSError) -> str:
-    """What the system refused, in what state that leaves the root, and what helps."""
-    reason = error.strerror or str(error)
-    if error.filename is not None:
-        reason += f": {os.fsdecode(error.filename)}"
-    # in a folder that may not be searched nothing exists
-    if os.path.exists(root / _PARTIAL / MANIFEST):
-        remedy = (
-            "All is built and waits to be moved into place; give the same command again to finish"
-        )
     else:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        remedy = (
-            f"Nothing half-written was left; {'free space' if full else 'mend that'} or give "
-            "another --root, then give the same command again"
-        )
-    return f"cannot prepare {name} in {root}: {reason}. {remedy}"
+        # a finished build has its manifest: only the move was stopped
+        if prepared_name(partial) != name:
+            present = [split for split in (*SPLITS, UNLABELED) if (root / split).exists()]
+            if present:
+                raise UserError(
+                    f"{root} already holds {' and '.join(present)}, not made by `isofast prepare "
+                    f"{name}`. Give another --root, or check your own folder with "
+                    f"`isofast prepare imagefolder --root {root}`"
+                )
+            _build(name, partial, archive, download, on_bad)
+        for entry in sorted(partial.iterdir(), key=lambda path: path.name == MANIFEST):
+            entry.rename(root / entry.name)
+    # also those of a command that was stopped after its last move
+    for leftover in (partial, download):
+        shutil.rmtree(leftover, ignore_errors=True)
+    return _count(name, root, on_bad, already_there=already_there)
+
+
+def _build(
+    name: str, partial: Path, archive: Path | str | None, download: Path, on_bad: OnBad
+) -> None:
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    try:
+        if name == "digits":
+            _write_digits(partial)
+        else:
+            # torchvision loads slowly
+            from isofast.data.official import fetch, write_official
+
+            given = fetch(name, download) if archive is None else Path(archive)
+            write_official(name, given, partial)
+        # before the manifest, as unreadable images stop the build
+        _count(name, partial, on_bad, already_there=False)
+        text = json.dumps({"name": name, "sha256_by_class": _class_digests(partial)}, indent=1)
+        write_atomically(partial / MANIFEST, lambda part: part.write_text(text))
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
 
 
 @contextlib.contextmanager
 def _locked(root: Path) -> Iterator[None]:
-    """Make a root and let one process at a time prepare it; the others wait and find it done."""
-    made: set[Path] = set()
-    descriptor = _lock(root, made)
+    """Let one process at a time prepare a root; the others wait and find it done."""
+    descriptor = os.open(root, os.O_RDONLY)
     try:
-        yield
-    finally:
-        # before the lock is given up: whoever waits for it then sees that the root is gone
-        for folder in sorted(made, key=lambda path: len(path.parts), reverse=True):
-            # only succeeds where nothing was put into it
-            with contextlib.suppress(OSError):
-                folder.rmdir()
-        os.close(descriptor)
-
-
-def _lock(root: Path, made: set[Path]) -> int:
-    """A descriptor that has the root locked; notes the folders that were missing."""
-    while True:
-        made |= {folder for folder in (root, *root.parents) if not folder.exists()}
-        root.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(root, os.O_RDONLY)
-        # some network file systems have no locks; then nobody waits
+        # without locks, as on some network file systems, nobody waits
         with contextlib.suppress(OSError):
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -206,10 +166,8 @@ def _lock(root: Path, made: set[Path]) -> int:
                 note = f"another isofast prepare works on {root}; waiting for it to end"
                 tqdm.write(note, file=sys.stderr)
                 fcntl.flock(descriptor, fcntl.LOCK_EX)
-        # a command that has failed removes the root that it made, and so what was locked here
-        with contextlib.suppress(FileNotFoundError):
-            if os.path.samestat(os.fstat(descriptor), os.stat(root)):
-                return descriptor
+        yield
+    finally:
         os.close(descriptor)
 
 
@@ -236,9 +194,12 @@ def _count(name: str, root: Path, on_bad: OnBad, *, already_there: bool) -> Prep
     )
 
 
-def _write_manifest(name: str, folder: Path) -> None:
-    text = json.dumps({"name": name, "sha256_by_class": _class_digests(folder)}, indent=1)
-    write_atomically(folder / MANIFEST, lambda part: part.write_text(text))
+def _manifest(root: Path) -> dict[str, Any]:
+    """What was written of a prepared root; empty if it is missing or damaged."""
+    try:
+        return dict(json.loads((root / MANIFEST).read_text()))
+    except (OSError, ValueError, TypeError):
+        return {}
 
 
 def _verify_prepared(name: str, root: Path) -> None:
@@ -250,13 +211,7 @@ def _verify_prepared(name: str, root: Path) -> None:
     found = prepared_name(root)
     if found not in (None, name):
         raise UserError(f"{root} holds {found}, not {name}; give another --root")
-    try:
-        expected = json.loads((root / MANIFEST).read_text())["sha256_by_class"]
-        present = _class_digests(root)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"{root} is no longer whole ({error}). Delete it and prepare it again"
-        ) from error
+    expected, present = _manifest(root).get("sha256_by_class", {}), _class_digests(root)
     changed = sorted(k for k in expected | present if expected.get(k) != present.get(k))
     if changed:
         raise UserError(
@@ -268,13 +223,12 @@ def _verify_prepared(name: str, root: Path) -> None:
 def _class_digests(root: Path) -> dict[str, str]:
     """sha256 of each class's names and contents, by "split/class" or "unlabeled"."""
     # hidden files are what file managers put beside the images (.DS_Store)
-    splits = [root / split for split in SPLITS]
-    folders = sorted(p for s in splits for p in s.iterdir() if not p.name.startswith("."))
+    folders = sorted(p for s in SPLITS for p in (root / s).glob("*") if p.name[0] != ".")
     folders += [folder for folder in [root / UNLABELED] if folder.is_dir()]
     digests = {}
     for folder in tqdm(folders, desc="checksums", unit="class", leave=False, disable=None):
         digest = hashlib.sha256()
-        # a file among the class folders counts as a class of its own
+        # a file among the class folders counts as a class
         for path in sorted(folder.iterdir()) if folder.is_dir() else [folder]:
             if not path.name.startswith("."):
                 digest.update(os.fsencode(path.name))

@@ -3,18 +3,13 @@
 Small archives stand in for the official ones, with their own checksums in torchvision's tables.
 """
 
-import bz2
-import gzip
 import hashlib
 import io
-import lzma
 import pickle
-import stat
 import subprocess
 import tarfile
 import zipfile
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +27,7 @@ RNG = np.random.default_rng(0)
 TOP = "tiny-imagenet-200"
 CIFAR = "cifar-100-python"
 STL = "stl10_binary"
-WHOLE = r"is not a whole tar or zip file.*Download it again"
+WHOLE = "cannot unpack .*not a whole and safe tar or zip file; download it again"
 
 
 def md5(content: bytes) -> str:
@@ -132,12 +127,12 @@ def unpack(root: Path, files: Files) -> Path:
 
 
 def refuse(name: str, archive: Path, match: str) -> None:
-    """The archive is refused by its name, and nothing but the archive is left."""
-    before = sorted(archive.parent.iterdir())
+    """The archive is refused by its name, and nothing of it is left."""
+    root = archive.parent / "root"
     with pytest.raises(UserError, match=match) as caught:
-        prepare(name, archive.parent / "new" / "root", archive)
+        prepare(name, root, archive)
     assert archive.name in str(caught.value)
-    assert sorted(archive.parent.iterdir()) == before
+    assert not any(root.iterdir())
 
 
 def assert_same_images(
@@ -181,7 +176,7 @@ def test_real_tinyimagenet_keeps_its_files(tiny_zip: Path, tiny_root: Path) -> N
         assert (dataset.sizes == 64).all()
 
 
-@pytest.mark.parametrize("suffix", ["tar", "tar.gz", "tar.bz2", "tar.xz", "zip"])
+@pytest.mark.parametrize("suffix", ["tar.gz", "zip"])
 def test_cifar100_is_torchvisions(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str
 ) -> None:
@@ -236,44 +231,24 @@ def test_tinyimagenet_layout(tmp_path: Path, suffix: str) -> None:
 
 
 ANNOTATIONS = f"{TOP}/val/val_annotations.txt"
-SPOILED_TINY: dict[str, tuple[Callable[[Files], object], str]] = {
-    "no annotations": (lambda f: f.pop(ANNOTATIONS), "has 0 files FOLDER/val/val_annotations.txt"),
-    "two tops": (lambda f: f.update({"b/val/val_annotations.txt": b""}), "has 2 files FOLDER/val"),
-    "class that escapes": (lambda f: f.update({ANNOTATIONS: b"val_0.JPEG\t.."}), "the class or"),
-    "annotated image missing": (
-        lambda f: f.pop(f"{TOP}/val/images/val_0.JPEG"),
-        r"'val_0\.JPEG.*not in the archive",
-    ),
+SPOILED_TINY: dict[str, tuple[dict[str, bytes | None], str]] = {
+    "no annotations": ({ANNOTATIONS: None}, "has 0 files FOLDER/val/val_annotations.txt"),
+    "two tops": ({"b/val/val_annotations.txt": b""}, "has 2 files FOLDER/val"),
+    "annotated image missing": ({f"{TOP}/val/images/val_0.JPEG": None}, r"'val_0\.JPEG.*not in"),
     "annotated twice": (
-        lambda f: f.update({ANNOTATIONS: b"val_0.JPEG\tn001\t0\nval_0.JPEG\tn002\t0"}),
+        {ANNOTATIONS: b"val_0.JPEG\tn001\t0\nval_0.JPEG\tn002\t0"},
         "has a class already",
     ),
-    "annotation of no class": (lambda f: f.update({ANNOTATIONS: b"val_0.JPEG\tn999"}), "n999"),
-    "annotation that escapes": (
-        lambda f: f.update({ANNOTATIONS: b"../../../wnids.txt\tn001\t0"}),
-        "not in the archive",
-    ),
-    "class without images": (
-        lambda f: [f.pop(f"{TOP}/train/n002/images/n002_{k}.JPEG") for k in range(3)],
-        "the class or the image is not in the archive",
-    ),
+    "class that escapes": ({ANNOTATIONS: b"val_0.JPEG\t.."}, "the class or the image is not"),
+    "image that escapes": ({ANNOTATIONS: b"../../../wnids.txt\tn001"}, "not in the archive"),
 }
 
 
 @pytest.mark.parametrize("name", SPOILED_TINY)
 def test_spoiled_tinyimagenet_is_refused(tmp_path: Path, name: str) -> None:
-    spoil, match = SPOILED_TINY[name]
-    files = tiny_files()
-    spoil(files)
+    changes, match = SPOILED_TINY[name]
+    files = {k: v for k, v in (tiny_files() | changes).items() if v is not None}
     refuse("tinyimagenet", write_archive(tmp_path / "tiny.zip", files), match)
-
-
-def test_a_class_without_val_images_is_named(tmp_path: Path) -> None:
-    files = tiny_files() | {ANNOTATIONS: b"val_0.JPEG\tn001\t0"}
-    archive = write_archive(tmp_path / "tiny.zip", files)
-    with pytest.raises(UserError, match="differ; only in train: n002"):
-        prepare("tinyimagenet", tmp_path / "root", archive)
-    assert list(tmp_path.iterdir()) == [archive]
 
 
 def test_a_spoiled_image_can_be_left_out(tmp_path: Path) -> None:
@@ -285,15 +260,13 @@ def test_a_spoiled_image_can_be_left_out(tmp_path: Path) -> None:
         UserError, match=rf"{unread}.*download a damaged archive again.*--on-bad-image skip"
     ):
         prepare("tinyimagenet", tmp_path / "root", archive)
-    assert list(tmp_path.iterdir()) == [archive]
+    assert not any((tmp_path / "root").iterdir())
     counts = prepare("tinyimagenet", tmp_path / "root", archive, on_bad="skip")
     assert (counts.classes, counts.train, counts.val) == (2, 5, 4)
     assert "\n1 of 6 train images cannot be read: train/n001/n001_1.JPEG (" in str(counts)
-    # said again, and known to the check before a run
+    # and when it is asked again
     again = prepare("tinyimagenet", tmp_path / "root", on_bad="skip")
     assert again.notes == counts.notes and again.train == 5
-    dataset = check_folder(open_dataset(tmp_path / "root", "train"), on_bad="skip")
-    assert list(dataset.skipped) == ["train/n001/n001_1.JPEG"]
     write_archive(archive, files | {name: b"text" for name in files if "/n001/images/" in name})
     with pytest.raises(UserError, match="leaves no image of the class n001"):
         prepare("tinyimagenet", tmp_path / "other", archive, on_bad="skip")
@@ -309,7 +282,7 @@ class Malicious:
         return subprocess.check_call, (["touch", str(self.path)],)
 
 
-@pytest.mark.parametrize("file", ["train", "test", "meta"])
+@pytest.mark.parametrize("file", ["test", "meta"])
 def test_no_pickle_is_opened_that_is_not_the_official_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str
 ) -> None:
@@ -335,92 +308,23 @@ def test_archives_of_something_else_are_refused(
     refuse("cifar100", lacking, "missing or has another md5. Download it again")
 
 
-def test_one_changed_pixel_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    files = stl10_files()
-    certify(monkeypatch, theirs.STL10, files)
-    first, *rest = files[f"{STL}/unlabeled_X.bin"]
-    files[f"{STL}/unlabeled_X.bin"] = bytes([first ^ 1, *rest])
-    refuse(
-        "stl10", write_archive(tmp_path / "stl.tar", files), "not the official archive.*another md5"
-    )
-
-
-TO_IMAGE = f"{TOP}/train/n001/images/link.JPEG"
-UNSAFE: dict[str, tuple[dict[str, object], str]] = {
-    "escapes": ({"name": "../evil"}, "outside the destination"),
-    "symlink": ({"type": tarfile.SYMTYPE, "linkname": "/etc/passwd"}, "is a link"),
-    # stays inside until the image is moved
-    "relative symlink": ({"type": tarfile.SYMTYPE, "linkname": "../../../../x.JPEG"}, "is a link"),
-    "hard link": ({"type": tarfile.LNKTYPE, "linkname": f"{TOP}/wnids.txt"}, "is a link"),
-    "device": ({"type": tarfile.CHRTYPE}, "special file"),
-    "fifo": ({"type": tarfile.FIFOTYPE}, "special file"),
-}
-
-
-@pytest.mark.parametrize("case", UNSAFE)
-def test_unsafe_members_of_tars_are_refused(tmp_path: Path, case: str) -> None:
-    member, match = UNSAFE[case]
-    archive = write_archive(tmp_path / "unsafe.tar", tiny_files())
-    info = tarfile.TarInfo(TO_IMAGE)
-    for key, value in member.items():
-        setattr(info, key, value)
-    with tarfile.open(archive, "a") as opened:
-        opened.addfile(info)
-    refuse("tinyimagenet", archive, f"is unsafe: .*{match}")
-
-
-@pytest.mark.parametrize(
-    ("suffix", "name"), [("zip", "../evil"), ("zip", "/evil"), ("tar", "/evil")]
-)
-def test_names_outside_that_are_brought_inside(tmp_path: Path, suffix: str, name: str) -> None:
-    """With the rest of what is not wanted they are thrown away."""
-    files = tiny_files() | {name: b"x", f"{TOP}/../../../../evil" if suffix == "zip" else "x": b"x"}
-    archive = write_archive(tmp_path / f"tiny.{suffix}", files)
-    counts = prepare("tinyimagenet", tmp_path / "new" / "root", archive)
-    assert (counts.train, counts.val) == (6, 4)
-    assert list(tmp_path.rglob("evil")) == [] and not Path("/evil").exists()
-
-
-def test_a_link_in_a_zip_is_no_image(tmp_path: Path) -> None:
-    archive = write_archive(tmp_path / "tiny.zip", tiny_files())
-    link = zipfile.ZipInfo(TO_IMAGE)
-    link.external_attr = (stat.S_IFLNK | 0o777) << 16
-    with zipfile.ZipFile(archive, "a") as opened:
-        opened.writestr(link, "n001_0.JPEG")
-    with pytest.raises(UserError, match=r"1 of 7 train images cannot be read: .*link\.JPEG"):
-        prepare("tinyimagenet", tmp_path / "root", archive)
-
-
-def test_archives_that_are_no_whole_file_are_named(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    files = cifar100_files()
-    certify(monkeypatch, theirs.CIFAR100, files)
-    tar = write_archive(tmp_path / "whole.tar", files).read_bytes()
-    packed = gzip.compress(tar)
-    flipped = bytearray(packed)
-    flipped[len(packed) // 2] ^= 0xFF
-    first_member = 512 + 512 * -(-len(files[f"{CIFAR}/train"]) // 512)
+def test_archives_that_are_not_whole_or_not_safe_are_refused(tmp_path: Path) -> None:
     zipped = write_archive(tmp_path / "whole.zip", tiny_files()).read_bytes()
+    packed = write_archive(tmp_path / "whole.tar.gz", tiny_files()).read_bytes()
     # inside the packed bytes of an image, so only its checksum tells
     place = zipped.index(b"n002_2.JPEG") + 200
     locked = bytearray(zipped)
     # the first of the flags says that a password is needed, in both headers of the file
     for header, flags in ((b"PK\x03\x04", 6), (b"PK\x01\x02", 8)):
         locked[locked.index(header) + flags] |= 1
+    escaping = write_archive(tmp_path / "escaping.tar", {"../evil": b"x"}).read_bytes()
     for name, content, match in (
-        ("cut.tar", tar[: len(tar) // 3], WHOLE),
-        ("between.tar", tar[:first_member], "missing or has another md5"),
         ("cut.tar.gz", packed[: len(packed) // 2], WHOLE),
-        ("flipped.tar.gz", bytes(flipped), f"{WHOLE}|another md5"),
-        ("cut.tar.bz2", bz2.compress(tar)[:-100], WHOLE),
-        ("cut.tar.xz", lzma.compress(tar)[: len(packed) // 2], WHOLE),
-        ("cut.zip", zipped[: len(zipped) * 2 // 3], WHOLE),
         ("flipped.zip", zipped[:place] + bytes(8) + zipped[place + 8 :], WHOLE),
         ("locked.zip", bytes(locked), "password"),
         ("text.tar.gz", b"<html>404 not found</html>", WHOLE),
-        ("empty.zip", b"", WHOLE),
+        ("escaping.tar", escaping, "outside the destination"),
     ):
         (tmp_path / name).write_bytes(content)
-        refuse("tinyimagenet" if "zip" in name else "cifar100", tmp_path / name, match)
+        refuse("tinyimagenet", tmp_path / name, match)
     refuse("cifar100", tmp_path / "nowhere.tar", r"there is no archive .*give its path as --arc")
