@@ -1,9 +1,8 @@
 """Every random number of the data: image orders and augmentation parameters.
 
-All of it is a pure function of (seed, epoch, image index, view), computed by the counter-based
-generator Philox 4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011). So
-what an image goes through does not depend on the number of ranks, the batch size, threads or
-a resume, and not on the version of a library's random generator either.
+All are pure functions of (seed, epoch, image index, view) by the counter-based generator
+Philox 4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011), independent of
+ranks, batch size, threads, resume and library versions.
 
 Shapes: N images.
 """
@@ -94,9 +93,9 @@ def _words(indices_N: Ints, *, seed: int, epoch: int, stream: int, blocks: int) 
 
 
 def epoch_order(images: int, *, seed: int, epoch: int) -> Ints:
-    """Give the order of one epoch: a permutation of range(images), (images,) int64."""
+    """Return the order of one epoch: a permutation of range(images), (images,) int64."""
     words = _words(np.arange(images), seed=seed, epoch=epoch, stream=_ORDER_STREAM, blocks=1)
-    # equal keys are next to impossible, and stable sorting settles them the same way everywhere
+    # a stable sort settles equal keys the same way everywhere
     return np.argsort((words[:, 0] << np.uint64(32)) | words[:, 1], kind="stable")
 
 
@@ -106,7 +105,7 @@ def draw(
     """Draw the parameters of view 1 or 2 for the given images of one epoch.
 
     Args:
-        recipe: the row of the table.
+        recipe: ranges and probabilities.
         view: 1 or 2.
         sizes_N2: height and width of each stored image, in pixels.
         indices_N: which images of the data set these are; the key of their randomness.
@@ -118,16 +117,8 @@ def draw(
     words = _words(indices_N, seed=seed, epoch=epoch, stream=view, blocks=10)
     unit_NK: Floats = (words.astype(np.float64) + 0.5) / 2.0**32
     crop_u, other_u = unit_NK[:, : 2 * _TRIES + 2], unit_NK[:, 2 * _TRIES + 2 :]
-    place, jitter, gray, blur, sigma, solarize, flip, order = (
-        other_u[:, 0:5],
-        other_u[:, 5:10],
-        other_u[:, 10],
-        other_u[:, 11],
-        other_u[:, 12],
-        other_u[:, 13],
-        other_u[:, 14],
-        other_u[:, 15],
-    )
+    place, jitter = other_u[:, 0:5], other_u[:, 5:10]
+    gray, blur, sigma, solarize, flip, order = other_u[:, 10:16].T
     jittered = jitter[:, 0] < row.jitter_p
 
     def factor(strength: float, u: Floats) -> npt.NDArray[np.float32]:
@@ -152,13 +143,12 @@ def draw(
 
 
 def colour_matrices(drawn: ViewDraw) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
-    """Write colour jitter and gray as one affine map of RGB for each image.
+    """Combine colour jitter and gray into one affine map of RGB for each image.
 
     A pixel p of an image with mean pixel m becomes map_N33 @ p + mean_map_N33 @ m. Brightness
     scales, contrast pulls towards the image's mean luma, saturation and gray towards the pixel's
-    luma (ITU-R 601, as PIL has it), and hue turns the colour about the gray axis. The first three
-    commute, so the random order that torchvision gives them matters only where values clip. Turning
-    about the gray axis is the linear map nearest in meaning to a shift of hue in HSV.
+    luma (ITU-R 601, as in Pillow). These commute, so torchvision's random order matters only where
+    values clip. Hue rotates about the gray axis, the linear map closest to a hue shift in HSV.
 
     Returns:
         map_N33, mean_map_N33, float32.
@@ -181,10 +171,10 @@ def colour_matrices(drawn: ViewDraw) -> tuple[npt.NDArray[np.float32], npt.NDArr
 def clean_windows(
     recipe: Recipe, sizes_N2: Ints
 ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
-    """Say which part of each stored image its clean view shows.
+    """Return which part of each stored image its clean view shows.
 
-    It is torchvision's Resize(resize_short), CenterCrop(crop), told as a region of the stored
-    image, so that a very long image is never resized as a whole.
+    This is torchvision's Resize(resize_short), CenterCrop(crop) as a region of the stored image, so
+    that a very long image is never resized as a whole.
 
     Returns:
         start_N2, end_N2: float32, (y, x) in pixels of the stored image.

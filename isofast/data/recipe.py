@@ -49,7 +49,7 @@ _SIZES: dict[str, tuple[int, int, RGB, RGB]] = {
 def recipe_for(
     name: str, *, crop: int | None = None, augmentation: AugmentationConfig | None = None
 ) -> Recipe:
-    """The recipe of a data set.
+    """Return the recipe of a data set.
 
     Args:
         name: the data set.

@@ -1,7 +1,6 @@
 """Small data roots, made once a session, and the real pictures where they are at hand."""
 
 import shutil
-import tarfile
 from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
@@ -27,28 +26,27 @@ from isofast.data.prepare import prepare
 CPU = torch.device("cpu")
 SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
 TINY_ZIP = SHARED / "tiny-imagenet-20-classes.zip"
-CIFAR10_TAR = SHARED / "cifar-10-batches-py.tar.xz"
 
 
-def write_images(root: Path, *, train: int, val: int, classes: int = 3, side: int = 24) -> None:
-    """Fill a data root with smooth coloured pictures, PNG and JPEG in turn, of several sizes."""
+def write_images(root: Path, split: str, count: int, *, one_size: bool = False) -> None:
+    """Write smooth coloured pictures of three classes: PNG and JPEG in turn, of several sizes."""
     rng = np.random.default_rng(0)
-    for split, count in (("train", train), ("val", val)):
-        for label in range(classes):
-            folder = root / split / f"class{label}"
-            folder.mkdir(parents=True)
-            for k in range(count):
-                coarse = rng.integers(0, 256, (4, 5, 3), dtype=np.uint8)
-                size = (side + 3 * (k % 4), side + 2 * (k % 3))
-                image = Image.fromarray(coarse).resize(size, Image.Resampling.BICUBIC)
-                image.save(folder / f"{k:03d}.{'png' if k % 2 else 'jpg'}")
+    for k in range(count):
+        folder = root / split / f"class{k % 3}"
+        folder.mkdir(parents=True, exist_ok=True)
+        coarse = Image.fromarray(rng.integers(0, 256, (4, 5, 3), dtype=np.uint8))
+        n = k // 3
+        size = (22, 28) if one_size else (24 + 3 * (n % 4), 24 + 2 * (n % 3))
+        name = f"{n:03d}.{'png' if one_size or n % 2 else 'jpg'}"
+        coarse.resize(size, Image.Resampling.BICUBIC).save(folder / name)
 
 
 @pytest.fixture(scope="session")
 def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A data root with 3 classes, 51 train and 15 val images; only to be read."""
     root = tmp_path_factory.mktemp("pictures")
-    write_images(root, train=17, val=5)
+    write_images(root, "train", 51)
+    write_images(root, "val", 15)
     return root
 
 
@@ -71,14 +69,9 @@ def val_set(pictures: Path) -> ImageFolder:
 
 @pytest.fixture(scope="session")
 def photo_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """51 smooth coloured PNGs of 28 x 22 pixels in three classes."""
+    """51 PNGs of 28 x 22 pixels."""
     root = tmp_path_factory.mktemp("photos")
-    rng = np.random.default_rng(0)
-    for k in range(51):
-        folder = root / "train" / f"class{k % 3}"
-        folder.mkdir(parents=True, exist_ok=True)
-        coarse = Image.fromarray(rng.integers(0, 256, (5, 4, 3), dtype=np.uint8))
-        coarse.resize((22, 28), Image.Resampling.BICUBIC).save(folder / f"{k:03d}.png")
+    write_images(root, "train", 51, one_size=True)
     return root
 
 
@@ -152,18 +145,3 @@ def tiny_root(tmp_path_factory: pytest.TempPathFactory, tiny_zip: Path) -> Path:
 def photos(tiny_root: Path) -> ImageFolder:
     """The 1,000 real validation pictures, 64 x 64, some of them gray."""
     return check_folder(open_dataset(tiny_root, "val"), progress=False)
-
-
-@pytest.fixture(scope="session")
-def cifar10(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """The real CIFAR-10: prepared from its archive, and unpacked for torchvision's own reader."""
-    if not CIFAR10_TAR.exists():
-        pytest.skip(f"needs {CIFAR10_TAR.name}, which is not in {CIFAR10_TAR.parent}")
-    folder = tmp_path_factory.mktemp("cifar10")
-    with tarfile.open(CIFAR10_TAR) as archive:
-        archive.extractall(folder / "unpacked", filter="data")
-    # xz takes its time, so that it is read once, and prepared from what came out
-    with tarfile.open(folder / "repacked.tar", "w") as archive:
-        archive.add(folder / "unpacked" / "cifar-10-batches-py", "cifar-10-batches-py")
-    prepare("cifar10", folder / "root", folder / "repacked.tar")
-    return folder / "root", folder / "unpacked"

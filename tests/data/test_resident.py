@@ -21,7 +21,7 @@ from isofast.data import (
 )
 from isofast.data.draw import draw
 from isofast.data.resident import decode_images, parameter_rows, resident_gb
-from isofast.errors import RunError, UserError
+from isofast.errors import UserError
 from isofast_kernels.augment_reference import COLUMNS
 
 from .conftest import CPU, assert_same, take, train_loader
@@ -47,23 +47,6 @@ def test_files_do_not_matter_once_they_are_decoded(
     loader = make_loader(dataset, backend="resident")
     shutil.rmtree(tmp_path / "data")
     assert_same(take(loader, 14), take(make_loader(backend="resident"), 14))
-
-
-def test_a_file_lost_before_it_is_decoded_is_named(tmp_path: Path, photo_root: Path) -> None:
-    shutil.copytree(photo_root, tmp_path / "data")
-    dataset = check_folder(open_dataset(tmp_path / "data", "train"), progress=False)
-    (dataset.root / dataset.paths[7]).unlink()
-    with pytest.raises(RunError, match=f"{dataset.paths[7]} is not what it was"):
-        decode_images(dataset, np.arange(COUNT), CPU, threads=1, progress=False)
-
-
-def test_labels_pass_through_also_where_there_is_none(
-    photo_set: ImageFolder, make_loader: MakeLoader
-) -> None:
-    labels = np.arange(COUNT) - 1
-    numbered = replace(photo_set, labels=labels)
-    batch = take(make_loader(numbered, backend="resident", batch_size=COUNT), 1)[0]
-    assert sorted(batch.y_B.tolist()) == labels.tolist()
 
 
 # the operations that both backends define alike: everything but the jitter
@@ -139,23 +122,19 @@ def test_auto_takes_resident_on_a_gpu_where_set_and_recipe_allow_it(
     ("name", "crop", "limit", "message"),
     [
         ("digits", None, 8.0, "'digits' recipe rotates.*'dali'"),
-        (
-            "cifar10",
-            None,
-            1e-6,
-            r"51 decoded images take 9.42e-05 GB.*resident_limit_gb is 1e-06.*raise",
-        ),
+        ("cifar10", None, 1e-6, "51 decoded images take 9.42e-05 GB.*_limit_gb is 1e-06.*raise"),
         ("stl10", 6, 8.0, "sigma 2 reaches beyond a view of 6 pixels.*data.crop"),
+        ("sizes", None, 8.0, "51 .* have 12 sizes, from 24 x 24 to 28 x 33 pixels.*or use 'dali'"),
     ],
 )
 def test_resident_says_why_it_cannot(
-    photo_set: ImageFolder, name: str, crop: int | None, limit: float, message: str
+    photo_set: ImageFolder,
+    train_set: ImageFolder,
+    name: str,
+    crop: int | None,
+    limit: float,
+    message: str,
 ) -> None:
+    dataset, name = (train_set, "cifar10") if name == "sizes" else (photo_set, name)
     with pytest.raises(UserError, match=message):
-        resolve_backend("resident", photo_set, recipe_for(name, crop=crop), CPU, limit)
-
-
-def test_images_of_many_sizes_are_refused_by_resident(train_set: ImageFolder) -> None:
-    message = "51 training images have 12 sizes, from 24 x 24 to 28 x 33 pixels.*or use 'dali'"
-    with pytest.raises(UserError, match=message):
-        train_loader(train_set, recipe_for("cifar10"), backend="resident")
+        resolve_backend("resident", dataset, recipe_for(name, crop=crop), CPU, limit)
