@@ -65,14 +65,14 @@ def check_folder(
     """Check every image; return the data set with ``sizes`` and ``stamps`` filled in.
 
     Results are kept in the data root (`.isofast-checked-SPLIT.json`) by path, file size and
-    modification time, so later checks read only new or changed files. A read-only root is checked
-    each time. JPEG has no checksums: no decoder notices damage in the middle of one.
+    modification time; later checks read only new or changed files. A read-only root is checked each
+    time. JPEG has no checksums: no decoder notices damage in the middle.
 
     Args:
         dataset: what to check.
         check: "full" decodes every file, "headers" reads formats and sizes, "off" returns the data
-            set unchecked. After the latter two a damaged file ends the training run that reaches
-            it; DALI may crash the process.
+            set unchecked. After the latter two a damaged file ends the run that reaches it, and may
+            crash DALI.
         decoder: "dali" or "pillow"; DALI by default where it is installed.
         on_bad: "stop" refuses unreadable files; "skip" drops them and lists them in ``skipped``.
         progress: show a bar on stderr.
@@ -129,13 +129,13 @@ def check_folder(
 
 
 def default_decoder() -> Decoder:
-    """DALI where it is installed, else Pillow."""
+    """Return "dali" where it is installed, else "pillow"."""
     return "dali" if has_dali() else "pillow"
 
 
 @functools.cache
 def has_dali() -> bool:
-    """Whether DALI is installed, without importing it."""
+    """Return whether DALI is installed, without importing it."""
     try:
         return importlib.util.find_spec("nvidia.dali") is not None
     except ModuleNotFoundError:
@@ -143,7 +143,7 @@ def has_dali() -> bool:
 
 
 def read_sizes(dataset: ImageFolder, indices: Iterable[int]) -> npt.NDArray[np.int64]:
-    """Return heights and widths (N, 2) of some images, reading the headers of unchecked ones.
+    """Return heights and widths (N, 2), int64, reading the headers of unchecked images.
 
     Raises:
         RunError: a file has no readable header.

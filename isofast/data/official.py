@@ -50,7 +50,7 @@ def write_official(name: str, archive: Path, folder: Path) -> None:
     Args:
         name: "cifar10", "cifar100", "stl10" or "tinyimagenet".
         archive: a tar or zip of the official files, whose md5 must match; for TinyImageNet, which
-            publishes none, the official layout with any number of classes.
+            publishes none, any number of classes in the official layout.
         folder: an empty folder to write into.
 
     Raises:
@@ -75,7 +75,7 @@ def write_official(name: str, archive: Path, folder: Path) -> None:
 
 
 def fetch(name: str, folder: Path) -> Path:
-    """Download an official archive into ``folder``, unless it is there or beside it, and verify it.
+    """Download an official archive into ``folder`` and verify it, unless it is in or beside it.
 
     Raises:
         UserError: the host cannot be reached, or the download is not the official archive.

@@ -1,7 +1,7 @@
 """`isofast prepare`: put a data set on disk as root/train/CLASS/ and root/val/CLASS/, whole or not.
 
-Everything is built and checked in root/.partial and moved into place at the end, so a command that
-was stopped leaves nothing half-written: given again it starts over, or finishes the move.
+Everything is built and checked in root/.partial and moved into place at the end. A command that was
+stopped starts over when repeated, or finishes the move.
 """
 
 import contextlib

@@ -9,7 +9,6 @@ import io
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -23,7 +22,7 @@ from isofast.data.batches import Batch, Chunk
 from isofast.data.draw import Ints, ViewDraw
 from isofast.data.folder import ImageFolder, UndecodableError, read_files
 from isofast.data.recipe import Recipe
-from isofast.errors import RunError, UserError
+from isofast.errors import UserError
 from isofast_kernels import augment_views
 from isofast_kernels.augment_reference import COLUMNS
 
@@ -31,26 +30,12 @@ CHANNELS = 3
 _DECODED_AT_ONCE = 256
 
 
-class _DeviceChunk(NamedTuple):
-    """The inputs of T batches: (T, B), (T, V, B, P) and (T, B)."""
-
-    index_TB: torch.Tensor
-    parameters_TVBP: torch.Tensor
-    label_TB: torch.Tensor
-
-    def to(self, device: torch.device) -> "_DeviceChunk":
-        if device.type == "cpu":
-            return self
-        # torch does not reuse pinned memory before the copy is done
-        return _DeviceChunk(*(x.pin_memory().to(device, non_blocking=True) for x in self))
-
-
 class ResidentRenderer:
-    """Makes both views of batches of images that lie decoded on the device.
+    """Makes both views of batches from images decoded on the device.
 
-    The files no longer matter once they are decoded. A thread prepares a chunk ahead; a batch is
-    one launch on the current stream, and nothing waits for the device. A CPU runs the kernel's
-    slow reference. The images have one size, the recipe no affine maps.
+    A thread prepares a chunk ahead; a batch is one launch on the current stream, and nothing waits
+    for the device. A CPU runs the kernel's slow reference. All images have one size, and the recipe
+    has no affine maps.
     """
 
     backend = "resident"
@@ -65,7 +50,7 @@ class ResidentRenderer:
         dtype: torch.dtype = torch.float32,
         progress: bool = True,
     ) -> None:
-        self._labels = torch.from_numpy(dataset.labels)
+        self._labels = dataset.labels
         self._recipe, self._device, self._dtype = recipe, device, dtype
         self._blur = any(view.blur_p > 0 for view in (recipe.view1, recipe.view2))
         self._images: torch.Tensor | None = decode_images(
@@ -74,13 +59,17 @@ class ResidentRenderer:
         self._ahead = ThreadPoolExecutor(1, "isofast-draw")
 
     def render(self, chunks: Iterator[Chunk]) -> Iterator[Batch]:
-        """Yield the batches of the chunks, one by one."""
+        """Yield the batches of endless chunks until the renderer is closed."""
         following = self._ahead.submit(self._next, chunks)
-        while (chunk := following.result()) is not None:
+        while self._images is not None:
+            tensors = following.result()
             following = self._ahead.submit(self._next, chunks)
-            for index_B, parameters_VBP, y_B in zip(*chunk.to(self._device), strict=True):
+            if self._device.type == "cuda":
+                # torch does not reuse pinned memory before the copy is done
+                tensors = [x.pin_memory().to(self._device, non_blocking=True) for x in tensors]
+            for index_B, parameters_VBP, y_B in zip(*tensors, strict=True):
                 if self._images is None:
-                    raise RunError("this data loader has been closed; make a new one")
+                    return
                 x1_BCHW, x2_BCHW = augment_views(
                     self._images,
                     index_B,
@@ -105,16 +94,13 @@ class ResidentRenderer:
         self._ahead.shutdown(cancel_futures=True)
         self._images = None
 
-    def _next(self, chunks: Iterator[Chunk]) -> _DeviceChunk | None:
-        chunk = next(chunks, None)
-        if chunk is None:
-            return None
-        steps, size = chunk.index_TB.shape
-        rows_VNP = parameter_rows(self._recipe, (chunk.view1, chunk.view2))
-        rows_TVBP = rows_VNP.reshape(2, steps, size, len(COLUMNS)).swapaxes(0, 1)
-        index_TB = torch.from_numpy(chunk.index_TB)
-        parameters_TVBP = torch.from_numpy(np.ascontiguousarray(rows_TVBP))
-        return _DeviceChunk(index_TB, parameters_TVBP, self._labels[index_TB])
+    def _next(self, chunks: Iterator[Chunk]) -> list[torch.Tensor]:
+        """Indices (T, B), parameters (T, V, B, P) and labels (T, B) of the next chunk."""
+        index_TB, *views = next(chunks)
+        rows_VNP = parameter_rows(self._recipe, views)
+        rows_TVBP = rows_VNP.reshape(2, *index_TB.shape, len(COLUMNS)).swapaxes(0, 1)
+        arrays = (index_TB, np.ascontiguousarray(rows_TVBP), self._labels[index_TB])
+        return [torch.from_numpy(array) for array in arrays]
 
 
 class ResidentCleanRenderer:
