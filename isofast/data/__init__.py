@@ -7,7 +7,6 @@ from isofast.data.batches import Batch
 from isofast.data.check import check_folder, skipped_note
 from isofast.data.folder import UNLABELLED, ImageFolder, ignored_note, open_dataset
 from isofast.data.loaders import (
-    BACKENDS,
     EvalLoader,
     TrainLoader,
     draw_views,
@@ -16,7 +15,6 @@ from isofast.data.loaders import (
 from isofast.data.recipe import Recipe, recipe_for
 
 __all__ = [
-    "BACKENDS",
     "UNLABELLED",
     "Batch",
     "EvalLoader",

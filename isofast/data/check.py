@@ -22,7 +22,7 @@ from PIL import Image, UnidentifiedImageError
 from tqdm import tqdm
 
 from isofast.data.files import write_atomically
-from isofast.data.folder import ImageFolder, Stamp, fingerprint_of, printable
+from isofast.data.folder import ImageFolder, Stamp, fingerprint_of, printable, some_of
 from isofast.errors import RunError, UserError
 
 Check = Literal["full", "headers", "off"]
@@ -31,7 +31,6 @@ Decoder = Literal["dali", "pillow"]
 
 # MPO is a JPEG with further pictures behind the first, as many cameras write it
 _FORMATS = ("PNG", "JPEG", "MPO")
-_SHOWN = 5
 _FORMAT = 5
 _REMEDY = (
     "Replace or delete these files (download a damaged archive again), or leave them out with "
@@ -258,10 +257,9 @@ def _pixel() -> BinaryIO:
 
 def _bad_files(dataset: ImageFolder, bad: Mapping[str, str], root: Path | str | None = None) -> str:
     root = dataset.root if root is None else root
-    shown = "; ".join(f"{os.path.join(root, path)} ({bad[path]})" for path in sorted(bad)[:_SHOWN])
-    more = f"; and {len(bad) - _SHOWN} more" if len(bad) > _SHOWN else ""
+    shown = some_of([f"{os.path.join(root, path)} ({bad[path]})" for path in sorted(bad)], "; ")
     total = len(dataset) + len(dataset.skipped)
-    return f"{len(bad)} of {total} {dataset.split} images cannot be read: {shown}{more}"
+    return f"{len(bad)} of {total} {dataset.split} images cannot be read: {shown}"
 
 
 def _read_memory(dataset: ImageFolder) -> _Memory:

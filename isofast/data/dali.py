@@ -21,7 +21,7 @@ from isofast.config.schema import ViewConfig
 from isofast.data.batches import Batch, Chunk
 from isofast.data.check import read_sizes
 from isofast.data.draw import Ints, ViewDraw, clean_windows, colour_matrices
-from isofast.data.folder import ImageFolder, UndecodableError, read_files
+from isofast.data.folder import ImageFolder, UndecodableError, read_files, some_of
 from isofast.data.recipe import Recipe
 from isofast.errors import RunError
 from isofast_kernels.augment_reference import BLUR_REACH
@@ -33,7 +33,6 @@ Node = Any
 
 # enough to outweigh handing a task to a thread, few enough to share out a small batch
 _FILES_A_TASK = 16
-_SHOWN = 5
 _CPU = torch.device("cpu")
 
 
@@ -141,11 +140,9 @@ class DaliPipeline:
                 f"DALI could not make a batch of images in {root}; of the {len(fed)} in progress "
                 f"no single one is to blame: {error}"
             )
-        shown = ", ".join(str(root / self._dataset.paths[index]) for index in refused[:_SHOWN])
-        more = f", and {len(refused) - _SHOWN} more" if len(refused) > _SHOWN else ""
+        names = some_of([str(root / self._dataset.paths[index]) for index in refused])
         return UndecodableError(
-            f"DALI cannot decode {len(refused)} of the {len(fed)} images in progress: "
-            f"{shown}{more}",
+            f"DALI cannot decode {len(refused)} of the {len(fed)} images in progress: {names}",
             refused,
         )
 

@@ -133,15 +133,19 @@ def read_files(dataset: ImageFolder, indices: Iterable[int]) -> list[bytes]:
 
 def ignored_note(dataset: ImageFolder) -> str:
     """One line on the pictures that are not used; "" if there are none."""
-    count = len(dataset.ignored)
-    if not count:
+    if not dataset.ignored:
         return ""
-    shown = ", ".join(dataset.ignored[:_SHOWN])
-    more = f" and {count - _SHOWN:,} more" if count > _SHOWN else ""
     return printable(
-        f"{count:,} {dataset.split} file(s) look like pictures and are not used: {shown}{more}. "
-        f"Images are named {_NAMED} and lie directly in their class's folder"
+        f"{len(dataset.ignored):,} {dataset.split} file(s) look like pictures and are not used: "
+        f"{some_of(dataset.ignored)}. Images are named {_NAMED} and lie directly in their class's "
+        "folder"
     )
+
+
+def some_of(names: Sequence[str], separator: str = ", ") -> str:
+    """Join the first names, and count the rest."""
+    more = [f"and {len(names) - _SHOWN:,} more"] if len(names) > _SHOWN else []
+    return separator.join([*names[:_SHOWN], *more])
 
 
 def printable(text: str) -> str:
@@ -221,7 +225,7 @@ def _require_same_classes(root: Path, val: tuple[str, ...]) -> None:
     train = _class_names(root, "train")
     only = {name: set(a) - set(b) for name, a, b in (("train", train, val), ("val", val, train))}
     if train != val:
-        found = (f"only in {k}: {', '.join(sorted(v)[:_SHOWN])}" for k, v in only.items() if v)
+        found = (f"only in {k}: {some_of(sorted(v))}" for k, v in only.items() if v)
         raise UserError(
             f"the class folders of {root}/train ({len(train)}) and {root}/val ({len(val)}) differ; "
             f"{'; '.join(found)}. Both splits need the same classes"

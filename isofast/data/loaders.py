@@ -21,7 +21,6 @@ from isofast_kernels.augment_reference import BLUR_REACH
 if TYPE_CHECKING:
     from isofast.data.dali import DaliCleanRenderer, DaliRenderer
 
-BACKENDS = ("auto", "dali", "resident")
 _GET_DALI = "install it with `pip install nvidia-dali-cuda130` (nvidia-dali-cuda120 for CUDA 12)"
 # numpy's cost per call no longer matters, and the words still fit a cache
 _DRAWN_AT_ONCE = 2048
@@ -55,8 +54,8 @@ class TrainLoader:
         backend: "dali" or "resident".
 
     Raises:
-        UserError: the backend is unknown, not installed or cannot handle the data set and recipe,
-            or there are fewer images than one global batch.
+        UserError: the backend is not installed or cannot handle the data set and recipe, or there
+            are fewer images than one global batch.
         RunError: an image can no longer be read.
     """
 
@@ -211,10 +210,6 @@ class EvalLoader:
                 x_BCHW = next(images)
             yield x_BCHW, torch.from_numpy(self._dataset.labels[index_B]).to(x_BCHW.device)
 
-    def close(self) -> None:
-        """Free threads and memory; the loader cannot be used afterwards."""
-        self._renderer.close()
-
 
 def draw_views(
     backend: str,
@@ -261,12 +256,12 @@ def resolve_backend(
 ) -> str:
     """Choose between DALI, batch by batch, and images that stay on the device.
 
-    "auto" takes resident on a GPU if data set and recipe allow it, and without DALI; else dali, as
-    the resident backend runs its kernel's slow reference on a CPU. Images of unknown sizes
-    (data.check=off) go to DALI.
+    "auto" takes resident on a GPU if data set and recipe allow it, and without DALI; else DALI, as
+    resident runs its kernel's slow reference on a CPU. Images of unknown sizes (data.check=off) go
+    to DALI.
 
     Args:
-        asked: data.backend.
+        asked: "auto", "dali" or "resident", as data.backend.
         dataset: the training images.
         recipe: the augmentation.
         device: where batches are made.
@@ -276,10 +271,8 @@ def resolve_backend(
         "dali" or "resident".
 
     Raises:
-        UserError: no such backend, or resident cannot be used and nothing else can.
+        UserError: resident cannot be used and nothing else can.
     """
-    if asked not in BACKENDS:
-        raise UserError(f"data.backend is {asked!r}; allowed are {', '.join(BACKENDS)}")
     if asked == "dali":
         return "dali"
     if asked == "auto" and has_dali() and (device.type != "cuda" or dataset.sizes is None):

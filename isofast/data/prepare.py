@@ -22,14 +22,20 @@ from tqdm import tqdm
 
 from isofast.data.check import OnBad, check_folder, skipped_note
 from isofast.data.files import write_atomically
-from isofast.data.folder import SPLITS, UNLABELED, UNLABELLED, ignored_note, open_dataset
+from isofast.data.folder import (
+    SPLITS,
+    UNLABELED,
+    UNLABELLED,
+    ignored_note,
+    open_dataset,
+    some_of,
+)
 from isofast.errors import UserError
 
 NAMES = ("digits", "cifar10", "cifar100", "stl10", "tinyimagenet", "imagefolder")
 MANIFEST = ".isofast-prepared.json"
 _PARTIAL = ".partial"
 _DOWNLOAD = ".download"
-_SHOWN = 5
 
 
 @dataclass(frozen=True)
@@ -216,7 +222,7 @@ def _verify_prepared(name: str, root: Path) -> None:
     if changed:
         raise UserError(
             f"{name} in {root} has changed since it was prepared: {len(changed)} place(s), "
-            f"{', '.join(changed[:_SHOWN])}. Undo that, or delete {root} and prepare it again"
+            f"{some_of(changed)}. Undo that, or delete {root} and prepare it again"
         )
 
 

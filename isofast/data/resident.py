@@ -133,9 +133,6 @@ class ResidentCleanRenderer:
             places = [self._place[int(index)] for index in index_B]
             yield normalised(self._recipe, self._images_N3HW[places])
 
-    def close(self) -> None:
-        """Do nothing: the images are freed with the object."""
-
 
 def clean_image(recipe: Recipe, image_HW3: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
     """Return the clean view of an image, (crop, crop, 3), not normalised."""
