@@ -261,14 +261,10 @@ def _has_direction(toy: Toy, *sides: Tensor) -> Tensor:
     """Whether a ReLU network's sample counts, (S, B, 1), by its prediction p and target t.
 
     A ReLU that silences all outputs but one makes short embeddings frequent. Below the norm floor
-    the clamped gradient of the cosine, about 1e8, points along them, where the derivative is zero:
-    one sample in ten million would throw V off for good.
-
-    IsoLoss needs a larger bound, `SHORTEST`. With one output u left, g = -sin^2(theta) / (u |W_1|),
-    theta between the row W_1 and its axis, and u has a density at 0: E|g| does not exist, and V
-    would leap with the shortest sample. (The plain cosine has W g = 0 there.) The mean over longer
-    ones grows as log(1 / SHORTEST). The paper's form without stop-gradient has no mean either, but
-    is no gradient to be mended.
+    the clamped gradient of the cosine, about 1e8, points along them: one such sample would throw V
+    off for good. IsoLoss needs the larger bound `SHORTEST`: with one output u left |g| goes as
+    1 / u and u has a density at 0, so E|g| does not exist; the plain cosine has W g = 0 there. The
+    paper's form without stop-gradient has no mean either, but is no gradient to be mended.
     """
     counts_SB1 = torch.ones(1, dtype=torch.bool)
     if toy.metric == "euclidean":

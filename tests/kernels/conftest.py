@@ -18,7 +18,7 @@ def guarded_empty(shape, dtype, device):
 
 @pytest.fixture(autouse=True)
 def one_thread():
-    """The matrices are small: threads cost more than they give, and far more on a busy machine."""
+    """Threads cost more than they give on small matrices, above all on a busy machine."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -27,9 +27,9 @@ def one_thread():
 
 @pytest.fixture
 def guard_inputs():
-    """Copies a tensor into NaN surroundings, so that a read out of bounds shows in the result.
+    """Copies a tensor between NaN, so that a read out of bounds shows in the result.
 
-    A write out of bounds, by what works in place, fails the test.
+    A write out of bounds fails the test.
     """
     buffers = []
 
@@ -46,7 +46,7 @@ def guard_inputs():
 
 @pytest.fixture
 def poisoned_empty(monkeypatch):
-    """torch.empty gives NaN, and a write outside of what it gave fails the test."""
+    """Makes torch.empty return NaN; a write outside of such a tensor fails the test."""
     buffers = []
     empty = torch.empty
 

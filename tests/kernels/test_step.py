@@ -84,11 +84,16 @@ def test_a_cuda_graph_replays_the_step(views, dtype):
         assert_equal((corr, *captured), (expected_corr, *expected))
 
 
-def test_torch_s_global_precision_switches_change_nothing(views, monkeypatch):
+def test_torch_s_global_precision_switches_change_nothing(views):
     problem = views(torch.float32)
     expected = first_step(problem)
-    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", True)
-    assert_equal(first_step(problem), expected)
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = True
+    try:
+        got = first_step(problem)
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
+    assert_equal(got, expected)
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
