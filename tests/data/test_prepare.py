@@ -146,7 +146,7 @@ def test_other_peoples_folders_are_left_alone(tmp_path: Path, pictures: Path) ->
         prepare("imagefolder", tmp_path / "mine")
 
 
-def test_unknown_names_and_unwanted_archives_are_refused(tmp_path: Path) -> None:
+def test_impossible_requests_are_refused(tmp_path: Path) -> None:
     names = "digits, cifar10, cifar100, stl10, tinyimagenet, imagefolder"
     with pytest.raises(UserError, match=f"no data set 'mnist'.*{names}"):
         prepare("mnist", tmp_path)
@@ -154,6 +154,9 @@ def test_unknown_names_and_unwanted_archives_are_refused(tmp_path: Path) -> None
         with pytest.raises(UserError, match=f"{name} is made without an archive"):
             prepare(name, tmp_path, tmp_path / "x.zip")
     assert tuple(VIEWS_OF_DATASET) == module.NAMES
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(UserError, match=r"Not a directory: .*give another --root"):
+        prepare("digits", tmp_path / "file" / "root")
 
 
 def test_what_file_managers_leave_changes_nothing(tmp_path: Path) -> None:

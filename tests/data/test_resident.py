@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from isofast.config.schema import ViewConfig
 from isofast.data import (
@@ -20,7 +19,7 @@ from isofast.data import (
     resolve_backend,
 )
 from isofast.data.draw import draw
-from isofast.data.resident import decode_images, parameter_rows, resident_gb
+from isofast.data.resident import parameter_rows, resident_gb
 from isofast.errors import UserError
 from isofast_kernels.augment_reference import COLUMNS
 
@@ -29,14 +28,6 @@ from .conftest import CPU, assert_same, take, train_loader
 GPU = torch.device("cuda")
 COUNT, HEIGHT, WIDTH = 51, 28, 22
 MakeLoader = Callable[..., TrainLoader]
-
-
-def test_the_stored_images_are_the_files(photo_set: ImageFolder) -> None:
-    images = decode_images(photo_set, np.arange(COUNT), CPU, threads=2, progress=False)
-    assert images.shape == (COUNT, HEIGHT, WIDTH, 3) and images.dtype == torch.uint8
-    for image, path in zip(images, photo_set.paths, strict=True):
-        with Image.open(photo_set.root / path) as file:
-            assert np.array_equal(image.numpy(), np.asarray(file.convert("RGB")))
 
 
 def test_files_do_not_matter_once_they_are_decoded(

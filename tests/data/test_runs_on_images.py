@@ -1,10 +1,7 @@
 """Runs on pictures without labels, and beside pictures that cannot be read."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -16,11 +13,10 @@ from isofast.config.load import load_config, validate
 from isofast.config.schema import changed_keys
 from isofast.data.images import data_set_notes
 
-from ..support.launcher import launcher_of
+from ..support.runs import train
 
 pytestmark = pytest.mark.slow
 
-ROOT = Path(__file__).resolve().parents[2]
 Write = Callable[..., Path]
 
 
@@ -39,15 +35,10 @@ def half_labelled(digits: Path, tmp_path: Path) -> Path:
     return root
 
 
-def train(config: Path, run_dir: Path, *launcher: str) -> tuple[str, list[Any], Any]:
-    """A run, by a launcher or alone: what it printed, its records and its summary."""
-    command = [sys.executable, *launcher, str(ROOT / "launch/train.py")]
-    command += ["--config", str(config), "--run-dir", str(run_dir)]
-    env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=400, env=env)
-    assert done.returncode == 0, done.stderr
+def records_of(run_dir: Path) -> tuple[list[Any], Any]:
+    """The records and the summary of a run."""
     records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    return done.stderr, records, json.loads((run_dir / "summary.json").read_text())
+    return records, json.loads((run_dir / "summary.json").read_text())
 
 
 def test_half_labelled_digits_train_on_two_ranks(
@@ -58,7 +49,8 @@ def test_half_labelled_digits_train_on_two_ranks(
         data={"root": str(half_labelled), "on_bad_image": "skip"},
         evaluation={"every_epochs": 1, "knn_images": 2000},
     )
-    printed, records, summary = train(config, tmp_path / "run", *launcher_of(2))
+    printed = train(config, tmp_path / "run", ranks=2)
+    records, summary = records_of(tmp_path / "run")
     assert printed.count("1 of 1442 train images cannot be read: unlabeled/7-000.png") == 1
     val = len(list((half_labelled / "val").glob("?/*.png")))
     assert printed.count(f"1 of {val} val images cannot be read: val/3/004.png") == 1
@@ -77,7 +69,8 @@ def test_pictures_without_any_label_train(
     for split in ("train", "val"):
         shutil.rmtree(half_labelled / split)
     config = config_file(data={"root": str(half_labelled)})
-    printed, records, summary = train(config, tmp_path / "run")
+    printed = train(config, tmp_path / "run")
+    records, summary = records_of(tmp_path / "run")
     assert "images without labels" in printed
     assert summary["completed"] is True and summary["val_top1"] is None
     assert [record["probe_loss"] for record in records] == [0.0] * 6
@@ -114,7 +107,7 @@ def test_a_root_of_another_data_set_is_noted(
         assert data_set_notes(load_config(config_file(data={"dataset": name}), [])) == []
     (tmp_path / ".isofast-prepared.json").write_text("{")
     assert data_set_notes(load_config(config_file(data={"root": str(tmp_path)}), [])) == []
-    printed, *_ = train(
+    printed = train(
         config_file(data={"dataset": "cifar10", "crop": 16}, train={"max_steps": 1}),
         tmp_path / "run",
     )
