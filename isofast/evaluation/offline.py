@@ -189,8 +189,6 @@ def evaluate(
         for protocol in protocols:
             say(f"{protocol} of {name or run_dir}")
             results += _PROTOCOLS[protocol](name, features, classes, seed)
-    for loader in loaders:
-        loader.close()
     order = [*_PROTOCOLS]
     too_few = [count for count in _LABELS if count > counts.min()] if "few" in protocols else []
     return Report(
