@@ -206,7 +206,8 @@ class MethodConfig(_Section):
 
     name: str
     """A built-in method, or module:Class for your own. isoloss, directpred and directcopy predict
-    with W = f(C), isoloss with the isotropic gradient; the others train a predictor."""
+    with W = f(C), isoloss with the isotropic gradient; byol, simsiam and linear train a predictor;
+    sigreg has none, and a loss of its own (docs/guide/runs.md)."""
     ema: bool = False
     """Targets from a slowly moving copy of the network; false reuses the online embeddings."""
     ema_base: float = Field(0.99, ge=0, le=1)
@@ -315,14 +316,17 @@ class LoggingConfig(_Section):
     spectrum_every_steps: int | None = Field(None, ge=1, json_schema_extra=FREE)
     """Steps between spectra of C in spectrum.npz, beside those at records and ends of epochs."""
     loggers: list[str] = Field(["tensorboard"], json_schema_extra=FREE)
-    """Besides metrics.jsonl: tensorboard, or module:Class for your own (isofast/run/loggers.py)."""
+    """Besides metrics.jsonl: tensorboard, wandb (a package to install), or module:Class, your own
+    (isofast/run/loggers.py)."""
 
     @field_validator("loggers")
     @classmethod
     def _exist(cls, loggers: list[str]) -> list[str]:
         for name in loggers:
-            if name != "tensorboard" and ":" not in name:
-                raise ValueError(f"{name!r} is no logger; allowed are tensorboard and module:Class")
+            if name not in ("tensorboard", "wandb") and ":" not in name:
+                raise ValueError(
+                    f"{name!r} is no logger; allowed are tensorboard, wandb and module:Class"
+                )
         return loggers
 
 

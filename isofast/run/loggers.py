@@ -1,12 +1,18 @@
-"""Loggers beside metrics.jsonl: TensorBoard, or a class of your own."""
+"""Loggers beside metrics.jsonl: TensorBoard, Weights & Biases, or a class of your own."""
 
+import io
+import os
+import secrets
 from pathlib import Path
 from typing import Protocol
 
+import numpy as np
+from PIL import Image
 from torch.utils.tensorboard import SummaryWriter
 
 from isofast.config.plugins import import_object
 from isofast.config.schema import Config
+from isofast.data.files import write_atomically
 from isofast.errors import UserError
 
 Record = dict[str, float | int | None]
@@ -37,9 +43,84 @@ class TensorBoard:
         self.flush, self.close = self._writer.flush, self._writer.close
 
     def log(self, record: Record) -> None:
-        for name, value in record.items():
-            if name != "step" and value is not None:
-                self._writer.add_scalar(name, value, record["step"])
+        for name, value in _scalars(record).items():
+            self._writer.add_scalar(name, value, record["step"])
+
+
+class WandB:
+    """A run of Weights & Biases, its files in the run's folder wandb/.
+
+    A continued run goes on with the id in wandb/id; of steps that it repeats W&B keeps the first.
+    Each checkpoint adds a picture of C's eigenvalues so far.
+
+    Environment variables are W&B's own: WANDB_MODE=offline, WANDB_PROJECT and the rest.
+
+    Raises:
+        UserError: the package is not installed.
+    """
+
+    def __init__(self, run_dir: Path, config: Config, step: int) -> None:
+        try:
+            import wandb
+        except ModuleNotFoundError:
+            raise UserError(
+                "logging.loggers has wandb, and the package is not installed. pip install wandb, "
+                "or leave it out"
+            ) from None
+        known = run_dir / "wandb" / "id"
+        if not known.exists():
+            known.parent.mkdir(exist_ok=True)
+            write_atomically(known, lambda part: part.write_text(secrets.token_hex(4)))
+        self._picture = wandb.Image
+        self._spectra = run_dir / "spectrum.npz"
+        self._pictured = True
+        self._run = wandb.init(
+            dir=run_dir,
+            id=known.read_text(),
+            resume="allow",
+            project=os.environ.get("WANDB_PROJECT", "isofast"),
+            name=os.environ.get("WANDB_NAME", run_dir.resolve().name),
+            config=config.model_dump(mode="json"),
+            # what may change when a run continues
+            allow_val_change=True,
+        )
+
+    def log(self, record: Record) -> None:
+        self._step = int(record["step"] or 0)
+        self._run.log(_scalars(record), step=self._step)
+        self._pictured = False
+
+    def flush(self) -> None:
+        if self._pictured or not self._spectra.exists():
+            return
+        with np.load(self._spectra) as stored:
+            picture = draw_spectra(stored["step"], stored["eigenvalues"])
+        self._run.log({"spectrum": self._picture(picture)}, step=self._step)
+        self._pictured = True
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+def draw_spectra(step_T: np.ndarray, eigenvalues_TD: np.ndarray) -> Image.Image:
+    """Each eigenvalue of C over the steps, as a picture."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.subplots()
+    # zeros have no logarithm
+    axes.plot(step_T, np.where(eigenvalues_TD > 0, eigenvalues_TD, np.nan), linewidth=0.7)
+    axes.set(xlabel="step", ylabel="eigenvalues of C", yscale="log")
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    return Image.open(buffer)
+
+
+def _scalars(record: Record) -> dict[str, float]:
+    return {k: value for k, value in record.items() if k != "step" and value is not None}
+
+
+_BUILT_IN: dict[str, type[Logger]] = {"tensorboard": TensorBoard, "wandb": WandB}
 
 
 def make_loggers(run_dir: Path, config: Config, step: int) -> list[Logger]:
@@ -50,9 +131,11 @@ def make_loggers(run_dir: Path, config: Config, step: int) -> list[Logger]:
     """
     loggers: list[Logger] = []
     for name in config.logging.loggers:
-        path = "isofast.run.loggers:TensorBoard" if name == "tensorboard" else name
         try:
-            loggers.append(import_object(path)(run_dir, config, step))
+            logger = _BUILT_IN.get(name) or import_object(name)
+            loggers.append(logger(run_dir, config, step))
+        except UserError:
+            raise
         except Exception as error:
             raise UserError(
                 f"logging.loggers: cannot start {name!r}: {type(error).__name__}: {error}. Fix it "

@@ -68,7 +68,7 @@ WRONG_METHODS: list[tuple[dict[str, Any], list[str]]] = [
         ({**DATA, "optimizer": {"lr": float("nan")}}, ["optimizer.lr", "nan"]),
         ({}, ["data.root: missing", "--set data.root"]),
         ({**DATA, "encoder": {"name": "resnet50", "width": 16}}, ["encoder.width", "resnet18"]),
-        ({**DATA, "logging": {"loggers": ["wandb"]}}, ["'wandb' is no logger", "tensorboard"]),
+        ({**DATA, "logging": {"loggers": ["wanda"]}}, ["'wanda' is no logger", "tensorboard"]),
         *(({**DATA, "method": method}, words) for method, words in WRONG_METHODS),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, list) else "",
