@@ -138,7 +138,7 @@ def make_loggers(run_dir: Path, config: Config, step: int) -> list[Logger]:
             raise
         except Exception as error:
             raise UserError(
-                f"logging.loggers: cannot start {name!r}: {type(error).__name__}: {error}. Fix it "
-                f"or leave it out"
+                f"logging.loggers: cannot start {name!r}: {type(error).__name__}: "
+                f"{str(error).rstrip('.')}. Fix it or leave it out"
             ) from error
     return loggers
