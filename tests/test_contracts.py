@@ -69,7 +69,7 @@ def test_a_run_and_its_folder(outside: Path) -> None:
     evaluations = [line for line in lines_of(folder) if "knn_top1" in line]
     assert [line["step"] for line in steps] == [1, 2, 3, 4]
     assert all(line.keys() == STEP_KEYS for line in steps)
-    assert evaluations[-1].keys() == {"step", "epoch", "val_top1", "knn_top1"}
+    assert evaluations[-1].keys() >= {"step", "epoch", "val_top1", "knn_top1"}
     summary = json.loads((folder / "summary.json").read_text())
     assert summary.keys() >= SUMMARY_KEYS
     assert summary["completed"] is True and summary["steps"] == 4
@@ -114,7 +114,7 @@ def test_prepare_is_idempotent_and_prints_counts(tmp_path: Path) -> None:
     assert counts in call(command, cwd=tmp_path).stdout
     wrong = [*ISOFAST, "prepare", "cifar10", "--root", "c", "--archive", "no.tar"]
     call(wrong, cwd=tmp_path, code=2)
-    assert not (tmp_path / "c").exists()
+    assert not any((tmp_path / "c").iterdir())
 
 
 def test_theory_prints_json_alone(tmp_path: Path) -> None:

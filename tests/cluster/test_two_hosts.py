@@ -89,7 +89,7 @@ def hosts() -> Iterator[Hosts]:
 
 @pytest.fixture
 def config(config_file: Callable[..., Path]) -> Path:
-    return config_file(train={"max_steps": 60, "epochs": 6}, checkpoint={"every_steps": 5})
+    return config_file(train={"max_steps": 30, "epochs": 6}, checkpoint={"every_steps": 5})
 
 
 def wait_for_step(step: int, run_dir: Path, processes: list["subprocess.Popen[str]"]) -> None:
@@ -125,7 +125,7 @@ def test_two_hosts_train_as_one_and_outlive_a_cut_cable(
     np.testing.assert_allclose(*losses, rtol=1e-3)
 
     processes = hosts.start(config, cut)
-    wait_for_step(20, cut, processes)
+    wait_for_step(8, cut, processes)
     hosts.pull_the_cable()
     began = time.monotonic()
     printed = end_of(processes, ENDS_WITHIN_S)
@@ -149,7 +149,7 @@ def test_a_rank_that_hangs_ends_the_run(config: Path, tmp_path: Path) -> None:
     process = subprocess.Popen(
         command_of(config, run_dir, ranks=4), stderr=subprocess.PIPE, text=True, env=environment()
     )
-    wait_for_step(10, run_dir, [process])
+    wait_for_step(3, run_dir, [process])
     ranks = [
         child
         for child in psutil.Process(process.pid).children(recursive=True)

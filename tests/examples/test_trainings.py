@@ -73,7 +73,7 @@ def test_lightning_with_lightly(tmp_path: Path) -> None:
     before = _alignment(
         *lightning_lightly.main(steps=1, enable_checkpointing=False, **quiet), views
     )
-    network, criterion = lightning_lightly.main(steps=15, default_root_dir=tmp_path, **quiet)
+    network, criterion = lightning_lightly.main(steps=30, default_root_dir=tmp_path, **quiet)
     _check(before, _alignment(network, criterion, views), criterion)
     (saved,) = tmp_path.rglob("*.ckpt")
     state = torch.load(saved, weights_only=True)["state_dict"]

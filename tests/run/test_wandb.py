@@ -18,7 +18,7 @@ from isofast.run.loggers import make_loggers
 from isofast.run.metrics import MetricsWriter, read_metrics
 from isofast.run.spectrum import Spectrum
 
-from ..support.runs import fit_apart
+from ..support.runs import train
 
 
 @pytest.fixture(autouse=True)
@@ -100,11 +100,11 @@ def test_records_config_and_spectrum_and_one_run_for_both_processes(
 
 @pytest.mark.slow
 def test_a_run_is_in_it_under_tensorboards_names(
-    tmp_path: Path, small: Callable[..., dict[str, Any]]
+    tmp_path: Path, config_file: Callable[..., Path]
 ) -> None:
-    loggers = {"loggers": ["wandb", "tensorboard"]}
+    config = config_file(logging={"loggers": ["wandb", "tensorboard"]})
     for steps in (2, 4):
-        fit_apart(small(logging=loggers, train={"max_steps": steps}), tmp_path / "run")
+        train(config, tmp_path / "run", "--set", f"train.max_steps={steps}")
     (first_id, _, first), (second_id, _, second) = _stored(tmp_path / "run")
     assert first_id == second_id and [*first, *second] == [1, 2, 3, 4]
     board = EventAccumulator(str(tmp_path / "run" / "tensorboard"))

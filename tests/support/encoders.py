@@ -26,5 +26,5 @@ def write_run(folder: Path, settings: dict[str, Any], *, step: int = 3) -> nn.Mo
     folder.mkdir(exist_ok=True)
     (folder / "config.json").write_text(to_json(config))
     about = describe(config.encoder, recipe)
-    save_checkpoint(folder / "checkpoints", step, {}, encoder, 5, about)
+    save_checkpoint(folder / "checkpoints", step, {}, encoder.state_dict(), 5, about)
     return encoder.eval()
