@@ -22,6 +22,7 @@ CPU = World(0, 1, 0, torch.device("cpu"))
 Settings = Callable[..., Config]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["isoloss", "byol"])
 def test_a_graphed_run_is_the_plain_one_also_resumed(
     method: str, config_file: Callable[..., Path], tmp_path: Path

@@ -35,6 +35,7 @@ def start(config: Path, run_dir: Path, ranks: int = 0, **env: str) -> "subproces
     return process
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_stopped_run_has_saved_and_ends_as_one_never_stopped(
     number: signal.Signals, code: int, config: Path, tmp_path: Path
