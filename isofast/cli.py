@@ -207,7 +207,6 @@ def _add_evaluate(commands: Any) -> None:
         metavar="N",
         help="labelled training images, at most (default 50,000)",
     )
-    parser.add_argument("--seed", type=_seed, default=0, help="of all draws (default 0)")
     parser.add_argument(
         "--root", type=Path, metavar="DIR", help="the images (default: the run's data.root)"
     )
@@ -223,7 +222,6 @@ def _evaluate(args: argparse.Namespace) -> None:
         PROTOCOLS if args.protocol == "all" else [args.protocol],
         args.baselines,
         train_images=args.train_images,
-        seed=args.seed,
         root=args.root,
         say=lambda text: print(text, file=sys.stderr),
     )
@@ -514,15 +512,6 @@ def _words(text: str) -> list[str]:
 def _count(text: str) -> int:
     if not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
-    return int(text)
-
-
-def _seed(text: str) -> int:
-    # scikit-learn's have 32 bits
-    if not text.isdigit() or int(text) >= 2**32:
-        raise argparse.ArgumentTypeError(
-            f"expected a whole number from 0 to 2^32 - 1, got {text!r}"
-        )
     return int(text)
 
 

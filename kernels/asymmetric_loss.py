@@ -161,7 +161,7 @@ def _asymmetric_loss_kernel(
         )
 
 
-# Triton before 3.8 multiplies 16 at a time or more, and spills 10 registers for it at D = 1024
+# Triton before 3.8 multiplies 16 at a time or more, which spills registers at D = 1024
 SHORTEST_PRODUCT = 8 if tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 8) else 16
 
 

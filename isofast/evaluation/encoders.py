@@ -8,12 +8,12 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from isofast.config.schema import EncoderConfig
+from isofast.config.schema import Config, EncoderConfig
 from isofast.data import Recipe, recipe_for
 from isofast.errors import UserError
 from isofast.methods.networks import make_encoder
 from isofast.methods.weights import encoder_of, load_weights, read_weights
-from isofast.run.checkpoint import newest_checkpoint
+from isofast.run.checkpoint import Checkpoint, newest_checkpoint
 from isofast.run.stored import read_config
 
 
@@ -40,6 +40,21 @@ class Encoder(NamedTuple):
     """Size and normalisation of its images."""
 
 
+def newest_of(run_dir: Path, config: Config) -> Checkpoint:
+    """Return the newest whole checkpoint of a run.
+
+    Raises:
+        UserError: there is none.
+    """
+    checkpoint = newest_checkpoint(run_dir / "checkpoints")
+    if checkpoint is None:
+        raise UserError(
+            f"the run {run_dir} has no checkpoint yet, and so no encoder; one comes every "
+            f"{config.checkpoint.every_steps} steps and at its end"
+        )
+    return checkpoint
+
+
 def load_encoder(source: str | PathLike[str]) -> nn.Module:
     """Return a trained encoder, x_BCHW -> h_BF, in eval mode, fp32, on the CPU.
 
@@ -58,13 +73,7 @@ def read_encoder(source: Path) -> Encoder:
     """Return the encoder of a run or a file with what it was trained on; see `load_encoder`."""
     if source.is_dir() and not (source / "model.safetensors").is_file():
         run = read_config(source)
-        checkpoint = newest_checkpoint(source / "checkpoints")
-        if checkpoint is None:
-            raise UserError(
-                f"the run {source} has no checkpoint yet, and so no encoder; one comes every "
-                f"{run.checkpoint.every_steps} steps and at its end"
-            )
-        weights = read_weights(checkpoint.path / "encoder.safetensors")
+        weights = read_weights(newest_of(source, run).path / "encoder.safetensors")
         config, recipe = run.encoder, recipe_for(run.data.dataset, crop=run.data.crop)
     else:
         weights = read_weights(source / "model.safetensors" if source.is_dir() else source)

@@ -13,8 +13,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import GridSearchCV, StratifiedShuffleSplit
@@ -32,12 +30,13 @@ from isofast.data import (
     resolve_backend,
 )
 from isofast.data.images import Images, check_images
-from isofast.distributed import World, cores_of_rank
+from isofast.distributed import World
 from isofast.errors import UserError
+from isofast.evaluation.encoders import newest_of
 from isofast.methods.networks import make_encoder
-from isofast.run.checkpoint import newest_checkpoint
+from isofast.methods.weights import load_weights, read_weights
 from isofast.run.stored import read_config
-from isofast.training.online import eval_mode, knn_top1
+from isofast.training.online import clean_loader, eval_mode, knn_top1
 
 _NEIGHBOURS, _TEMPERATURE = (20, 200), 0.07
 GRID_C, _HELD_BACK = (0.001, 0.01, 0.1, 1.0, 10.0), 0.2
@@ -90,7 +89,6 @@ class Report:
     classes: int
     train_images: int
     val_images: int
-    seed: int
     results: list[Result]
     notes: list[str]
     """What was left out, and why."""
@@ -131,7 +129,6 @@ def evaluate(
     baselines: Sequence[str] = (),
     *,
     train_images: int = 50_000,
-    seed: int = 0,
     root: Path | None = None,
     say: Callable[[str], None] = lambda text: None,
 ) -> Report:
@@ -147,8 +144,7 @@ def evaluate(
         protocols: some of knn, linear, few.
         baselines: "random" (the run's network before training), "pixels", or files of weights for
             the run's encoder (.safetensors).
-        train_images: how many training images at most, drawn by ``seed``.
-        seed: of all draws.
+        train_images: how many training images at most, drawn.
         root: of the images, if they are not in the run's data.root any more.
         say: told what is being done.
 
@@ -158,12 +154,7 @@ def evaluate(
         RunError: an image can no longer be read.
     """
     config = read_config(run_dir)
-    checkpoint = newest_checkpoint(run_dir / "checkpoints")
-    if checkpoint is None:
-        raise UserError(
-            f"the run {run_dir} has no checkpoint yet, and so no encoder to evaluate; one comes "
-            f"every {config.checkpoint.every_steps} steps and at its end"
-        )
+    checkpoint = newest_of(run_dir, config)
     # all of them at once: a wrong baseline is told before any work
     encoders: dict[str | None, nn.Module] = {
         None: _of_file(config, checkpoint.path / "encoder.safetensors")
@@ -171,7 +162,7 @@ def evaluate(
     encoders |= {name: _baseline(config, name) for name in baselines}
     train, val = _images(config, root or config.data.root)
     classes = len(train.classes)
-    labelled = np.random.default_rng(seed).permutation(np.flatnonzero(train.labels != UNLABELLED))
+    labelled = np.random.default_rng(0).permutation(np.flatnonzero(train.labels != UNLABELLED))
     drawn = np.sort(labelled[:train_images])
     counts = np.bincount(train.labels[drawn], minlength=classes)
     _require_enough(counts, protocols)
@@ -188,7 +179,7 @@ def evaluate(
         encoder.cpu()
         for protocol in protocols:
             say(f"{protocol} of {name or run_dir}")
-            results += _PROTOCOLS[protocol](name, features, classes, seed)
+            results += _PROTOCOLS[protocol](name, features, classes)
     order = [*_PROTOCOLS]
     too_few = [count for count in _LABELS if count > counts.min()] if "few" in protocols else []
     return Report(
@@ -199,7 +190,6 @@ def evaluate(
         classes=classes,
         train_images=len(drawn),
         val_images=len(val),
-        seed=seed,
         # settings together, the run before its baselines
         results=sorted(
             results, key=lambda r: (order.index(r.protocol), r.k or r.labels_per_class or 0)
@@ -220,7 +210,7 @@ def wilson(share: float, n: int) -> tuple[float, float]:
     return max(0.0, (middle - half) / scale), min(1.0, (middle + half) / scale)
 
 
-def _knn(name: str | None, features: _Features, classes: int, seed: int) -> list[Result]:
+def _knn(name: str | None, features: _Features, classes: int) -> list[Result]:
     results = []
     for k in sorted({min(k, len(features.train_NF)) for k in _NEIGHBOURS}):
         top1 = knn_top1(*features, classes=classes, k=k, temperature=_TEMPERATURE)
@@ -228,9 +218,9 @@ def _knn(name: str | None, features: _Features, classes: int, seed: int) -> list
     return results
 
 
-def _linear(name: str | None, features: _Features, classes: int, seed: int) -> list[Result]:
+def _linear(name: str | None, features: _Features, classes: int) -> list[Result]:
     train_NF, train_y_N, val_MF, val_y_M = features.arrays()
-    split = StratifiedShuffleSplit(1, test_size=_HELD_BACK, random_state=seed)
+    split = StratifiedShuffleSplit(1, test_size=_HELD_BACK, random_state=0)
     pipeline = make_pipeline(StandardScaler(), LogisticRegression(max_iter=_MOST_ITERATIONS))
     search = GridSearchCV(pipeline, {"logisticregression__C": GRID_C}, cv=split)
     with _unconverged():
@@ -239,11 +229,11 @@ def _linear(name: str | None, features: _Features, classes: int, seed: int) -> l
     return [_result(name, "linear", search.score(val_MF, val_y_M), features, C=best)]
 
 
-def _few(name: str | None, features: _Features, classes: int, seed: int) -> list[Result]:
+def _few(name: str | None, features: _Features, classes: int) -> list[Result]:
     train_NF, train_y_N, val_MF, val_y_M = features.arrays()
     scaler = StandardScaler().fit(train_NF)
     train_NF, val_MF = scaler.transform(train_NF), scaler.transform(val_MF)
-    seeds = list(range(seed, seed + _DRAWS))
+    seeds = list(range(_DRAWS))
     orders = [np.random.default_rng(one).permutation(len(train_NF)) for one in seeds]
     results = []
     for count in _LABELS:
@@ -325,16 +315,8 @@ def _loader(
 ) -> EvalLoader:
     data = config.data
     recipe = recipe_for(data.dataset, crop=data.crop, augmentation=data.augmentation)
-    return EvalLoader(
-        resolve_backend(data.backend, train, recipe, device, data.resident_limit_gb),
-        images,
-        recipe,
-        indices,
-        batch_size=config.evaluation.batch_size,
-        device=device,
-        threads=data.threads or cores_of_rank(World(0, 1, 0, device)),
-        resident_limit_gb=data.resident_limit_gb,
-    )
+    backend = resolve_backend(data.backend, train, recipe, device, data.resident_limit_gb)
+    return clean_loader(config, images, recipe, indices, World(0, 1, 0, device), backend)
 
 
 @torch.no_grad()
@@ -365,14 +347,7 @@ def _untrained(config: Config) -> nn.Module:
 
 
 def _of_file(config: Config, path: Path) -> nn.Module:
-    """The run's encoder with a file's weights; a classifier's are left out."""
+    """The run's encoder with a file's weights."""
     encoder = _untrained(config)
-    try:
-        weights = {k: v for k, v in load_file(path).items() if not k.startswith("fc.")}
-        encoder.load_state_dict(weights)
-    except (SafetensorError, RuntimeError) as error:
-        raise UserError(
-            f"the weights in {path} do not fit the run's encoder, {config.encoder.name} with stem "
-            f"{config.encoder.stem} and width {config.encoder.width}: {error}"
-        ) from None
+    load_weights(encoder, read_weights(path))
     return encoder

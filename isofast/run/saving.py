@@ -1,6 +1,7 @@
 """Checkpoints written while training goes on."""
 
 import copy
+import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from functools import partial
@@ -9,6 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
+from isofast.config.schema import CheckpointConfig
 from isofast.errors import RunError
 from isofast.run.background import Background, HostCopy
 from isofast.run.checkpoint import State, save_checkpoint
@@ -21,8 +23,7 @@ class Saver:
 
     Args:
         folder: the run's checkpoints folder.
-        keep: checkpoints kept.
-        max_failures: the run ends at the next one.
+        config: the config's checkpoint section.
         report: takes a line for the user.
         about: metadata of encoder.safetensors.
     """
@@ -30,16 +31,24 @@ class Saver:
     def __init__(
         self,
         folder: Path,
-        keep: int,
-        max_failures: int,
+        config: CheckpointConfig,
         report: Callable[[str], None],
         about: Mapping[str, str] | None = None,
     ) -> None:
-        self._folder, self._keep, self._about = folder, keep, about
-        self._allowed, self._max_failures = max_failures, max_failures
+        self._folder, self._config, self._about = folder, config, about
+        self._allowed = config.max_failures
+        self._last = time.monotonic()
         self._report = report
         self._background = Background()
         self._pending: Future[RunError | None] | None = None
+
+    def is_due(self) -> bool:
+        """Whether ``every_minutes`` are over since the last checkpoint or since this was true."""
+        minutes, now = self._config.every_minutes, time.monotonic()
+        due = minutes is not None and now - self._last > 60 * minutes
+        if due:
+            self._last = now
+        return due
 
     def save(self, step: int, state: State, encoder: dict[str, Tensor]) -> None:
         """Save a step; waits only for the checkpoint before.
@@ -49,12 +58,13 @@ class Saver:
         """
         error = self._result()
         if error is None:
-            self._allowed = self._max_failures
+            self._allowed = self._config.max_failures
         elif self._allowed == 0:
             raise error
         else:
             self._allowed -= 1
             self._report(f"warning: {error}")
+        self._last = time.monotonic()
         copies = _each(_copy, (state, encoder))
         self._pending = self._background.do(partial(self._write, step, copies))
 
@@ -75,7 +85,7 @@ class Saver:
     def _write(self, step: int, copies: Any) -> RunError | None:
         state, encoder = _each(_get, copies)
         try:
-            save_checkpoint(self._folder, step, state, encoder, self._keep, self._about)
+            save_checkpoint(self._folder, step, state, encoder, self._config.keep, self._about)
         except RunError as error:
             return error
         return None

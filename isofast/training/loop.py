@@ -1,8 +1,5 @@
 """fit(): a run from its config to its summary; the loop from top to bottom."""
 
-import os
-import signal
-import subprocess
 import time
 from contextlib import ExitStack, closing, nullcontext
 from dataclasses import asdict
@@ -55,7 +52,7 @@ from isofast.training.parallel import (
     init_world,
     lost_peer,
 )
-from isofast.training.signals import Signals
+from isofast.training.signals import Signals, stopped
 from isofast.training.step import StepOutput, embedding_scalars
 
 
@@ -92,9 +89,11 @@ def fit(config: Config, run_dir: Path) -> Summary:
             raise
         except Exception as error:
             if lost_peer(error):
-                error = RunError(f"another process of the run is gone; {GOES_ON} ({error})")
+                lost = RunError(f"another process of the run is gone; {GOES_ON} ({error})")
+                run.finish(failure=str(lost))
+                raise lost from error
             run.finish(failure=str(error) or type(error).__name__)
-            raise error from None
+            raise
         return run.finish()
 
 
@@ -140,7 +139,10 @@ class _Run:
             else Evaluator(config, train, val, recipe, world, backend=self.loader.backend)
         )
         precision = str(self.state.online.branch.precision).removeprefix("torch.")
+        graphed = "on" if is_graphed(config, world) else "off"
+        compiled = "on" if compiles(config, world.device.type == "cuda") else "off"
         resolved = {"backend": self.loader.backend, "precision": precision}
+        resolved |= {"compile": compiled, "cuda_graph": graphed}
         statistics = "synchronised" if self.synchronised else "local"
         environment = describe_environment(world, batch_norm=statistics, **resolved)
         self.recorder = Recorder(
@@ -156,14 +158,10 @@ class _Run:
         notes += images.notes() + data_set_notes(config)
         notes += self._plan(train, environment["device"])
         self.recorder.progress.say("\n".join(notes))
+        about = describe(config.encoder, recipe)
         self.saver = Saver(
-            run_dir / "checkpoints",
-            config.checkpoint.keep,
-            config.checkpoint.max_failures,
-            self.recorder.progress.say,
-            describe(config.encoder, recipe),
+            run_dir / "checkpoints", config.checkpoint, self.recorder.progress.say, about
         )
-        self.saved_at = time.monotonic()
         self.all_finite = torch.ones((), dtype=torch.bool, device=world.device)
         self.warned: set[str] = set()
 
@@ -206,11 +204,11 @@ class _Run:
                 recorder.progress.advance(self.step)
             if at_end or self._evaluation_is_due():
                 self.evaluate()
-            asked = signals.poll(save=self._minutes_are_over())
+            asked = signals.poll(save=self.world.is_main and self.saver.is_due())
             if at_end or asked.save or self.step % config.checkpoint.every_steps == 0:
                 self.checkpoint(last=at_end or asked.stop is not None)
             if asked.stop and not at_end:
-                self._stop(asked.stop)
+                raise stopped(asked.stop, self.step, self.world)
 
     def log(self, output: StepOutput, lr: float) -> None:
         """Records this step; the only place where the loop waits for the GPU."""
@@ -257,7 +255,6 @@ class _Run:
             self.saver.save(self.step, state, self.state.online.branch.encoder.state_dict())
             if last:
                 self.saver.wait()
-        self.saved_at = time.monotonic()
         if last:
             barrier()
         self.recorder.resume_clock()
@@ -338,15 +335,6 @@ class _Run:
         self.recorder.waited(time.perf_counter() - began)
         return batch
 
-    def _minutes_are_over(self) -> bool:
-        """Whether the first rank asks for a checkpoint, once each time."""
-        minutes = self.config.checkpoint.every_minutes
-        now = time.monotonic()
-        due = minutes is not None and self.world.is_main and now - self.saved_at > 60 * minutes
-        if due:
-            self.saved_at = now
-        return due
-
     def _evaluation_is_due(self) -> bool:
         every = self.config.evaluation.every_epochs
         return every > 0 and self.step % (every * self.steps_per_epoch) == 0
@@ -355,15 +343,6 @@ class _Run:
         """Whether C's eigenvalues are wanted at a step without a record."""
         every = self.config.logging.spectrum_every_steps
         return self.step % self.steps_per_epoch == 0 or bool(every and self.step % every == 0)
-
-    def _stop(self, number: signal.Signals) -> NoReturn:
-        message = f"stopped by {number.name} after step {self.step}, which is saved; {GOES_ON}"
-        if number == signal.SIGUSR1 and "SLURM_JOB_ID" in os.environ:
-            # Slurm runs the job's script again
-            if self.world.is_main:
-                subprocess.run(["scontrol", "requeue", os.environ["SLURM_JOB_ID"]], check=False)
-            message += ", and Slurm was asked to give it"
-        raise Stopped(number, message)
 
     def _blow_up(self, what: str) -> NoReturn:
         message = (

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -61,21 +62,8 @@ class Evaluator:
                 f"give more, or --set evaluation.every_epochs=0"
             )
 
-        def loader(images: ImageFolder, indices: np.ndarray) -> EvalLoader:
-            return EvalLoader(
-                backend,
-                images,
-                recipe,
-                indices[world.rank :: world.size],
-                batch_size=config.evaluation.batch_size,
-                device=world.device,
-                threads=config.data.threads or cores_of_rank(world),
-                resident_limit_gb=config.data.resident_limit_gb,
-                progress=world.is_main,
-            )
-
-        self._bank = loader(train, bank)
-        self._val = loader(val, np.arange(len(val)))
+        self._bank = clean_loader(config, train, recipe, bank, world, backend)
+        self._val = clean_loader(config, val, recipe, np.arange(len(val)), world, backend)
         self.images = len(bank) + len(val)
         self._views: Tensor | None = None
         if config.evaluation.metrics_images:
@@ -153,6 +141,28 @@ class Evaluator:
             k=settings.knn_k,
             temperature=settings.knn_temperature,
         )
+
+
+def clean_loader(
+    config: Config,
+    images: ImageFolder,
+    recipe: Recipe,
+    indices: npt.NDArray[np.int64],
+    world: World,
+    backend: str,
+) -> EvalLoader:
+    """Return the loader of this rank's share of ``images[indices]``, as the config says."""
+    return EvalLoader(
+        backend,
+        images,
+        recipe,
+        indices[world.rank :: world.size],
+        batch_size=config.evaluation.batch_size,
+        device=world.device,
+        threads=config.data.threads or cores_of_rank(world),
+        resident_limit_gb=config.data.resident_limit_gb,
+        progress=world.is_main,
+    )
 
 
 def knn_top1(

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import subprocess
 import sys
 import threading
 from types import FrameType
@@ -11,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 from isofast.distributed import World
+from isofast.errors import GOES_ON, Stopped
 
 # Slurm kills 30 s after SIGTERM by default; a rank that waits for a lost peer would never save
 GRACE_S = 60.0
@@ -102,6 +104,16 @@ class Signals:
             what = f"no step ended within {self._grace_s:g} s of {name}; nothing is saved of it"
             sys.stderr.write(f"\nerror: {what}\n")
             os._exit(128 + self._received)
+
+
+def stopped(number: signal.Signals, step: int, world: World) -> Stopped:
+    """Return what ends a run that has saved ``step``; after SIGUSR1 ask Slurm to run it again."""
+    message = f"stopped by {number.name} after step {step}, which is saved; {GOES_ON}"
+    if number == signal.SIGUSR1 and "SLURM_JOB_ID" in os.environ:
+        if world.is_main:
+            subprocess.run(["scontrol", "requeue", os.environ["SLURM_JOB_ID"]], check=False)
+        message += ", and Slurm was asked to give it"
+    return Stopped(number, message)
 
 
 def _maximum(tensor: torch.Tensor, group: Any) -> Any:

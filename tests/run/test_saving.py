@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from isofast.config.schema import CheckpointConfig
 from isofast.errors import RunError
 from isofast.run.checkpoint import newest_checkpoint
 from isofast.run.saving import Saver
@@ -14,7 +15,7 @@ from ..support.runs import train
 
 
 def test_a_checkpoint_holds_what_there_was_when_it_was_asked_for(tmp_path: Path) -> None:
-    saver = Saver(tmp_path, 2, 0, print)
+    saver = Saver(tmp_path, CheckpointConfig(max_failures=0), print)
     module = torch.nn.Linear(1000, 1000)
     for step in (1, 2):
         torch.nn.init.constant_(module.weight, step)
@@ -34,7 +35,7 @@ def test_a_checkpoint_holds_what_there_was_when_it_was_asked_for(tmp_path: Path)
 def test_a_disk_that_fails_is_borne_for_a_while(tmp_path: Path) -> None:
     said: list[str] = []
     folder = tmp_path / "checkpoints"
-    saver = Saver(folder, 2, 2, said.append)
+    saver = Saver(folder, CheckpointConfig(max_failures=2), said.append)
 
     def save(step: int) -> None:
         saver.save(step, {}, {"weight": torch.zeros(2)})
