@@ -133,6 +133,12 @@ def cpu_name() -> str:
     return named[1].strip() if named else platform.processor() or platform.machine()
 
 
+def cpu_has_bf16() -> bool:
+    """Whether this CPU multiplies bf16 itself; where it cannot, autocast only costs time."""
+    has = torch.cpu.get_capabilities()
+    return bool(has.get("avx512_bf16") or has.get("amx_bf16"))
+
+
 def _commit() -> str | None:
     """The commit of the source tree, with + if tracked files differ; None outside git."""
 

@@ -2,7 +2,6 @@
 
 import os
 import platform
-import re
 import shutil
 import subprocess
 import sys
@@ -13,7 +12,7 @@ from pathlib import Path
 import psutil
 import torch
 
-from isofast.run.directory import cpu_name, version_of
+from isofast.run.directory import cpu_has_bf16, cpu_name, version_of
 from isofast_kernels import asymmetric_loss, matrix_power
 from isofast_kernels.reference import (
     losses_and_gradients_reference,
@@ -221,15 +220,12 @@ def _import_problem(process: "subprocess.Popen[str]", name: str, purpose: str) -
 
 def _cpu() -> Device:
     memory = psutil.virtual_memory()
-    cpuinfo = Path("/proc/cpuinfo")
-    flags = cpuinfo.read_text(encoding="utf-8") if cpuinfo.exists() else ""
-    bf16 = ["bf16"] if re.search(r"\b(avx512_bf16|amx_bf16|bf16)\b", flags) else []
     return Device(
         cpu_name(),
         "CPU",
         round(memory.total / 1e9, 1),
         round(memory.available / 1e9, 1),
-        ["fp32", *bf16],
+        ["fp32", "bf16"] if cpu_has_bf16() else ["fp32"],
         *_tried(torch.device("cpu")),
     )
 

@@ -16,6 +16,7 @@ from isofast.methods.batch_norm import convert_batch_norm
 from isofast.methods.ema import EmaTarget
 from isofast.methods.networks import Branch
 from isofast.methods.weights import initialise
+from isofast.run.directory import cpu_has_bf16
 from isofast.training.optim import load_optimizer_state, make_optimizer
 from isofast.training.parallel import make_engine, restore_engine
 from isofast.training.parts import part
@@ -242,7 +243,8 @@ def _is_a_users_function(name: str) -> bool:
 
 def _precision(config: Config, cuda: bool) -> torch.dtype:
     asked = config.train.precision
-    return torch.bfloat16 if asked == "bf16" or (asked == "auto" and cuda) else torch.float32
+    auto = asked == "auto" and (cuda or cpu_has_bf16())
+    return torch.bfloat16 if asked == "bf16" or auto else torch.float32
 
 
 def _rng_state(device: torch.device) -> State:
