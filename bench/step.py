@@ -80,10 +80,12 @@ def ladder(
     }
     config = validate(settings)
     side = recipe_for(config.data.dataset).crop
-    shape = (2, config.train.batch_size, 3, side, side)
-    views = [x.to(world.device, memory_format=torch.channels_last) for x in torch.randn(shape)]
-    classes = CLASSES[config.data.dataset]
-    batch = Batch(*views, torch.randint(classes, shape[1:2], device=world.device))
+    size, classes = config.train.batch_size, CLASSES[config.data.dataset]
+    x_NCHW = torch.randn(2 * size, 3, side, side)
+    batch = Batch(
+        x_NCHW.to(world.device, memory_format=torch.channels_last),
+        torch.randint(classes, (size,), device=world.device),
+    )
     contenders = []
     for name, kind in rungs.items():
         state = make(**kind)

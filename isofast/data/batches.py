@@ -8,15 +8,25 @@ from isofast.data.draw import Ints, ViewDraw
 
 
 class Batch(NamedTuple):
-    """Two augmented views of the same images, on the device.
+    """Two augmented views of B images, on the device.
 
-    x1_BCHW, x2_BCHW: normalised, channels_last in memory, in the loader's dtype.
+    x_NCHW: the first views, then the second ones (N = 2B): normalised, contiguous as
+        channels_last, in the loader's dtype.
     y_B: int64 labels.
     """
 
-    x1_BCHW: torch.Tensor
-    x2_BCHW: torch.Tensor
+    x_NCHW: torch.Tensor
     y_B: torch.Tensor
+
+    @property
+    def x1_BCHW(self) -> torch.Tensor:
+        """The first views."""
+        return self.x_NCHW.chunk(2)[0]
+
+    @property
+    def x2_BCHW(self) -> torch.Tensor:
+        """The second views."""
+        return self.x_NCHW.chunk(2)[1]
 
 
 class Chunk(NamedTuple):

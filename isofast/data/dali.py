@@ -15,7 +15,6 @@ import numpy.typing as npt
 import torch
 from nvidia.dali import Pipeline, fn, types
 from nvidia.dali.plugin.pytorch import feed_ndarray
-from torch.utils.dlpack import from_dlpack
 
 from isofast.config.schema import ViewConfig
 from isofast.data.batches import Batch, Chunk
@@ -74,8 +73,10 @@ class DaliPipeline:
             self._pipeline.set_outputs(*graph(_decoded(encoded, device), arrays))
         self._pipeline.build()
 
-    def run(self, source: Iterable[Fed]) -> Iterator[tuple[Ints, list[torch.Tensor]]]:
-        """Yield each batch's image numbers and images (B, 3, H, W), channels_last.
+    def run(self, source: Iterable[Fed]) -> Iterator[tuple[Ints, torch.Tensor]]:
+        """Yield each batch's image numbers and its V outputs, one after the other.
+
+        They are one tensor (V * B, 3, H, W), contiguous as channels_last.
 
         Args:
             source: image numbers (B,) and arrays of each batch; read ahead.
@@ -97,7 +98,7 @@ class DaliPipeline:
         self._pipeline = None
         self._readers.shutdown()
 
-    def _pull(self) -> tuple[Ints, list[torch.Tensor]] | None:
+    def _pull(self) -> tuple[Ints, torch.Tensor] | None:
         """The next batch; None at the source's end, after which another can begin."""
         if self._pipeline is None:
             raise RunError("this data loader has been closed, or has failed; make a new one")
@@ -116,7 +117,12 @@ class DaliPipeline:
             # DALI pipelines do not recover from a failure
             self.close()
             raise self._blame(fed, error) from error
-        images = [self._to_torch(output.as_tensor()).permute(0, 3, 1, 2) for output in outputs]
+        tensors = [output.as_tensor() for output in outputs]
+        # DALI reuses freed GPU memory in the order of its own streams, not of torch's: copy
+        made = torch.empty((len(tensors), *tensors[0].shape()), device=self._device)
+        for x_BHWC, tensor in zip(made, tensors, strict=True):
+            feed_ndarray(tensor, x_BHWC, stream)
+        images = made.flatten(0, 1).permute(0, 3, 1, 2).to(self._dtype)
         return self._in_progress.popleft(), images
 
     def _feed(self) -> list[Any]:
@@ -146,15 +152,6 @@ class DaliPipeline:
             refused,
         )
 
-    def _to_torch(self, output: Any) -> torch.Tensor:
-        if self._device.type == "cpu":
-            made: torch.Tensor = from_dlpack(output)
-        else:
-            # DALI reuses freed GPU memory in the order of its own streams, not of torch's: copy
-            made = torch.empty(output.shape(), dtype=torch.float32, device=self._device)
-            feed_ndarray(output, made, torch.cuda.current_stream(self._device))
-        return made.to(self._dtype)
-
 
 class DaliRenderer(DaliPipeline):
     """Makes both views of batches; options are those of `DaliPipeline`."""
@@ -168,9 +165,11 @@ class DaliRenderer(DaliPipeline):
 
     def render(self, chunks: Iterator[Chunk]) -> Iterator[Batch]:
         """Yield the batches of the chunks, which are read ahead."""
-        for index_B, (x1_BCHW, x2_BCHW) in self.run(self._fed(chunks)):
-            y_B = torch.from_numpy(self._dataset.labels[index_B]).to(self._device)
-            yield Batch(x1_BCHW, x2_BCHW, y_B)
+        for index_B, x_NCHW in self.run(self._fed(chunks)):
+            y_B = torch.from_numpy(self._dataset.labels[index_B])
+            if self._device.type == "cuda":
+                y_B = y_B.pin_memory().to(self._device, non_blocking=True)
+            yield Batch(x_NCHW, y_B)
 
     def describe(self) -> str:
         """One line on what makes the batches."""
@@ -194,7 +193,7 @@ class DaliCleanRenderer(DaliPipeline):
 
     def render(self, batches: Iterable[Ints]) -> Iterator[torch.Tensor]:
         """Yield (B, 3, crop, crop) float32, channels_last, for each batch of image numbers."""
-        for _, (x_BCHW,) in self.run(map(self._windows, batches)):
+        for _, x_BCHW in self.run(map(self._windows, batches)):
             yield x_BCHW
 
     def _windows(self, index_B: Ints) -> Fed:

@@ -244,9 +244,9 @@ def draw_views(
     )
     try:
         for _ in range(draws):
-            x1_NCHW, x2_NCHW, number_N = next(loader)
-            place_N = number_N.argsort()
-            yield x1_NCHW[place_N], x2_NCHW[place_N]
+            batch = next(loader)
+            place_N = batch.y_B.argsort()
+            yield batch.x1_BCHW[place_N], batch.x2_BCHW[place_N]
     finally:
         loader.close()
 

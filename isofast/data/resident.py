@@ -70,7 +70,7 @@ class ResidentRenderer:
             for index_B, parameters_VBP, y_B in zip(*tensors, strict=True):
                 if self._images is None:
                     return
-                x1_BCHW, x2_BCHW = augment_views(
+                x_VBCHW = augment_views(
                     self._images,
                     index_B,
                     parameters_VBP,
@@ -80,7 +80,7 @@ class ResidentRenderer:
                     blur=self._blur,
                     dtype=self._dtype,
                 )
-                yield Batch(x1_BCHW, x2_BCHW, y_B)
+                yield Batch(x_VBCHW.flatten(0, 1), y_B)
 
     def describe(self) -> str:
         """One line on what makes the batches."""

@@ -122,11 +122,10 @@ class Branch(nn.Module):
             return h_BF, self.projector(h_BF)
 
     def of_views(self, batch: Batch) -> list[tuple[Tensor, Tensor]]:
-        """Return (h_BF, z_BD) of each view."""
-        views = [batch.x1_BCHW, batch.x2_BCHW]
+        """Return (h_BF, z_BD) of each view, in one call of the network where ``stacked``."""
         if not self.stacked:
-            return [self(x_BCHW) for x_BCHW in views]
-        h_NF, z_ND = self(torch.cat(views))
+            return [self(x_BCHW) for x_BCHW in batch.x_NCHW.chunk(2)]
+        h_NF, z_ND = self(batch.x_NCHW)
         return list(zip(h_NF.chunk(2), z_ND.chunk(2), strict=True))
 
     def features(self, x_BCHW: Tensor) -> Tensor:

@@ -72,8 +72,9 @@ def through_dali(
     renderer = dali.DaliRenderer(
         photos, recipe, batch_size=len(indices), device=CPU, threads=2, prefetch=1
     )
-    ((x1, x2, _),) = renderer.render(iter([Chunk(indices[None], drawn, drawn)]))
+    (batch,) = renderer.render(iter([Chunk(indices[None], drawn, drawn)]))
     renderer.close()
+    x1, x2 = batch.x1_BCHW, batch.x2_BCHW
     assert torch.equal(x1, x2), "the same parameters make the same view"
     levels = x1.permute(0, 2, 3, 1) * (255 * torch.tensor(BASE.std)) + 255 * torch.tensor(BASE.mean)
     assert (levels - levels.round()).abs().max() < 1e-2

@@ -92,8 +92,7 @@ def test_compiled_without_a_graph_break() -> None:
 
 
 def test_a_branch_stacks_views_and_a_target_does() -> None:
-    x1_BCHW, x2_BCHW = images(16, torch.float32)
-    batch = Batch(x1_BCHW, x2_BCHW, torch.zeros(8))
+    batch = Batch(images(16, torch.float32).flatten(0, 1), torch.zeros(8))
     branches = []
     for stacked in (True, False):
         torch.manual_seed(0)

@@ -70,7 +70,7 @@ def _online(branch: Branch) -> Online:
 def test_each_view_has_its_own_batch_statistics() -> None:
     branch = _branch()
     x1, x2 = torch.randn(8, 3, 16, 16), 5 + 3 * torch.randn(8, 3, 16, 16)
-    output = _online(branch)(Batch(x1, x2, torch.zeros(8, dtype=torch.long)))
+    output = _online(branch)(Batch(torch.cat([x1, x2]), torch.zeros(8, dtype=torch.long)))
     alone = _branch()
     torch.testing.assert_close(output.z1_BD, alone(x1)[1].detach())
     alone(x2)
@@ -80,7 +80,7 @@ def test_each_view_has_its_own_batch_statistics() -> None:
 
 def test_the_probe_sends_no_gradient_to_the_encoder() -> None:
     online = _online(_branch())
-    output = online(Batch(*torch.randn(2, 4, 3, 16, 16), torch.arange(4) % 3))
+    output = online(Batch(torch.randn(8, 3, 16, 16), torch.arange(4) % 3))
     output.probe.loss.backward()
     assert online.probe.weight.grad is not None
     assert all(p.grad is None for p in online.branch.parameters())

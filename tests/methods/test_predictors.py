@@ -92,7 +92,7 @@ def _online(config: Config, precision: torch.dtype) -> tuple[Online, Batch]:
     torch.manual_seed(0)
     branch = Branch(config.encoder, config.projector, precision)
     online = Online(branch, nn.Linear(32, 3), make_method(config.method, config.projector))
-    return online, Batch(*torch.randn(2, 8, 3, 16, 16), torch.zeros(8, dtype=torch.long))
+    return online, Batch(torch.randn(16, 3, 16, 16), torch.zeros(8, dtype=torch.long))
 
 
 @pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])

@@ -43,7 +43,7 @@ def main(config_path: str, output: str) -> None:
     for step in range(2):
         x1, x2 = torch.randn(2, GLOBAL_BATCH, 3, 16, 16, generator=generator)
         y = torch.randint(10, (GLOBAL_BATCH,), generator=generator)
-        batch = Batch(x1[share], x2[share], y[share])
+        batch = Batch(torch.cat([x1[share], x2[share]]), y[share])
         output_of_step = state.engine(batch, state.target and state.target(batch))
         loss = output_of_step.loss + output_of_step.probe.loss
         state.engine.backward(loss)

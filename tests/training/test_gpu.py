@@ -1,7 +1,7 @@
 """The same code on a GPU: views against the CPU's, a run from end to end."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,13 +37,12 @@ def loader_on(device: str, backend: str, images: ImageFolder, recipe: Recipe) ->
     return TrainLoader(backend, images, recipe, device=torch.device(device), **kind)
 
 
-def differences(on_cpu: Batch, on_gpu: Batch, recipe: Recipe) -> list[torch.Tensor]:
-    """Of both views, in 8-bit levels; labels and layout must be right."""
+def differences(on_cpu: Batch, on_gpu: Batch, recipe: Recipe) -> Sequence[torch.Tensor]:
+    """The distance of each view's pixels, in 8-bit levels; labels and layout must be right."""
     assert torch.equal(on_cpu.y_B, on_gpu.y_B.cpu())
     levels = 255 * torch.tensor(recipe.std).view(-1, 1, 1)
-    views = list(zip(on_cpu[:2], on_gpu[:2], strict=True))
-    assert all(gpu.is_contiguous(memory_format=torch.channels_last) for _, gpu in views)
-    return [(cpu - gpu.cpu()).abs() * levels for cpu, gpu in views]
+    assert on_gpu.x_NCHW.is_contiguous(memory_format=torch.channels_last)
+    return ((on_cpu.x_NCHW - on_gpu.x_NCHW.cpu()).abs() * levels).chunk(2)
 
 
 def test_dali_makes_the_same_views_on_both_devices(images: ImageFolder) -> None:
