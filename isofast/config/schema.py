@@ -261,7 +261,8 @@ class TrainConfig(_Section):
     """Images a step over all ranks; each rank takes an equal share."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Autocast type of the networks; auto: bf16 on a GPU and on a CPU with AVX512-BF16 or AMX,
-    else fp32. Parameters, BatchNorm, C and the loss are always fp32."""
+    else fp32, where a GPU convolves in TF32. Parameters, BatchNorm, C and the loss are always
+    fp32."""
     batch_norm: Literal["auto", "local", "synchronised"] = "auto"
     """Statistics of one rank or of all; auto: synchronised."""
     compile: Literal["auto", "on", "off"] = "auto"

@@ -82,7 +82,7 @@ def test_metrics_without_labels_are_of_a_fixed_sample(small_config: Callable[...
 
     def config(**evaluation: int) -> Config:
         sections = {"evaluation": {"every_epochs": 1, "knn_images": 99, **evaluation}}
-        return small_config(**sections, train={"cuda_graph": "on"})
+        return small_config(**sections, train={"cuda_graph": "on", "precision": "fp32"})
 
     evaluator, images, recipe = evaluator_of(config())
     online = build(config(), ALONE, 10).online.train()

@@ -15,7 +15,7 @@ from ..support.runs import call
 def test_a_profile_says_where_the_time_goes(
     config_file: Callable[..., Path], tmp_path: Path
 ) -> None:
-    config = config_file(method={"ema": True})
+    config = config_file(method={"ema": True}, train={"precision": "fp32"})
     output = tmp_path / "profile"
     command = [sys.executable, "-m", "isofast.cli", "profile", "--config", str(config)]
     done = call([*command, "--steps", "2", "--output", str(output)])
