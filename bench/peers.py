@@ -4,8 +4,9 @@
 
 CIFAR-10-shaped files, ResNet-18 with the 3x3 stem, projector and predictor of equal sizes, SGD, two
 views by the same recipe. isofast runs from its defaults and in fp32 (with the probe that it always
-trains); lightly with torchvision's DataLoader and v2 transforms, channels_last and its modules as
-its documentation combines them, in fp32 and under bf16 autocast. Each contender is a process that
+trains). The peers read by torchvision's DataLoader and v2 transforms, channels_last: lightly's
+modules as its documentation combines them, in fp32 and under bf16 autocast, and a step written as
+solo-learn writes it, with its online classifier. Each contender is a process that
 takes its steps when asked to, in rotating order. Memory is the GPU's peak or, on a CPU, what the
 process and its workers hold. Without --root the files are cut from two photographs. Without lightly
 isofast is timed alone. Results go to bench/results/peers-NNN.csv and .png.
@@ -31,6 +32,7 @@ import psutil
 import torch
 from harness import Contender, Work
 from torch import Tensor
+from torch.nn import functional
 from torchvision.transforms import v2
 
 from isofast.config.load import validate
@@ -73,6 +75,16 @@ def isofast_step(
     return lambda: take_step(next(loader))
 
 
+def torchvision_views(
+    root: Path, batch: int, workers: int, device: torch.device
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Both views and the labels, by torchvision's DataLoader, channels_last."""
+    for x1, x2, y_B in data.torchvision_batches(
+        root, recipe_for("cifar10"), v2, batch, workers, device
+    ):
+        yield *(x.to(memory_format=torch.channels_last) for x in (x1, x2)), y_B
+
+
 def lightly_step(
     root: Path, method: str, batch: int, width: int, workers: int, precision: str
 ) -> Step:
@@ -82,7 +94,7 @@ def lightly_step(
     from lightly.models.utils import deactivate_requires_grad, update_momentum
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    batches = data.torchvision_batches(root, recipe_for("cifar10"), v2, batch, workers, device)
+    batches = torchvision_views(root, batch, workers, device)
     encoder = make_encoder(EncoderConfig(stem="cifar", width=width))
     student = torch.nn.Sequential(encoder, BYOLProjectionHead(8 * width, HIDDEN, OUTPUT))
     student.to(device, memory_format=torch.channels_last)
@@ -101,7 +113,7 @@ def lightly_step(
         return p_BD, z_BD.detach() if teacher is None else teacher(x_BCHW)
 
     def step() -> None:
-        x1, x2 = (x.to(memory_format=torch.channels_last) for x in next(batches)[:2])
+        x1, x2, _ = next(batches)
         if teacher is not None:
             update_momentum(student, teacher, m=0.99)
         with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
@@ -110,6 +122,59 @@ def lightly_step(
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
+
+    return step
+
+
+def solo_step(
+    root: Path, method: str, batch: int, width: int, workers: int, precision: str
+) -> Step:
+    """The step as solo-learn writes it, with its online classifier and accuracies."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    batches = torchvision_views(root, batch, workers, device)
+
+    def head(inputs: int) -> torch.nn.Sequential:
+        return torch.nn.Sequential(
+            torch.nn.Linear(inputs, HIDDEN),
+            torch.nn.BatchNorm1d(HIDDEN),
+            torch.nn.ReLU(),
+            torch.nn.Linear(HIDDEN, OUTPUT),
+        ).to(device)
+
+    encoder = make_encoder(EncoderConfig(stem="cifar", width=width))
+    online = torch.nn.ModuleList([encoder, head(8 * width)])
+    online.to(device, memory_format=torch.channels_last)
+    predictor, classifier = head(OUTPUT), torch.nn.Linear(8 * width, 10).to(device)
+    momentum = copy.deepcopy(online).requires_grad_(False) if method == "byol" else None
+    parameters = [p for part in (online, predictor, classifier) for p in part.parameters()]
+    optimizer = torch.optim.SGD(parameters, lr=3e-5, momentum=0.9, weight_decay=1e-4)
+
+    def forward(x_BCHW: Tensor, y_B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        features = online[0](x_BCHW)
+        z_BD = online[1](features)
+        logits = classifier(features.detach())
+        # accuracy at 1 and 5, logged every step
+        top = logits.topk(5)[1].eq(y_B[:, None])
+        (top[:, 0].float().mean().item(), top.any(1).float().mean().item())
+        with torch.no_grad():
+            t_BD = z_BD if momentum is None else momentum[1](momentum[0](x_BCHW))
+        return predictor(z_BD), t_BD.detach(), functional.cross_entropy(logits, y_B)
+
+    def step() -> None:
+        x1, x2, y_B = next(batches)
+        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+            p1_BD, t1_BD, class1 = forward(x1, y_B)
+            p2_BD, t2_BD, class2 = forward(x2, y_B)
+            cosines = functional.cosine_similarity(p1_BD, t2_BD).mean()
+            cosines = cosines + functional.cosine_similarity(p2_BD, t1_BD).mean()
+            loss = -cosines / 2 + (class1 + class2) / 2
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        if momentum is not None:
+            with torch.no_grad():
+                for target, source in zip(momentum.parameters(), online.parameters(), strict=True):
+                    target.data = 0.99 * target.data + 0.01 * source.data
 
     return step
 
@@ -158,9 +223,10 @@ def contenders(options: argparse.Namespace, root: Path, method: str) -> Iterator
     sizes = (root, method, options.batch, options.width, options.workers)
     yield Served("isofast, as it comes", partial(isofast_step, *sizes, "auto"))
     yield Served("isofast, fp32", partial(isofast_step, *sizes, "fp32"))
+    yield Served("solo-learn's step, bf16", partial(solo_step, *sizes, "bf16"))
     if importlib.util.find_spec("lightly"):
-        yield Served("lightly, fp32", partial(lightly_step, *sizes, "fp32"))
         yield Served("lightly, bf16", partial(lightly_step, *sizes, "bf16"))
+        yield Served("lightly, fp32", partial(lightly_step, *sizes, "fp32"))
 
 
 def compare(found: list[Served], options: argparse.Namespace) -> None:
