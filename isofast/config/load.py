@@ -4,6 +4,7 @@ import copy
 import difflib
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ _PACKAGE = Path(__file__).resolve().parents[1]
 LAUNCH = next(p / "launch" for p in (_PACKAGE, _PACKAGE.parent) if (p / "launch").is_dir())
 
 
-def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
+def load_config(path: str | PathLike[str], overrides: Sequence[str] = ()) -> Config:
     """Read ``path``, apply ``--set`` overrides (``key.path=value``), fill presets, validate.
 
     Without a file at ``path`` the shipped one of that name is read, such as tinyimagenet.
@@ -27,6 +28,7 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
         UserError: the file is missing or not JSON, or a key or value is not allowed; the message
             names every wrong key and its nearest allowed name.
     """
+    path = Path(path)
     shipped = LAUNCH / f"{path}.json"
     if not path.is_file() and shipped.is_file():
         path = shipped

@@ -1,0 +1,24 @@
+"""The documentation's notebook runs from top to bottom."""
+
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbclient import NotebookClient
+
+from ..support.runs import ROOT
+
+
+@pytest.mark.slow
+def test_the_notebook_runs_and_its_encoder_knows_digits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.chdir(tmp_path)
+    notebook = nbformat.read(ROOT / "docs" / "guide" / "digits.ipynb", as_version=4)
+    NotebookClient(notebook, timeout=500).execute()
+    printed = "".join(
+        output.get("text", "") for cell in notebook.cells for output in cell.get("outputs", [])
+    )
+    accuracy = printed.partition("logistic regression on 355 embeddings: ")[2].split()[0]
+    assert float(accuracy) > 0.9
