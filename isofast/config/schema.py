@@ -149,6 +149,8 @@ class DataConfig(_Section):
     """Decoding threads a rank; null shares the machine's cores among its ranks."""
     prefetch: int = Field(2, ge=1, le=16, json_schema_extra=FREE)
     """Batches prepared ahead by dali."""
+    stall_seconds: float = Field(300.0, gt=0, json_schema_extra=FREE)
+    """End a run that waits longer for a batch of images, in place of hanging."""
 
     @field_validator("augmentation", mode="before")
     @classmethod

@@ -26,7 +26,7 @@ from isofast.distributed import (
     mean_of_statistics_over_ranks_,
     mean_over_ranks_,
 )
-from isofast.errors import GOES_ON, RunError, Stopped, UserError
+from isofast.errors import RunError, Stopped, UserError
 from isofast.methods.weights import describe
 from isofast.run.checkpoint import newest_checkpoint
 from isofast.run.collapse import Finding, remedies
@@ -42,6 +42,7 @@ from isofast.training.build import (
     synchronises_batch_norm,
     train_loader,
 )
+from isofast.training.faults import in_words
 from isofast.training.graph import GraphedStep
 from isofast.training.heartbeat import Heartbeat
 from isofast.training.online import Evaluator
@@ -50,9 +51,9 @@ from isofast.training.parallel import (
     check_pass_through,
     close_world,
     init_world,
-    lost_peer,
 )
 from isofast.training.signals import Signals, stopped
+from isofast.training.stall import StallWatch
 from isofast.training.step import StepOutput, embedding_scalars
 
 
@@ -73,7 +74,7 @@ def fit(config: Config, run_dir: Path) -> Summary:
     data = config.data
     recipe = recipe_for(data.dataset, crop=data.crop, augmentation=data.augmentation)
     images = list_images(config)
-    with ExitStack() as stack:
+    with in_words(config), ExitStack() as stack:
         if launched_rank() == 0:
             stack.enter_context(open_run_dir(run_dir, config))
             images = check_images(config, images)
@@ -81,19 +82,18 @@ def fit(config: Config, run_dir: Path) -> Summary:
         stack.callback(close_world)
         stack.enter_context(Heartbeat(world))
         images = agree_on_images(config, world, images)
-        run = stack.enter_context(closing(_Run(config, run_dir, world, recipe, images)))
-        try:
-            with Signals(world) as signals:
-                run.train(signals)
-        except Stopped:
-            raise
-        except Exception as error:
-            if lost_peer(error):
-                lost = RunError(f"another process of the run is gone; {GOES_ON} ({error})")
-                run.finish(failure=str(lost))
-                raise lost from error
-            run.finish(failure=str(error) or type(error).__name__)
-            raise
+        watch = stack.enter_context(StallWatch(data, world.rank))
+        run = stack.enter_context(closing(_Run(config, run_dir, world, recipe, images, watch)))
+        # a launcher that sees a lost peer first asks the others to end
+        with Signals(world) as signals:
+            try:
+                with in_words(config):
+                    run.train(signals)
+            except Stopped:
+                raise
+            except Exception as error:
+                run.finish(failure=str(error) or type(error).__name__)
+                raise
         return run.finish()
 
 
@@ -107,6 +107,7 @@ class _Run:
         world: World,
         recipe: Recipe,
         images: Images,
+        watch: StallWatch,
     ) -> None:
         self.config, self.run_dir, self.world = config, run_dir, world
         train, val = images
@@ -130,13 +131,14 @@ class _Run:
             dtype=self.state.online.branch.precision,
             start_step=self.step,
         )
+        self.batches = watch.over(self.loader)
         self.steps_per_epoch: int = self.loader.steps_per_epoch
         self.total_steps = config.train.epochs * self.steps_per_epoch
         self.last_step = min(self.total_steps, config.train.max_steps or self.total_steps)
         self.evaluator = (
             None
             if val is None
-            else Evaluator(config, train, val, recipe, world, backend=self.loader.backend)
+            else Evaluator(config, train, val, recipe, world, watch, backend=self.loader.backend)
         )
         precision = str(self.state.online.branch.precision).removeprefix("torch.")
         graphed = "on" if is_graphed(config, world) else "off"
@@ -331,7 +333,7 @@ class _Run:
 
     def _next_batch(self) -> Batch:
         began = time.perf_counter()
-        batch: Batch = next(self.loader)
+        batch = next(self.batches)
         self.recorder.waited(time.perf_counter() - began)
         return batch
 

@@ -22,6 +22,7 @@ from isofast.run.background import HostCopy
 from isofast.run.labelfree import label_free
 from isofast.run.loggers import Record
 from isofast.run.metrics import Evaluation
+from isofast.training.stall import StallWatch
 from isofast.training.step import Online
 
 Features = Callable[[Tensor], Tensor]
@@ -46,10 +47,11 @@ class Evaluator:
         val: ImageFolder,
         recipe: Recipe,
         world: World,
+        watch: StallWatch,
         *,
         backend: str,
     ) -> None:
-        self._config = config
+        self._config, self._watch = config, watch
         self._classes = len(train.classes)
         self._speak = world.is_main
         labelled = np.flatnonzero(train.labels != UNLABELLED)
@@ -124,7 +126,7 @@ class Evaluator:
         # disable=None hides the bar where there is no terminal
         silent = None if self._speak else True
         batches = tqdm(loader, "evaluating", leave=False, disable=silent, unit="batch")
-        parts = [(features(x_BCHW), y_B) for x_BCHW, y_B in batches]
+        parts = [(features(x_BCHW), y_B) for x_BCHW, y_B in self._watch.over(batches)]
         return (
             gather_rows(torch.cat([h_BF for h_BF, _ in parts])),
             gather_rows(torch.cat([y_B for _, y_B in parts])),

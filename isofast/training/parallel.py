@@ -106,11 +106,6 @@ def close_world() -> None:
         torch.distributed.destroy_process_group()
 
 
-def lost_peer(error: Exception) -> bool:
-    """Whether an error is that of a collective whose other side is gone."""
-    return isinstance(error, torch.distributed.DistError) or "gloo" in str(error)
-
-
 def make_engine(module: nn.Module, optimizer: Optimizer, config: Config, world: World) -> Any:
     """DeepSpeed's engine around ``module``: call it, then ``backward(loss)`` and ``step()``.
 

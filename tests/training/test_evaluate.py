@@ -14,6 +14,7 @@ from isofast.distributed import World
 from isofast.run.labelfree import label_free
 from isofast.training.build import build
 from isofast.training.online import Evaluator, eval_mode, knn_top1
+from isofast.training.stall import StallWatch
 
 
 def _vote(q: torch.Tensor, bank: torch.Tensor, bank_y: list[int], k: int, t: float) -> int:
@@ -69,12 +70,9 @@ ALONE = World(0, 1, 0, torch.device("cpu"))
 def evaluator_of(config: Config) -> tuple[Evaluator, Images, Recipe]:
     images = check_images(config, list_images(config))
     assert images.val is not None
-    recipe = recipe_for("digits")
-    return (
-        Evaluator(config, images.train, images.val, recipe, ALONE, backend="dali"),
-        images,
-        recipe,
-    )
+    recipe, watch = recipe_for("digits"), StallWatch(config.data, 0)
+    evaluator = Evaluator(config, images.train, images.val, recipe, ALONE, watch, backend="dali")
+    return evaluator, images, recipe
 
 
 def test_metrics_without_labels_are_of_a_fixed_sample(small_config: Callable[..., Config]) -> None:
@@ -130,7 +128,8 @@ def test_views_are_of_the_recipes_first_view(small_config: Callable[..., Config]
     images = check_images(config, list_images(config))
     assert images.val is not None
     recipe = recipe_for("digits", augmentation=config.data.augmentation)
-    evaluator = Evaluator(config, images.train, images.val, recipe, ALONE, backend="dali")
+    watch = StallWatch(config.data, 0)
+    evaluator = Evaluator(config, images.train, images.val, recipe, ALONE, watch, backend="dali")
     found = evaluator(build(config, ALONE, 10).online).label_free()
     assert found["view_alignment"] == pytest.approx(0, abs=1e-10)
     assert found["uniformity"] < -1e-3

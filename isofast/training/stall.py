@@ -1,0 +1,63 @@
+"""Notices a loader that hangs, as on a network file system that has gone away."""
+
+import os
+import sys
+import threading
+from collections.abc import Iterable, Iterator
+from typing import TypeVar
+
+from isofast.config.schema import DataConfig
+from isofast.errors import GOES_ON
+
+_T = TypeVar("_T")
+
+
+class StallWatch:
+    """Ends this process, with exit code 1, when a batch does not come in ``data.stall_seconds``.
+
+    What reads is inside a system call then, which no exception interrupts.
+
+    Args:
+        config: the config's data section.
+        rank: for the message.
+    """
+
+    def __init__(self, config: DataConfig, rank: int) -> None:
+        self._config, self._rank = config, rank
+        self._waited: int | None = None
+        self._closed = threading.Event()
+
+    def __enter__(self) -> "StallWatch":
+        threading.Thread(target=self._watch, daemon=True).start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._closed.set()
+
+    def over(self, batches: Iterable[_T]) -> Iterator[_T]:
+        """Yield ``batches``, and watch how long each takes."""
+        each = iter(batches)
+        while True:
+            self._waited = 0
+            try:
+                batch = next(each)
+            except StopIteration:
+                return
+            finally:
+                self._waited = None
+            yield batch
+
+    def _watch(self) -> None:
+        # seconds are counted, not read off a clock, which goes on while the process is stopped
+        while not self._closed.wait(1.0):
+            if (waited := self._waited) is None:
+                continue
+            if waited >= self._config.stall_seconds:
+                sys.stderr.write(
+                    f"\nerror on rank {self._rank}: no batch of images for "
+                    f"{self._config.stall_seconds:g} s (data.stall_seconds). Reading from "
+                    f"{self._config.root} hangs or is too slow: look after the disk or the network "
+                    f"file system, or raise the limit. The last checkpoint stands; {GOES_ON}\n"
+                )
+                os._exit(1)
+            self._waited = waited + 1
