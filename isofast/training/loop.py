@@ -79,21 +79,23 @@ def fit(config: Config, run_dir: Path) -> Summary:
             stack.enter_context(open_run_dir(run_dir, config))
             images = check_images(config, images)
         world = init_world()
+        signals = Signals(world)
+        # released last: a launcher that sees a rank die asks the others to end, who say why first
+        stack.push(signals)
         stack.callback(close_world)
         stack.enter_context(Heartbeat(world))
         images = agree_on_images(config, world, images)
         watch = stack.enter_context(StallWatch(data, world.rank))
         run = stack.enter_context(closing(_Run(config, run_dir, world, recipe, images, watch)))
-        # a launcher that sees a lost peer first asks the others to end
-        with Signals(world) as signals:
-            try:
-                with in_words(config):
-                    run.train(signals)
-            except Stopped:
-                raise
-            except Exception as error:
-                run.finish(failure=str(error) or type(error).__name__)
-                raise
+        signals.hold()
+        try:
+            with in_words(config):
+                run.train(signals)
+        except Stopped:
+            raise
+        except Exception as error:
+            run.finish(failure=str(error) or type(error).__name__)
+            raise
         return run.finish()
 
 

@@ -48,16 +48,20 @@ class Signals:
         self._exchange: tuple[Any, torch.Tensor] | None = None
 
     def __enter__(self) -> "Signals":
+        self.hold()
+        return self
+
+    def hold(self) -> None:
+        """Begin to hold signals back, which ends with the context."""
         if threading.current_thread() is not threading.main_thread():
             # Python gives signals to the main thread alone
-            return self
+            return
         self._reader, self._writer = os.pipe()
         os.set_blocking(self._writer, False)
         # a handler alone does not run while a collective waits
         self._wakeup = signal.set_wakeup_fd(self._writer)
         self._handlers = {number: signal.signal(number, _ignore) for number in _SIGNALS}
         threading.Thread(target=self._listen, daemon=True).start()
-        return self
 
     def __exit__(self, *exception: object) -> None:
         self._handled.set()

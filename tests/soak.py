@@ -1,0 +1,180 @@
+"""Kill runs again and again, and compare what they end as with runs never killed.
+
+`python -m tests.soak --kills 100 --ranks 1 2` trains the digits, kills ranks with SIGKILL at random
+moments, among them saves and evaluations, and gives the same command again. Exits 1 if a record, an
+eigenvalue or a weight differs in the end, or if a run hangs or fails otherwise.
+"""
+
+import argparse
+import json
+import random
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+from safetensors.torch import load_file
+
+from .support.runs import assert_equal_trees, assert_same_run, call, command_of, environment, train
+
+SETTINGS: dict[str, Any] = {
+    "data": {"dataset": "digits", "threads": 1},
+    "encoder": {"width": 4},
+    "projector": {"hidden": 32, "output": 16},
+    "optimizer": {"name": "adamw", "lr": 4e-3},
+    "train": {"epochs": 3, "batch_size": 128},
+    "evaluation": {"every_epochs": 1, "at_start": True, "knn_images": 200, "metrics_images": 50},
+    "checkpoint": {"every_steps": 2},
+    "logging": {"every_steps": 1, "loggers": []},
+}
+KILLS_A_RUN = 10
+MOMENTS = ("start", "step", "save", "evaluation")
+HANGS_AFTER_S = 120
+
+
+@dataclass
+class Launch:
+    """One process tree of a run, and what it does."""
+
+    process: "subprocess.Popen[bytes]"
+    run_dir: Path
+    log: Path
+    began: float
+
+    def printed(self) -> str:
+        return self.log.read_text(errors="replace")
+
+    def steps(self) -> bool:
+        metrics = self.run_dir / "metrics.jsonl"
+        return metrics.exists() and metrics.stat().st_mtime > self.began
+
+    def saves(self) -> bool:
+        parts = self.run_dir.glob("checkpoints/.*.part")
+        try:
+            return any(part.stat().st_mtime > self.began for part in parts)
+        except FileNotFoundError:
+            return False
+
+    def evaluates(self) -> bool:
+        printed = self.printed()
+        return printed.rfind("evaluating on") > printed.rfind("validation top-1")
+
+    def training(self) -> list[psutil.Process]:
+        """The ranks that a launcher has started; none without one."""
+        tree = psutil.Process(self.process.pid).children(recursive=True)
+        return [p for p in tree if any("--local_rank" in word for word in p.cmdline())]
+
+    def wait_for(self, moment: str, draw: random.Random) -> bool:
+        """Wait for a moment to kill in; False if the run ends before."""
+        at = self.began + draw.uniform(0, 8) if moment == "start" else None
+        self.ranks: list[psutil.Process] = []
+        while self.process.poll() is None:
+            now = time.time()
+            if at is None and self.steps():
+                at = now + draw.uniform(0, 1.5)
+                self.ranks = self.training()
+            if at is not None and now > at and (moment in MOMENTS[:2] or self.is_in(moment)):
+                time.sleep(draw.uniform(0, 0.02))
+                return True
+            time.sleep(0.001)
+        return False
+
+    def is_in(self, moment: str) -> bool:
+        return self.saves() if moment == "save" else self.evaluates()
+
+    def kill(self, draw: random.Random) -> str:
+        """Kill one rank, or everything at once; return which."""
+        victim = draw.choice([*self.ranks, None])
+        launched = psutil.Process(self.process.pid)
+        for process in [victim] if victim else [*launched.children(recursive=True), launched]:
+            process.kill()
+        self.process.wait(HANGS_AFTER_S)
+        return "all" if victim is None else f"rank {self.ranks.index(victim)}"
+
+
+def soak(ranks: int, kills: int, folder: Path, draw: random.Random) -> Counter[str]:
+    """Kill runs of ``ranks`` processes ``kills`` times; return how often in which moment."""
+    config, whole = folder / "soak.json", folder / f"whole-{ranks}"
+    train(config, whole, ranks=ranks if ranks > 1 else 0)
+    counts: Counter[str] = Counter(kills=0)
+    while counts["kills"] < kills:
+        run_dir = folder / f"ranks-{ranks}-run-{counts['runs'] + 1}"
+        killed = _train_and_kill(config, run_dir, ranks, kills - counts["kills"], draw)
+        assert_same_run(whole, run_dir)
+        newest = [max(run.glob("checkpoints/step_*")) for run in (whole, run_dir)]
+        encoders = [load_file(path / "encoder.safetensors") for path in newest]
+        assert_equal_trees(*encoders, "encoder")
+        counts += killed
+        counts["runs"] += 1
+    return counts
+
+
+def _train_and_kill(
+    config: Path, run_dir: Path, ranks: int, most: int, draw: random.Random
+) -> Counter[str]:
+    counts: Counter[str] = Counter()
+    said = ""
+    while True:
+        log = run_dir.with_suffix(f".{counts['kills']}.log")
+        command = command_of(config, run_dir, ranks=ranks if ranks > 1 else 0)
+        with log.open("wb") as file:
+            process = subprocess.Popen(command, env=environment(), stdout=file, stderr=file)
+        launch = Launch(process, run_dir, log, time.time())
+        more = counts["kills"] < min(most, KILLS_A_RUN)
+        moment = draw.choice(MOMENTS)
+        killed = more and launch.wait_for(moment, draw)
+        who = launch.kill(draw) if killed else ""
+        code = process.wait(HANGS_AFTER_S)
+        printed = launch.printed()
+        if said:
+            found = re.search(r"^steps (\d+) to", printed, re.MULTILINE)
+            print(
+                f"{said}, {f'resumed at step {found[1]}' if found else 'killed again before that'}"
+            )
+        assert "Traceback" not in printed, printed
+        if not killed:
+            assert code == 0, printed
+            return counts
+        # what it was in at its death, whatever was waited for
+        moment = "save" if launch.saves() else "evaluation" if launch.evaluates() else "elsewhere"
+        counts.update(["kills", moment])
+        said = f"{run_dir.name}: kill {counts['kills']} ({who}, {moment})"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line; return the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--kills", type=int, default=100, help="over all numbers of ranks")
+    parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--seed", type=int, default=0, help="of the moments")
+    args = parser.parse_args(arguments)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        call([sys.executable, "-m", "isofast.cli", "prepare", "digits", "--root", f"{name}/digits"])
+        data = SETTINGS["data"] | {"root": f"{name}/digits"}
+        (folder / "soak.json").write_text(json.dumps(SETTINGS | {"data": data}))
+        for k, ranks in enumerate(args.ranks):
+            kills = args.kills * (k + 1) // len(args.ranks) - args.kills * k // len(args.ranks)
+            began = time.monotonic()
+            try:
+                counts = soak(ranks, kills, folder, random.Random(args.seed + ranks))
+            except (AssertionError, subprocess.TimeoutExpired) as error:
+                print(f"{ranks} rank(s): not as the run never killed: {error}", file=sys.stderr)
+                return 1
+            print(
+                f"{ranks} rank(s): {counts['kills']} kills ({counts['save']} during a save, "
+                f"{counts['evaluation']} during an evaluation, {counts['elsewhere']} elsewhere) in "
+                f"{counts['runs']} runs, each bitwise the run never killed; "
+                f"{time.monotonic() - began:.0f} s"
+            )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

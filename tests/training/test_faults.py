@@ -1,0 +1,127 @@
+"""Faults of the machine, for real: what a run says, and what is left of it."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from isofast.run.checkpoint import newest_checkpoint
+
+from ..support.runs import assert_same_run, call, command_of, environment, train
+
+pytestmark = pytest.mark.slow
+
+Write = Callable[..., Path]
+
+
+def start(config: Path, run_dir: Path, *options: str, ranks: int = 0) -> "subprocess.Popen[str]":
+    """A run that has taken its first step."""
+    process = subprocess.Popen(
+        command_of(config, run_dir, *options, ranks=ranks),
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment(),
+    )
+    deadline = time.monotonic() + 120
+    metrics = run_dir / "metrics.jsonl"
+    while not (metrics.exists() and metrics.read_text()):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.02)
+    return process
+
+
+def one_message(printed: str, *words: str) -> None:
+    assert "Traceback" not in printed, printed
+    (message,) = [text for text in printed.split("\n") if text.startswith("error")]
+    assert all(word in message for word in (*words, "the same command goes on")), message
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSEGV], ids=lambda n: n.name)
+def test_a_rank_that_dies(number: signal.Signals, config_file: Write, tmp_path: Path) -> None:
+    """By the kernel for its memory, or by a crash of a thread that decodes images."""
+    config = config_file(train={"max_steps": 30})
+    process = start(config, tmp_path / "run", ranks=2)
+    tree = psutil.Process(process.pid).children(recursive=True)
+    (victim,) = [child for child in tree if "--local_rank=0" in child.cmdline()]
+    victim.send_signal(number)
+    _, printed = process.communicate(timeout=30)
+    assert process.returncode not in (0, None)
+    one_message(printed, "error on rank 1: another process of the run is gone")
+
+
+def test_a_loader_that_hangs(config_file: Write, digits: Path, tmp_path: Path) -> None:
+    """Opening a named pipe waits for ever, as does reading from a file system that is gone."""
+    root = tmp_path / "digits"
+    shutil.copytree(digits, root)
+    config = config_file(
+        data={"root": str(root), "stall_seconds": 3.0},
+        train={"epochs": 50, "max_steps": 1000},
+    )
+    process = start(config, tmp_path / "run")
+    image = next((root / "train" / "4").iterdir())
+    os.mkfifo(root / "pipe.png")
+    (root / "pipe.png").rename(image)
+    _, printed = process.communicate(timeout=60)
+    assert process.returncode == 1
+    one_message(printed, "no batch of images for 3 s (data.stall_seconds)", str(root))
+    assert newest_checkpoint(tmp_path / "run" / "checkpoints") is not None
+
+
+# as little is left as `ulimit -v` or a batch system might leave
+LIMITED = """
+import resource, sys, psutil, nvidia.dali, isofast.training.loop
+from isofast import cli
+used = psutil.Process().memory_info().vms
+resource.setrlimit(resource.RLIMIT_AS, (used + 2**30, used + 2**30))
+sys.exit(cli.main(["train", *sys.argv[1:]]))
+"""
+
+
+def test_a_machine_without_memory(config_file: Write, tmp_path: Path) -> None:
+    config = config_file(projector={"hidden": 100_000}, train={"batch_size": 1400})
+    arguments = ["--config", str(config), "--run-dir", str(tmp_path / "run")]
+    printed = call([sys.executable, "-c", LIMITED, *arguments], code=1).stderr
+    one_message(printed, "this machine is out of memory", "data.prefetch (now 2)")
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=3m", "none", str(folder)]
+    if os.geteuid() != 0 or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("mounting a small disk needs root")
+    yield folder
+    subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+def test_a_disk_that_fills_up(config_file: Write, small_disk: Path) -> None:
+    config = config_file(train={"max_steps": 30})
+    run_dir = small_disk / "run"
+    printed = train(config, run_dir, code=1)
+    assert printed.count("warning: could not write the checkpoint") == 3
+    one_message(printed.replace("give the same command to continue", "the same command goes on"))
+    assert newest_checkpoint(run_dir / "checkpoints") is not None
+    subprocess.run(["mount", "-o", "remount,size=100m", str(small_disk)], check=True)
+    assert "continuing from" in train(config, run_dir)
+
+
+@pytest.mark.parametrize("days", [-365, 365])
+def test_a_clock_that_jumps(days: int, config_file: Write, tmp_path: Path) -> None:
+    """Files of the run from the future, or all of them equally old."""
+    config = config_file(train={"max_steps": 12})
+    whole, jumped = tmp_path / "whole", tmp_path / "jumped"
+    train(config, whole)
+    train(config, jumped, "--set", "train.max_steps=6")
+    then = time.time() + 86_400 * days
+    for path in jumped.rglob("*"):
+        os.utime(path, (then, then))
+    assert "step_00000006" in train(config, jumped)
+    assert_same_run(whole, jumped)
