@@ -32,15 +32,22 @@ class Heartbeat:
         self._closed = threading.Event()
         now = time.monotonic()
         self._heard = dict.fromkeys(range(world.size), now)
+        self._threads = [
+            threading.Thread(target=job, daemon=True) for job in (self._beat, self._watch)
+        ]
 
     def __enter__(self) -> "Heartbeat":
         if self._world.size > 1:
-            for job in (self._beat, self._watch):
-                threading.Thread(target=job, daemon=True).start()
+            for thread in self._threads:
+                thread.start()
         return self
 
     def __exit__(self, *exception: object) -> None:
         self._closed.set()
+        for thread in self._threads:
+            if thread.is_alive():
+                # Python's end would abort inside the store's C++
+                thread.join(INTERVAL_S)
 
     def _beat(self) -> None:
         """Exchange the numbers; without rank 0's store nothing is heard any more."""

@@ -35,15 +35,19 @@ class Hosts:
 
     names: list[str]
 
-    def start(self, config: Path, run_dir: Path) -> list["subprocess.Popen[str]"]:
-        """DeepSpeed's launcher on both, as an administrator without ssh starts it."""
+    def start(self, config: Path, run_dir: Path, by: str) -> list["subprocess.Popen[str]"]:
+        """A launcher on both, as an administrator without ssh starts it."""
         hostfile = config.with_name("hostfile")
         hostfile.write_text("".join(f"{address} slots=2\n" for address in ADDRESSES))
+        launchers = {
+            "deepspeed": f"deepspeed.launcher.runner --hostfile {hostfile} --no_ssh "
+            f"--node_rank NODE --master_addr {ADDRESSES[0]} --log_level error",
+            "torchrun": "torch.distributed.run --nnodes 2 --nproc-per-node 2 --node-rank NODE "
+            f"--master-addr {ADDRESSES[0]}",
+        }
         started = []
         for node, name in enumerate(self.names):
-            launcher = ["-m", "deepspeed.launcher.runner", "--hostfile", str(hostfile), "--no_ssh"]
-            launcher += ["--node_rank", str(node), "--master_addr", ADDRESSES[0]]
-            launcher += ["--log_level", "error"]
+            launcher = ["-m", *launchers[by].replace("NODE", str(node)).split()]
             program = [str(ROOT / "launch" / "train.py"), "--config", str(config)]
             command = [sys.executable, *launcher, *program, "--run-dir", str(run_dir)]
             started.append(
@@ -114,8 +118,9 @@ def end_of(processes: list["subprocess.Popen[str]"], within_s: float) -> list[st
                 process.kill()
 
 
+@pytest.mark.parametrize("launcher", ["deepspeed", "torchrun"])
 def test_two_hosts_train_as_one_and_outlive_a_cut_cable(
-    hosts: Hosts, config: Path, tmp_path: Path
+    launcher: str, hosts: Hosts, config: Path, tmp_path: Path
 ) -> None:
     single, whole, cut = (tmp_path / name for name in ("one-process", "one-host", "cut"))
     train(config, whole, ranks=4)
@@ -124,7 +129,7 @@ def test_two_hosts_train_as_one_and_outlive_a_cut_cable(
     losses = [[r["loss"] for r in timeless(run) if r["loss"]][:5] for run in (whole, single)]
     np.testing.assert_allclose(*losses, rtol=1e-3)
 
-    processes = hosts.start(config, cut)
+    processes = hosts.start(config, cut, launcher)
     wait_for_step(8, cut, processes)
     hosts.pull_the_cable()
     began = time.monotonic()
@@ -132,11 +137,13 @@ def test_two_hosts_train_as_one_and_outlive_a_cut_cable(
     assert time.monotonic() - began < ENDS_WITHIN_S
     assert all(process.returncode != 0 for process in processes)
     for text in printed:
+        # torchrun shows a traceback of its own below
+        text, *_ = text.partition("torch/distributed/elastic")
         assert text.count("\nerror") == 1 and "the same command goes on" in text, text
         assert "Traceback" not in text, text
 
     hosts.plug_it_in()
-    processes = hosts.start(config, cut)
+    processes = hosts.start(config, cut, launcher)
     printed = end_of(processes, 200)
     assert [process.returncode for process in processes] == [0, 0], printed
     assert "continuing from" in printed[0]

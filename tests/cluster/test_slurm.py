@@ -1,0 +1,75 @@
+"""launch/slurm.sh under a stand-in for Slurm, which does not run here."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from ..support.runs import ROOT, assert_same_run, environment, train
+
+pytestmark = pytest.mark.slow
+
+# starts the tasks of a step, passes SIGUSR1 on to them, and ends as the first that fails
+SRUN = """#!/bin/bash
+[ "$1" = --kill-on-bad-exit=1 ] && shift || exit 9
+tasks=()
+trap 'kill -USR1 "${tasks[@]}"' USR1
+for rank in 0 1; do
+  SLURM_STEP_NUM_TASKS=2 SLURM_PROCID=$rank SLURM_LOCALID=$rank "$@" & tasks+=($!)
+done
+for task in "${tasks[@]}"; do
+  while kill -0 "$task" 2> /dev/null; do wait "$task"; code=$?; done
+  [ "$code" = 0 ] || { kill "${tasks[@]}"; exit "$code"; }
+done
+"""
+SCONTROL = """#!/bin/sh
+case "$1" in
+  show) echo 127.0.0.1 ;;
+  requeue) echo "$2" >> requeued ;;
+esac
+"""
+
+
+def test_a_job_that_reaches_its_time_limit_is_requeued_and_goes_on(
+    config_file: Callable[..., Path], tmp_path: Path
+) -> None:
+    config = config_file(train={"max_steps": 20}, checkpoint={"every_steps": 1000})
+    whole, job = tmp_path / "whole", tmp_path / "job"
+    train(config, whole, ranks=2)
+    for name, script in (("srun", SRUN), ("scontrol", SCONTROL)):
+        (tmp_path / name).write_text(script)
+        (tmp_path / name).chmod(0o755)
+    (tmp_path / ".venv").symlink_to(sys.prefix)
+    (tmp_path / "launch").symlink_to(ROOT / "launch")
+    env = environment(
+        PATH=f"{tmp_path}:{os.environ['PATH']}",
+        SLURM_SUBMIT_DIR=str(tmp_path),
+        SLURM_JOB_ID=str(os.getpid()),
+        SLURM_JOB_NODELIST="node1",
+    )
+    command = [str(ROOT / "launch" / "slurm.sh"), "--config", str(config), "--run-dir", str(job)]
+
+    def submit() -> "subprocess.Popen[str]":
+        return subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True)
+
+    process = submit()
+    deadline = time.monotonic() + 120
+    while not ((job / "metrics.jsonl").exists() and (job / "metrics.jsonl").read_text()):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+    # as Slurm does two minutes before the end: to the steps, not to the batch script
+    (srun,) = subprocess.check_output(["pgrep", "-P", str(process.pid)], text=True).split()
+    os.kill(int(srun), signal.SIGUSR1)
+    _, printed = process.communicate(timeout=120)
+    assert process.returncode == 0 and "Slurm was asked" in printed, printed
+    assert (tmp_path / "requeued").read_text() == f"{os.getpid()}\n"
+
+    process = submit()
+    _, printed = process.communicate(timeout=120)
+    assert process.returncode == 0 and "continuing from" in printed, printed
+    assert_same_run(whole, job)
