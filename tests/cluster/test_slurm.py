@@ -52,7 +52,14 @@ def test_a_job_that_reaches_its_time_limit_is_requeued_and_goes_on(
         SLURM_JOB_ID=str(os.getpid()),
         SLURM_JOB_NODELIST="node1",
     )
-    command = [str(ROOT / "launch" / "slurm.sh"), "--config", str(config), "--run-dir", str(job)]
+    command = [
+        "bash",
+        str(ROOT / "launch" / "slurm.sh"),
+        "--config",
+        str(config),
+        "--run-dir",
+        str(job),
+    ]
 
     def submit() -> "subprocess.Popen[str]":
         return subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True)

@@ -1,6 +1,8 @@
 """The same code on a GPU: views against the CPU's, a run from end to end."""
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -94,3 +96,16 @@ def test_a_run_from_end_to_end(config_file: Callable[..., Path], tmp_path: Path)
     assert len(records) == 12 and all(r["loss"] is not None for r in records)
     assert json.loads((run_dir / "environment.json").read_text())["cuda"]
     assert json.loads((run_dir / "summary.json").read_text())["completed"]
+
+
+def test_a_gpu_without_memory(config_file: Callable[..., Path], tmp_path: Path) -> None:
+    """A limit of torch's own, as a GPU that others use."""
+    limited = "import sys, torch; from isofast import cli; "
+    limited += "torch.cuda.set_per_process_memory_fraction(1e-4); "
+    limited += "sys.exit(cli.main(['train', *sys.argv[1:]]))"
+    arguments = ["--config", str(config_file()), "--run-dir", str(tmp_path / "run")]
+    done = subprocess.run(
+        [sys.executable, "-c", limited, *arguments], capture_output=True, text=True, timeout=400
+    )
+    assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
+    assert "the GPU is out of memory" in done.stderr and "train.batch_size" in done.stderr
