@@ -42,6 +42,7 @@ def parser_of_all() -> argparse.ArgumentParser:
     _add_evaluate(commands)
     _add_embed(commands)
     _add_export(commands)
+    _add_report(commands)
     _add_theory(commands)
     _add_figures(commands)
     _add_reproduce(commands)
@@ -114,7 +115,29 @@ def _train(args: argparse.Namespace) -> None:
     from isofast.run.directory import choose_run_dir
     from isofast.training.loop import fit
 
-    fit(config, choose_run_dir(args.config, args.run_dir, args.fresh))
+    run_dir = choose_run_dir(args.config, args.run_dir, args.fresh)
+    try:
+        fit(config, run_dir)
+    except RunError:
+        # without pictures: the GPU may be what failed
+        _write_own_report(run_dir, pictures=False)
+        raise
+    _write_own_report(run_dir, pictures=True)
+
+
+def _write_own_report(run_dir: Path, *, pictures: bool) -> None:
+    """Write a run's report beside it, on one rank; the run has ended well or not without it."""
+    from isofast.distributed import launched_rank
+
+    if launched_rank() > 0:
+        return
+    try:
+        from isofast.evaluation.report import write_report
+
+        write_report([run_dir], run_dir / "report.html", pictures=pictures)
+        _say(f"report: {run_dir / 'report.html'}", sys.stderr)
+    except Exception as error:
+        _say(f"no report ({error}); isofast report {run_dir} writes one", sys.stderr)
 
 
 def _add_config(parser: argparse.ArgumentParser) -> None:
@@ -293,6 +316,30 @@ def _add_source(parser: argparse.ArgumentParser) -> None:
         metavar="RUN|FILE",
         help="a run's folder, its encoder.safetensors, or a checkpoint of torchvision or timm",
     )
+
+
+def _add_report(commands: Any) -> None:
+    parser = commands.add_parser(
+        "report",
+        help="write one HTML file about runs: verdict, curves, spectrum, neighbours",
+        description="Needs no network, neither to be written nor to be read. Training writes one "
+        "into each run's folder.",
+    )
+    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="folders of runs")
+    parser.add_argument(
+        "--output", type=Path, default=Path("report.html"), metavar="FILE", help="report.html"
+    )
+    parser.add_argument(
+        "--root", type=Path, metavar="DIR", help="the images (default: each run's data.root)"
+    )
+    _finish(parser, _report, STARTS_OVER)
+
+
+def _report(args: argparse.Namespace) -> None:
+    from isofast.evaluation.report import write_report
+
+    write_report(args.runs, args.output, root=args.root)
+    _say(str(args.output))
 
 
 def _add_theory(commands: Any) -> None:

@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from PIL import Image, UnidentifiedImageError
+from torch import nn
 from tqdm import tqdm
 
 from isofast.data import Recipe
@@ -45,7 +46,6 @@ class Embedded:
     images_per_s: float
 
 
-@torch.no_grad()
 def embed(source: Path, folder: Path, output: Path) -> Embedded:
     """Write the features of all pictures below ``folder``, in the order of their relative paths.
 
@@ -73,14 +73,12 @@ def embed(source: Path, folder: Path, output: Path) -> Embedded:
     parts: list[torch.Tensor] = []
     # disable=None: no bar where there is no terminal
     with tqdm(total=len(names), desc="embedding", unit="image", disable=None) as bar:
-        for batch, images in _decoded(folder, names, recipe):
+        for batch, images in decoded(folder, names, recipe):
             problems = {n: i for n, i in zip(batch, images, strict=True) if isinstance(i, str)}
             skipped |= problems
             pixels = [image for image in images if not isinstance(image, str)]
             if pixels:
-                images_B3HW = torch.from_numpy(np.stack(pixels)).to(device).permute(0, 3, 1, 2)
-                h_BF = module(normalised(recipe, images_B3HW))
-                parts.append(h_BF.float().cpu())
+                parts.append(features(module, recipe, np.stack(pixels), device))
                 kept += [name for name in batch if name not in problems]
             bar.update(len(batch))
     if not parts:
@@ -100,6 +98,16 @@ def embed(source: Path, folder: Path, output: Path) -> Embedded:
         skipped=skipped,
         images_per_s=round(rate, 1),
     )
+
+
+@torch.no_grad()
+def features(
+    module: nn.Module, recipe: Recipe, pixels_BHW3: Pixels, device: torch.device
+) -> torch.Tensor:
+    """Return the features h_BF of clean images, float32 on the CPU, by a module on ``device``."""
+    images_B3HW = torch.from_numpy(pixels_BHW3).to(device).permute(0, 3, 1, 2)
+    h_BF: torch.Tensor = module(normalised(recipe, images_B3HW))
+    return h_BF.float().cpu()
 
 
 def list_pictures(folder: Path) -> list[str]:
@@ -125,10 +133,10 @@ def list_pictures(folder: Path) -> list[str]:
     return sorted(found)
 
 
-def _decoded(
+def decoded(
     folder: Path, names: Sequence[str], recipe: Recipe
 ) -> Iterator[tuple[Sequence[str], list[Pixels | str]]]:
-    """Batches of names with their clean images, or why one cannot be read."""
+    """Yield batches of names with their clean images (crop, crop, 3), or why one is unreadable."""
 
     def decode(name: str) -> Pixels | str:
         try:

@@ -83,3 +83,10 @@ def read_encoder(source: Path) -> Encoder:
         module = make_encoder(config)
     load_weights(module, weights)
     return Encoder(module.eval(), config, recipe)
+
+
+def untrained(config: Config) -> nn.Module:
+    """Return a run's encoder at step 0: the first that a run draws."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        return make_encoder(config.encoder)

@@ -32,8 +32,8 @@ from isofast.data import (
 from isofast.data.images import Images, check_images
 from isofast.distributed import World
 from isofast.errors import UserError
-from isofast.evaluation.encoders import newest_of
-from isofast.methods.networks import make_encoder
+from isofast.evaluation.encoders import newest_of, untrained
+from isofast.evaluation.intervals import wilson
 from isofast.methods.weights import load_weights, read_weights
 from isofast.run.stored import read_config
 from isofast.training.online import clean_loader, eval_mode, knn_top1
@@ -42,8 +42,6 @@ _NEIGHBOURS, _TEMPERATURE = (20, 200), 0.07
 GRID_C, _HELD_BACK = (0.001, 0.01, 0.1, 1.0, 10.0), 0.2
 _LABELS, _DRAWS = (1, 5, 10), 5
 _MOST_ITERATIONS = 500
-# two-sided 95 % of the normal distribution
-_Z = 1.959964
 
 
 @dataclass(frozen=True)
@@ -201,15 +199,6 @@ def evaluate(
     )
 
 
-def wilson(share: float, n: int) -> tuple[float, float]:
-    """Return the 95 % interval of a share of ``n`` trials (Wilson, JASA 1927)."""
-    middle = share + _Z**2 / (2 * n)
-    half = _Z * math.sqrt(share * (1 - share) / n + (_Z / (2 * n)) ** 2)
-    scale = 1 + _Z**2 / n
-    # rounding must not leave [0, 1]
-    return max(0.0, (middle - half) / scale), min(1.0, (middle + half) / scale)
-
-
 def _knn(name: str | None, features: _Features, classes: int) -> list[Result]:
     results = []
     for k in sorted({min(k, len(features.train_NF)) for k in _NEIGHBOURS}):
@@ -330,7 +319,7 @@ def _baseline(config: Config, name: str) -> nn.Module:
     if name == "pixels":
         return nn.Flatten()
     if name == "random":
-        return _untrained(config)
+        return untrained(config)
     if not Path(name).is_file():
         raise UserError(
             f"--baselines: there is no file {name}; allowed are random, pixels and files of "
@@ -339,15 +328,8 @@ def _baseline(config: Config, name: str) -> nn.Module:
     return _of_file(config, Path(name))
 
 
-def _untrained(config: Config) -> nn.Module:
-    """The run's encoder at step 0: the first that a run draws."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed)
-        return make_encoder(config.encoder)
-
-
 def _of_file(config: Config, path: Path) -> nn.Module:
     """The run's encoder with a file's weights."""
-    encoder = _untrained(config)
+    encoder = untrained(config)
     load_weights(encoder, read_weights(path))
     return encoder

@@ -149,6 +149,7 @@ class _Run:
         resolved |= {"compile": compiled, "cuda_graph": graphed}
         statistics = "synchronised" if self.synchronised else "local"
         environment = describe_environment(world, batch_norm=statistics, **resolved)
+        environment["val_images"] = None if val is None else len(val)
         self.recorder = Recorder(
             run_dir,
             config,

@@ -21,7 +21,8 @@ from sklearn.preprocessing import StandardScaler
 from isofast.cli import main
 from isofast.config.schema import EncoderConfig
 from isofast.data import EvalLoader, check_folder, open_dataset, recipe_for
-from isofast.evaluation.offline import GRID_C, wilson
+from isofast.evaluation.intervals import wilson
+from isofast.evaluation.offline import GRID_C
 from isofast.methods.networks import make_encoder
 from isofast.run.metrics import read_metrics
 

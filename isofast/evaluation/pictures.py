@@ -1,0 +1,230 @@
+"""What an encoder makes of some of its images: neighbours, a map, numbers beside baselines.
+
+Shapes: N images, F features.
+"""
+
+import base64
+import io
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from PIL import Image, ImageDraw
+from torch import Tensor, nn
+from torch.nn import functional
+
+from isofast.config.schema import Config
+from isofast.data import ImageFolder, Recipe, open_dataset
+from isofast.errors import UserError
+from isofast.evaluation.embed import Pixels, decoded, features
+from isofast.evaluation.encoders import read_encoder, untrained
+from isofast.run.labelfree import rankme, uniformity
+from isofast.training.online import knn_top1
+
+# of each split
+_MOST_IMAGES = 1000
+_QUERIES, _NEIGHBOURS = 8, 6
+_THUMB, _TILE, _COLUMNS, _ROWS = 56, 30, 30, 20
+_BATCH = 128
+# matplotlib's tab10
+CLASS_COLORS = (
+    *("#1f77b4", "#ff7f0e", "#2ca02c", "#d62728", "#9467bd"),
+    *("#8c564b", "#e377c2", "#7f7f7f", "#bcbd22", "#17becf"),
+)
+
+
+class Thumb(NamedTuple):
+    """A picture in a row of neighbours."""
+
+    uri: str
+    alt: str
+    caption: str
+    """Its class; "" without one."""
+    agrees: bool | None = None
+    """Whether it is of the query's class; None where either has none."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Numbers of some features, on the sample."""
+
+    name: str
+    knn_top1: float | None
+    """None without labelled validation images."""
+    rankme: float
+    uniformity: float
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """What `look` saw."""
+
+    sample: str
+    """The images in words."""
+    queries: int
+    rows: list[list[Thumb]]
+    """A query each, then its nearest, the nearest first."""
+    map_uri: str
+    map_alt: str
+    map_classes: list[tuple[str, str]]
+    """Names and colours of the frames; none without labels, or with more than ten classes."""
+    measured: list[Measured]
+    """The run, the untrained network, raw pixels."""
+
+
+class _Sample(NamedTuple):
+    pixels_NHW3: Pixels
+    labels_N: npt.NDArray[np.int64]
+    paths: list[str]
+
+
+def look(run_dir: Path, config: Config, root: Path) -> Pictures:
+    """Show validation images of a run, or training images where there are none, to its encoder.
+
+    Raises:
+        UserError: the images or the checkpoint are gone, or nothing can be seen in the features.
+    """
+    encoder, _, recipe = read_encoder(run_dir)
+    train = open_dataset(root, "train")
+    has_val = bool(train.classes) and (root / "val").is_dir()
+    bank = _sample(train, recipe)
+    query = _sample(open_dataset(root, "val"), recipe) if has_val else bank
+    kind = "validation" if has_val else "training"
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    named: dict[str, nn.Module] = {"this run": encoder, "untrained network": untrained(config)}
+    if max(recipe.crop, 1) <= 64:
+        named["raw pixels"] = nn.Flatten()
+    measured, seen = [], []
+    for name, module in named.items():
+        module.eval().to(device).to(memory_format=torch.channels_last)
+        query_NF = _features(module, recipe, query, device)
+        bank_NF = _features(module, recipe, bank, device) if has_val else query_NF
+        top1 = None
+        labelled = bank.labels_N >= 0
+        if has_val and labelled.any():
+            top1 = knn_top1(
+                bank_NF[labelled],
+                torch.from_numpy(bank.labels_N[labelled]),
+                query_NF,
+                torch.from_numpy(query.labels_N),
+                classes=len(train.classes),
+                k=config.evaluation.knn_k,
+                temperature=config.evaluation.knn_temperature,
+            )
+        measured.append(Measured(name, top1, rankme(query_NF), uniformity(query_NF)))
+        seen.append((query_NF, bank_NF))
+    query_NF, bank_NF = seen[0]
+    if not query_NF.isfinite().all():
+        raise UserError("the encoder's features are NaN or infinite")
+    uri, alt, colored = _map(query_NF, query, train.classes)
+    return Pictures(
+        sample=f"{len(query.paths):,} {kind} images"
+        + (f", and {len(bank.paths):,} training images to search" if has_val else ""),
+        queries=len(query.paths),
+        rows=_neighbours(query_NF, bank_NF, query, bank, train.classes, same=not has_val),
+        map_uri=uri,
+        map_alt=f"{alt} of {len(query.paths):,} {kind} images",
+        map_classes=[*zip(train.classes, CLASS_COLORS, strict=False)] if colored else [],
+        measured=measured,
+    )
+
+
+def _sample(images: ImageFolder, recipe: Recipe) -> _Sample:
+    """Some images, drawn, but for unreadable ones."""
+    drawn = np.sort(np.random.default_rng(0).permutation(len(images))[:_MOST_IMAGES])
+    found = [
+        (index, one)
+        for index, one in zip(
+            drawn,
+            (
+                one
+                for _, batch in decoded(images.root, [images.paths[k] for k in drawn], recipe)
+                for one in batch
+            ),
+            strict=True,
+        )
+        if not isinstance(one, str)
+    ]
+    if len(found) < 2:
+        raise UserError(f"fewer than two of the {images.split} images in {images.root} can be read")
+    kept = [index for index, _ in found]
+    pixels_NHW3 = np.stack([one for _, one in found])
+    return _Sample(pixels_NHW3, images.labels[kept], [images.paths[k] for k in kept])
+
+
+def _features(module: nn.Module, recipe: Recipe, sample: _Sample, device: torch.device) -> Tensor:
+    pixels = sample.pixels_NHW3
+    pieces = [pixels[k : k + _BATCH] for k in range(0, len(pixels), _BATCH)]
+    return torch.cat([features(module, recipe, piece, device) for piece in pieces])
+
+
+def _neighbours(
+    query_NF: Tensor,
+    bank_NF: Tensor,
+    query: _Sample,
+    bank: _Sample,
+    classes: tuple[str, ...],
+    *,
+    same: bool,
+) -> list[list[Thumb]]:
+    """Rows of queries, spread over the sample, and their nearest by cosine similarity."""
+    count = min(_QUERIES, len(query.paths))
+    places = np.arange(count) * len(query.paths) // count + len(query.paths) // (2 * count)
+    similarity_QN = functional.normalize(query_NF[places]) @ functional.normalize(bank_NF).T
+    if same:
+        # no image is its own neighbour
+        similarity_QN[torch.arange(count), torch.from_numpy(places)] = -torch.inf
+    k = min(_NEIGHBOURS, len(bank.paths) - same)
+    rows = []
+    for place, near in zip(places, zip(*similarity_QN.topk(k), strict=True), strict=True):
+        own = int(query.labels_N[place])
+        name = partial(_class_of, classes)
+        row = [Thumb(_thumb(query.pixels_NHW3[place]), query.paths[place], name(own))]
+        for value, index in zip(*(x.tolist() for x in near), strict=True):
+            label = int(bank.labels_N[index])
+            agrees = None if min(own, label) < 0 else own == label
+            alt = f"{bank.paths[index]}, similarity {value:.2f}"
+            row.append(Thumb(_thumb(bank.pixels_NHW3[index]), alt, name(label), agrees))
+        rows.append(row)
+    return rows
+
+
+def _class_of(classes: tuple[str, ...], label: int) -> str:
+    return classes[label] if label >= 0 else ""
+
+
+def _map(h_NF: Tensor, sample: _Sample, classes: tuple[str, ...]) -> tuple[str, str, bool]:
+    """A picture with thumbnails at the first two principal components, none over another."""
+    centred_NF = h_NF.numpy().astype(np.float64) - h_NF.numpy().mean(0)
+    u_NK, s_K, _ = np.linalg.svd(centred_NF, full_matrices=False)
+    shares = np.square(s_K[:2]) / max(np.square(s_K).sum(), np.finfo(float).tiny)
+    place_N2 = u_NK[:, :2] * s_K[:2]
+    low, span = place_N2.min(0), np.maximum(np.ptp(place_N2, axis=0), np.finfo(float).tiny)
+    cell_N2 = ((place_N2 - low) / span * (_COLUMNS - 1, _ROWS - 1)).round().astype(int)
+    colored = 0 < len(classes) <= len(CLASS_COLORS)
+    sheet = Image.new("RGBA", (_COLUMNS * _TILE, _ROWS * _TILE))
+    pen = ImageDraw.Draw(sheet)
+    _, firsts = np.unique(cell_N2, axis=0, return_index=True)
+    for index in firsts:
+        x, y = int(cell_N2[index, 0]) * _TILE, int(_ROWS - 1 - cell_N2[index, 1]) * _TILE
+        if colored and (label := int(sample.labels_N[index])) >= 0:
+            pen.rectangle((x, y, x + _TILE - 1, y + _TILE - 1), fill=CLASS_COLORS[label])
+        size = (_TILE - 6, _TILE - 6)
+        sheet.paste(Image.fromarray(sample.pixels_NHW3[index]).resize(size), (x + 3, y + 3))
+    parts = [f"{share:.0%}" for share in shares]
+    alt = f"Map by the first two principal components ({' and '.join(parts)} of the variance)"
+    return _uri(sheet), alt, colored
+
+
+def _thumb(pixels_HW3: Pixels) -> str:
+    return _uri(Image.fromarray(pixels_HW3).resize((_THUMB, _THUMB)))
+
+
+def _uri(image: Image.Image) -> str:
+    buffer = io.BytesIO()
+    image.save(buffer, format="WEBP", quality=80)
+    return f"data:image/webp;base64,{base64.b64encode(buffer.getvalue()).decode()}"

@@ -1,0 +1,241 @@
+"""One HTML file about one run or several: verdict, curves, spectrum, neighbours, settings."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jinja2 import Environment, PackageLoader
+from markupsafe import Markup
+
+from isofast.config.schema import Config
+from isofast.data import open_dataset
+from isofast.data.folder import printable
+from isofast.errors import UserError
+from isofast.evaluation.chart import Line, chart
+from isofast.evaluation.encoders import check_output
+from isofast.evaluation.intervals import wilson
+from isofast.evaluation.pictures import Pictures, look
+from isofast.evaluation.verdict import Verdict, findings, judge
+from isofast.run.directory import write_text
+from isofast.run.spectrum import effective_rank
+from isofast.run.stored import Run, labels, read_run
+
+# colours of the page's style sheet
+_COLORS = 6
+_MOST_ROWS, _MOST_LINES = 12, 32
+_CURVES = {
+    "loss": "Loss",
+    "lr": "Learning rate",
+    "probe_top1": "Probe top-1, training views",
+    "val_top1": "Probe top-1, validation",
+    "knn_top1": "k-NN top-1, validation",
+    "effective_rank": "Effective rank of C",
+    "rankme": "RankMe of the features",
+    "embedding_std": "Spread of the embeddings",
+    "alignment": "Cosine of prediction and target",
+}
+_RANKS = {
+    "effective_rank": "effective rank of C, participation ratio",
+    "effective_rank_entropy": "effective rank of C, by entropy",
+    "rankme": "RankMe of the features",
+    "rankme_z": "RankMe of the embeddings",
+    "lidar": "LiDAR of the features",
+    "lidar_z": "LiDAR of the embeddings",
+    "alpha_req": "alpha-ReQ of the features",
+}
+
+
+@dataclass(frozen=True)
+class _Baseline:
+    name: str
+    what: str
+    top1: float
+    interval: tuple[float, float] | None
+    n: int | None
+
+
+@dataclass(frozen=True)
+class _Page:
+    """A run as the template takes it."""
+
+    name: str
+    run: Run
+    summary: dict[str, Any]
+    verdict: Verdict
+    warnings: list[str]
+    spectrum: Markup
+    ranks: list[tuple[str, float, float]]
+    baselines: list[_Baseline]
+    records: list[dict[str, Any]]
+    pictures: Pictures | None
+    no_pictures: str
+    settings: dict[str, Any]
+    environment: dict[str, Any]
+
+
+def write_report(
+    folders: Sequence[Path], output: Path, *, root: Path | None = None, pictures: bool = True
+) -> None:
+    """Write one file that needs no other and no network, whole or not at all.
+
+    Args:
+        folders: runs, finished or not.
+        output: the HTML file.
+        root: of the images, if they are not in the runs' data.root any more.
+        pictures: also show some images to the encoders.
+
+    Raises:
+        UserError: a folder is no run or has no records yet, or ``output`` cannot be written.
+    """
+    check_output(output)
+    runs = [read_run(folder) for folder in dict.fromkeys(folders)]
+    pages = [
+        _page(run, name, root or run.config.data.root, pictures)
+        for run, name in zip(runs, labels(runs), strict=True)
+    ]
+    settings = {key: [page.settings.get(key) for page in pages] for key in _keys(pages)}
+    # file names need not be text
+    environment = Environment(
+        loader=PackageLoader("isofast.evaluation", ""),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        finalize=lambda value: printable(value) if type(value) is str else value,
+    )
+    text = environment.get_template("report.html").render(
+        pages=pages,
+        curves=[(title, _curves(pages, name)) for name, title in _CURVES.items()],
+        settings=settings,
+        differing={key for key, values in settings.items() if any(v != values[0] for v in values)},
+    )
+    write_text(output, text)
+
+
+def _page(run: Run, name: str, root: Path, with_pictures: bool) -> _Page:
+    summary, environment = (_read(run.path / f"{what}.json") for what in ("summary", "environment"))
+    pictures, why = None, "the run failed; isofast report draws them"
+    if with_pictures:
+        try:
+            pictures, why = look(run.path, run.config, root), ""
+        # also what a full GPU raises
+        except (UserError, RuntimeError, OSError) as error:
+            why = str(error)
+    val_images = environment.get("val_images") or _count(root)
+    return _Page(
+        name=name,
+        run=run,
+        summary=summary,
+        verdict=judge(run, summary, val_images, pictures),
+        warnings=[found.message for found in findings(run)[0]],
+        spectrum=_spectrum(run),
+        ranks=[
+            (title, values_T[0], values_T[-1])
+            for key, title in _RANKS.items()
+            if len(values_T := run.curve(key)[1])
+        ],
+        baselines=_baselines(run.config, run, summary, val_images, pictures),
+        records=_some(run),
+        pictures=pictures,
+        no_pictures=why,
+        settings=dict(_flat(run.config.model_dump(mode="json"))),
+        environment=dict(_flat(environment)),
+    )
+
+
+def _baselines(
+    config: Config,
+    run: Run,
+    summary: dict[str, Any],
+    n: int | None,
+    pictures: Pictures | None,
+) -> list[_Baseline]:
+    rows: list[tuple[str, str, float | None, int | None]] = []
+    if run.evaluations:
+        first, last = run.evaluations[0], run.evaluations[-1]
+        knn = f"k-NN, k = {config.evaluation.knn_k}"
+        rows.append(("this run", knn, last["knn_top1"], n))
+        if first["step"] == 0:
+            rows.append(("before training", knn, first["knn_top1"], n))
+        rows.append(("raw pixels", knn, summary.get("knn_top1_pixels"), n))
+        rows.append(("this run", "linear probe, trained beside", last["val_top1"], n))
+    if pictures is not None:
+        rows += [
+            (one.name, "k-NN, on the sample", one.knn_top1, pictures.queries)
+            for one in pictures.measured
+        ]
+    return [
+        _Baseline(name, what, top1, wilson(top1, count) if count else None, count)
+        for name, what, top1, count in rows
+        if top1 is not None
+    ]
+
+
+def _curves(pages: Sequence[_Page], name: str) -> Markup | None:
+    lines = [
+        Line(page.name, *page.run.curve(name), color=place % _COLORS)
+        for place, page in enumerate(pages)
+        if len(page.run.curve(name)[0])
+    ]
+    return chart(lines) if lines else None
+
+
+def _spectrum(run: Run) -> Markup:
+    """Eigenvalues over time, the larger the stronger."""
+    values_TD = run.eigenvalues_TD
+    dim = values_TD.shape[1]
+    largest = np.nanmax(values_TD, initial=0)
+    # smaller ones are rounding errors
+    shown_TD = np.where(values_TD > 1e-8 * largest, values_TD, np.nan)
+    places = np.unique(np.geomspace(1, dim, min(dim, _MOST_LINES)).round().astype(int)) - 1
+    lines = [
+        Line(str(place + 1), run.epochs_T, shown_TD[:, place], 0, 1 - 0.75 * place / dim)
+        for place in places[::-1]
+    ]
+    ends = [
+        f"epoch {run.epochs_T[t]:.3g}: largest {values_TD[t, 0]:.2g}, median "
+        f"{np.median(values_TD[t]):.2g}, effective rank {effective_rank(values_TD[t]):.1f}"
+        for t in (0, -1)
+    ]
+    return chart(lines, log=True, alt=f"{dim} eigenvalues of C. {'. '.join(ends)}")
+
+
+def _some(run: Run) -> list[dict[str, Any]]:
+    """Some records, each with the evaluations up to it."""
+    places = np.unique(np.linspace(0, len(run.records) - 1, _MOST_ROWS).astype(int))
+    rows = []
+    for place in places:
+        record = run.records[place]
+        before = [one for one in run.evaluations if one["step"] <= record["step"]]
+        rows.append((before[-1] if before else {}) | record)
+    return rows
+
+
+def _keys(pages: Sequence[_Page]) -> list[str]:
+    return [*dict.fromkeys(key for page in pages for key in page.settings)]
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    rows: list[tuple[str, Any]] = []
+    for key, value in tree.items():
+        inner = isinstance(value, dict) and value
+        rows += _flat(value, f"{prefix}{key}.") if inner else [(f"{prefix}{key}", value)]
+    return rows
+
+
+def _count(root: Path) -> int | None:
+    try:
+        return len(open_dataset(root, "val"))
+    except UserError:
+        return None
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """A JSON object; empty where there is none, as after an interruption."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}

@@ -1,0 +1,123 @@
+"""Whether a run learned, in words."""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from isofast.evaluation.intervals import newcombe
+from isofast.evaluation.pictures import Pictures
+from isofast.run.collapse import CollapseWatch, Finding
+from isofast.run.stored import Run
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """A run's judgement."""
+
+    word: str
+    """Such as "learned" or "collapsed"."""
+    good: bool | None
+    """None: cannot be told."""
+    headline: str
+    reasons: list[str]
+
+
+def findings(run: Run) -> tuple[list[Finding], Finding | None]:
+    """Return the first finding of each kind in a run's records, and that of the last record."""
+    steps_per_epoch = max(1, round(run.records[-1]["step"] / run.records[-1]["epoch"]))
+    watch = CollapseWatch(run.config, steps_per_epoch)
+    judged = [watch.judge(record) for record in run.records if "embedding_std" in record]
+    first = {found.kind: found for found in reversed(judged) if found is not None}
+    return [*first.values()][::-1], judged[-1] if judged else None
+
+
+def judge(
+    run: Run, summary: dict[str, Any], val_images: int | None, pictures: Pictures | None
+) -> Verdict:
+    """Judge a run by collapse, then accuracy over the untrained network, then without labels.
+
+    Args:
+        run: the run.
+        summary: summary.json; empty for a run that has not ended.
+        val_images: images of its evaluations, if known.
+        pictures: for what the run itself didn't evaluate.
+    """
+    failure = summary.get("failure")
+    last = findings(run)[1]
+    collapse = summary.get("collapse") or (last.message if last else None)
+    word, good, headline, reasons = _accuracy(run, val_images, pictures) or _unlabelled(
+        run, pictures
+    )
+    if not summary:
+        epochs = run.records[-1]["epoch"]
+        reasons.insert(0, f"The run has not ended: epoch {epochs:g} of {run.config.train.epochs}.")
+    if collapse or failure:
+        if failure and failure != collapse:
+            reasons.insert(0, f"The run failed: {failure}.")
+        word = "collapsed" if collapse else "failed"
+        reasons.insert(0, headline)
+        return Verdict(word, False, f"{word.capitalize()}: {collapse or failure}.", reasons)
+    return Verdict(word, good, headline, [*reasons, "No record shows a collapse at the end."])
+
+
+def _accuracy(
+    run: Run, val_images: int | None, pictures: Pictures | None
+) -> tuple[str, bool | None, str, list[str]] | None:
+    """By k-NN before and after; None if nothing was evaluated."""
+    ends = [run.evaluations[k]["knn_top1"] for k in (0, -1)] if run.evaluations else []
+    if ends and run.evaluations[0]["step"] == 0 and len(run.evaluations) > 1:
+        (before, after), n = ends, val_images
+        where = "as evaluated beside the training"
+    elif pictures is not None and pictures.measured[0].knn_top1 is not None:
+        after, before = (one.knn_top1 or 0.0 for one in pictures.measured[:2])
+        n, where = pictures.queries, f"on a sample of {pictures.sample}"
+    elif ends:
+        return (
+            "not comparable",
+            None,
+            f"k-NN top-1 {ends[-1]:.3f}, and nothing to compare with: the untrained network was "
+            "not evaluated (evaluation.at_start true does it).",
+            [],
+        )
+    else:
+        return None
+    gain = f"k-NN top-1 {after:.3f}, untrained {before:.3f}: {after - before:+.3f}"
+    reasons = [
+        f"k-NN on frozen features, {where}; a vote of up to {run.config.evaluation.knn_k} "
+        "neighbours."
+    ]
+    if n is None:
+        low, high = after - before, after - before
+        reasons.append("No interval: the number of validation images is not known.")
+    else:
+        low, high = newcombe(after, before, n, n)
+        gain += f", 95 % interval [{low:+.3f}, {high:+.3f}] by {n:,} images"
+        reasons.append(
+            "The interval is that of independent draws of images (Newcombe), too wide for one set "
+            "of them; other seeds differ too."
+        )
+    if low > 0:
+        return "learned", True, f"Learned: better than the untrained network. {gain}.", reasons
+    if high < 0:
+        return "worse", False, f"Worse than the untrained network. {gain}.", reasons
+    return "no gain", False, f"No gain over the untrained network can be shown. {gain}.", reasons
+
+
+def _unlabelled(run: Run, pictures: Pictures | None) -> tuple[str, bool | None, str, list[str]]:
+    """By what needs no labels."""
+    last, dim = run.records[-1], run.config.projector.output
+    reasons = ["Without labels no number says whether the features separate what you care about."]
+    if last.get("embedding_std") is not None:
+        spread = last["embedding_std"] * math.sqrt(dim)
+        reasons.append(f"Spread of the embeddings: {spread:.0%} of 1/sqrt(D), which is healthy.")
+    if last.get("effective_rank") is not None:
+        reasons.append(f"Effective rank of C: {last['effective_rank']:.1f} of {dim}.")
+    if last.get("alignment") is not None:
+        reasons.append(f"Cosine of prediction and target: {last['alignment']:.3f}; at most 1.")
+    if pictures is not None:
+        mine, other = pictures.measured[:2]
+        reasons.append(
+            f"RankMe of the features: {mine.rankme:.1f}, untrained {other.rankme:.1f}; uniformity "
+            f"{mine.uniformity:.2f}, untrained {other.uniformity:.2f} (lower is more spread out)."
+        )
+    return "no labels", None, "Judged without labels: see the nearest neighbours below.", reasons
