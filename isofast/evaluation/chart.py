@@ -39,7 +39,7 @@ def chart(lines: Sequence[Line], *, log: bool = False, alt: str | None = None) -
     y = np.concatenate([line.values_T for line in drawn])
     if not len(y):
         return Markup("<p>No finite value was recorded.</p>")
-    (x0, x1), (y0, y1) = _range(x), _range(y)
+    (x0, x1), (y0, y1) = (0.0, max(float(x.max()), 1e-9)), _range(y)
     parts = []
     for at in _ticks(y0, y1, log):
         place = _HEIGHT - _BOTTOM - (at - y0) / (y1 - y0) * (_HEIGHT - _TOP - _BOTTOM)

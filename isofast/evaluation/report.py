@@ -153,15 +153,16 @@ def _baselines(
     pictures: Pictures | None,
 ) -> list[_Baseline]:
     rows: list[tuple[str, str, float | None, int | None]] = []
+    compared = bool(run.evaluations) and run.evaluations[0]["step"] == 0
     if run.evaluations:
         first, last = run.evaluations[0], run.evaluations[-1]
         knn = f"k-NN, k = {config.evaluation.knn_k}"
         rows.append(("this run", knn, last["knn_top1"], n))
-        if first["step"] == 0:
+        if compared:
             rows.append(("before training", knn, first["knn_top1"], n))
         rows.append(("raw pixels", knn, summary.get("knn_top1_pixels"), n))
         rows.append(("this run", "linear probe, trained beside", last["val_top1"], n))
-    if pictures is not None:
+    if pictures is not None and not compared:
         rows += [
             (one.name, "k-NN, on the sample", one.knn_top1, pictures.queries)
             for one in pictures.measured

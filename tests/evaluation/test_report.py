@@ -1,0 +1,226 @@
+"""`isofast report` on real runs: what it says, that it is whole, and what a browser makes of it."""
+
+import json
+import re
+import shutil
+import subprocess
+from collections.abc import Callable
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from sklearn.neighbors import NearestNeighbors
+
+from isofast.cli import main
+from isofast.config.load import validate
+from isofast.evaluation.embed import embed
+from isofast.evaluation.intervals import newcombe
+from isofast.evaluation.pictures import look
+
+from ..support.runs import train
+
+slow = pytest.mark.slow
+CHROMIUM = shutil.which("chromium")
+
+
+class Page(HTMLParser):
+    """What a reader meets: text in order, the tags' attributes, and tags that stay open."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        assert path.stat().st_size < 3e6
+        self.words: list[str] = []
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self._open: list[str] = []
+        self.feed(path.read_text(encoding="utf-8"))
+        assert self._open == []
+        self.text = " ".join(" ".join(self.words).split())
+        self._check()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in ("meta", "link", "img"):
+            self._open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self._open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if not {"style", "title"} & set(self._open):
+            self.words.append(data)
+
+    def _check(self) -> None:
+        """Nothing comes from elsewhere, and a screen reader has words for everything."""
+        for tag, attributes in self.tags:
+            for name in ("src", "href"):
+                assert attributes.get(name, "data:").startswith("data:"), tag  # type: ignore[union-attr]
+            assert tag != "script"
+            assert tag != "img" or attributes["alt"]
+            assert tag != "svg" or (attributes["role"] == "img" and attributes["aria-label"])
+            assert tag != "th" or attributes["scope"] in ("row", "col")
+        assert ("html", {"lang": "en"}) in self.tags
+
+    @property
+    def images(self) -> list[dict[str, str | None]]:
+        return [attributes for tag, attributes in self.tags if tag == "img"]
+
+
+def report(tmp_path: Path, *runs: Path, options: tuple[str, ...] = ()) -> Page:
+    output = tmp_path / "report.html"
+    assert main(["report", *map(str, runs), "--output", str(output), *options]) == 0
+    return Page(output)
+
+
+@slow
+def test_a_run_is_judged_by_what_it_gained(
+    evaluated_run: Path, tmp_path: Path, digits: Path
+) -> None:
+    page = report(tmp_path, evaluated_run)
+    records = [json.loads(line) for line in (evaluated_run / "metrics.jsonl").open()]
+    before, *_, after = [one["knn_top1"] for one in records if "knn_top1" in one]
+    low, high = newcombe(after, before, 355, 355)
+    assert f"{after:.3f}, untrained {before:.3f}: {after - before:+.3f}" in page.text
+    assert f"interval [{low:+.3f}, {high:+.3f}] by 355 images" in page.text
+    said = "Learned" if low > 0 else "Worse" if high < 0 else "No gain"
+    assert page.text.startswith(f"Run evaluated {said}")
+    # eight queries with six neighbours each, and the map
+    assert len(page.images) == 8 * 7 + 1
+
+
+@slow
+def test_neighbours_are_scikit_learns(evaluated_run: Path, digits: Path, tmp_path: Path) -> None:
+    config = validate(json.loads((evaluated_run / "config.json").read_text()))
+    found = {}
+    for split in ("train", "val"):
+        embed(evaluated_run, digits / split, tmp_path / "f.npz")
+        with np.load(tmp_path / "f.npz") as stored:
+            names = [f"{split}/{name}" for name in stored["filenames"]]
+            found[split] = dict(zip(names, stored["embeddings"], strict=True))
+    pictures = look(evaluated_run, config, digits)
+    drawn = np.sort(np.random.default_rng(0).permutation(1442)[:1000])
+    bank = [[*found["train"]][k] for k in drawn]
+    search = NearestNeighbors(n_neighbors=6, metric="cosine")
+    search.fit(np.stack([found["train"][name] for name in bank]))
+    for query, *near in pictures.rows:
+        distances, places = search.kneighbors(found["val"][query.alt][None])
+        want = [
+            f"{bank[place]}, similarity {1 - distance:.2f}"
+            for distance, place in zip(distances[0], places[0], strict=True)
+        ]
+        assert [thumb.alt for thumb in near] == want
+        assert [thumb.agrees for thumb in near] == [t.caption == query.caption for t in near]
+
+
+@slow
+def test_runs_stand_side_by_side_and_need_no_data(
+    spectrum_runs: dict[str, tuple[dict[str, Any], Path]], evaluated_run: Path, tmp_path: Path
+) -> None:
+    moved = tmp_path / "<b>moved"
+    shutil.copytree(evaluated_run, moved)
+    config = json.loads((moved / "config.json").read_text())
+    config["data"]["root"] = str(tmp_path / "gone")
+    (moved / "config.json").write_text(json.dumps(config))
+    # as of a run of earlier versions
+    (moved / "environment.json").unlink()
+    page = report(tmp_path, moved, spectrum_runs["linear"][1])
+    assert "2 runs: <b>moved, linear" in page.text
+    assert "No pictures: the data root" in page.text and "gone is not a folder" in page.text
+    assert "No interval: the number of validation images is not known" in page.text
+    assert "on a sample of 355 validation images" in page.text
+    assert len(page.images) == 8 * 7 + 1
+    # the pictures of the other place
+    page = report(tmp_path, moved, options=("--root", str(validate(config).data.root)))
+    assert "No pictures" in page.text
+
+
+@slow
+def test_without_labels_it_says_so(
+    config_file: Callable[..., Path], digits: Path, tmp_path: Path
+) -> None:
+    """The run's own report, in its folder, without any validation images."""
+    root = tmp_path / "pictures"
+    (root / "unlabeled").mkdir(parents=True)
+    for path in sorted(digits.glob("train/*/*"))[::10]:
+        shutil.copy(path, root / "unlabeled" / f"{path.parent.name}-{path.name}")
+    config = config_file(data={"dataset": "imagefolder", "root": str(root), "crop": 16})
+    shown = train(config, tmp_path / "run")
+    assert f"report: {tmp_path / 'run' / 'report.html'}" in shown
+    page = Page(tmp_path / "run" / "report.html")
+    assert page.text.startswith("Run run Judged without labels")
+    assert all(word in page.text for word in ("RankMe of the features", "no number says"))
+    for queried in (page.images[k : k + 7] for k in range(0, 56, 7)):
+        # no image is its own neighbour
+        assert len({one["alt"].split(",")[0] for one in queried}) == 7  # type: ignore[union-attr]
+
+
+@slow
+def test_a_collapsed_run_says_so_first(config_file: Callable[..., Path], tmp_path: Path) -> None:
+    """With weight decay and nothing else: all embeddings become one point."""
+    config = config_file(
+        optimizer={"name": "sgd", "lr": 1e-9, "weight_decay": 2e9},
+        schedule={"warmup_epochs": 0},
+        train={"on_collapse": "stop", "max_steps": 20},
+    )
+    train(config, tmp_path / "run", code=1)
+    for page in (Page(tmp_path / "run" / "report.html"), report(tmp_path, tmp_path / "run")):
+        assert page.text.startswith("Run run Collapsed: the embeddings have collapsed completely")
+        assert "Try " in page.text
+
+
+@slow
+def test_what_has_no_report_is_told(
+    evaluated_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    young = tmp_path / "young"
+    young.mkdir()
+    shutil.copy(evaluated_run / "config.json", young)
+    for words, *given in (
+        ("is no run", tmp_path),
+        ("no records in metrics.jsonl yet", young),
+        ("there is no folder", evaluated_run, "--output", tmp_path / "no" / "report.html"),
+    ):
+        assert main(["report", *map(str, given)]) == 2
+        printed = capsys.readouterr().err
+        assert words in printed and "Traceback" not in printed
+
+
+@slow
+@pytest.mark.skipif(CHROMIUM is None, reason="there is no chromium on PATH")
+@pytest.mark.parametrize("width", [390, 1280])
+def test_a_browser_asks_for_nothing_and_cuts_nothing_off(
+    evaluated_run: Path, tmp_path: Path, width: int
+) -> None:
+    report(tmp_path, evaluated_run, evaluated_run.parent / "evaluated")
+    page = tmp_path / "report.html"
+    # measures the page inside the frame of a phone, which headless Chromium's window cannot be
+    frame = tmp_path / "frame.html"
+    frame.write_text(
+        f'<iframe id="f" src="report.html" width="{width}" height="900"></iframe><script>'
+        "f.onload = () => { const d = f.contentDocument.documentElement; document.title = "
+        "d.scrollWidth + ' ' + d.clientWidth + ' ' + "
+        "f.contentWindow.performance.getEntriesByType('resource')"
+        ".filter(e => !e.name.startsWith('data:')).length }</script>"
+    )
+    assert CHROMIUM is not None
+    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--allow-file-access-from-files"]
+    flags += ["--enable-logging=stderr", f"--user-data-dir={tmp_path / 'profile'}"]
+    flags += ["--virtual-time-budget=5000", "--dump-dom"]
+    done = subprocess.run(
+        [CHROMIUM, *flags, frame.as_uri()], capture_output=True, text=True, timeout=120, check=True
+    )
+    assert page.is_file() and "CONSOLE" not in done.stderr, done.stderr
+    title = re.search(r"<title>(\d+) (\d+) (\d+)</title>", done.stdout)
+    assert title is not None, done.stdout[:500]
+    scroll, client, requests = map(int, title.groups())
+    assert scroll <= client and requests == 0
+
+
+def test_the_interval_of_a_gain_is_newcombes() -> None:
+    """Table II of Newcombe (1998), method 10: 56/70 - 48/80 and 9/10 - 3/10."""
+    assert newcombe(56 / 70, 48 / 80, 70, 80) == pytest.approx((0.0524, 0.3339), abs=5e-5)
+    assert newcombe(0.9, 0.3, 10, 10) == pytest.approx((0.1705, 0.8090), abs=5e-5)
