@@ -30,6 +30,8 @@ _MOST_IMAGES = 1000
 _QUERIES, _NEIGHBOURS = 8, 6
 _THUMB, _TILE, _COLUMNS, _ROWS = 56, 30, 30, 20
 _BATCH = 128
+# of a side, for raw pixels as features
+_MOST_PIXELS = 64
 # matplotlib's tab10
 CLASS_COLORS = (
     *("#1f77b4", "#ff7f0e", "#2ca02c", "#d62728", "#9467bd"),
@@ -96,7 +98,7 @@ def look(run_dir: Path, config: Config, root: Path) -> Pictures:
     kind = "validation" if has_val else "training"
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     named: dict[str, nn.Module] = {"this run": encoder, "untrained network": untrained(config)}
-    if max(recipe.crop, 1) <= 64:
+    if recipe.crop <= _MOST_PIXELS:
         named["raw pixels"] = nn.Flatten()
     measured, seen = [], []
     for name, module in named.items():
@@ -136,19 +138,9 @@ def look(run_dir: Path, config: Config, root: Path) -> Pictures:
 def _sample(images: ImageFolder, recipe: Recipe) -> _Sample:
     """Some images, drawn, but for unreadable ones."""
     drawn = np.sort(np.random.default_rng(0).permutation(len(images))[:_MOST_IMAGES])
-    found = [
-        (index, one)
-        for index, one in zip(
-            drawn,
-            (
-                one
-                for _, batch in decoded(images.root, [images.paths[k] for k in drawn], recipe)
-                for one in batch
-            ),
-            strict=True,
-        )
-        if not isinstance(one, str)
-    ]
+    batches = decoded(images.root, [images.paths[k] for k in drawn], recipe)
+    every = zip(drawn, (one for _, batch in batches for one in batch), strict=True)
+    found = [(index, one) for index, one in every if not isinstance(one, str)]
     if len(found) < 2:
         raise UserError(f"fewer than two of the {images.split} images in {images.root} can be read")
     kept = [index for index, _ in found]
@@ -179,10 +171,10 @@ def _neighbours(
         # no image is its own neighbour
         similarity_QN[torch.arange(count), torch.from_numpy(places)] = -torch.inf
     k = min(_NEIGHBOURS, len(bank.paths) - same)
+    name = partial(_class_of, classes)
     rows = []
     for place, near in zip(places, zip(*similarity_QN.topk(k), strict=True), strict=True):
         own = int(query.labels_N[place])
-        name = partial(_class_of, classes)
         row = [Thumb(_thumb(query.pixels_NHW3[place]), query.paths[place], name(own))]
         for value, index in zip(*(x.tolist() for x in near), strict=True):
             label = int(bank.labels_N[index])

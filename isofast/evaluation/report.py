@@ -10,7 +10,6 @@ import numpy as np
 from jinja2 import Environment, PackageLoader
 from markupsafe import Markup
 
-from isofast.config.schema import Config
 from isofast.data import open_dataset
 from isofast.data.folder import printable
 from isofast.errors import UserError
@@ -136,7 +135,7 @@ def _page(run: Run, name: str, root: Path, with_pictures: bool) -> _Page:
             for key, title in _RANKS.items()
             if len(values_T := run.curve(key)[1])
         ],
-        baselines=_baselines(run.config, run, summary, val_images, pictures),
+        baselines=_baselines(run, summary, val_images, pictures),
         records=_some(run),
         pictures=pictures,
         no_pictures=why,
@@ -146,7 +145,6 @@ def _page(run: Run, name: str, root: Path, with_pictures: bool) -> _Page:
 
 
 def _baselines(
-    config: Config,
     run: Run,
     summary: dict[str, Any],
     n: int | None,
@@ -156,7 +154,7 @@ def _baselines(
     compared = bool(run.evaluations) and run.evaluations[0]["step"] == 0
     if run.evaluations:
         first, last = run.evaluations[0], run.evaluations[-1]
-        knn = f"k-NN, k = {config.evaluation.knn_k}"
+        knn = f"k-NN, k = {run.config.evaluation.knn_k}"
         rows.append(("this run", knn, last["knn_top1"], n))
         if compared:
             rows.append(("before training", knn, first["knn_top1"], n))

@@ -64,9 +64,12 @@ def _accuracy(
     run: Run, val_images: int | None, pictures: Pictures | None
 ) -> tuple[str, bool | None, str, list[str]] | None:
     """By k-NN before and after; None if nothing was evaluated."""
+    start = "the untrained network"
     ends = [run.evaluations[k]["knn_top1"] for k in (0, -1)] if run.evaluations else []
     if ends and run.evaluations[0]["step"] == 0 and len(run.evaluations) > 1:
         (before, after), n = ends, val_images
+        if run.config.encoder.init:
+            start = "the weights it began with"
         where = "as evaluated beside the training"
     elif pictures is not None and pictures.measured[0].knn_top1 is not None:
         after, before = (one.knn_top1 or 0.0 for one in pictures.measured[:2])
@@ -81,26 +84,26 @@ def _accuracy(
         )
     else:
         return None
-    gain = f"k-NN top-1 {after:.3f}, untrained {before:.3f}: {after - before:+.3f}"
+    gain = f"k-NN top-1 {after:.3f}, before {before:.3f}: {after - before:+.3f}"
     reasons = [
         f"k-NN on frozen features, {where}; a vote of up to {run.config.evaluation.knn_k} "
         "neighbours."
     ]
     if n is None:
-        low, high = after - before, after - before
         reasons.append("No interval: the number of validation images is not known.")
-    else:
-        low, high = newcombe(after, before, n, n)
-        gain += f", 95 % interval [{low:+.3f}, {high:+.3f}] by {n:,} images"
-        reasons.append(
-            "The interval is that of independent draws of images (Newcombe), too wide for one set "
-            "of them; other seeds differ too."
-        )
+        headline = f"Whether the gain over {start} is more than chance cannot be told. {gain}."
+        return "uncertain", None, headline, reasons
+    low, high = newcombe(after, before, n, n)
+    gain += f", 95 % interval [{low:+.3f}, {high:+.3f}] by {n:,} images"
+    reasons.append(
+        "The interval is that of independent draws of images (Newcombe), too wide for one set of "
+        "them; other seeds differ too."
+    )
     if low > 0:
-        return "learned", True, f"Learned: better than the untrained network. {gain}.", reasons
+        return "learned", True, f"Learned: better than {start}. {gain}.", reasons
     if high < 0:
-        return "worse", False, f"Worse than the untrained network. {gain}.", reasons
-    return "no gain", False, f"No gain over the untrained network can be shown. {gain}.", reasons
+        return "worse", False, f"Worse than {start}. {gain}.", reasons
+    return "no gain", False, f"No gain over {start} can be shown. {gain}.", reasons
 
 
 def _unlabelled(run: Run, pictures: Pictures | None) -> tuple[str, bool | None, str, list[str]]:
