@@ -7,6 +7,7 @@ import contextlib
 import functools
 import importlib.util
 import io
+import itertools
 import json
 import os
 import threading
@@ -32,6 +33,8 @@ Decoder = Literal["dali", "pillow"]
 # MPO is a JPEG with further pictures behind the first, as many cameras write it
 _FORMATS = ("PNG", "JPEG", "MPO")
 _FORMAT = 5
+# enough to outweigh handing a task to a thread, few enough to stop soon
+_FILES_A_TASK = 16
 _REMEDY = (
     "Replace or delete these files (download a damaged archive again), or leave them out with "
     "data.on_bad_image=skip (`isofast prepare`: --on-bad-image skip), then start again"
@@ -84,43 +87,50 @@ def check_folder(
         return dataset
     judge = "headers" if check == "headers" else decoder or default_decoder()
     known = _read_memory(dataset)
-    entries = {path: _remembered(dataset, path, known, judge, on_bad) for path in dataset.paths}
-    pending = [path for path, entry in entries.items() if entry is None]
+    entries = [
+        _remembered(known.get(path), stamp, judge, on_bad)
+        for path, stamp in zip(dataset.paths, map(tuple, dataset.listed.tolist()), strict=True)
+    ]
+    pending = [k for k, entry in enumerate(entries) if entry is None]
+    pieces = [pending[k : k + _FILES_A_TASK] for k in range(0, len(pending), _FILES_A_TASK)]
     # decoding releases the interpreter's lock, so threads scale
     pool = ThreadPoolExecutor(min(16, os.cpu_count() or 1))
     try:
+        judged = pool.map(functools.partial(_judge_all, dataset, judge=judge), pieces)
         bar = tqdm(
-            pool.map(functools.partial(_judge, dataset.root, judge=judge), pending),
+            itertools.chain.from_iterable(judged),
             desc=f"checking {dataset.split} images",
             total=len(pending),
             unit="image",
             # None: no bar unless stderr is a terminal
             disable=None if progress and pending else True,
         )
-        entries.update(zip(pending, bar, strict=True))
+        for k, entry in zip(pending, bar, strict=True):
+            entries[k] = entry
     finally:
         pool.shutdown(cancel_futures=True)
-    found = {path: entry for path, entry in entries.items() if entry is not None}
-    lasting = {path: entry for path, entry in found.items() if entry.judge}
+    found = [entry for entry in entries if entry is not None]
+    lasting = {path: e for path, e in zip(dataset.paths, found, strict=True) if e.judge}
     if lasting != known:
         _write_memory(dataset, lasting)
-    bad = {path: entry.problem for path, entry in found.items() if entry.problem}
+    bad = {k: entry.problem for k, entry in enumerate(found) if entry.problem}
+    problems = {dataset.where(k): problem for k, problem in bad.items()}
     if bad and on_bad == "stop":
-        raise UserError(f"{_bad_files(dataset, bad)}. {_REMEDY}")
-    kept = dataset.subset([k for k, path in enumerate(dataset.paths) if path not in bad])
+        raise UserError(f"{_bad_files(dataset, problems)}. {_REMEDY}")
+    kept = dataset.subset([k for k in range(len(dataset)) if k not in bad]) if bad else dataset
     empty = sorted(set(range(len(dataset.classes))) - set(kept.labels.tolist()))
     if empty or not len(kept):
         what = f"the class {dataset.classes[empty[0]]}" if empty else "the data set"
         raise UserError(
-            f"{_bad_files(dataset, bad)}. That leaves no image of {what}: replace these files, or "
-            "remove the class folder from train and val"
+            f"{_bad_files(dataset, problems)}. That leaves no image of {what}: replace these "
+            "files, or remove the class folder from train and val"
         )
-    good = [found[path] for path in kept.paths]
+    good = [entry for entry in found if not entry.problem]
     return replace(
         kept,
         sizes=np.array([(entry.height, entry.width) for entry in good], dtype=np.int64),
         stamps=tuple(entry[:2] for entry in good),
-        skipped=dict(sorted(bad.items())),
+        skipped={dataset.paths[k]: problem for k, problem in bad.items()},
         fingerprint=fingerprint_of(kept.paths, kept.labels, [entry.bytes for entry in good])
         if bad
         else dataset.fingerprint,
@@ -152,14 +162,13 @@ def read_sizes(dataset: ImageFolder, indices: Iterable[int]) -> npt.NDArray[np.i
         return known
     sizes = []
     for index in indices:
-        path = dataset.root / dataset.paths[index]
         try:
-            with Image.open(path) as image:
+            with dataset.open(index) as file, Image.open(file) as image:
                 sizes.append((image.height, image.width))
         except Exception as error:
             raise RunError(
-                f"cannot read the size of {path}: {error}. data.check=full finds such files "
-                "before the first step"
+                f"cannot read the size of {dataset.where(index)}: {error}. data.check=full finds "
+                "such files before the first step"
             ) from error
     return np.array(sizes, dtype=np.int64)
 
@@ -168,7 +177,7 @@ def skipped_note(dataset: ImageFolder) -> str:
     """One line on the files that the check left out; "" if there are none."""
     if not dataset.skipped:
         return ""
-    return printable(f"{_bad_files(dataset, dataset.skipped, root='')}. They are left out")
+    return printable(f"{_bad_files(dataset, dataset.skipped)}. They are left out")
 
 
 def remember_bad(dataset: ImageFolder, indices: Sequence[int], reason: str) -> None:
@@ -180,33 +189,28 @@ def remember_bad(dataset: ImageFolder, indices: Sequence[int], reason: str) -> N
     _write_memory(dataset, memory)
 
 
-def _remembered(
-    dataset: ImageFolder, path: str, known: _Memory, judge: str, on_bad: OnBad
-) -> _Entry | None:
-    """The earlier result for a file; None if it must be judged now."""
-    entry = known.get(path)
+def _remembered(entry: _Entry | None, stamp: Stamp, judge: str, on_bad: OnBad) -> _Entry | None:
+    """The earlier result for a file of this stamp; None if it must be judged now."""
     # every judge reads the headers
-    if entry is None or judge not in (entry.judge, "headers"):
+    if entry is None or entry[:2] != stamp or judge not in (entry.judge, "headers"):
         return None
     # a bad file that stopped a run may have been repaired, whatever its stamp
-    if entry.problem and on_bad == "stop":
-        return None
-    try:
-        status = os.stat(dataset.root / path)
-    except OSError:
-        return None
-    return entry if entry[:2] == (status.st_size, status.st_mtime_ns) else None
+    return None if entry.problem and on_bad == "stop" else entry
 
 
-def _judge(root: Path, path: str, *, judge: str) -> _Entry:
+def _judge_all(dataset: ImageFolder, indices: Sequence[int], *, judge: str) -> list[_Entry]:
+    return [_judge(dataset, index, judge) for index in indices]
+
+
+def _judge(dataset: ImageFolder, index: int, judge: str) -> _Entry:
     """Judge one file; no judge signs what the disk, the permissions or DALI as a whole refuse."""
     try:
-        with open(root / path, "rb") as file:
-            status = os.fstat(file.fileno())
+        with dataset.open(index) as file:
             # Pillow reads no more of the file than it needs for the header
-            content = b"" if judge == "headers" else file.read()
-            stamp = (status.st_size, status.st_mtime_ns)
-            return _decode(file if judge == "headers" else io.BytesIO(content), stamp, judge)
+            image = file if judge == "headers" else io.BytesIO(file.read())
+            stamp = (image.seek(0, os.SEEK_END), os.fstat(file.fileno()).st_mtime_ns)
+            image.seek(0)
+            return _decode(image, stamp, judge)
     except OSError as error:
         return _Entry(0, 0, "", problem=error.strerror or str(error))
 
@@ -255,9 +259,8 @@ def _pixel() -> BinaryIO:
     return file
 
 
-def _bad_files(dataset: ImageFolder, bad: Mapping[str, str], root: Path | str | None = None) -> str:
-    root = dataset.root if root is None else root
-    shown = some_of([f"{os.path.join(root, path)} ({bad[path]})" for path in sorted(bad)], "; ")
+def _bad_files(dataset: ImageFolder, bad: Mapping[str, str]) -> str:
+    shown = some_of([f"{name} ({problem})" for name, problem in bad.items()], "; ")
     total = len(dataset) + len(dataset.skipped)
     return f"{len(bad)} of {total} {dataset.split} images cannot be read: {shown}"
 

@@ -146,7 +146,7 @@ class DaliPipeline:
                 f"DALI could not make a batch of images in {root}; of the {len(fed)} in progress "
                 f"no single one is to blame: {error}"
             )
-        names = some_of([str(root / self._dataset.paths[index]) for index in refused])
+        names = some_of([self._dataset.where(index) for index in refused])
         return UndecodableError(
             f"DALI cannot decode {len(refused)} of the {len(fed)} images in progress: {names}",
             refused,

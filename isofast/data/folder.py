@@ -1,33 +1,34 @@
 """Data roots: root/train/CLASS/, root/val/CLASS/ and root/unlabeled/, listed and read.
 
 Images are *.png, *.jpg and *.jpeg directly inside their folder. Those in root/unlabeled/ are
-trained on with the label -1; a root may hold nothing else.
+trained on with the label -1; a root may hold nothing else. root/train, root/val and root/unlabeled
+may each hold tars instead, as in `isofast.data.shards`.
 """
 
 import hashlib
 import os
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import numpy.typing as npt
 
+from isofast.data.shards import EXTENSIONS, PICTURES, Index, Tar, open_member, read_index
 from isofast.errors import RunError, UserError
 
 SPLITS = ("train", "val")
 UNLABELED = "unlabeled"
 UNLABELLED = -1
-EXTENSIONS = (".png", ".jpg", ".jpeg")
-PICTURES = (
-    *EXTENSIONS,
-    *(".webp", ".bmp", ".gif", ".tif", ".tiff", ".jfif", ".jp2", ".heic", ".avif"),
-)
 _NAMED = f"*{', *'.join(EXTENSIONS)}"
 _SHOWN = 5
 
 # size in bytes and modification time in ns: is this the file that was checked?
 Stamp = tuple[int, int]
+# name, size in bytes, time in ns, number of the tar (-1: none), first byte in it
+_Row = tuple[str, int, int, int, int]
 
 
 class UndecodableError(RunError):
@@ -48,6 +49,10 @@ class ImageFolder:
         paths: relative to root, with "/".
         labels: int64; -1 for images without one.
         fingerprint: sha256 over paths, labels and file sizes.
+        listed: (N, 2) int64, the stamp of each file as listed; in a tar, its size and the tar's
+            time.
+        tars: the tars that hold images.
+        places: (N, 2) int64, number of the tar and first byte in it; -1, 0 for a file of its own.
         sizes: (N, 2) int64, height and width in pixels as stored; None if unchecked.
         stamps: of each file as checked; None if unchecked.
         skipped: files that the check left out, and the problem of each.
@@ -60,6 +65,9 @@ class ImageFolder:
     paths: tuple[str, ...]
     labels: npt.NDArray[np.int64]
     fingerprint: str
+    listed: npt.NDArray[np.int64]
+    tars: tuple[Tar, ...]
+    places: npt.NDArray[np.int64]
     sizes: npt.NDArray[np.int64] | None = None
     stamps: tuple[Stamp, ...] | None = None
     skipped: Mapping[str, str] = field(default_factory=dict)
@@ -76,9 +84,29 @@ class ImageFolder:
             self,
             paths=tuple(self.paths[k] for k in keep),
             labels=self.labels[keep],
+            listed=self.listed[keep],
+            places=self.places[keep],
             sizes=None if self.sizes is None else self.sizes[keep],
             stamps=None if self.stamps is None else tuple(self.stamps[k] for k in keep),
         )
+
+    def open(self, index: int) -> BinaryIO:
+        """Open an image's file, or its part of a tar.
+
+        Raises:
+            OSError: it is gone or may not be read, or its tar has changed.
+        """
+        number, offset = self.places[index].tolist()
+        if number < 0:
+            return open(os.path.join(self.root, self.paths[index]), "rb")
+        return open_member(self.tars[number], offset, int(self.listed[index, 0]))
+
+    def where(self, index: int) -> str:
+        """Return the path of an image, or of its tar with the image's name."""
+        number, path = self.places[index, 0], self.paths[index]
+        if number < 0:
+            return os.path.join(self.root, path)
+        return f"{self.tars[number].path}: {path.partition('/')[2]}"
 
 
 def open_dataset(root: Path | str, split: str) -> ImageFolder:
@@ -113,10 +141,9 @@ def read_files(dataset: ImageFolder, indices: Iterable[int]) -> list[bytes]:
     """
     contents = []
     for index in indices:
-        path = os.path.join(dataset.root, dataset.paths[index])
         stamp = dataset.stamps[index] if dataset.stamps is not None else None
         try:
-            with open(path, "rb", buffering=0) as file:
+            with dataset.open(index) as file:
                 content = file.read()
                 now = (len(content), os.fstat(file.fileno()).st_mtime_ns)
             problem = "" if stamp in (None, now) else "it has changed"
@@ -124,8 +151,8 @@ def read_files(dataset: ImageFolder, indices: Iterable[int]) -> list[bytes]:
             problem = error.strerror or str(error)
         if problem:
             raise RunError(
-                f"the image {path} is not what it was when the run began: {problem}. Restore the "
-                "file and repeat the same command to continue"
+                f"the image {dataset.where(index)} is not what it was when the run began: "
+                f"{problem}. Restore the file and repeat the same command to continue"
             )
         contents.append(content)
     return contents
@@ -161,25 +188,38 @@ def _listed(root: Path, split: str) -> ImageFolder:
             "a folder with train/CLASS and val/CLASS"
         )
     unlabeled = split == "train" and _is_folder(root / UNLABELED)
+    tops = [split, UNLABELED] if unlabeled else [split]
     # unlabeled pictures alone need no classes
-    classes = () if unlabeled and not os.path.lexists(root / split) else _class_names(root, split)
+    if unlabeled and not os.path.lexists(root / split):
+        tops = [UNLABELED]
+    indexes = {top: read_index(root / top) for top in tops}
+    classes = _class_names(root, split, indexes[split]) if split in tops else ()
     if split == "val" and any((root / name).is_dir() for name in ("train", UNLABELED)):
         _require_same_classes(root, classes)
     folders = [(f"{split}/{name}", label) for label, name in enumerate(classes)]
     if unlabeled:
         folders.append((UNLABELED, UNLABELLED))
-    rows: list[tuple[str, int, int]] = []
+    tars: list[Tar] = []
+    members: dict[str, list[_Row]] = {}
+    pictures: set[str] = set()
+    for top, index in indexes.items():
+        if index is None:
+            pictures.update(_pictures_below(root, top))
+        else:
+            pictures.update(f"{top}/{name}" for name in index.names)
+            members |= _members(top, index, len(tars))
+            tars += index.tars
+    rows: list[tuple[str, int, int, int, int, int]] = []
     for folder, label in folders:
-        found = sorted(_images_in(root / folder))
+        in_files = indexes[folder.partition("/")[0]] is None
+        found = sorted(_images_in(root / folder) if in_files else members.get(folder, ()))
         if not found:
             raise UserError(
                 f"the {'class ' if label >= 0 else ''}folder {root / folder} has no image; images "
                 f"are files named {_NAMED} directly inside it. Add images or remove the folder"
             )
-        rows += [(f"{folder}/{filename}", label, size) for filename, size in found]
-    paths, labels, sizes = zip(*rows, strict=True)
-    tops = {folder.split("/")[0] for folder, _ in folders}
-    pictures = {path for top in tops for path in _pictures_below(root, top)}
+        rows += [(f"{folder}/{row[0]}", label, *row[1:]) for row in found]
+    paths, labels, sizes, times, numbers, offsets = zip(*rows, strict=True)
     return ImageFolder(
         root,
         split,
@@ -187,11 +227,14 @@ def _listed(root: Path, split: str) -> ImageFolder:
         paths,
         np.array(labels, np.int64),
         fingerprint_of(paths, labels, sizes),
+        np.stack([sizes, times], axis=1, dtype=np.int64),
+        tuple(tars),
+        np.stack([numbers, offsets], axis=1, dtype=np.int64),
         ignored=tuple(sorted(pictures.difference(paths))),
     )
 
 
-def _class_names(root: Path, split: str) -> tuple[str, ...]:
+def _class_names(root: Path, split: str, index: Index | None) -> tuple[str, ...]:
     folder = root / split
     if not _is_folder(folder):
         remedy = (
@@ -203,12 +246,18 @@ def _class_names(root: Path, split: str) -> tuple[str, ...]:
             f"{root} has no folder {split!r}; a data root has train/CLASS/ and val/CLASS/ with the "
             f"images of each class. Move the images there, or give another data.root; {remedy}"
         )
-    names = sorted(n for n in os.listdir(folder) if n[0] != "." and _is_folder(folder / n))
-    if not names:
-        raise UserError(
-            f"{folder} has no class folder; put the images of each class into {folder}/CLASS/"
+    if index is None:
+        names = {n for n in os.listdir(folder) if n[0] != "." and _is_folder(folder / n)}
+        problem = f"has no class folder; put the images of each class into {folder}/CLASS/"
+    else:
+        names = {name.partition("/")[0] for name in index.names if "/" in name}
+        problem = (
+            "has tars without a picture of a class: named CLASS/1.jpg, or with its class in a file "
+            f"1.cls beside it. Tars of pictures without classes go into {root / UNLABELED}"
         )
-    return tuple(names)
+    if not names:
+        raise UserError(f"{folder} {problem}")
+    return tuple(sorted(names))
 
 
 def _is_folder(path: Path) -> bool:
@@ -222,7 +271,7 @@ def _is_folder(path: Path) -> bool:
 
 
 def _require_same_classes(root: Path, val: tuple[str, ...]) -> None:
-    train = _class_names(root, "train")
+    train = _class_names(root, "train", read_index(root / "train"))
     only = {name: set(a) - set(b) for name, a, b in (("train", train, val), ("val", val, train))}
     if train != val:
         found = (f"only in {k}: {some_of(sorted(v))}" for k, v in only.items() if v)
@@ -241,14 +290,26 @@ def _pictures_below(root: Path, top: str) -> Iterator[str]:
                 yield f"{below}/{name}"
 
 
-def _images_in(folder: Path) -> Iterator[tuple[str, int]]:
+def _members(top: str, index: Index, first: int) -> dict[str, list[_Row]]:
+    """The images in tars, by folder; ``first`` is the number of the first tar."""
+    found: dict[str, list[_Row]] = defaultdict(list)
+    for name, (number, offset, size) in zip(index.names, index.places_N3.tolist(), strict=True):
+        folder, _, filename = f"{top}/{name}".rpartition("/")
+        if filename.lower().endswith(EXTENSIONS):
+            time_ns = index.tars[number].mtime_ns
+            found[folder].append((filename, size, time_ns, first + number, offset))
+    return found
+
+
+def _images_in(folder: Path) -> Iterator[_Row]:
     with os.scandir(folder) as entries:
         for entry in entries:
             name = entry.name
             if not name.lower().endswith(EXTENSIONS) or name.startswith("."):
                 continue
             if entry.is_file():
-                yield name, entry.stat().st_size
+                status = entry.stat()
+                yield name, status.st_size, status.st_mtime_ns, -1, 0
             elif not os.path.exists(entry.path):
                 # a broken link: the check names it, rather than training on fewer images
-                yield name, 0
+                yield name, 0, 0, -1, 0

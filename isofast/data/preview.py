@@ -9,7 +9,7 @@ from torchvision.utils import make_grid
 
 from isofast.data.check import OnBad, check_folder
 from isofast.data.files import write_atomically
-from isofast.data.folder import open_dataset
+from isofast.data.folder import ImageFolder, open_dataset
 from isofast.data.loaders import draw_views
 from isofast.data.recipe import Recipe, recipe_for
 from isofast.data.resident import rgb
@@ -60,7 +60,7 @@ def write_preview(name: str, root: Path, path: Path, *, on_bad: OnBad = "stop") 
     chosen = images.subset(np.arange(count) * len(images) // count + len(images) // (2 * count))
     # in whole multiples of their size, so that small images keep sharp pixels
     side = recipe.crop * -(-_TILE // recipe.crop)
-    columns = [torch.stack([_original(root / image, side) for image in chosen.paths])]
+    columns = [torch.stack([_original(chosen, k, side) for k in range(count)])]
     cpu = torch.device("cpu")
     for views in draw_views("auto", chosen, recipe, _DRAWS, device=cpu, threads=1):
         columns += [_levels(x_BCHW, recipe, side) for x_BCHW in views]
@@ -73,9 +73,9 @@ def write_preview(name: str, root: Path, path: Path, *, on_bad: OnBad = "stop") 
         raise UserError(f"cannot write --preview {path}: {error.strerror or error}") from error
 
 
-def _original(path: Path, side: int) -> torch.Tensor:
+def _original(dataset: ImageFolder, index: int, side: int) -> torch.Tensor:
     """The whole stored image in a square, (3, side, side) uint8."""
-    with Image.open(path) as stored:
+    with dataset.open(index) as file, Image.open(file) as stored:
         image = Image.fromarray(rgb(stored))
     resampling = Image.Resampling
     method = resampling.NEAREST if max(image.size) <= side else resampling.LANCZOS

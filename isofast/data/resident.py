@@ -214,8 +214,8 @@ def decode_images(
             with Image.open(io.BytesIO(content)) as image:
                 image_HW3 = rgb(image)
         except Exception as error:
-            path = dataset.root / dataset.paths[index]
-            raise UndecodableError(f"Pillow cannot decode {path} ({error})", [index]) from error
+            where = dataset.where(index)
+            raise UndecodableError(f"Pillow cannot decode {where} ({error})", [index]) from error
         return image_HW3 if transform is None else transform(image_HW3)
 
     shape = (len(indices), *decode(indices[0]).shape)

@@ -18,8 +18,8 @@ from tqdm import tqdm
 
 from isofast.data import Recipe
 from isofast.data.files import write_atomically
-from isofast.data.folder import PICTURES
 from isofast.data.resident import clean_image, normalised, rgb
+from isofast.data.shards import PICTURES
 from isofast.errors import UserError
 from isofast.evaluation.encoders import check_output, read_encoder
 

@@ -1,0 +1,250 @@
+"""Pictures in tar files, WebDataset's layout, read by random access.
+
+A folder of *.tar stands for their members, as if they had been unpacked there. Where each lies is
+read once from the headers, and kept in the folder.
+"""
+
+import contextlib
+import functools
+import io
+import os
+import posixpath
+import tarfile
+import zipfile
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+from tqdm import tqdm
+
+from isofast.data.files import write_atomically
+from isofast.errors import UserError
+
+EXTENSIONS = (".png", ".jpg", ".jpeg")
+PICTURES = (
+    *EXTENSIONS,
+    *(".webp", ".bmp", ".gif", ".tif", ".tiff", ".jfif", ".jp2", ".heic", ".avif"),
+)
+_INDEX = ".isofast-index.npz"
+_FORMAT = 1
+# half of the files that a process may usually open; further tars are opened for each image
+_KEPT_OPEN = 512
+_END = bytes(tarfile.BLOCKSIZE)
+
+
+class Tar(NamedTuple):
+    """A tar file: its path, size in bytes, and modification time in ns."""
+
+    path: str
+    size: int
+    mtime_ns: int
+
+
+class Index(NamedTuple):
+    """The pictures in a folder's tars.
+
+    names: of N pictures, relative to the folder. places_N3: int64, number of the tar, first byte
+    and size in bytes of each.
+    """
+
+    tars: tuple[Tar, ...]
+    names: list[str]
+    places_N3: npt.NDArray[np.int64]
+
+
+def read_index(folder: Path | str) -> Index | None:
+    """Return what is in a folder's tars; None if it is missing or has folders, pictures or no tar.
+
+    It is read from the headers if a tar is new or has another size or time.
+
+    Raises:
+        UserError: a tar is damaged, compressed or holds a link, or two pictures have one name.
+        OSError: the folder or a tar cannot be read.
+    """
+    tars = _tars_in(folder)
+    if not tars:
+        return None
+    path = Path(folder, _INDEX)
+    names_of_tars = _packed(os.path.basename(tar.path) for tar in tars)
+    stamps = np.array([tar[1:] for tar in tars])
+    # a missing or damaged index only costs reading the headers
+    with (
+        contextlib.suppress(OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile),
+        np.load(path) as kept,
+    ):
+        if (
+            kept["format"] == _FORMAT
+            and np.array_equal(kept["tars"], names_of_tars)
+            and np.array_equal(kept["stamps"], stamps)
+        ):
+            return Index(tars, _unpacked(kept["names"]), kept["places"])
+    found = _read_headers(tars)
+
+    def write(part: Path) -> None:
+        with part.open("wb") as file:
+            np.savez(
+                file,
+                format=_FORMAT,
+                tars=names_of_tars,
+                stamps=stamps,
+                names=_packed(found.names),
+                places=found.places_N3,
+            )
+
+    # where it cannot be kept, it is made at every start
+    with contextlib.suppress(OSError):
+        write_atomically(path, write)
+    return found
+
+
+def open_member(tar: Tar, offset: int, size: int) -> BinaryIO:
+    """Open a part of a tar as a file of its own.
+
+    Raises:
+        OSError: the tar is gone, or is not what was indexed.
+    """
+    opened = _opened(tar)
+    status = os.fstat(opened.descriptor)
+    if (status.st_size, status.st_mtime_ns) != tar[1:]:
+        raise OSError("the tar has changed")
+    return io.BufferedReader(_Member(opened, offset, size))
+
+
+class _Opened:
+    """A descriptor, closed with the last reference."""
+
+    def __init__(self, path: str) -> None:
+        self.descriptor = -1
+        self.descriptor = os.open(path, os.O_RDONLY)
+
+    def __del__(self) -> None:
+        if self.descriptor >= 0:
+            os.close(self.descriptor)
+
+
+@functools.lru_cache(_KEPT_OPEN)
+def _opened(tar: Tar) -> _Opened:
+    return _Opened(tar.path)
+
+
+class _Member(io.RawIOBase):
+    """Reads at its own place, so that threads share the descriptor."""
+
+    def __init__(self, tar: _Opened, begin: int, size: int) -> None:
+        self._tar, self._begin, self._size, self._at = tar, begin, size, 0
+
+    def fileno(self) -> int:
+        return self._tar.descriptor
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        self._at = offset + (0, self._at, self._size)[whence]
+        return self._at
+
+    def readinto(self, buffer: Any) -> int:
+        content = self._read(len(buffer))
+        buffer[: len(content)] = content
+        return len(content)
+
+    def readall(self) -> bytes:
+        return self._read(self._size)
+
+    def _read(self, count: int) -> bytes:
+        count = min(count, max(0, self._size - self._at))
+        content = os.pread(self._tar.descriptor, count, self._begin + self._at)
+        self._at += len(content)
+        return content
+
+
+def _tars_in(folder: Path | str) -> tuple[Tar, ...]:
+    tars: list[Tar] = []
+    if not os.path.isdir(folder):
+        return ()
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.name.startswith("."):
+                continue
+            if entry.name.endswith(".tar"):
+                status = entry.stat()
+                tars.append(Tar(entry.path, status.st_size, status.st_mtime_ns))
+            elif entry.is_dir() or entry.name.lower().endswith(PICTURES):
+                return ()
+    return tuple(sorted(tars))
+
+
+def _read_headers(tars: tuple[Tar, ...]) -> Index:
+    names: list[str] = []
+    places: list[tuple[int, int, int]] = []
+    # disable=None: no bar unless stderr is a terminal
+    for number, tar in enumerate(tqdm(tars, "reading tar headers", unit="tar", disable=None)):
+        for name, offset, size in _members(tar.path):
+            names.append(name)
+            places.append((number, offset, size))
+    if len(set(names)) < len(names):
+        ((twice, _),) = Counter(names).most_common(1)
+        first, second = [places[k][0] for k, name in enumerate(names) if name == twice][:2]
+        raise UserError(
+            f"{tars[first].path} and {tars[second].path} both hold {twice}; give pictures names of "
+            "their own, or remove one of the tars"
+        )
+    return Index(tars, names, np.array(places, np.int64).reshape(-1, 3))
+
+
+def _members(path: str) -> list[tuple[str, int, int]]:
+    """Name, first byte and size of each picture in a tar."""
+    found: list[tuple[str, int, int]] = []
+    classes: dict[str, str] = {}
+    try:
+        # "r:" refuses compressed tars, in which there are no places to go to
+        with open(path, "rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
+            for member in tar:
+                name = posixpath.normpath(member.name).lstrip("/")
+                # of .. as well
+                if name.startswith(".") or "/." in name:
+                    continue
+                if name.lower().endswith(PICTURES):
+                    if not member.isreg() or member.issparse():
+                        raise UserError(
+                            f"{path}: {name} is a link, a sparse file or a folder; pack files as "
+                            "they are (GNU tar: --dereference --hard-dereference)"
+                        )
+                    found.append((name, member.offset_data, member.size))
+                elif name.endswith(".cls") and (content := tar.extractfile(member)):
+                    classes[_key(name)] = content.read().decode("utf-8", "replace").strip()
+            # tarfile takes a damaged header, or a file cut between members, for the end
+            file.seek(tar.offset)
+            if file.read(tarfile.BLOCKSIZE) != _END:
+                raise tarfile.ReadError(f"no header and no end at byte {tar.offset:,}")
+    except tarfile.TarError as error:
+        raise UserError(
+            f"{path} is not a whole, uncompressed tar file: {error}. Make or copy it again"
+        ) from error
+    if not classes:
+        return found
+    named = {k: classes[_key(row[0])] for k, row in enumerate(found) if _key(row[0]) in classes}
+    for k, label in named.items():
+        name, offset, size = found[k]
+        found[k] = (f"{label}/{posixpath.basename(name)}", offset, size)
+    return found
+
+
+def _key(name: str) -> str:
+    """What WebDataset takes for the name of a sample: up to the first dot of the last part."""
+    folder, _, last = name.rpartition("/")
+    return f"{folder}/{last.partition('.')[0]}"
+
+
+def _packed(names: Iterable[str]) -> npt.NDArray[np.uint8]:
+    return np.frombuffer(os.fsencode("\0".join(names)), np.uint8)
+
+
+def _unpacked(text: npt.NDArray[np.uint8]) -> list[str]:
+    return os.fsdecode(text.tobytes()).split("\0") if text.size else []
