@@ -10,7 +10,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TextIO
 
-from isofast.errors import GOES_ON, STARTS_OVER, RunError, exit_code_of
+from isofast.errors import GOES_ON, STARTS_OVER, RunError, UserError, exit_code_of
 
 _PREPARE_INTERRUPTED = (
     "the same command starts over, but for a whole download and a build that is complete"
@@ -58,9 +58,15 @@ def _finish(parser: argparse.ArgumentParser, run: Any, interrupted: str) -> None
 def _add_prepare(commands: Any) -> None:
     parser = commands.add_parser("prepare", help="turn a data set into folders of classes")
     parser.add_argument(
-        "name", help="digits, cifar10, cifar100, stl10, tinyimagenet or imagefolder"
+        "name",
+        help="digits, cifar10, cifar100, stl10, tinyimagenet or imagefolder; pack: the images of "
+        "--root as tar shards in --output",
     )
     parser.add_argument("--root", type=Path, required=True, help="folder to fill or check")
+    parser.add_argument("--output", type=Path, help="pack: folder to fill")
+    parser.add_argument(
+        "--shard-mib", type=int, default=256, metavar="MIB", help="pack: size of a tar (256)"
+    )
     parser.add_argument("--archive", type=Path, help="the official archive; nothing is downloaded")
     parser.add_argument(
         "--on-bad-image",
@@ -83,6 +89,17 @@ def _prepare(args: argparse.Namespace) -> None:
 
     if args.preview is not None:
         check_preview_path(args.preview)
+    packs = args.name == "pack"
+    if packs != (args.output is not None) or (packs and (args.archive or args.preview)):
+        raise UserError(
+            "`isofast prepare pack` takes --root and --output, and no --archive nor --preview; the "
+            "other commands take no --output"
+        )
+    if packs:
+        from isofast.data.pack import pack
+
+        _say(str(pack(args.root, args.output, shard_mib=args.shard_mib, on_bad=args.on_bad_image)))
+        return
     _say(str(prepare(args.name, args.root, args.archive, on_bad=args.on_bad_image)))
     if args.preview is not None:
         write_preview(args.name, args.root, args.preview, on_bad=args.on_bad_image)

@@ -189,6 +189,19 @@ def remember_bad(dataset: ImageFolder, indices: Sequence[int], reason: str) -> N
     _write_memory(dataset, memory)
 
 
+def hand_on(source: ImageFolder, copy: ImageFolder) -> None:
+    """Remember of a copy, equal byte for byte, what is known of its source."""
+    known = _read_memory(source)
+    stamps = dict(zip(source.paths, source.stamps or (), strict=True))
+    memory = {}
+    for path, (size, mtime_ns) in zip(copy.paths, copy.listed.tolist(), strict=True):
+        entry = known.get(path)
+        # a read-only root may remember earlier files
+        if entry is not None and entry[:2] == stamps[path]:
+            memory[path] = entry._replace(bytes=size, mtime_ns=mtime_ns)
+    _write_memory(copy, memory)
+
+
 def _remembered(entry: _Entry | None, stamp: Stamp, judge: str, on_bad: OnBad) -> _Entry | None:
     """The earlier result for a file of this stamp; None if it must be judged now."""
     # every judge reads the headers

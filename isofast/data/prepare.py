@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from isofast.data.folder import (
     SPLITS,
     UNLABELED,
     UNLABELLED,
+    ImageFolder,
     ignored_note,
     open_dataset,
     some_of,
@@ -96,14 +97,48 @@ def prepare(
     if name == "imagefolder":
         return _count(name, root, on_bad, already_there=True)
 
+    def build(partial: Path) -> None:
+        if name == "digits":
+            _write_digits(partial)
+        else:
+            # torchvision loads slowly
+            from isofast.data.official import fetch, write_official
+
+            given = fetch(name, root / _DOWNLOAD) if archive is None else Path(archive)
+            write_official(name, given, partial)
+
+    return make_root(name, root, {"name": name}, build, on_bad)
+
+
+def make_root(
+    command: str,
+    root: Path,
+    content: Mapping[str, Any],
+    build: Callable[[Path], None],
+    on_bad: OnBad,
+    option: str = "--root",
+) -> PreparedCounts:
+    """Make a data root, whole or not at all; one that is there is only checked.
+
+    Args:
+        command: `isofast prepare COMMAND`, for messages.
+        root: the data root, made if it is missing.
+        content: what it holds: the data set's "name", and whatever else tells it from others.
+        build: fills an empty folder.
+        on_bad: as for `prepare`.
+        option: the command's, for ``root``.
+
+    Raises:
+        UserError: it cannot be written, holds something else or has changed since.
+    """
     try:
         root.mkdir(parents=True, exist_ok=True)
         with _locked(root):
-            return _prepare(name, root, archive, on_bad)
+            return _make_root(command, root, content, build, on_bad, option)
     except OSError as error:
         raise UserError(
-            f"cannot prepare {name} in {root}: {error}. Solve that or give another --root, then "
-            "repeat the command"
+            f"cannot prepare {command} in {root}: {error}. Solve that or give another {option}, "
+            "then repeat the command"
         ) from error
 
 
@@ -112,47 +147,47 @@ def prepared_name(root: Path) -> str | None:
     return _manifest(root).get("name")
 
 
-def _prepare(name: str, root: Path, archive: Path | str | None, on_bad: OnBad) -> PreparedCounts:
+def _make_root(
+    command: str,
+    root: Path,
+    content: Mapping[str, Any],
+    build: Callable[[Path], None],
+    on_bad: OnBad,
+    option: str,
+) -> PreparedCounts:
     partial, download = root / _PARTIAL, root / _DOWNLOAD
     already_there = (root / MANIFEST).exists()
     if already_there:
-        _verify_prepared(name, root)
+        _verify_prepared(command, root, content, option)
     else:
         # a finished build has its manifest: only the move was stopped
-        if prepared_name(partial) != name:
+        if not content.items() <= _manifest(partial).items():
             present = [split for split in (*SPLITS, UNLABELED) if (root / split).exists()]
             if present:
                 raise UserError(
                     f"{root} already holds {' and '.join(present)}, not made by `isofast prepare "
-                    f"{name}`. Give another --root, or check your own folder with "
+                    f"{command}`. Give another {option}, or check your own folder with "
                     f"`isofast prepare imagefolder --root {root}`"
                 )
-            _build(name, partial, archive, download, on_bad)
+            _build(partial, content, build, on_bad)
         for entry in sorted(partial.iterdir(), key=lambda path: path.name == MANIFEST):
             entry.rename(root / entry.name)
     # also those of a command that was stopped after its last move
     for leftover in (partial, download):
         shutil.rmtree(leftover, ignore_errors=True)
-    return _count(name, root, on_bad, already_there=already_there)
+    return _count(content["name"], root, on_bad, already_there=already_there)
 
 
 def _build(
-    name: str, partial: Path, archive: Path | str | None, download: Path, on_bad: OnBad
+    partial: Path, content: Mapping[str, Any], build: Callable[[Path], None], on_bad: OnBad
 ) -> None:
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
     try:
-        if name == "digits":
-            _write_digits(partial)
-        else:
-            # torchvision loads slowly
-            from isofast.data.official import fetch, write_official
-
-            given = fetch(name, download) if archive is None else Path(archive)
-            write_official(name, given, partial)
+        build(partial)
         # before the manifest, as unreadable images stop the build
-        _count(name, partial, on_bad, already_there=False)
-        text = json.dumps({"name": name, "sha256_by_class": _class_digests(partial)}, indent=1)
+        checked_splits(partial, on_bad)
+        text = json.dumps({**content, "sha256_by_class": _class_digests(partial)}, indent=1)
         write_atomically(partial / MANIFEST, lambda part: part.write_text(text))
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
@@ -177,15 +212,22 @@ def _locked(root: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def _count(name: str, root: Path, on_bad: OnBad, *, already_there: bool) -> PreparedCounts:
-    """Check every image of a data root that was not checked before, and count them.
+def checked_splits(root: Path, on_bad: OnBad) -> list[ImageFolder]:
+    """Check every image of a data root that was not checked before: train, and val if there is one.
 
     A root of pictures without classes needs no validation images; any other one does.
+
+    Raises:
+        UserError: as `open_dataset` and `check_folder`.
     """
     splits = [open_dataset(root, "train")]
     if splits[0].classes or (root / "val").exists():
         splits.append(open_dataset(root, "val"))
-    splits = [check_folder(split, on_bad=on_bad) for split in splits]
+    return [check_folder(split, on_bad=on_bad) for split in splits]
+
+
+def _count(name: str, root: Path, on_bad: OnBad, *, already_there: bool) -> PreparedCounts:
+    splits = checked_splits(root, on_bad)
     notes = (note(split) for note in (skipped_note, ignored_note) for split in splits)
     train = splits[0]
     return PreparedCounts(
@@ -208,21 +250,25 @@ def _manifest(root: Path) -> dict[str, Any]:
         return {}
 
 
-def _verify_prepared(name: str, root: Path) -> None:
+def _verify_prepared(command: str, root: Path, content: Mapping[str, Any], option: str) -> None:
     """Compare a prepared root with its checksums.
 
     Raises:
         UserError: it holds another data set, has changed since, or something was put into it.
     """
-    found = prepared_name(root)
-    if found not in (None, name):
-        raise UserError(f"{root} holds {found}, not {name}; give another --root")
-    expected, present = _manifest(root).get("sha256_by_class", {}), _class_digests(root)
+    found = _manifest(root)
+    if found and not content.items() <= found.items():
+        held, wanted = found.get("name"), command
+        if "shards" in content:
+            held = "shards of other images or another --shard-mib" if "shards" in found else held
+            wanted = "these images as shards"
+        raise UserError(f"{root} holds {held}, not {wanted}; give another {option}")
+    expected, present = found.get("sha256_by_class", {}), _class_digests(root)
     changed = sorted(k for k in expected | present if expected.get(k) != present.get(k))
     if changed:
         raise UserError(
-            f"{name} in {root} has changed since it was prepared: {len(changed)} place(s), "
-            f"{some_of(changed)}. Undo that, or delete {root} and prepare it again"
+            f"{content['name']} in {root} has changed since it was prepared: {len(changed)} "
+            f"place(s), {some_of(changed)}. Undo that, or delete {root} and prepare it again"
         )
 
 

@@ -1,13 +1,16 @@
 """Embeddings of a folder of pictures, in a file."""
 
 import csv
+import io
 import os
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import numpy.typing as npt
@@ -19,7 +22,7 @@ from tqdm import tqdm
 from isofast.data import Recipe
 from isofast.data.files import write_atomically
 from isofast.data.resident import clean_image, normalised, rgb
-from isofast.data.shards import PICTURES
+from isofast.data.shards import PICTURES, open_member, read_index
 from isofast.errors import UserError
 from isofast.evaluation.encoders import check_output, read_encoder
 
@@ -63,7 +66,7 @@ def embed(source: Path, folder: Path, output: Path) -> Embedded:
     if output.suffix not in _WRITERS:
         raise UserError(f"--output {output} must be named {', '.join(_WRITERS)}")
     check_output(output)
-    names = list_pictures(folder)
+    pictures = list_pictures(folder)
     module, config, recipe = read_encoder(source)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     module.to(device).to(memory_format=torch.channels_last)
@@ -72,8 +75,8 @@ def embed(source: Path, folder: Path, output: Path) -> Embedded:
     skipped: dict[str, str] = {}
     parts: list[torch.Tensor] = []
     # disable=None: no bar where there is no terminal
-    with tqdm(total=len(names), desc="embedding", unit="image", disable=None) as bar:
-        for batch, images in decoded(folder, names, recipe):
+    with tqdm(total=len(pictures), desc="embedding", unit="image", disable=None) as bar:
+        for batch, images in decoded(pictures, recipe):
             problems = {n: i for n, i in zip(batch, images, strict=True) if isinstance(i, str)}
             skipped |= problems
             pixels = [image for image in images if not isinstance(image, str)]
@@ -84,7 +87,7 @@ def embed(source: Path, folder: Path, output: Path) -> Embedded:
     if not parts:
         name, problem = next(iter(skipped.items()))
         raise UserError(
-            f"none of the {len(names)} pictures below {folder} can be read: {name} ({problem})"
+            f"none of the {len(pictures)} pictures below {folder} can be read: {name} ({problem})"
         )
     embeddings_NF = torch.cat(parts).numpy()
     rate = len(kept) / (time.perf_counter() - began)
@@ -110,37 +113,44 @@ def features(
     return h_BF.float().cpu()
 
 
-def list_pictures(folder: Path) -> list[str]:
-    """Return the paths of all pictures below ``folder``, relative to it, with "/", sorted.
+def list_pictures(folder: Path) -> dict[str, Callable[[], BinaryIO]]:
+    """Return what opens each picture below ``folder``, by relative path with "/", sorted.
+
+    Tars stand for their pictures where `isofast.data.shards` says so.
 
     Raises:
-        UserError: it is not a folder, or holds no picture.
+        UserError: it is not a folder, holds no picture, or a tar is damaged.
     """
     if not folder.is_dir():
         raise UserError(f"--images {folder} is not a folder")
-    found = []
+    found: dict[str, Callable[[], BinaryIO]] = {}
     for place, folders, files in os.walk(folder, followlinks=True):
         folders[:] = [name for name in folders if not name.startswith(".")]
-        found += [
-            (Path(place) / name).relative_to(folder).as_posix()
+        here: dict[str, Callable[[], BinaryIO]] = {
+            name: partial(io.FileIO, os.path.join(place, name))
             for name in files
             if name.lower().endswith(PICTURES) and not name.startswith(".")
-        ]
+        }
+        if (index := read_index(place)) is not None:
+            for name, (tar, *part) in zip(index.names, index.places_N3.tolist(), strict=True):
+                here[name] = partial(open_member, index.tars[tar], *part)
+        below = Path(place).relative_to(folder)
+        found |= {(below / name).as_posix(): opens for name, opens in here.items()}
     if not found:
         raise UserError(
             f"there is no picture below {folder}; pictures are named *{', *'.join(PICTURES)}"
         )
-    return sorted(found)
+    return dict(sorted(found.items()))
 
 
 def decoded(
-    folder: Path, names: Sequence[str], recipe: Recipe
+    pictures: Mapping[str, Callable[[], BinaryIO]], recipe: Recipe
 ) -> Iterator[tuple[Sequence[str], list[Pixels | str]]]:
     """Yield batches of names with their clean images (crop, crop, 3), or why one is unreadable."""
 
     def decode(name: str) -> Pixels | str:
         try:
-            with Image.open(folder / name) as image:
+            with pictures[name]() as file, Image.open(file) as image:
                 return clean_image(recipe, rgb(image))
         except UnidentifiedImageError:
             return "cannot identify it as an image"
@@ -154,6 +164,7 @@ def decoded(
         pieces = [batch[k : k + _FILES_A_TASK] for k in range(0, len(batch), _FILES_A_TASK)]
         return [pool.submit(lambda names: [*map(decode, names)], piece) for piece in pieces]
 
+    names = [*pictures]
     batches = [names[k : k + _BATCH] for k in range(0, len(names), _BATCH)]
     with ThreadPoolExecutor(len(os.sched_getaffinity(0)), "isofast-decode") as pool:
         pending = deque(map(submit, batches[:_AHEAD]))
