@@ -1,0 +1,354 @@
+"""Data roots of tars: the same images as in folders, in the same order, checked and read alike."""
+
+import gzip
+import io
+import json
+import os
+import shutil
+import subprocess
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from isofast.cli import main
+from isofast.data import ImageFolder, check_folder, ignored_note, open_dataset
+from isofast.data import pack as module
+from isofast.data.check import read_sizes
+from isofast.data.folder import read_files
+from isofast.data.pack import pack
+from isofast.errors import RunError, UserError
+
+from ..support.runs import assert_same_run, train
+from .conftest import train_loader
+from .test_check import BAD, PNG
+from .test_folder import add_unlabeled
+from .test_prepare import snapshot
+
+Write = Callable[..., Path]
+
+
+def checked(root: Path, split: str = "train", **options: Any) -> ImageFolder:
+    return check_folder(open_dataset(root, split), progress=False, **options)
+
+
+def assert_same_images(ours: ImageFolder, theirs: ImageFolder) -> None:
+    """In all but where they lie and when they were written."""
+    for name in ("classes", "paths", "fingerprint", "skipped", "ignored"):
+        assert getattr(ours, name) == getattr(theirs, name), name
+    assert np.array_equal(ours.labels, theirs.labels) and np.array_equal(ours.sizes, theirs.sizes)
+    everything = range(len(ours))
+    assert read_files(ours, everything) == read_files(theirs, everything)
+
+
+def write_tar(path: Path, files: dict[str, bytes], **options: Any) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w", **options) as tar:
+        for name, content in files.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+
+
+def files_of(root: Path, top: str) -> dict[str, bytes]:
+    """The images below root/top, by name, not in their order."""
+    found = [path for path in (root / top).rglob("*") if path.is_file()]
+    files = {path.relative_to(root / top).as_posix(): path for path in found}
+    return {name: files[name].read_bytes() for name in sorted(files, reverse=True)}
+
+
+@pytest.fixture
+def packed(root: Path, tmp_path: Path) -> Path:
+    """The pictures, some of them without labels, as tars."""
+    add_unlabeled(root, 5)
+    pack(root, tmp_path / "packed", shard_mib=1)
+    return tmp_path / "packed"
+
+
+def test_tars_hold_the_images_of_the_folder(
+    root: Path, packed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for split in ("train", "val"):
+        assert_same_images(checked(packed, split), checked(root, split))
+        assert_same_images(checked(packed, split, check="headers"), checked(root, split))
+    unchecked = open_dataset(packed, "train")
+    assert np.array_equal(read_sizes(unchecked, range(56)), checked(root).sizes)
+    sheets = [tmp_path / "folder.png", tmp_path / "tars.png"]
+    for where, sheet in zip((root, packed), sheets, strict=True):
+        command = ["prepare", "imagefolder", "--root", str(where), "--preview", str(sheet)]
+        assert main(command) == 0
+        assert "3 classes, 56 train (5 without a label) and 15 val" in capsys.readouterr().out
+    assert sheets[0].read_bytes() == sheets[1].read_bytes()
+    # and unpacked by others they are what they were
+    for top in ("train", "val", "unlabeled"):
+        with tarfile.open(packed / top / f"{top}-000000.tar") as tar:
+            tar.extractall(tmp_path / "out" / top, filter="data")
+        assert files_of(tmp_path / "out", top) == files_of(root, top)
+
+
+def test_shards_have_the_size_asked_for(digits: Path, tmp_path: Path) -> None:
+    counts = pack(digits, tmp_path / "packed", shard_mib=1)
+    assert (counts.name, counts.train, counts.val) == ("digits", 1442, 355)
+    sizes = [path.stat().st_size for path in sorted((tmp_path / "packed/train").glob("*.tar"))]
+    # 1,024 bytes an image, in records of 10,240
+    assert len(sizes) == 2 and 2**20 <= sizes[0] <= 2**20 + 2 * 10240
+    assert_same_images(checked(tmp_path / "packed"), checked(digits))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["dali", "resident"])
+def test_runs_on_folder_and_tars_are_bitwise_equal(
+    config_file: Write, digits: Path, tmp_path: Path, backend: str
+) -> None:
+    """Also where a run begins on the one and goes on with the other."""
+    pack(digits, tmp_path / "packed", shard_mib=1)
+    config = config_file(
+        data={"dataset": "cifar10", "crop": 16, "backend": backend},
+        train={"max_steps": 26},
+        evaluation={"every_epochs": 1, "at_start": True, "knn_images": 200},
+        checkpoint={"every_steps": 10},
+    )
+    tars = ["--set", f"data.root={tmp_path / 'packed'}"]
+    train(config, tmp_path / "folder")
+    train(config, tmp_path / "tars", *tars)
+    assert_same_run(tmp_path / "folder", tmp_path / "tars")
+    train(config, tmp_path / "moved", "--set", "train.max_steps=11")
+    printed = train(config, tmp_path / "moved", *tars)
+    assert "continuing from" in printed
+    assert_same_run(tmp_path / "folder", tmp_path / "moved")
+
+
+LONG = f"{'deep' * 30}/{'x' * 120}.jpg"
+WRITERS: dict[str, Callable[[Path, Path], object]] = {
+    **{
+        name: lambda root, to, form=form: [
+            write_tar(to / top / "any.tar", files_of(root, top), format=form)
+            for top in ("train", "val", "unlabeled")
+        ]
+        for name, form in (("GNU", tarfile.GNU_FORMAT), ("PAX", tarfile.PAX_FORMAT))
+    },
+    "tar": lambda root, to: [
+        subprocess.run(["tar", "cf", to / top / "1.tar", "-C", root / top, "."], check=True)
+        for top in ("train", "val", "unlabeled")
+    ],
+    "two of each": lambda root, to: [
+        write_tar(to / top / f"{k}.tar", dict([*files_of(root, top).items()][k::2]))
+        for k in (0, 1)
+        for top in ("train", "val", "unlabeled")
+    ],
+}
+
+
+@pytest.mark.parametrize("writer", WRITERS)
+def test_tars_of_others_are_read(root: Path, tmp_path: Path, writer: str) -> None:
+    """With long names, names that are no UTF-8, hidden files, and pictures that are not used."""
+    add_unlabeled(root, 3)
+    for name in (LONG, "class0/é.png", "class0/.hidden.png", "class1/a.webp", "top.png"):
+        (root / "train" / name).parent.mkdir(exist_ok=True)
+        (root / "train" / name).write_bytes(PNG)
+    shutil.copytree(root / "train" / LONG.split("/")[0], root / "val" / LONG.split("/")[0])
+    (root / "unlabeled" / os.fsdecode(b"\xff.png")).write_bytes(PNG)
+    for top in ("train", "val", "unlabeled"):
+        (tmp_path / "tars" / top).mkdir(parents=True)
+    WRITERS[writer](root, tmp_path / "tars")
+    for split in ("train", "val"):
+        assert_same_images(checked(tmp_path / "tars", split), checked(root, split))
+    assert "train/top.png" in ignored_note(open_dataset(tmp_path / "tars", "train"))
+
+
+def test_samples_of_webdataset_have_their_class_from_cls(tmp_path: Path) -> None:
+    for split in ("train", "val"):
+        files = {f"{k:03d}.{end}": b"" for k in range(6) for end in ("cls", "jpg", "json")}
+        for name in files:
+            number, end = int(name[:3]), name[4:]
+            files[name] = {"cls": f"{number % 2 * 9}\n".encode(), "jpg": PNG, "json": b"{}"}[end]
+        write_tar(tmp_path / split / "a.tar", files)
+    dataset = checked(tmp_path)
+    assert dataset.classes == ("0", "9") and dataset.labels.tolist() == [0, 0, 0, 1, 1, 1]
+    assert dataset.paths[1] == "train/0/002.jpg" and len(checked(tmp_path, "val")) == 6
+    # without, and without folders, there is no class
+    write_tar(tmp_path / "train" / "a.tar", {"1.jpg": PNG, "2.jpg": PNG})
+    with pytest.raises(UserError, match=r"train has tars without .* of a class: .*unlabeled"):
+        open_dataset(tmp_path, "train")
+    (tmp_path / "train").rename(tmp_path / "unlabeled")
+    assert checked(tmp_path).paths == ("unlabeled/1.jpg", "unlabeled/2.jpg")
+
+
+def test_a_folder_beside_tars_is_what_counts(root: Path) -> None:
+    """As ImageNet is unpacked, with an archive left beside each class or above them."""
+    before = open_dataset(root, "train").fingerprint
+    write_tar(root / "train" / "class0.tar", {"class0/new.png": PNG})
+    assert open_dataset(root, "train").fingerprint == before
+
+
+def _cut(path: Path, size: int) -> None:
+    with path.open("r+b") as file:
+        file.truncate(size)
+
+
+def _overwrite(path: Path, place: int) -> None:
+    with path.open("r+b") as file:
+        file.seek(place)
+        file.write(b"\xff" * 512)
+
+
+def _link(path: Path) -> None:
+    with tarfile.open(path, "a") as tar:
+        member = tarfile.TarInfo("class0/link.png")
+        member.type, member.linkname = tarfile.LNKTYPE, "class0/000.jpg"
+        tar.addfile(member)
+
+
+WHOLE = "is not a whole, uncompressed tar file: .* again"
+DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
+    "cut within an image": (lambda path: _cut(path, path.stat().st_size // 2 + 7), WHOLE),
+    "cut behind an image": (lambda path: _cut(path, _second(path)), WHOLE),
+    "a damaged header": (lambda path: _overwrite(path, _second(path)), WHOLE),
+    "a damaged first header": (lambda path: _overwrite(path, 0), WHOLE),
+    "compressed": (lambda path: path.write_bytes(gzip.compress(path.read_bytes())), WHOLE),
+    "empty": (lambda path: path.write_bytes(b""), WHOLE),
+    "a link": (_link, r"class0/link\.png is a link.*--hard-dereference"),
+    "a picture twice": (
+        lambda path: shutil.copy(path, path.with_name("z.tar")),
+        r"train-000000\.tar and .*z\.tar both hold class",
+    ),
+}
+
+
+def _second(path: Path) -> int:
+    """Where the second header begins."""
+    with tarfile.open(path) as tar:
+        return tar.getmembers()[1].offset
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_tar_is_refused_by_name(packed: Path, damage: str) -> None:
+    path = packed / "train" / "train-000000.tar"
+    spoil, match = DAMAGE[damage]
+    spoil(path)
+    with pytest.raises(UserError, match=match) as caught:
+        open_dataset(packed, "train")
+    assert str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize("check", ["full", "off"])
+def test_a_tar_that_changes_during_a_run_ends_it(packed: Path, recipe: Any, check: Any) -> None:
+    dataset = checked(packed, check=check)
+    loader = train_loader(dataset, recipe)
+    next(loader)
+    os.utime(packed / "train" / "train-000000.tar", ns=(1, 1))
+    with pytest.raises(RunError, match=r"train-000000\.tar.*has changed") as caught:
+        for _ in range(20):
+            next(loader)
+    assert "class" in str(caught.value)
+    # the next start finds it as it is now
+    assert len(checked(packed)) == 56
+
+
+def test_another_tar_is_indexed_and_checked_anew(root: Path, packed: Path) -> None:
+    before = checked(packed)
+    files = files_of(root, "train")
+    files["class1/001.png"] = BAD["text"][0]
+    write_tar(packed / "train" / "train-000000.tar", files)
+    with pytest.raises(UserError, match=r"1 of 56 .*train-000000\.tar: class1/001\.png \(cannot"):
+        checked(packed)
+    kept = checked(packed, on_bad="skip")
+    assert set(kept.skipped) == {"train/class1/001.png"} and kept.fingerprint != before.fingerprint
+    (root / "train" / "class1" / "001.png").write_bytes(BAD["text"][0])
+    assert_same_images(kept, checked(root, on_bad="skip"))
+
+
+def test_headers_are_read_once(packed: Path) -> None:
+    first = open_dataset(packed, "train")
+    tar, index = packed / "train" / "train-000000.tar", packed / "train" / ".isofast-index.npz"
+    stamp = tar.stat().st_mtime_ns
+    _overwrite(tar, 0)
+    os.utime(tar, ns=(stamp, stamp))
+    # nor is what was checked in the folder read again
+    assert_same_images(checked(packed), check_folder(first, progress=False))
+    for spoil in (lambda: index.write_bytes(index.read_bytes()[:-100]), index.unlink):
+        spoil()
+        with pytest.raises(UserError, match=WHOLE):
+            open_dataset(packed, "train")
+    # a root that cannot be written is indexed at every start
+    shutil.copy(packed / "val" / "val-000000.tar", tar)
+    index.mkdir()
+    assert len(open_dataset(packed, "train")) == 15 + 5
+
+
+def test_an_interrupted_pack_leaves_nothing_and_a_second_one_changes_nothing(
+    digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = tmp_path / "packed"
+
+    def stop(path: Path) -> None:
+        if path.name == "train-000001.tar":
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as stopping:
+        stopping.setattr(module, "sync", stop)
+        with pytest.raises(KeyboardInterrupt):
+            pack(digits, output, shard_mib=1)
+    assert not any(output.iterdir())
+    # one that was killed leaves what the next one clears away
+    write_tar(output / ".partial" / "train" / "train-000007.tar", {})
+    first = pack(digits, output, shard_mib=1)
+    before = snapshot(output)
+    second = pack(digits, output, shard_mib=1)
+    assert (first.already_there, second.already_there) == (False, True)
+    assert snapshot(output) == before and not any(".partial" in name for name in before)
+    # the same images make the same tars
+    pack(output, tmp_path / "again", shard_mib=1)
+    again = snapshot(tmp_path / "again")
+    assert {k: v for k, v in again.items() if k.endswith(".tar")} == {
+        k: v for k, v in before.items() if k.endswith(".tar")
+    }
+    assert json.loads(again[".isofast-prepared.json"])["name"] == "digits"
+    assert main(["prepare", "digits", "--root", str(output)]) == 0
+    _overwrite(output / "val" / "val-000000.tar", 600)
+    with pytest.raises(UserError, match=r"changed since .* 1 place\(s\), val/val-000000\.tar"):
+        pack(digits, output, shard_mib=1)
+
+
+def test_pack_overwrites_nothing(
+    digits: Path, root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pack(digits, tmp_path / "packed", shard_mib=1)
+    for source, output, size, match in (
+        (root, root, 256, "already holds train and val, not made by `isofast prepare pack`"),
+        (digits, digits, 256, "holds digits, not these images as shards; give another --output"),
+        (root, tmp_path / "packed", 1, "holds shards of other images or another --shard-mib"),
+        (digits, tmp_path / "packed", 2, "holds shards of other images or another --shard-mib"),
+        (digits, tmp_path / "new", 0, "--shard-mib 0 must be 1 or more"),
+        (digits, root / "val" / "class0" / "000.jpg", 1, "cannot prepare pack .*File exists"),
+    ):
+        before = snapshot(tmp_path)
+        with pytest.raises(UserError, match=match):
+            pack(source, output, shard_mib=size)
+        # but for what the check remembers
+        after = snapshot(tmp_path)
+        assert {k: v for k, v in after.items() if ".isofast-checked" not in k} == {
+            k: v for k, v in before.items() if ".isofast-checked" not in k
+        }
+    for command in (
+        ["pack"],
+        ["digits", "--output", "x"],
+        ["pack", "--output", "x", "--archive=y"],
+    ):
+        assert main(["prepare", command[0], "--root", str(digits), *command[1:]]) == 2
+        assert "takes --root and --output" in capsys.readouterr().err
+
+
+def test_pack_stops_at_unreadable_images_or_leaves_them_out(root: Path, tmp_path: Path) -> None:
+    (root / "val" / "class1" / "001.png").write_bytes(BAD["half a JPEG"][0])
+    with pytest.raises(UserError, match="1 of 15 val images cannot be read"):
+        pack(root, tmp_path / "packed", shard_mib=256)
+    assert not (tmp_path / "packed").exists()
+    counts = pack(root, tmp_path / "packed", shard_mib=256, on_bad="skip")
+    assert counts.val == 14
+    assert checked(tmp_path / "packed", "val").fingerprint == (
+        checked(root, "val", on_bad="skip").fingerprint
+    )
