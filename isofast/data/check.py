@@ -32,7 +32,7 @@ Decoder = Literal["dali", "pillow"]
 
 # MPO is a JPEG with further pictures behind the first, as many cameras write it
 _FORMATS = ("PNG", "JPEG", "MPO")
-_FORMAT = 5
+_FORMAT = 6
 # enough to outweigh handing a task to a thread, few enough to stop soon
 _FILES_A_TASK = 16
 _REMEDY = (
@@ -89,7 +89,7 @@ def check_folder(
     known = _read_memory(dataset)
     entries = [
         _remembered(known.get(path), stamp, judge, on_bad)
-        for path, stamp in zip(dataset.paths, map(tuple, dataset.listed.tolist()), strict=True)
+        for path, stamp in zip(dataset.paths, dataset.listed_stamps(), strict=True)
     ]
     pending = [k for k, entry in enumerate(entries) if entry is None]
     pieces = [pending[k : k + _FILES_A_TASK] for k in range(0, len(pending), _FILES_A_TASK)]
@@ -194,7 +194,7 @@ def hand_on(source: ImageFolder, copy: ImageFolder) -> None:
     known = _read_memory(source)
     stamps = dict(zip(source.paths, source.stamps or (), strict=True))
     memory = {}
-    for path, (size, mtime_ns) in zip(copy.paths, copy.listed.tolist(), strict=True):
+    for path, (size, mtime_ns) in zip(copy.paths, copy.listed_stamps(), strict=True):
         entry = known.get(path)
         # a read-only root may remember earlier files
         if entry is not None and entry[:2] == stamps[path]:
@@ -283,12 +283,17 @@ def _read_memory(dataset: ImageFolder) -> _Memory:
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
         content = json.loads(_memory_path(dataset).read_text())
         if content["format"] == _FORMAT:
-            return {path: _Entry(*entry) for path, entry in content["files"].items()}
+            columns = (content[name] for name in _Entry._fields)
+            # without the checks of _make(), which take seconds for a million files
+            entries = map(functools.partial(tuple.__new__, _Entry), zip(*columns, strict=True))
+            return dict(zip(content["files"], entries, strict=True))
     return {}
 
 
 def _write_memory(dataset: ImageFolder, memory: _Memory) -> None:
-    content = json.dumps({"format": _FORMAT, "fields": _Entry._fields, "files": memory})
+    # in columns, which are read four times as fast as rows
+    columns = dict(zip(_Entry._fields, zip(*memory.values(), strict=True), strict=False))
+    content = json.dumps({"format": _FORMAT, "files": list(memory), **columns})
     # a read-only or full data root only costs the check at the next start
     with contextlib.suppress(OSError):
         write_atomically(_memory_path(dataset), lambda part: part.write_text(content))

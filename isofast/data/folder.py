@@ -90,6 +90,10 @@ class ImageFolder:
             stamps=None if self.stamps is None else tuple(self.stamps[k] for k in keep),
         )
 
+    def listed_stamps(self) -> Iterator[Stamp]:
+        """Yield ``listed`` as tuples."""
+        return zip(*self.listed.T.tolist(), strict=True)
+
     def open(self, index: int) -> BinaryIO:
         """Open an image's file, or its part of a tar.
 
@@ -293,7 +297,7 @@ def _pictures_below(root: Path, top: str) -> Iterator[str]:
 def _members(top: str, index: Index, first: int) -> dict[str, list[_Row]]:
     """The images in tars, by folder; ``first`` is the number of the first tar."""
     found: dict[str, list[_Row]] = defaultdict(list)
-    for name, (number, offset, size) in zip(index.names, index.places_N3.tolist(), strict=True):
+    for name, number, offset, size in zip(index.names, *index.places_N3.T.tolist(), strict=True):
         folder, _, filename = f"{top}/{name}".rpartition("/")
         if filename.lower().endswith(EXTENSIONS):
             time_ns = index.tars[number].mtime_ns

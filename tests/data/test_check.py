@@ -210,7 +210,7 @@ def test_one_decoder_does_not_answer_for_the_other(root: Path) -> None:
         check(root, decoder="pillow")
 
 
-@pytest.mark.parametrize("memory", ["{", '{"format": 4}', '{"format": 5, "files": {"a": [1]}}'])
+@pytest.mark.parametrize("memory", ["{", '{"format": 4}', '{"format": 6, "files": ["a"]}'])
 def test_a_damaged_memory_is_written_anew(root: Path, memory: str) -> None:
     path = root / ".isofast-checked-train.json"
     path.write_text(memory)
