@@ -2,6 +2,7 @@
 
 import csv
 import json
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -64,6 +65,23 @@ def by_hand(root: Path, name: str) -> torch.Tensor:
 
 def embed(source: Path, folder: Path, output: Path, *options: str) -> int:
     return main(["embed", str(source), "--images", str(folder), "--output", str(output), *options])
+
+
+def test_tars_stand_for_their_pictures(run_dir: Path, folder: Path, tmp_path: Path) -> None:
+    tars = tmp_path / "tars"
+    for top in ("a", "b"):
+        (tars / top).mkdir(parents=True)
+        with tarfile.open(tars / top / "0.tar", "w") as tar:
+            tar.add(folder / top, arcname=".")
+    for path in (folder / "a-b", folder / "zebra.jpeg"):
+        (tars / path.name).symlink_to(path)
+    read = []
+    for where in (folder, tars):
+        assert embed(run_dir, where, tmp_path / "out.npz") == 0
+        with np.load(tmp_path / "out.npz") as file:
+            read.append((file["filenames"].tolist(), file["embeddings"]))
+    assert read[0][0] == read[1][0] == sorted(IMAGES)
+    assert np.array_equal(read[0][1], read[1][1])
 
 
 def test_the_same_numbers_in_every_format(run_dir: Path, folder: Path, tmp_path: Path) -> None:
