@@ -7,6 +7,7 @@ stopped starts over when repeated, or finishes the move.
 import contextlib
 import fcntl
 import hashlib
+import io
 import json
 import os
 import shutil
@@ -284,8 +285,9 @@ def _class_digests(root: Path) -> dict[str, str]:
         for path in sorted(folder.iterdir()) if folder.is_dir() else [folder]:
             if not path.name.startswith("."):
                 digest.update(os.fsencode(path.name))
-                content = path.read_bytes() if path.is_file() else b""
-                digest.update(hashlib.sha256(content).digest())
+                # a tar may be larger than the memory
+                with path.open("rb") if path.is_file() else io.BytesIO() as file:
+                    digest.update(hashlib.file_digest(file, "sha256").digest())
         digests[str(folder.relative_to(root))] = digest.hexdigest()
     return digests
 
