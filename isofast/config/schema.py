@@ -128,7 +128,8 @@ class DataConfig(_Section):
     )
     """Names the augmentation recipe and the stem that fit; imagefolder is any folder of images."""
     root: Path = Field(strict=False, json_schema_extra=FREE)
-    """Folder with train/CLASS/IMAGE, val/CLASS/IMAGE, optionally unlabeled/IMAGE; JPEG or PNG."""
+    """Folder with train/CLASS/IMAGE, val/CLASS/IMAGE, optionally unlabeled/IMAGE; JPEG or PNG, as
+    files or in tars."""
     on_bad_image: Literal["stop", "skip"] = "stop"
     """Stop at files that are unreadable at the start, or skip them. A file lost later always stops
     the run."""
