@@ -130,6 +130,8 @@ def test_a_bad_file_is_named_and_can_be_skipped(root: Path, kind: str, decoder: 
 def test_no_file_is_to_blame_where_dali_decodes_nothing(
     root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    # after which nothing is left to remember
+    check(root, decoder="pillow")
     with monkeypatch.context() as broken:
         broken.setattr(SingleDecoder, "decodes", lambda self, content: False)
         with pytest.raises(UserError, match=r"6 of 6 .*decodes nothing at all at the moment"):
