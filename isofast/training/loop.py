@@ -3,6 +3,7 @@
 import time
 from contextlib import ExitStack, closing, nullcontext
 from dataclasses import asdict
+from os import PathLike
 from pathlib import Path
 from typing import NoReturn
 
@@ -57,7 +58,7 @@ from isofast.training.stall import StallWatch
 from isofast.training.step import StepOutput, embedding_scalars
 
 
-def fit(config: Config, run_dir: Path) -> Summary:
+def fit(config: Config, run_dir: str | PathLike[str]) -> Summary:
     """Trains ``config`` in ``run_dir``, or continues from its newest whole checkpoint.
 
     Called by every process of a launcher's group, or by one alone.
@@ -69,6 +70,7 @@ def fit(config: Config, run_dir: Path) -> Summary:
         UserError: the configuration, the data or the run dir does not allow the run.
         RunError: the run cannot go on; what is known is in the run dir.
     """
+    run_dir = Path(run_dir)
     check_pass_through(config)
     config.batch_size_per_rank(launched_world_size())
     data = config.data
