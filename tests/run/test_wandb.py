@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import wandb
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -80,6 +81,8 @@ def test_records_config_and_spectrum_and_one_run_for_both_processes(
             writer.spectrum(step, Spectrum(np.float32([2, 1, 0]) * step))
         writer.write({"step": step, "knn_top1": 0.25})
         writer.close()
+    # its own process has written everything when it ends
+    wandb.teardown()
     (first_id, stored, first), (second_id, _, second) = _stored(tmp_path)
     assert first_id == second_id == (tmp_path / "wandb" / "id").read_text()
     assert stored["seed"] == 7 and stored["encoder"]["width"] == 4
