@@ -12,7 +12,7 @@ Array = npt.NDArray[np.float64]
 
 _WIDTH, _HEIGHT = 380, 210
 _LEFT, _RIGHT, _TOP, _BOTTOM = 52, 10, 10, 34
-_MOST_POINTS = 300
+_MOST_POINTS, _MOST_DOTTED = 300, 6
 
 
 class Line(NamedTuple):
@@ -62,7 +62,7 @@ def chart(lines: Sequence[Line], *, log: bool = False, alt: str | None = None) -
         ]
         mark = f'class="line c{line.color}" opacity="{line.opacity:.2f}"'
         parts.append(f'<polyline {mark} points="{" ".join(points)}"/>')
-        if len(points) < 25:
+        if len(points) < 25 and len(drawn) <= _MOST_DOTTED:
             dots = [point.split(",") for point in points]
             parts += [f'<circle class="c{line.color}" cx="{a}" cy="{b}" r="2.5"/>' for a, b in dots]
     label = alt or "; ".join(_in_words(line) for line in lines)

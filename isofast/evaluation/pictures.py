@@ -195,8 +195,11 @@ def _map(h_NF: Tensor, sample: _Sample, classes: tuple[str, ...]) -> tuple[str, 
     u_NK, s_K, _ = np.linalg.svd(centred_NF, full_matrices=False)
     shares = np.square(s_K[:2]) / max(np.square(s_K).sum(), np.finfo(float).tiny)
     place_N2 = u_NK[:, :2] * s_K[:2]
-    low, span = place_N2.min(0), np.maximum(np.ptp(place_N2, axis=0), np.finfo(float).tiny)
-    cell_N2 = ((place_N2 - low) / span * (_COLUMNS - 1, _ROWS - 1)).round().astype(int)
+    # an outlier would push all others together
+    low_2, high_2 = np.percentile(place_N2, (1, 99), axis=0)
+    place_N2 = place_N2.clip(low_2, high_2)
+    span_2 = np.maximum(high_2 - low_2, np.finfo(float).tiny)
+    cell_N2 = ((place_N2 - low_2) / span_2 * (_COLUMNS - 1, _ROWS - 1)).round().astype(int)
     colored = 0 < len(classes) <= len(CLASS_COLORS)
     sheet = Image.new("RGBA", (_COLUMNS * _TILE, _ROWS * _TILE))
     pen = ImageDraw.Draw(sheet)
