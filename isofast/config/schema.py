@@ -262,6 +262,10 @@ class TrainConfig(_Section):
     """Stop after this many steps. The schedule keeps its length; raise it to continue."""
     batch_size: int = Field(256, ge=2)
     """Images a step over all ranks; each rank takes an equal share."""
+    accumulation: int = Field(1, ge=1)
+    """Pieces in which a rank's share passes the networks, to need less memory: activations of one
+    piece are held, and made a second time for the gradients. Loss, C and target are of the whole
+    batch, BatchNorm statistics of a piece."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Autocast type of the networks; auto: bf16 on a GPU and on a CPU with AVX512-BF16 or AMX,
     else fp32, where a GPU convolves in TF32. Parameters, BatchNorm, C and the loss are always
@@ -389,18 +393,21 @@ class Config(_Section):
         """Return the images of each rank in a step.
 
         Raises:
-            UserError: the global batch does not divide by ``world_size``, or leaves a rank a
-                single image, which has no batch statistics.
+            UserError: the global batch does not divide by ``world_size`` and the pieces, or leaves
+                one a single image, which has no batch statistics.
         """
-        share, rest = divmod(self.train.batch_size, world_size)
-        if rest or share < 2:
-            near = max(2, round(self.train.batch_size / world_size)) * world_size
+        pieces = self.train.accumulation
+        each, rest = divmod(self.train.batch_size, world_size * pieces)
+        if rest or each < 2:
+            near = max(2, round(self.train.batch_size / world_size / pieces)) * world_size * pieces
+            and_pieces = f" times train.accumulation={pieces}" if pieces > 1 else ""
             raise UserError(
                 f"train.batch_size is the global batch and must be a multiple of the number of "
-                f"processes, with at least 2 images each: got {self.train.batch_size} for "
-                f"{world_size} processes. Try --set train.batch_size={near}"
+                f"processes{and_pieces}, with at least 2 images each: got "
+                f"{self.train.batch_size} for {world_size} processes. Try --set "
+                f"train.batch_size={near}"
             )
-        return share
+        return each * pieces
 
 
 def to_json(config: Config) -> str:

@@ -4,10 +4,14 @@ Shapes: B images of a view, C x H x W pixels, F backbone features, D embedding d
 """
 
 import importlib
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.utils.checkpoint import checkpoint
 from torchvision.models import resnet
 from torchvision.models.resnet import BasicBlock
 
@@ -87,6 +91,8 @@ class Branch(nn.Module):
             encoder with a BatchNorm that is not torch's. On a CPU separate calls are 5 to 10 %
             faster.
         synchronised: take BatchNorm statistics over all ranks.
+        pieces: pass a batch in so many pieces, each with BatchNorm statistics of its own. Their
+            activations are made anew in the backward, so that those of one piece are held.
 
     Raises:
         UserError: the encoder cannot be made, or its BatchNorm cannot be synchronised.
@@ -101,9 +107,11 @@ class Branch(nn.Module):
         *,
         stacked: bool = False,
         synchronised: bool = False,
+        pieces: int = 1,
     ) -> None:
         super().__init__()
         self.precision = precision
+        self.pieces = pieces
         self.encoder = make_encoder(encoder)
         self.features_out = feature_dim(self.encoder, side)
         self.projector = make_projector(self.features_out, projector)
@@ -122,10 +130,25 @@ class Branch(nn.Module):
             return h_BF, self.projector(h_BF)
 
     def of_views(self, batch: Batch) -> list[tuple[Tensor, Tensor]]:
-        """Return (h_BF, z_BD) of each view, in one call of the network where ``stacked``."""
+        """Return (h_BF, z_BD) of each view; B divides by ``pieces``."""
+        if self.pieces == 1:
+            return self._of_piece(batch.x_NCHW)
+        views = (x_BCHW.chunk(self.pieces) for x_BCHW in batch.x_NCHW.chunk(2))
+        contexts = partial(_recomputing, self)
+        found = [
+            checkpoint(self._of_piece, torch.cat(both), use_reentrant=False, context_fn=contexts)
+            for both in zip(*views, strict=True)
+        ]
+        joined = [
+            map(torch.cat, zip(*of_view, strict=True)) for of_view in zip(*found, strict=True)
+        ]
+        return [(h_BF, z_BD) for h_BF, z_BD in joined]
+
+    def _of_piece(self, x_NCHW: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Of each view, in one call of the network where ``stacked``."""
         if not self.stacked:
-            return [self(x_BCHW) for x_BCHW in batch.x_NCHW.chunk(2)]
-        h_NF, z_ND = self(batch.x_NCHW)
+            return [self(x_BCHW) for x_BCHW in x_NCHW.chunk(2)]
+        h_NF, z_ND = self(x_NCHW)
         return list(zip(h_NF.chunk(2), z_ND.chunk(2), strict=True))
 
     def features(self, x_BCHW: Tensor) -> Tensor:
@@ -140,6 +163,26 @@ def autocast(x: Tensor, precision: torch.dtype) -> AbstractContextManager[object
     if precision == torch.float32:
         return nullcontext()
     return torch.autocast(x.device.type, precision)
+
+
+def _recomputing(
+    module: nn.Module,
+) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    """Contexts of a forward and of its repetition, which leaves running statistics alone."""
+    return nullcontext(), _momentum_zero(module)
+
+
+@contextmanager
+def _momentum_zero(module: nn.Module) -> Iterator[None]:
+    norms = [norm for norm in module.modules() if isinstance(norm, _NormBase)]
+    momenta = [norm.momentum for norm in norms]
+    try:
+        for norm in norms:
+            norm.momentum = 0.0
+        yield
+    finally:
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.momentum = momentum
 
 
 def _make_other(name: str) -> nn.Module:

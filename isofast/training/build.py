@@ -158,6 +158,7 @@ def build(config: Config, world: World, classes: int) -> TrainState:
         side,
         stacked=cuda,
         synchronised=synchronised,
+        pieces=config.train.accumulation,
     )
     probe = nn.Linear(branch.features_out, classes)
     method = make_method(config.method, config.projector)
@@ -225,15 +226,17 @@ def is_graphed(config: Config, world: World) -> bool:
     """Whether the step is a CUDA graph.
 
     Raises:
-        UserError: it should be, with several processes.
+        UserError: it should be, with several processes or pieces.
     """
-    if config.train.cuda_graph == "on" and world.size > 1:
+    pieces = config.train.accumulation
+    if config.train.cuda_graph == "on" and (world.size > 1 or pieces > 1):
         raise UserError(
-            f"train.cuda_graph is for one process, and there are {world.size}; leave it at auto"
+            f"train.cuda_graph is for one process and whole batches, and there are {world.size} "
+            f"and train.accumulation={pieces}; leave it at auto"
         )
     # a graph keeps the Python values of its capture, and only our own code is known to have none
     ours = ":" not in config.method.name and not _is_a_users_function(config.encoder.name)
-    auto = world.device.type == "cuda" and world.size == 1 and ours
+    auto = world.device.type == "cuda" and world.size == pieces == 1 and ours
     return config.train.cuda_graph == "on" or (config.train.cuda_graph == "auto" and auto)
 
 

@@ -1,0 +1,109 @@
+"""A batch in pieces: what must equal the whole batch does, in less memory."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from isofast.config.schema import Config
+from isofast.data import Batch
+from isofast.distributed import World
+from isofast.errors import UserError
+from isofast.training.build import TrainState, build, is_graphed
+
+from ..support.runs import assert_same_run, train
+
+ALONE = World(0, 1, 0, torch.device("cpu"))
+MakeConfig = Callable[..., Config]
+
+
+def state_of(small_config: MakeConfig, pieces: int, **method: object) -> TrainState:
+    """In float64, without DeepSpeed's engine."""
+    train = {"precision": "fp32", "cuda_graph": "on"}
+    state = build(small_config(train=train, method=method), ALONE, 10)
+    for module in (state.online, state.target):
+        if module is not None:
+            module.branch.double().pieces = pieces
+    return state
+
+
+def repeated_batch(pieces: int) -> Batch:
+    """8 images a view, the same ones in each piece, whose statistics are then the whole batch's."""
+    x_VBCHW = torch.randn(2, 8 // pieces, 3, 16, 16, dtype=torch.float64)
+    x_NCHW = x_VBCHW.repeat(1, pieces, 1, 1, 1).flatten(0, 1)
+    return Batch(x_NCHW.contiguous(memory_format=torch.channels_last), torch.arange(8) % 10)
+
+
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("stacked", [False, True])
+def test_pieces_equal_the_whole_batch(
+    small_config: MakeConfig, stacked: bool, compiled: bool
+) -> None:
+    """Loss, gradients, C and target; running statistics move once a piece."""
+    batch = repeated_batch(2)
+    found: list[dict[str, Tensor]] = []
+    for pieces in (1, 2):
+        state = state_of(small_config, pieces, name="isoloss", ema=True)
+        online, target = state.online.train(), state.target
+        assert target is not None
+        for branch in (online.branch, target.branch):
+            branch.stacked = stacked
+            for norm in branch.modules():
+                if hasattr(norm, "views"):
+                    norm.views = 1 + stacked
+            if compiled:
+                branch.compile()
+        output = online(batch, target(batch))
+        output.loss.backward()
+        left = dict(online.branch.named_buffers())
+        # from zero by 0.1 of the same mean, twice a piece
+        share = {name: 1 - 0.9 ** (2 * pieces) for name in left if name.endswith("mean")}
+        found.append(
+            {
+                "loss": output.loss.detach(),
+                "C": online.method.correlation.corr_DD,
+                "t": target(batch)[0],
+            }
+            | {name: p.grad for name, p in online.branch.named_parameters()}
+            | {name: left[name] / share[name] for name in share if name.startswith("encoder.bn1")}
+        )
+    whole, parts = found
+    for name, expected in whole.items():
+        torch.testing.assert_close(parts[name], expected, rtol=1e-5, atol=1e-7, msg=name)
+
+
+def test_activations_of_pieces_are_not_held(small_config: MakeConfig) -> None:
+    batch = repeated_batch(4)
+    held = []
+    for pieces in (1, 4):
+        online = state_of(small_config, pieces).online.train()
+        sizes: list[int] = []
+
+        def count(x: Tensor, sizes: list[int] = sizes) -> Tensor:
+            sizes.append(x.nbytes)
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(count, lambda x: x):
+            online.branch.of_views(batch)
+        held.append(sum(sizes))
+    assert held[1] < held[0] / 5
+
+
+def test_a_batch_that_does_not_divide_is_refused(small_config: MakeConfig) -> None:
+    config = small_config(train={"batch_size": 12, "accumulation": 4})
+    with pytest.raises(UserError, match=r"processes times train\.accumulation=4.*batch_size=16"):
+        config.batch_size_per_rank(2)
+    config = small_config(train={"accumulation": 2, "cuda_graph": "on"})
+    with pytest.raises(UserError, match="whole batches"):
+        is_graphed(config, ALONE)
+
+
+@pytest.mark.slow
+def test_a_run_in_pieces_goes_on_bitwise(config_file: Callable[..., Path], tmp_path: Path) -> None:
+    config = config_file(train={"accumulation": 2}, method={"ema": True})
+    train(config, tmp_path / "whole")
+    train(config, tmp_path / "parts", "--set", "train.max_steps=3")
+    train(config, tmp_path / "parts")
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")
