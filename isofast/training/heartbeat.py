@@ -46,7 +46,7 @@ class Heartbeat:
         self._closed.set()
         for thread in self._threads:
             if thread.is_alive():
-                # Python's end would abort inside the store's C++
+                # one that Python's end finds alive aborts the process; the store may be cut off
                 thread.join(INTERVAL_S)
 
     def _beat(self) -> None:

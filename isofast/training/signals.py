@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 from types import FrameType
 from typing import Any, NamedTuple
 
@@ -44,6 +45,7 @@ class Signals:
         self._received = 0
         self._handled = threading.Event()
         self._handlers: dict[signal.Signals, Any] = {}
+        self._threads: list[threading.Thread] = []
         self._group = dist.new_group(backend="gloo") if world.size > 1 else None
         self._exchange: tuple[Any, torch.Tensor] | None = None
 
@@ -61,7 +63,7 @@ class Signals:
         # a handler alone does not run while a collective waits
         self._wakeup = signal.set_wakeup_fd(self._writer)
         self._handlers = {number: signal.signal(number, _ignore) for number in _SIGNALS}
-        threading.Thread(target=self._listen, daemon=True).start()
+        self._start(self._listen)
 
     def __exit__(self, *exception: object) -> None:
         self._handled.set()
@@ -71,6 +73,9 @@ class Signals:
             signal.signal(number, handler)
         signal.set_wakeup_fd(self._wakeup)
         os.close(self._writer)
+        # one that Python's end finds alive aborts the process
+        for thread in self._threads:
+            thread.join()
 
     def poll(self, save: bool = False) -> Asked:
         """Exchange what the ranks are asked to do; return the same on all of them.
@@ -99,8 +104,12 @@ class Signals:
             if self._received:
                 os._exit(128 + data[0])
             self._received = data[0]
-            threading.Thread(target=self._give_up, daemon=True).start()
+            self._start(self._give_up)
         os.close(self._reader)
+
+    def _start(self, job: Callable[[], None]) -> None:
+        self._threads.append(threading.Thread(target=job, daemon=True))
+        self._threads[-1].start()
 
     def _give_up(self) -> None:
         if not self._handled.wait(self._grace_s):

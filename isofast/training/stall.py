@@ -26,13 +26,15 @@ class StallWatch:
         self._config, self._rank = config, rank
         self._waited: int | None = None
         self._closed = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
 
     def __enter__(self) -> "StallWatch":
-        threading.Thread(target=self._watch, daemon=True).start()
+        self._thread.start()
         return self
 
     def __exit__(self, *exception: object) -> None:
         self._closed.set()
+        self._thread.join()
 
     def over(self, batches: Iterable[_T]) -> Iterator[_T]:
         """Yield ``batches``, and watch how long each takes."""
