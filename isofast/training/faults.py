@@ -36,7 +36,8 @@ def _message(error: Exception, config: Config) -> str | None:
         return (
             f"the GPU is out of memory ({'. '.join(sentences[:2])}). Less is needed with "
             f"--set data.backend=dali, where images are resident, and with more processes, which "
-            f"share the batch: {GOES_ON}. Or start over with a smaller train.batch_size (now "
+            f"share the batch: {GOES_ON}. Or start over with train.accumulation="
+            f"{2 * config.train.accumulation}, or a smaller train.batch_size (now "
             f"{config.train.batch_size})"
         )
     exhausted = isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM
