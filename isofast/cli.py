@@ -1,6 +1,7 @@
 """The `isofast` command."""
 
 import argparse
+import atexit
 import json
 import os
 import shlex
@@ -136,8 +137,9 @@ def _train(args: argparse.Namespace) -> None:
     try:
         fit(config, run_dir)
     except RunError:
-        # without pictures: the GPU may be what failed
-        _write_own_report(run_dir, pictures=False)
+        # after the message, for a launcher may end this process soon; without pictures, for the GPU
+        # may be what failed
+        atexit.register(_write_own_report, run_dir, pictures=False)
         raise
     _write_own_report(run_dir, pictures=True)
 

@@ -113,6 +113,10 @@ class DaliPipeline:
             self.close()
             raise
         except RuntimeError as error:
+            if "alloc" in str(error):
+                # of memory, which no file is to blame for
+                self.close()
+                raise
             fed = sorted({int(index) for batch in self._in_progress for index in batch})
             # DALI pipelines do not recover from a failure
             self.close()

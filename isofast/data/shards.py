@@ -32,7 +32,6 @@ _INDEX = ".isofast-index.npz"
 _FORMAT = 1
 # half of the files that a process may usually open; further tars are opened for each image
 _KEPT_OPEN = 512
-_END = bytes(tarfile.BLOCKSIZE)
 
 
 class Tar(NamedTuple):
@@ -221,18 +220,23 @@ def _members(path: str) -> list[tuple[str, int, int]]:
                     classes[_key(name)] = content.read().decode("utf-8", "replace").strip()
             # tarfile takes a damaged header, or a file cut between members, for the end
             file.seek(tar.offset)
-            if file.read(tarfile.BLOCKSIZE) != _END:
+            # two blocks and padding of the last record; more is a hole in the file, or another tar
+            most = tarfile.BLOCKSIZE + tarfile.RECORDSIZE
+            rest = file.read(most + 1)
+            if not tarfile.BLOCKSIZE <= len(rest) <= most or any(rest):
                 raise tarfile.ReadError(f"no header and no end at byte {tar.offset:,}")
     except tarfile.TarError as error:
         raise UserError(
             f"{path} is not a whole, uncompressed tar file: {error}. Make or copy it again"
         ) from error
-    if not classes:
+    if not classes or os.path.basename(os.path.dirname(path)) == "unlabeled":
         return found
     named = {k: classes[_key(row[0])] for k, row in enumerate(found) if _key(row[0]) in classes}
     for k, label in named.items():
         name, offset, size = found[k]
-        found[k] = (f"{label}/{posixpath.basename(name)}", offset, size)
+        if not label or label.startswith(".") or "/" in label or "\0" in label:
+            raise UserError(f"{path}: the class of {name} is {label!r}, which cannot be a name")
+        found[k] = (f"{label}/{name.replace('/', '_')}", offset, size)
     return found
 
 

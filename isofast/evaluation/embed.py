@@ -124,6 +124,7 @@ def list_pictures(folder: Path) -> dict[str, Callable[[], BinaryIO]]:
     if not folder.is_dir():
         raise UserError(f"--images {folder} is not a folder")
     found: dict[str, Callable[[], BinaryIO]] = {}
+    homes = [folder, *(folder / split for split in ("train", "val", "unlabeled"))]
     for place, folders, files in os.walk(folder, followlinks=True):
         folders[:] = [name for name in folders if not name.startswith(".")]
         here: dict[str, Callable[[], BinaryIO]] = {
@@ -131,7 +132,7 @@ def list_pictures(folder: Path) -> dict[str, Callable[[], BinaryIO]]:
             for name in files
             if name.lower().endswith(PICTURES) and not name.startswith(".")
         }
-        if (index := read_index(place)) is not None:
+        if Path(place) in homes and (index := read_index(place)) is not None:
             for name, (tar, *part) in zip(index.names, index.places_N3.tolist(), strict=True):
                 here[name] = partial(open_member, index.tars[tar], *part)
         below = Path(place).relative_to(folder)

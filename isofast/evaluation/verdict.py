@@ -55,6 +55,8 @@ def judge(
         if failure and failure != collapse:
             reasons.insert(0, f"The run failed: {failure}.")
         word = "collapsed" if collapse else "failed"
+        if (last and last.kind == "blow-up") or "NaN" in (collapse or ""):
+            word = "diverged"
         reasons.insert(0, headline)
         return Verdict(word, False, f"{word.capitalize()}: {collapse or failure}.", reasons)
     return Verdict(word, good, headline, [*reasons, "No record shows a collapse at the end."])

@@ -25,7 +25,7 @@ from isofast_kernels.arguments import MAX_FEATURES
 
 State = dict[str, Any]
 # of a checkpoint; 3 has no counters of BatchNorm
-_FORMAT = 3
+_FORMAT = 4
 
 
 @dataclass
@@ -85,6 +85,7 @@ class TrainState:
             "rng": gather_objects(_rng_state(self.world.device)),
             "world_size": self.world.size,
             "device": self.world.device.type,
+            "precision": str(self.online.branch.precision).removeprefix("torch."),
         }
 
     def restore(self, state: State, steps: int) -> list[str]:
@@ -107,6 +108,10 @@ class TrainState:
         load_optimizer_state(self.optimizer, state["optimizer"])
         if self.engine is not None:
             restore_engine(self.engine, steps)
+        # "auto" stays what it was, on another machine too
+        for module in (self.online, self.target):
+            if module is not None:
+                module.branch.precision = getattr(torch, state["precision"])
         notes = []
         before, now = state["device"], self.world.device.type
         if before != now:

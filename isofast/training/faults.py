@@ -7,7 +7,7 @@ from contextlib import contextmanager
 import torch
 
 from isofast.config.schema import Config
-from isofast.errors import GOES_ON, RunError
+from isofast.errors import GOES_ON, RunError, UserError
 
 
 @contextmanager
@@ -15,7 +15,7 @@ def in_words(config: Config) -> Iterator[None]:
     """Raise a RunError in the place of a lost peer's or an exhausted memory's own errors."""
     try:
         yield
-    except RunError:
+    except (RunError, UserError):
         raise
     except Exception as error:
         if (message := _message(error, config)) is None:
@@ -27,22 +27,24 @@ def _message(error: Exception, config: Config) -> str | None:
     """What a user should know and do; None of all other errors."""
     cause = str(error)
     sentences = cause.split(". ")
-    if isinstance(error, torch.distributed.DistError) or "gloo" in cause:
+    # torch's and DALI's
+    plain = isinstance(error, RuntimeError)
+    if isinstance(error, torch.distributed.DistError) or (plain and "gloo" in cause):
         return (
             f"another process of the run is gone; its own message or the launcher's says why. Then "
             f"{GOES_ON} ({sentences[0]})"
         )
     if isinstance(error, torch.OutOfMemoryError):
         return (
-            f"the GPU is out of memory ({'. '.join(sentences[:2])}). Less is needed with "
-            f"--set data.backend=dali, where images are resident, and with more processes, which "
-            f"share the batch: {GOES_ON}. Or start over with train.accumulation="
-            f"{2 * config.train.accumulation}, or a smaller train.batch_size (now "
-            f"{config.train.batch_size})"
+            f"the GPU is out of memory ({'. '.join(sentences[:2])}). Less is needed with a "
+            f"smaller evaluation.batch_size and with more processes, which share the batch: "
+            f"{GOES_ON}. Or start over (--fresh) with train.accumulation="
+            f"{2 * config.train.accumulation}, a smaller train.batch_size (now "
+            f"{config.train.batch_size}), or data.backend=dali where images are resident"
         )
     exhausted = isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM
-    # torch and DALI raise a RuntimeError
-    if exhausted or "DefaultCPUAllocator" in cause or "bad_alloc" in cause:
+    # DefaultCPUAllocator, std::bad_alloc
+    if exhausted or (plain and "alloc" in cause):
         return (
             f"this machine is out of memory ({cause or 'MemoryError'}). Free some, or need less "
             f"with lower values of data.prefetch (now {config.data.prefetch}), data.threads, "

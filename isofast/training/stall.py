@@ -24,7 +24,7 @@ class StallWatch:
 
     def __init__(self, config: DataConfig, rank: int) -> None:
         self._config, self._rank = config, rank
-        self._waited: int | None = None
+        self._taken, self._waiting = 0, False
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
 
@@ -40,20 +40,23 @@ class StallWatch:
         """Yield ``batches``, and watch how long each takes."""
         each = iter(batches)
         while True:
-            self._waited = 0
+            self._waiting = True
             try:
                 batch = next(each)
             except StopIteration:
                 return
             finally:
-                self._waited = None
+                self._waiting = False
+                self._taken += 1
             yield batch
 
     def _watch(self) -> None:
         # seconds are counted, not read off a clock, which goes on while the process is stopped
+        waited, before = 0, -1
         while not self._closed.wait(1.0):
-            if (waited := self._waited) is None:
-                continue
+            taken = self._taken
+            waited = waited + 1 if self._waiting and taken == before else 0
+            before = taken
             if waited >= self._config.stall_seconds:
                 sys.stderr.write(
                     f"\nerror on rank {self._rank}: no batch of images for "
@@ -62,4 +65,3 @@ class StallWatch:
                     f"file system, or raise the limit. The last checkpoint stands; {GOES_ON}\n"
                 )
                 os._exit(1)
-            self._waited = waited + 1

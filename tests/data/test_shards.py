@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from isofast.cli import main
-from isofast.data import ImageFolder, check_folder, ignored_note, open_dataset
+from isofast.data import ImageFolder, check, check_folder, ignored_note, open_dataset
 from isofast.data import pack as module
 from isofast.data.check import read_sizes
 from isofast.data.folder import read_files
@@ -170,12 +170,22 @@ def test_samples_of_webdataset_have_their_class_from_cls(tmp_path: Path) -> None
     dataset = checked(tmp_path)
     assert dataset.classes == ("0", "9") and dataset.labels.tolist() == [0, 0, 0, 1, 1, 1]
     assert dataset.paths[1] == "train/0/002.jpg" and len(checked(tmp_path, "val")) == 6
+    # folders of samples are part of the names; labels that cannot be folders are refused
+    files = {"a/1.jpg": PNG, "b/1.jpg": PNG, "a/1.cls": b"3", "b/1.cls": b"3"}
+    write_tar(tmp_path / "train" / "a.tar", files)
+    write_tar(tmp_path / "val" / "a.tar", files)
+    assert checked(tmp_path).paths == ("train/3/a_1.jpg", "train/3/b_1.jpg")
+    write_tar(tmp_path / "train" / "a.tar", {"1.jpg": PNG, "1.cls": b"../x"})
+    with pytest.raises(UserError, match=r"a\.tar: the class of 1\.jpg is '\.\./x'"):
+        open_dataset(tmp_path, "train")
     # without, and without folders, there is no class
     write_tar(tmp_path / "train" / "a.tar", {"1.jpg": PNG, "2.jpg": PNG})
     with pytest.raises(UserError, match=r"train has tars without .* of a class: .*unlabeled"):
         open_dataset(tmp_path, "train")
     (tmp_path / "train").rename(tmp_path / "unlabeled")
     assert checked(tmp_path).paths == ("unlabeled/1.jpg", "unlabeled/2.jpg")
+    write_tar(tmp_path / "unlabeled" / "a.tar", {"1.jpg": PNG, "1.cls": b"3"})
+    assert checked(tmp_path).paths == ("unlabeled/1.jpg",)
 
 
 def test_a_folder_beside_tars_is_what_counts(root: Path) -> None:
@@ -196,6 +206,10 @@ def _overwrite(path: Path, place: int) -> None:
         file.write(b"\xff" * 512)
 
 
+def _zeroed(path: Path, place: int) -> None:
+    path.write_bytes(path.read_bytes()[:place].ljust(path.stat().st_size, b"\0"))
+
+
 def _link(path: Path) -> None:
     with tarfile.open(path, "a") as tar:
         member = tarfile.TarInfo("class0/link.png")
@@ -209,6 +223,8 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "cut behind an image": (lambda path: _cut(path, _second(path)), WHOLE),
     "a damaged header": (lambda path: _overwrite(path, _second(path)), WHOLE),
     "a damaged first header": (lambda path: _overwrite(path, 0), WHOLE),
+    "zeros from an image on": (lambda path: _zeroed(path, _second(path)), WHOLE),
+    "two tars in one": (lambda path: path.write_bytes(2 * path.read_bytes()), WHOLE),
     "compressed": (lambda path: path.write_bytes(gzip.compress(path.read_bytes())), WHOLE),
     "empty": (lambda path: path.write_bytes(b""), WHOLE),
     "a link": (_link, r"class0/link\.png is a link.*--hard-dereference"),
@@ -268,7 +284,6 @@ def test_headers_are_read_once(packed: Path) -> None:
     stamp = tar.stat().st_mtime_ns
     _overwrite(tar, 0)
     os.utime(tar, ns=(stamp, stamp))
-    # nor is what was checked in the folder read again
     assert_same_images(checked(packed), check_folder(first, progress=False))
     for spoil in (lambda: index.write_bytes(index.read_bytes()[:-100]), index.unlink):
         spoil()
@@ -296,7 +311,12 @@ def test_an_interrupted_pack_leaves_nothing_and_a_second_one_changes_nothing(
     assert not any(output.iterdir())
     # one that was killed leaves what the next one clears away
     write_tar(output / ".partial" / "train" / "train-000007.tar", {})
-    first = pack(digits, output, shard_mib=1)
+    for split in ("train", "val"):
+        checked(digits, split)
+    with monkeypatch.context() as checking:
+        # what was checked is not checked again
+        checking.setattr(check, "_judge_all", lambda *images, judge: 1 / 0)
+        first = pack(digits, output, shard_mib=1)
     before = snapshot(output)
     second = pack(digits, output, shard_mib=1)
     assert (first.already_there, second.already_there) == (False, True)

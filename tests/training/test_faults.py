@@ -43,17 +43,21 @@ def one_message(printed: str, *words: str) -> None:
     assert all(word in message for word in (*words, "the same command goes on")), message
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSEGV], ids=lambda n: n.name)
-def test_a_rank_that_dies(number: signal.Signals, config_file: Write, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("number", "rank"), [(signal.SIGKILL, 1), (signal.SIGSEGV, 0)], ids=["SIGKILL", "SIGSEGV"]
+)
+def test_a_rank_that_dies(
+    number: signal.Signals, rank: int, config_file: Write, tmp_path: Path
+) -> None:
     """By the kernel for its memory, or by a crash of a thread that decodes images."""
     config = config_file(train={"max_steps": 30})
     process = start(config, tmp_path / "run", ranks=2)
     tree = psutil.Process(process.pid).children(recursive=True)
-    (victim,) = [child for child in tree if "--local_rank=0" in child.cmdline()]
+    (victim,) = [child for child in tree if f"--local_rank={rank}" in child.cmdline()]
     victim.send_signal(number)
     _, printed = process.communicate(timeout=30)
     assert process.returncode not in (0, None)
-    one_message(printed, "error on rank 1: another process of the run is gone")
+    one_message(printed, f"error on rank {1 - rank}: another process of the run is gone")
 
 
 def test_a_loader_that_hangs(config_file: Write, digits: Path, tmp_path: Path) -> None:
