@@ -119,12 +119,11 @@ def list_pictures(folder: Path) -> dict[str, Callable[[], BinaryIO]]:
     Tars stand for their pictures where `isofast.data.shards` says so.
 
     Raises:
-        UserError: it is not a folder, holds no picture, or a tar is damaged.
+        UserError: it is not a folder, or holds no picture.
     """
     if not folder.is_dir():
         raise UserError(f"--images {folder} is not a folder")
     found: dict[str, Callable[[], BinaryIO]] = {}
-    homes = [folder, *(folder / split for split in ("train", "val", "unlabeled"))]
     for place, folders, files in os.walk(folder, followlinks=True):
         folders[:] = [name for name in folders if not name.startswith(".")]
         here: dict[str, Callable[[], BinaryIO]] = {
@@ -132,9 +131,13 @@ def list_pictures(folder: Path) -> dict[str, Callable[[], BinaryIO]]:
             for name in files
             if name.lower().endswith(PICTURES) and not name.startswith(".")
         }
-        if Path(place) in homes and (index := read_index(place)) is not None:
-            for name, (tar, *part) in zip(index.names, index.places_N3.tolist(), strict=True):
-                here[name] = partial(open_member, index.tars[tar], *part)
+        try:
+            if (index := read_index(place)) is not None:
+                for name, (tar, *part) in zip(index.names, index.places_N3.tolist(), strict=True):
+                    here[name] = partial(open_member, index.tars[tar], *part)
+        except (UserError, OSError) as error:
+            # named with the unreadable files
+            here["*.tar"] = partial(_fail, error)
         below = Path(place).relative_to(folder)
         found |= {(below / name).as_posix(): opens for name, opens in here.items()}
     if not found:
@@ -142,6 +145,10 @@ def list_pictures(folder: Path) -> dict[str, Callable[[], BinaryIO]]:
             f"there is no picture below {folder}; pictures are named *{', *'.join(PICTURES)}"
         )
     return dict(sorted(found.items()))
+
+
+def _fail(error: Exception) -> BinaryIO:
+    raise error
 
 
 def decoded(

@@ -67,7 +67,9 @@ def embed(source: Path, folder: Path, output: Path, *options: str) -> int:
     return main(["embed", str(source), "--images", str(folder), "--output", str(output), *options])
 
 
-def test_tars_stand_for_their_pictures(run_dir: Path, folder: Path, tmp_path: Path) -> None:
+def test_tars_stand_for_their_pictures(
+    run_dir: Path, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     tars = tmp_path / "tars"
     for top in ("a", "b"):
         (tars / top).mkdir(parents=True)
@@ -75,6 +77,9 @@ def test_tars_stand_for_their_pictures(run_dir: Path, folder: Path, tmp_path: Pa
             tar.add(folder / top, arcname=".")
     for path in (folder / "a-b", folder / "zebra.jpeg"):
         (tars / path.name).symlink_to(path)
+    # one that nobody meant is named and left out
+    (tars / "old").mkdir()
+    (tars / "old" / "backup.tar").write_bytes(b"no tar")
     read = []
     for where in (folder, tars):
         assert embed(run_dir, where, tmp_path / "out.npz") == 0
@@ -82,6 +87,7 @@ def test_tars_stand_for_their_pictures(run_dir: Path, folder: Path, tmp_path: Pa
             read.append((file["filenames"].tolist(), file["embeddings"]))
     assert read[0][0] == read[1][0] == sorted(IMAGES)
     assert np.array_equal(read[0][1], read[1][1])
+    assert "old/*.tar: " in capsys.readouterr().err
 
 
 def test_the_same_numbers_in_every_format(run_dir: Path, folder: Path, tmp_path: Path) -> None:
