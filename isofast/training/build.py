@@ -237,7 +237,7 @@ def is_graphed(config: Config, world: World) -> bool:
     if config.train.cuda_graph == "on" and (world.size > 1 or pieces > 1):
         raise UserError(
             f"train.cuda_graph is for one process and whole batches, and there are {world.size} "
-            f"and train.accumulation={pieces}; leave it at auto"
+            f"process(es) and train.accumulation={pieces}; leave it at auto"
         )
     # a graph keeps the Python values of its capture, and only our own code is known to have none
     ours = ":" not in config.method.name and not _is_a_users_function(config.encoder.name)

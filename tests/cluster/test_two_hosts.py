@@ -93,7 +93,9 @@ def hosts() -> Iterator[Hosts]:
 
 @pytest.fixture
 def config(config_file: Callable[..., Path]) -> Path:
-    return config_file(train={"max_steps": 30, "epochs": 6}, checkpoint={"every_steps": 5})
+    return config_file(
+        train={"max_steps": 30, "epochs": 6, "precision": "fp32"}, checkpoint={"every_steps": 5}
+    )
 
 
 def wait_for_step(step: int, run_dir: Path, processes: list["subprocess.Popen[str]"]) -> None:

@@ -54,7 +54,7 @@ def results(
         "encoder": {"width": 4},
         "projector": {"hidden": 32, "output": 16},
         "method": {"name": method, "decay": 0.5},
-        "train": {"batch_size": 16, "epochs": 2},
+        "train": {"batch_size": 16, "epochs": 2, "precision": "fp32"},
     }
     config.write_text(json.dumps(settings))
     computed = {size: _run(config, folder / f"{size}.pt", size, launcher) for size in (1, 2)}
@@ -102,7 +102,7 @@ def test_state_in_a_group_of_one(results: Results) -> None:
 def test_a_run_goes_on_with_another_number_of_processes(
     config_file: Callable[..., Path], tmp_path: Path
 ) -> None:
-    config = config_file(train={"max_steps": 12})
+    config = config_file(train={"max_steps": 12, "precision": "fp32"})
     whole, grown = tmp_path / "whole", tmp_path / "grown"
     train(config, whole)
     train(config, grown, "--set", "train.max_steps=6")
