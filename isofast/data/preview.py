@@ -7,6 +7,7 @@ import torch
 from PIL import Image, ImageOps
 from torchvision.utils import make_grid
 
+from isofast.data.batches import Batch
 from isofast.data.check import OnBad, check_folder
 from isofast.data.files import write_atomically
 from isofast.data.folder import ImageFolder, open_dataset
@@ -64,13 +65,25 @@ def write_preview(name: str, root: Path, path: Path, *, on_bad: OnBad = "stop") 
     cpu = torch.device("cpu")
     for views in draw_views("auto", chosen, recipe, _DRAWS, device=cpu, threads=1):
         columns += [_levels(x_BCHW, recipe, side) for x_BCHW in views]
+    try:
+        _write(columns, path)
+    except OSError as error:
+        raise UserError(f"cannot write --preview {path}: {error.strerror or error}") from error
+
+
+def write_views(batch: Batch, recipe: Recipe, path: Path) -> None:
+    """Draw a row for each of the first images of a batch: view 1 and view 2."""
+    side = recipe.crop * -(-_TILE // recipe.crop)
+    views = (batch.x1_BCHW[:_IMAGES], batch.x2_BCHW[:_IMAGES])
+    _write([_levels(x_BCHW.float().cpu(), recipe, side) for x_BCHW in views], path)
+
+
+def _write(columns: list[torch.Tensor], path: Path) -> None:
+    """A grid of tiles (B, 3, side, side) uint8, each tensor a column."""
     tiles = torch.stack(columns, dim=1).flatten(0, 1)
     sheet = make_grid(tiles, nrow=len(columns), padding=_GAP, pad_value=255)
     picture = Image.fromarray(sheet.permute(1, 2, 0).numpy())
-    try:
-        write_atomically(path, lambda part: picture.save(part, format="PNG"))
-    except OSError as error:
-        raise UserError(f"cannot write --preview {path}: {error.strerror or error}") from error
+    write_atomically(path, lambda part: picture.save(part, format="PNG"))
 
 
 def _original(dataset: ImageFolder, index: int, side: int) -> torch.Tensor:

@@ -51,7 +51,7 @@ class WandB:
     """A run of Weights & Biases, its files in the run's folder wandb/.
 
     A continued run goes on with the id in wandb/id; of steps that it repeats W&B keeps the first.
-    Each checkpoint adds a picture of C's eigenvalues so far.
+    Each checkpoint adds a picture of C's eigenvalues so far, the first also views.png.
 
     Environment variables are W&B's own: WANDB_MODE=offline, WANDB_PROJECT and the rest.
 
@@ -73,6 +73,7 @@ class WandB:
             write_atomically(known, lambda part: part.write_text(secrets.token_hex(4)))
         self._picture = wandb.Image
         self._spectra = run_dir / "spectrum.npz"
+        self._views = None if step else run_dir / "views.png"
         self._pictured = True
         self._run = wandb.init(
             dir=run_dir,
@@ -95,7 +96,11 @@ class WandB:
             return
         with np.load(self._spectra) as stored:
             picture = draw_spectra(stored["step"], stored["eigenvalues"])
-        self._run.log({"spectrum": self._picture(picture)}, step=self._step)
+        pictures = {"spectrum": self._picture(picture)}
+        if self._views is not None and self._views.exists():
+            pictures["views"] = self._picture(str(self._views))
+            self._views = None
+        self._run.log(pictures, step=self._step)
         self._pictured = True
 
     def close(self) -> None:

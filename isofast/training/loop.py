@@ -19,6 +19,7 @@ from isofast.data.images import (
     describe_images,
     list_images,
 )
+from isofast.data.preview import write_views
 from isofast.distributed import (
     World,
     barrier,
@@ -113,7 +114,7 @@ class _Run:
         images: Images,
         watch: StallWatch,
     ) -> None:
-        self.config, self.run_dir, self.world = config, run_dir, world
+        self.config, self.run_dir, self.world, self.recipe = config, run_dir, world, recipe
         train, val = images
         self.synchronised = synchronises_batch_norm(config, world)
         # without any class the probe has one output, and nothing to learn
@@ -185,6 +186,8 @@ class _Run:
         recorder.resume_clock()
         while self.step < self.last_step:
             batch = self._next_batch()
+            if self.step == 0 and self.world.is_main:
+                write_views(batch, self.recipe, self.run_dir / "views.png")
             lr = set_lr(state.optimizer, self.step, self.steps_per_epoch, config)
             progress = self.step / self.total_steps
             if state.target is not None:
