@@ -9,7 +9,7 @@ SHELL := /bin/bash
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal
 INTERPRETED := tests/kernels/test_triton.py tests/kernels/test_augment_triton.py
 
-.PHONY: quickstart test check interpret lint format docs schema bench gpu soak clean
+.PHONY: quickstart test check interpret lint format docs schema bench soak clean
 
 quickstart: $(STAMP)
 	@$(BIN)/isofast prepare digits --root data/digits
@@ -46,10 +46,6 @@ bench: $(STAMP)
 	$(BIN)/python bench/data.py
 	$(BIN)/python bench/step.py
 	$(BIN)/python bench/peers.py
-
-# all that only a GPU can tell, in half an hour
-gpu: $(STAMP)
-	$(BIN)/python bench/gpu_day.py --output build/gpu
 
 # kills runs at random moments and compares what they end as; 25 minutes
 soak: $(STAMP)
