@@ -9,7 +9,7 @@ SHELL := /bin/bash
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal
 INTERPRETED := tests/kernels/test_triton.py tests/kernels/test_augment_triton.py
 
-.PHONY: quickstart test check interpret lint format docs schema bench soak clean
+.PHONY: quickstart test check interpret lint format docs schema bench gpu soak clean
 
 quickstart: $(STAMP)
 	@$(BIN)/isofast prepare digits --root data/digits
@@ -46,6 +46,10 @@ bench: $(STAMP)
 	$(BIN)/python bench/data.py
 	$(BIN)/python bench/step.py
 	$(BIN)/python bench/peers.py
+
+# tests, benchmarks and short runs on a GPU, in half an hour; goes on where it was stopped
+gpu: $(STAMP)
+	$(BIN)/python bench/gpu_day.py --output runs/gpu-day
 
 # kills runs at random moments and compares what they end as; 25 minutes
 soak: $(STAMP)

@@ -42,6 +42,7 @@ from isofast.data import (
     open_dataset,
     recipe_for,
 )
+from isofast.data.check import has_dali
 from isofast_kernels.dispatch import INTERPRET
 
 NAMES = ("kernels/test_augment", "kernels/test_augment_triton", "data/test_resident")
@@ -130,15 +131,14 @@ def contenders(
         return Contender(f"torchvision, {name}, {workers} workers", lambda: next(batches))
 
     found = [theirs("Pillow", v1), theirs("v2 tensors", v2)]
-    found.append(ours(f"DALI on the CPU, {workers} threads", "dali", cpu))
+    if has_dali():
+        found.append(ours(f"DALI on the CPU, {workers} threads", "dali", cpu))
     if device == cpu:
         note = "the kernel's reference, decoded before"
         return [*found, ours("resident on the CPU", "resident", cpu, note)]
-    return [
-        *found,
-        ours(f"DALI on the GPU, {workers} threads", "dali", device),
-        ours("resident on the GPU", "resident", device, "decoded before"),
-    ]
+    if has_dali():
+        found.append(ours(f"DALI on the GPU, {workers} threads", "dali", device))
+    return [*found, ours("resident on the GPU", "resident", device, "decoded before")]
 
 
 def time_batches(contender: Contender, count: int) -> float:

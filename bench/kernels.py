@@ -1,6 +1,6 @@
 """Time the kernels against their alternatives, forward and backward.
 
-    python bench/kernels.py [--batch 256] [--features 256] [--rounds 31] [--only TEXT]
+    python bench/kernels.py [--batch 256] [--features 256] [--rounds 31] [--only TEXT] [--cold]
 
 Contenders: this package; the reference, eager and compiled by torch; torch.addmm for the
 correlation; torch.linalg.eigh and eig for the root; and, for the whole step, the code released with
@@ -193,6 +193,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--features", type=int, default=256, help="D")
     parser.add_argument("--rounds", type=int, default=31, help="n")
     parser.add_argument("--only", default="", help="only operations whose name has this text")
+    parser.add_argument("--cold", action="store_true", help="nothing is in a cache before a call")
     options = parser.parse_args(arguments)
     if INTERPRET:
         parser.error("TRITON_INTERPRET=1 times the interpreter; unset it")
@@ -201,14 +202,14 @@ def main(arguments: list[str] | None = None) -> int:
     problem = Problem(options.batch, options.features)
     questions = [
         Question(
-            f"{question}, B={options.batch} D={options.features}",
+            f"{question}, B={options.batch} D={options.features}{', cold cache' * options.cold}",
             TESTS,
             functools.partial(contenders_of, problem),
         )
         for name, (question, contenders_of) in QUESTIONS.items()
         if options.only in name
     ]
-    return harness.run("kernels", questions, options.rounds)
+    return harness.run("kernels", questions, options.rounds, cold=options.cold)
 
 
 if __name__ == "__main__":

@@ -4,14 +4,16 @@
 
 Each row adds one thing to the row above, on batches that are already on the device: eager fp32,
 channels_last, bf16, both views in one forward, torch.compile, the CUDA graph (on a CPU the same
-calls, eager). The last row takes the step through DeepSpeed's engine. Matrix work is counted from
-the networks, and the share is of the dense bf16 peak that a large product reaches here.
+calls, eager). The last row takes the step through DeepSpeed's engine, if it is
+installed. Matrix work is counted from the networks, and the share is of the dense bf16 peak that a
+large product reaches here.
 On a CPU the defaults are a narrow network and one data set. Results go to
 bench/results/step-NNN.csv and .png, never over an earlier one.
 """
 
 import argparse
 import dataclasses
+import importlib.util
 import statistics
 import sys
 from functools import partial
@@ -94,6 +96,8 @@ def ladder(
     for _ in range(WARMUP_STEPS + 1 if world.device.type == "cuda" else 0):
         graphed(batch)
     contenders.append(Contender("CUDA graph", partial(graphed, batch)))
+    if not importlib.util.find_spec("deepspeed"):
+        return contenders, state, batch
     through_engine = make(**best, compiled=True, engine=True)
     contenders.append(
         Contender("no graph, DeepSpeed's engine", partial(through_engine.step, batch))

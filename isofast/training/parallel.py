@@ -1,6 +1,7 @@
 """The only file that imports DeepSpeed: process groups and the data-parallel engine at stage 0."""
 
 import contextlib
+import importlib.util
 import io
 import logging
 import os
@@ -76,6 +77,10 @@ def init_world() -> World:
                 f"{torch.cuda.device_count()} visible. Start at most as many processes as GPUs"
             )
         torch.cuda.set_device(local_rank)
+    device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
+    if os.environ["WORLD_SIZE"] == "1" and importlib.util.find_spec("deepspeed") is None:
+        # enough for a step in a CUDA graph, which takes no engine
+        return World(0, 1, local_rank, device)
     deepspeed = _import_deepspeed()
     if not cuda:
         # DeepSpeed would compile a shared-memory all-reduce at the first start: 40 s and a
@@ -96,7 +101,7 @@ def init_world() -> World:
         rank=int(os.environ["RANK"]),
         size=int(os.environ["WORLD_SIZE"]),
         local_rank=local_rank,
-        device=torch.device("cuda", local_rank) if cuda else torch.device("cpu"),
+        device=device,
     )
 
 

@@ -43,4 +43,7 @@ def assert_within_budget(name, got, torchs, exact):
     assert got.dtype == torchs.dtype and got.shape == exact.shape
     budget = 2 * max(relative_error(torchs, exact), torch.finfo(got.dtype).eps)
     error = relative_error(got, exact)
-    assert error <= budget, f"{name}: relative error {error:.2e}, budget {budget:.2e}"
+    found = f"{name}: relative error {error:.2e}, budget {budget:.2e}"
+    # pytest -rP shows it
+    print(found)
+    assert error <= budget, found

@@ -1,5 +1,6 @@
 """The step as a CUDA graph, through its eager calls on a CPU, and torch.compile against eager."""
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from isofast.distributed import World
 from isofast.errors import UserError
 from isofast.training.build import TrainState, build, is_graphed
 from isofast.training.graph import GraphedStep
+from isofast.training.loop import fit
 from isofast.training.optim import set_lr
 
 from ..support.runs import assert_same_run, train
@@ -126,3 +128,11 @@ def test_a_replayed_step_is_the_eager_one(
             eager = (steps(state, config, range(n, n + 1)) for n in range(40))
             losses[mode] = [loss for (loss,) in eager]
     assert losses["on"] == losses["off"]
+
+
+def test_a_graphed_run_needs_no_deepspeed(
+    small_config: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "deepspeed", None)
+    summary = fit(small_config(train={"cuda_graph": "on"}), tmp_path / "run")
+    assert summary["completed"] and summary["steps"] == 6

@@ -1,0 +1,108 @@
+"""bench/gpu_day.py: what becomes of stages of real programs, and all of it on a CPU."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from ..conftest import ROOT, load_script
+from ..support.runs import call
+
+
+@pytest.fixture
+def day(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(ROOT / "bench"))
+    return load_script(ROOT / "bench" / "gpu_day.py")
+
+
+def test_a_day_goes_on_after_failures_and_is_taken_up_again(
+    day: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The stage that hangs does not listen, and has a child."""
+    monkeypatch.setattr(day, "GRACE_S", 0.5)
+    done, mended = tmp_path / "done", tmp_path / "mended"
+    hang = f"test -f {mended} && exit; trap '' TERM; sleep 60 & echo $!; wait; wait"
+
+    def shell(name: str, script: str, *more: str, minutes: float = 1) -> object:
+        commands = [["sh", "-c", text] for text in (f"echo {name} >> {done}; {script}", *more)]
+        return day.Stage(name, minutes, commands)
+
+    stages = [
+        shell("good", "echo fine"),
+        shell("fails", f"echo the reason; test -f {mended} || exit 3", f"echo second >> {done}"),
+        shell("hangs", hang, minutes=0.02),
+        day.Stage("module", 1, [["true"]], ("torch", "no_such_module")),
+        day.Stage("program", 1, [["no-such-program"]]),
+        day.Stage("gpu", 1, [["true"]], gpu=True),
+        shell("last", ""),
+    ]
+    first = day.run_stages(stages, tmp_path)
+    found = {name: (outcome["status"], outcome["exit_code"]) for name, outcome in first.items()}
+    assert found == {
+        "good": ("passed", 0),
+        "fails": ("failed", 3),
+        "hangs": ("timed out", None),
+        **dict.fromkeys(("module", "program", "gpu"), ("skipped", None)),
+        "last": ("passed", 0),
+    }
+    assert json.loads((tmp_path / "stages.json").read_text()) == first
+    whys = [first[name]["why"] for name in ("fails", "module", "program", "gpu")]
+    reasons = ["the reason", "no_such_module: No module named", "needs no-such-", "needs a GPU"]
+    assert all(why.startswith(reason) for why, reason in zip(whys, reasons, strict=True))
+    assert 1.2 < first["hangs"]["seconds"] < 20
+    child = int((tmp_path / "03-hangs.log").read_text().split()[-1])
+    status = Path(f"/proc/{child}/stat")
+    assert not status.exists() or status.read_text().split()[2] == "Z"
+    assert done.read_text().split() == ["good", "fails", "hangs", "last"]
+
+    mended.touch()
+    second = day.run_stages(stages, tmp_path)
+    assert [second[name]["status"] for name in ("fails", "hangs")] == ["passed", "passed"]
+    assert second["good"] == first["good"]
+    assert done.read_text().split()[4:] == ["fails", "second", "hangs"]
+    # asked for by number, or no longer the same programs
+    day.run_stages(stages, tmp_path, only=[7])
+    day.run_stages([shell("good", "echo other"), *stages[1:]], tmp_path)
+    assert done.read_text().split()[7:] == ["last", "good"]
+
+
+def test_errors_of_kernel_tests_are_listed_beside_their_budgets(
+    day: ModuleType, tmp_path: Path
+) -> None:
+    chosen = ["-m", "", "-k", "test_loss_pair and 3x17-fp32-iso_cosine"]
+    log = tmp_path / "log"
+    with log.open("w") as file:
+        assert day.call([*day.KERNEL_TESTS, *chosen], file, 120) == 0
+    rows = day.near_budgets(log)
+    assert len(rows) >= 3
+    for test, error, budget, ratio in rows:
+        assert test.startswith("test_loss_pair[3x17-fp32-iso_cosine], ")
+        assert float(ratio) == pytest.approx(float(error) / float(budget), abs=0.006)
+        assert float(error) <= float(budget)
+
+
+def test_sizes_are_not_measured_without_a_gpu(tmp_path: Path) -> None:
+    printed = call([sys.executable, "bench/gpu_day.py"], code=2, cwd=ROOT).stderr
+    assert "--dry-run" in printed
+
+
+@pytest.mark.slow
+def test_a_dry_run_of_everything(tmp_path: Path) -> None:
+    output = tmp_path / "day"
+    command = [sys.executable, "bench/gpu_day.py", "--dry-run", "--output", str(output)]
+    subprocess.run(command, cwd=ROOT, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    outcomes = json.loads((output / "stages.json").read_text())
+    skipped = {name for name, outcome in outcomes.items() if outcome["status"] == "skipped"}
+    assert skipped == {"kernel-tests", "tests", "sanitizer"}
+    assert {outcomes[name]["status"] for name in outcomes.keys() - skipped} == {"passed"}
+    assert "continuing from" in (output / "09-run.log").read_text()
+    page = (output / "summary.md").read_text()
+    for text in ("kernels-002.csv", "step-001.csv", "peers-001.csv", "data-001.csv", "| run-ema |"):
+        assert text in page
+    again = call(command, cwd=ROOT).stdout
+    assert "passed" not in again
+    assert json.loads((output / "stages.json").read_text()) == outcomes
