@@ -139,10 +139,9 @@ def test_two_hosts_train_as_one_and_outlive_a_cut_cable(
     assert time.monotonic() - began < ENDS_WITHIN_S
     assert all(process.returncode != 0 for process in processes)
     for text in printed:
-        # torchrun shows a traceback of its own below
-        text, *_ = text.partition("torch/distributed/elastic")
         assert text.count("\nerror") == 1 and "the same command goes on" in text, text
-        assert "Traceback" not in text, text
+        # torchrun shows a traceback of its own
+        assert "launch/train.py\", line" not in text, text
 
     hosts.plug_it_in()
     processes = hosts.start(config, cut, launcher)
