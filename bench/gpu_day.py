@@ -77,25 +77,27 @@ def plan(work: Path, data: Path | None, epochs: int, dry: bool) -> list[Stage]:
     config = ["--config", "launch/cifar10.json"]
     config += settings(f"data.root={images}", f"train.epochs={epochs}", *TINY * dry)
     profile = [*ISOFAST, "profile", *config, "--output", str(work / "profile")]
-    sanitizers = [
-        ["compute-sanitizer", "--tool", tool, "--error-exitcode=1", *KERNEL_TESTS, "-k", SANITIZED]
-        for tool in ("memcheck", "racecheck", "initcheck")
-    ]
+    sanitizer = ["compute-sanitizer", "--error-exitcode=1", "--tool"]
     power, tiny = "--batch 32 --features 32 --rounds 3 --only power", "--batch 8 --rounds 2"
     colds = ("--cold",) if dry else ("", "--cold")
     kernels = [script("kernels", cold, f"{power} {cold}") for cold in colds]
     step = script("step", "--datasets cifar10", f"{tiny} --width 4")
-    peers = script("peers", "--steps 50", f"{tiny} --width 4 --steps 1 --workers 1")
+    peers = script("peers", "--steps 50", f"{tiny} --width 4 --steps 1 --workers 1 --only fp32")
     loaders = script("data", "--rounds 5 --seconds 1", f"{tiny} --seconds 0.1 --workers 1")
     isofast = ("isofast.training.loop", "torchvision")
     return [
         Stage("kernel-tests", 5, [KERNEL_TESTS], ("pytest",), gpu=True),
         Stage("tests", 3, [[*PYTEST, "tests/training", "tests/run"]], ("pytest", *isofast), True),
-        Stage("sanitizer", 4, sanitizers, ("pytest",), gpu=True),
+        *(
+            Stage(
+                tool, 1.5, [[*sanitizer, tool, *KERNEL_TESTS, "-k", SANITIZED]], ("pytest",), True
+            )
+            for tool in ("memcheck", "racecheck", "initcheck")
+        ),
         Stage("kernels", 2, kernels),
         Stage("step", 4, [step], isofast),
         Stage("peers", 2, [[*peers, *root]], isofast),
-        Stage("data", 2, [[*loaders, "--recipe", "cifar10", *root]], isofast),
+        Stage("data", 1.5, [[*loaders, "--recipe", "cifar10", *root]], isofast),
         Stage("profile", 1, [[*profile, "--steps", "2" if dry else "20"]], isofast),
         # stopped after some steps, then continued
         Stage(
@@ -237,6 +239,10 @@ def main() -> int:
         os.environ |= {"CUDA_VISIBLE_DEVICES": "", "TORCHDYNAMO_DISABLE": "1"}
     elif not torch.cuda.is_available():
         parser.error("torch finds no GPU; --dry-run runs the stages on the CPU")
+    if options.data and not options.data.is_dir():
+        parser.error(f"--data {options.data} is no folder; isofast prepare cifar10 makes one")
+    # as Ctrl-C: the stage's programs end too
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     output, data = options.output.resolve(), options.data and options.data.resolve()
     work = output / "work"
     stages = plan(work, data, max(1, round(2 * options.minutes)), options.dry_run)

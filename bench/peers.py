@@ -221,12 +221,15 @@ class Served(Contender):
 
 def contenders(options: argparse.Namespace, root: Path, method: str) -> Iterator[Served]:
     sizes = (root, method, options.batch, options.width, options.workers)
-    yield Served("isofast, as it comes", partial(isofast_step, *sizes, "auto"))
-    yield Served("isofast, fp32", partial(isofast_step, *sizes, "fp32"))
-    yield Served("solo-learn's step, bf16", partial(solo_step, *sizes, "bf16"))
+    steps = {
+        "isofast, as it comes": partial(isofast_step, *sizes, "auto"),
+        "isofast, fp32": partial(isofast_step, *sizes, "fp32"),
+        "solo-learn's step, bf16": partial(solo_step, *sizes, "bf16"),
+    }
     if importlib.util.find_spec("lightly"):
-        yield Served("lightly, bf16", partial(lightly_step, *sizes, "bf16"))
-        yield Served("lightly, fp32", partial(lightly_step, *sizes, "fp32"))
+        steps["lightly, bf16"] = partial(lightly_step, *sizes, "bf16")
+        steps["lightly, fp32"] = partial(lightly_step, *sizes, "fp32")
+    yield from (Served(name, make) for name, make in steps.items() if options.only in name)
 
 
 def compare(found: list[Served], options: argparse.Namespace) -> None:
@@ -255,6 +258,7 @@ def main() -> int:
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--rounds", type=int, default=9, help="n")
     parser.add_argument("--steps", type=int, default=100 if cuda else 3, help="in a round")
+    parser.add_argument("--only", default="", help="only contenders whose name has this text")
     options = parser.parse_args()
     if not importlib.util.find_spec("lightly"):
         print("lightly is not installed (pip install lightly): isofast alone")

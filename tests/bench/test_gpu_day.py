@@ -93,15 +93,17 @@ def test_sizes_are_not_measured_without_a_gpu(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_a_dry_run_of_everything(tmp_path: Path) -> None:
     output = tmp_path / "day"
-    command = [sys.executable, "bench/gpu_day.py", "--dry-run", "--output", str(output)]
+    # limits for a busy machine
+    options = ["--dry-run", "--output", str(output), "--minutes", "240"]
+    command = [sys.executable, "bench/gpu_day.py", *options]
     subprocess.run(command, cwd=ROOT, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
     outcomes = json.loads((output / "stages.json").read_text())
     skipped = {name for name, outcome in outcomes.items() if outcome["status"] == "skipped"}
-    assert skipped == {"kernel-tests", "tests", "sanitizer"}
+    assert skipped == {"kernel-tests", "tests", "memcheck", "racecheck", "initcheck"}
     assert {outcomes[name]["status"] for name in outcomes.keys() - skipped} == {"passed"}
-    assert "continuing from" in (output / "09-run.log").read_text()
+    assert "continuing from" in (output / "11-run.log").read_text()
     page = (output / "summary.md").read_text()
-    for text in ("kernels-002.csv", "step-001.csv", "peers-001.csv", "data-001.csv", "| run-ema |"):
+    for text in ("kernels-001.csv", "step-001.csv", "peers-001.csv", "data-001.csv", "| run-ema |"):
         assert text in page
     again = call(command, cwd=ROOT).stdout
     assert "passed" not in again
