@@ -253,15 +253,16 @@ def main() -> int:
     # this checkout, installed or not
     with contextlib.suppress(FileExistsError):
         (packages / "isofast_kernels").symlink_to(harness.ROOT / "kernels")
-    sys.path[:0] = [str(harness.ROOT), str(packages)]
-    os.environ |= {"PYTHONPATH": os.pathsep.join(sys.path), "PYTHONUNBUFFERED": "1"}
+    own = [str(harness.ROOT), str(packages)]
+    sys.path[:0] = own
+    paths = os.pathsep.join([*own, *filter(None, [os.environ.get("PYTHONPATH")])])
+    os.environ |= {"PYTHONPATH": paths, "PYTHONUNBUFFERED": "1"}
     # the benchmarks need not run their tests: the first stages do
     os.environ |= {"BENCH_RESULTS": str(output), "BENCH_UNTESTED": "1"}
     digits = work / "digits"
     if not data and not digits.exists():
         subprocess.run([*ISOFAST, "prepare", "digits", "--root", str(digits)])
-    scale = options.minutes / MINUTES
-    outcomes = run_stages(stages, output, scale=scale, only=options.stage)
+    outcomes = run_stages(stages, output, scale=options.minutes / MINUTES, only=options.stage)
     page = output / "summary.md"
     page.write_text("\n".join(["# A day on a GPU\n", *summary(output, outcomes)]))
     print(page)

@@ -105,6 +105,6 @@ def test_a_dry_run_of_everything(tmp_path: Path) -> None:
     page = (output / "summary.md").read_text()
     for text in ("kernels-001.csv", "step-001.csv", "peers-001.csv", "data-001.csv", "| run-ema |"):
         assert text in page
-    again = call(command, cwd=ROOT).stdout
-    assert "passed" not in again
-    assert json.loads((output / "stages.json").read_text()) == outcomes
+    assert "passed" not in call(command, cwd=ROOT).stdout
+    again = json.loads((output / "stages.json").read_text())
+    assert all(again[name] == outcomes[name] for name in outcomes.keys() - skipped)
