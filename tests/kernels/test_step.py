@@ -84,6 +84,14 @@ def test_a_cuda_graph_replays_the_step(views, dtype):
         assert_equal((corr, *captured), (expected_corr, *expected))
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_hundred_steps_give_the_same_bits(views, dtype):
+    problem = views(dtype)
+    first = first_step(problem)
+    for _ in range(99):
+        assert_equal(first_step(problem), first)
+
+
 def test_torch_s_global_precision_switches_change_nothing(views):
     problem = views(torch.float32)
     expected = first_step(problem)
