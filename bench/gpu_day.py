@@ -85,6 +85,8 @@ def plan(work: Path, data: Path | None, epochs: int, dry: bool) -> list[Stage]:
     peers = script("peers", "--steps 50", f"{tiny} --width 4 --steps 1 --workers 1 --only fp32")
     loaders = script("data", "--rounds 5 --seconds 1", f"{tiny} --seconds 0.1 --workers 1")
     isofast = ("isofast.training.loop", "torchvision")
+    # a run ends after some steps, then goes on
+    ends = (4, 8) if dry else (150, "null")
     return [
         Stage("kernel-tests", 5, [KERNEL_TESTS], ("pytest",), gpu=True),
         Stage("tests", 3, [[*PYTEST, "tests/training", "tests/run"]], ("pytest", *isofast), True),
@@ -99,11 +101,8 @@ def plan(work: Path, data: Path | None, epochs: int, dry: bool) -> list[Stage]:
         Stage("peers", 2, [[*peers, *root]], isofast),
         Stage("data", 1.5, [[*loaders, "--recipe", "cifar10", *root]], isofast),
         Stage("profile", 1, [[*profile, "--steps", "2" if dry else "20"]], isofast),
-        # stopped after some steps, then continued
-        Stage(
-            "run", 3, run("run", "method.ema=false", *((4, 8) if dry else (150, "null"))), isofast
-        ),
-        Stage("run-ema", 4, run("run-ema", "method.ema=true", 4 if dry else "null"), isofast),
+        Stage("run", 3, run("run", "method.ema=false", *ends), isofast),
+        Stage("run-ema", 4, run("run-ema", "method.ema=true", ends[1]), isofast),
     ]
 
 
