@@ -141,7 +141,7 @@ def test_two_hosts_train_as_one_and_outlive_a_cut_cable(
     for text in printed:
         assert text.count("\nerror") == 1 and "the same command goes on" in text, text
         # torchrun shows a traceback of its own
-        assert "launch/train.py\", line" not in text, text
+        assert 'launch/train.py", line' not in text, text
 
     hosts.plug_it_in()
     processes = hosts.start(config, cut, launcher)
