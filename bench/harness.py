@@ -233,15 +233,19 @@ def _time_cold_ms(call: Callable[[], object], repeats: int) -> float:
 def tests_pass(*arguments: str) -> bool:
     """Return whether pytest passes with these arguments; show its output if not.
 
-    With BENCH_UNTESTED set none is run: the caller has run them.
+    On a GPU also those marked gpu, which alone see it. With BENCH_UNTESTED set none is run: the
+    caller has run them.
     """
     if os.environ.get("BENCH_UNTESTED"):
         return True
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *arguments]
-    process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    if process.returncode != 0:
-        sys.stderr.write(process.stdout + process.stderr)
-    return process.returncode == 0
+    for marked in ([], ["-m", "gpu"])[: 1 + torch.cuda.is_available()]:
+        command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *marked, *arguments]
+        process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        # 5: none is marked
+        if process.returncode not in ((0, 5) if marked else (0,)):
+            sys.stderr.write(process.stdout + process.stderr)
+            return False
+    return True
 
 
 def run(
