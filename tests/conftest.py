@@ -119,7 +119,7 @@ def evaluated_run(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     """A finished run of 44 steps, evaluated before, between and after its two epochs."""
     changes = {
         "data": {"root": str(digits)},
-        "train": {"max_steps": None},
+        "train": {"max_steps": None, "precision": "fp32"},
         "evaluation": {"every_epochs": 1, "at_start": True},
         "checkpoint": {"every_steps": 22},
     }

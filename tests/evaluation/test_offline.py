@@ -205,9 +205,11 @@ def test_what_cannot_be_evaluated_is_told(
     refuses("no file nets", "random, pixels", options=("--baselines", "random,nets"))
     wide = tmp_path / "wide.safetensors"
     save_file(make_encoder(EncoderConfig(width=8, stem="cifar")).state_dict(), wide)
-    refuses("do not fit", "width 4", "size mismatch", options=("--baselines", str(wide)))
+    refuses(
+        "do not fit the encoder", "bn1.bias (4 here, 8 there)", options=("--baselines", str(wide))
+    )
     wide.write_bytes(b"no weights")
-    refuses("do not fit", options=("--baselines", str(wide)))
+    refuses("cannot read the weights", options=("--baselines", str(wide)))
     unlabelled, no_val = tmp_path / "unlabelled", tmp_path / "no_val"
     shutil.copytree(digits / "train" / "0", unlabelled / "unlabeled")
     refuses("no labels", "isofast figures 3", options=("--root", str(unlabelled)))

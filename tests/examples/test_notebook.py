@@ -1,5 +1,7 @@
 """The documentation's notebook runs from top to bottom."""
 
+import os
+import sys
 from pathlib import Path
 
 import nbformat
@@ -14,6 +16,8 @@ def test_the_notebook_runs_and_its_encoder_knows_digits(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    # for its commands, as an activated environment does
+    monkeypatch.setenv("PATH", str(Path(sys.executable).parent), prepend=os.pathsep)
     monkeypatch.chdir(tmp_path)
     notebook = nbformat.read(ROOT / "docs" / "guide" / "digits.ipynb", as_version=4)
     NotebookClient(notebook, timeout=500).execute()
