@@ -313,7 +313,7 @@ class CheckpointConfig(_Section):
     max_failures: int = Field(3, ge=0, json_schema_extra=FREE)
     """Checkpoints in a row that may fail, on a full disk, before the run ends."""
     keep: int = Field(2, ge=1, json_schema_extra=FREE)
-    """How many of the newest are kept."""
+    """How many of the newest are kept, besides the one with the best k-NN accuracy."""
 
 
 class LoggingConfig(_Section):

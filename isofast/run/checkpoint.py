@@ -49,8 +49,9 @@ def save_checkpoint(
     encoder: dict[str, Tensor],
     keep: int,
     about: Mapping[str, str] | None = None,
+    best_step: int | None = None,
 ) -> Path:
-    """Write ``folder``/step_N, return it, and remove all but the ``keep`` newest up to it.
+    """Write ``folder``/step_N, return it, and remove all but the ``keep`` newest and the best.
 
     Later ones, damaged and skipped by a resume, stay until they are replaced.
 
@@ -61,6 +62,7 @@ def save_checkpoint(
         encoder: the backbone's state.
         keep: checkpoints to keep, including this one.
         about: metadata of encoder.safetensors.
+        best_step: a step whose checkpoint is kept.
 
     Raises:
         RunError: the disk is full or not writable; older checkpoints are untouched.
@@ -97,7 +99,8 @@ def save_checkpoint(
         ) from error
     older = [old for old in _folders(folder) if _step_of(old) <= step]
     for old in older[keep:]:
-        shutil.rmtree(old, ignore_errors=True)
+        if _step_of(old) != best_step:
+            shutil.rmtree(old, ignore_errors=True)
     return path
 
 

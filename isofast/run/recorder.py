@@ -32,6 +32,8 @@ class Totals:
     knn_top1: float | None = None
     knn_top1_initial: float | None = None
     knn_top1_pixels: float | None = None
+    knn_top1_best: float | None = None
+    best_step: int | None = None
     collapse: str | None = None
 
 
@@ -144,8 +146,8 @@ class Recorder:
         }
         self.progress.advance(step, shown)
 
-    def evaluation(self, step: int, result: Evaluation) -> None:
-        """Write and show an evaluation."""
+    def evaluation(self, step: int, result: Evaluation) -> bool:
+        """Write and show an evaluation; return whether its k-NN is the best of training so far."""
         self.totals.val_top1, self.totals.knn_top1 = result.val_top1, result.knn_top1
         if step == 0:
             self.totals.knn_top1_initial = result.knn_top1
@@ -158,6 +160,10 @@ class Recorder:
             f"epoch {self._epoch(step):g}: validation top-1 {result.val_top1:.3f}, "
             f"k-NN {result.knn_top1:.3f}"
         )
+        best = step > 0 and result.knn_top1 > (self.totals.knn_top1_best or 0.0)
+        if best:
+            self.totals.knn_top1_best, self.totals.best_step = result.knn_top1, step
+        return best
 
     def finding(self) -> Finding | None:
         """Return the collapse that the last record shows; None on all ranks but the main one.

@@ -50,8 +50,10 @@ class Saver:
             self._last = now
         return due
 
-    def save(self, step: int, state: State, encoder: dict[str, Tensor]) -> None:
-        """Save a step; waits only for the checkpoint before.
+    def save(
+        self, step: int, state: State, encoder: dict[str, Tensor], best_step: int | None = None
+    ) -> None:
+        """Save a step, and keep the best; waits only for the checkpoint before.
 
         Raises:
             RunError: too many in a row could not be written.
@@ -66,7 +68,7 @@ class Saver:
             self._report(f"warning: {error}")
         self._last = time.monotonic()
         copies = _each(_copy, (state, encoder))
-        self._pending = self._background.do(partial(self._write, step, copies))
+        self._pending = self._background.do(partial(self._write, step, copies, best_step))
 
     def wait(self) -> None:
         """Wait until the last checkpoint is on the disk.
@@ -82,10 +84,11 @@ class Saver:
         """Finish what is being written."""
         self._background.close()
 
-    def _write(self, step: int, copies: Any) -> RunError | None:
+    def _write(self, step: int, copies: Any, best_step: int | None) -> RunError | None:
         state, encoder = _each(_get, copies)
+        keep, about = self._config.keep, self._about
         try:
-            save_checkpoint(self._folder, step, state, encoder, self._config.keep, self._about)
+            save_checkpoint(self._folder, step, state, encoder, keep, about, best_step)
         except RunError as error:
             return error
         return None

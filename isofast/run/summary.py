@@ -16,9 +16,14 @@ def results_table(run_dir: Path, summary: Mapping[str, Any], environment: Mappin
     def number(key: str, spec: str) -> str | None:
         return None if summary[key] is None else format(summary[key], spec)
 
+    best_step = summary["best_step"]
+    improved = best_step in (None, summary["steps"])
     ranks, batch_norm = environment["ranks"], environment["batch_norm"]
     rows = {
         "k-NN top-1, end of run": number("knn_top1", ".3f"),
+        "k-NN top-1, best": None
+        if improved
+        else f"{summary['knn_top1_best']:.3f} at step {best_step}",
         "k-NN top-1, before training": number("knn_top1_initial", ".3f"),
         "k-NN top-1, raw pixels": number("knn_top1_pixels", ".3f"),
         "linear probe top-1": number("val_top1", ".3f"),

@@ -23,6 +23,7 @@ from isofast.data.preview import write_views
 from isofast.distributed import (
     World,
     barrier,
+    gather_objects,
     launched_rank,
     launched_world_size,
     mean_of_statistics_over_ranks_,
@@ -212,10 +213,10 @@ class _Run:
                 self.log(output, lr)
             else:
                 recorder.progress.advance(self.step)
-            if at_end or self._evaluation_is_due():
-                self.evaluate()
+            best = (at_end or self._evaluation_is_due()) and self.evaluate()
             asked = signals.poll(save=self.world.is_main and self.saver.is_due())
-            if at_end or asked.save or self.step % config.checkpoint.every_steps == 0:
+            due = self.step % config.checkpoint.every_steps == 0
+            if at_end or best or asked.save or due:
                 self.checkpoint(last=at_end or asked.stop is not None)
             if asked.stop and not at_end:
                 raise stopped(asked.stop, self.step, self.world)
@@ -242,14 +243,20 @@ class _Run:
         if collapsed > 0:
             self._tell_collapse(finding)
 
-    def evaluate(self) -> None:
-        """Clean top-1 and k-NN, where there is a validation set; not counted as training time."""
+    def evaluate(self) -> bool:
+        """Clean top-1 and k-NN, where there is a validation set; not counted as training time.
+
+        Returns:
+            Whether the k-NN accuracy is the best so far.
+        """
         if self.evaluator is None:
-            return
+            return False
         self.recorder.stop_clock()
         self.recorder.progress.note(f"evaluating on {self.evaluator.images:,} images")
-        self.recorder.evaluation(self.step, self.evaluator(self.state.online))
+        best = self.recorder.evaluation(self.step, self.evaluator(self.state.online))
         self.recorder.resume_clock()
+        # ranks may round apart
+        return gather_objects(best)[0]
 
     def checkpoint(self, *, last: bool) -> None:
         """Save a checkpoint, unless a parameter is NaN or infinite; ``last`` waits for the disk."""
@@ -262,7 +269,8 @@ class _Run:
             state["totals"] = asdict(self.recorder.flush())
             state["loader"] = self.loader.state_dict()
             state["images"] = self.fingerprints
-            self.saver.save(self.step, state, self.state.online.branch.encoder.state_dict())
+            encoder = self.state.online.branch.encoder.state_dict()
+            self.saver.save(self.step, state, encoder, self.recorder.totals.best_step)
             if last:
                 self.saver.wait()
         if last:

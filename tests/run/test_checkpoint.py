@@ -33,6 +33,12 @@ def test_the_newest_is_found_and_old_ones_go(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step_00000010", "step_00000100"]
 
 
+def test_the_best_is_kept_however_old(tmp_path: Path) -> None:
+    for step, best in ((1, 1), (2, 2), (3, 2), (4, 2), (5, 5), (6, 5)):
+        save_checkpoint(tmp_path, step, {}, nn.Linear(2, 2).state_dict(), 1, best_step=best)
+    assert sorted(path.name[-1] for path in tmp_path.iterdir()) == ["5", "6"]
+
+
 @pytest.mark.parametrize(
     ("name", "damage"),
     [

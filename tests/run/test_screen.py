@@ -12,6 +12,8 @@ SUMMARY = {
     "knn_top1": 0.9123,
     "knn_top1_initial": None,
     "knn_top1_pixels": None,
+    "knn_top1_best": 0.95,
+    "best_step": 440,
     "val_top1": 0.5,
     "effective_rank": 12.34,
     "epochs": 30.0,

@@ -1,7 +1,10 @@
 """k-NN against a plain loop, evaluation in eval mode, metrics without labels beside it."""
 
+import json
 import math
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,9 +15,12 @@ from isofast.data import EvalLoader, Recipe, recipe_for
 from isofast.data.images import Images, check_images, list_images
 from isofast.distributed import World
 from isofast.run.labelfree import label_free
+from isofast.run.metrics import read_metrics
 from isofast.training.build import build
 from isofast.training.online import Evaluator, eval_mode, knn_top1
 from isofast.training.stall import StallWatch
+
+from ..support.runs import fit_apart
 
 
 def _vote(q: torch.Tensor, bank: torch.Tensor, bank_y: list[int], k: int, t: float) -> int:
@@ -133,3 +139,23 @@ def test_views_are_of_the_recipes_first_view(small_config: Callable[..., Config]
     found = evaluator(build(config, ALONE, 10).online).label_free()
     assert found["view_alignment"] == pytest.approx(0, abs=1e-10)
     assert found["uniformity"] < -1e-3
+
+
+def test_the_best_of_a_run_that_gets_worse_is_kept(
+    small: Callable[..., dict[str, Any]], tmp_path: Path
+) -> None:
+    settings = small(
+        method={"name": "simsiam"},
+        optimizer={"name": "sgd", "lr": 3.0},
+        train={"epochs": 3, "max_steps": None, "precision": "fp32"},
+        evaluation={"every_epochs": 1},
+        checkpoint={"every_steps": 1000, "keep": 1},
+    )
+    fit_apart(settings, tmp_path)
+    records = read_metrics(tmp_path / "metrics.jsonl")
+    knn = {record["step"]: record["knn_top1"] for record in records if "knn_top1" in record}
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    best = summary["best_step"]
+    assert summary["knn_top1_best"] == knn[best] == max(knn.values()) > knn[66]
+    kept = {int(path.name.removeprefix("step_")) for path in (tmp_path / "checkpoints").iterdir()}
+    assert kept == {best, 66}
