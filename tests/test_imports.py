@@ -2,6 +2,7 @@
 DALI, Triton in the kernels only."""
 
 import ast
+import graphlib
 import subprocess
 import sys
 from pathlib import Path
@@ -67,6 +68,20 @@ def test_packages_import_downwards(path: Path) -> None:
         if name.startswith("isofast."):
             other = name.split(".")[1]
             assert other == own or LEVELS[other] < LEVELS[own], name
+
+
+def test_no_modules_import_in_a_circle() -> None:
+    modules = {
+        ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
+        for path in sorted((ROOT / "isofast").rglob("*.py"))
+    }
+    graph = {
+        # `from isofast.data import dali` in isofast/data/ imports the module only
+        name: {other for other in _imports(path) & {*modules} if not name.startswith(other)}
+        for name, path in modules.items()
+    }
+    # raises CycleError
+    assert len([*graphlib.TopologicalSorter(graph).static_order()]) == len(modules)
 
 
 def test_few_modules_stand_beside_the_packages() -> None:

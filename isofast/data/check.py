@@ -11,20 +11,19 @@ import itertools
 import json
 import os
 import threading
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import BinaryIO, Literal, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 from PIL import Image, UnidentifiedImageError
 from tqdm import tqdm
 
 from isofast.data.files import write_atomically
 from isofast.data.folder import ImageFolder, Stamp, fingerprint_of, printable, some_of
-from isofast.errors import RunError, UserError
+from isofast.errors import UserError
 
 Check = Literal["full", "headers", "off"]
 OnBad = Literal["stop", "skip"]
@@ -149,28 +148,6 @@ def has_dali() -> bool:
         return importlib.util.find_spec("nvidia.dali") is not None
     except ModuleNotFoundError:
         return False
-
-
-def read_sizes(dataset: ImageFolder, indices: Iterable[int]) -> npt.NDArray[np.int64]:
-    """Return heights and widths (N, 2), int64, reading the headers of unchecked images.
-
-    Raises:
-        RunError: a file has no readable header.
-    """
-    if dataset.sizes is not None:
-        known: npt.NDArray[np.int64] = dataset.sizes[np.asarray(indices)]
-        return known
-    sizes = []
-    for index in indices:
-        try:
-            with dataset.open(index) as file, Image.open(file) as image:
-                sizes.append((image.height, image.width))
-        except Exception as error:
-            raise RunError(
-                f"cannot read the size of {dataset.where(index)}: {error}. data.check=full finds "
-                "such files before the first step"
-            ) from error
-    return np.array(sizes, dtype=np.int64)
 
 
 def skipped_note(dataset: ImageFolder) -> str:

@@ -18,9 +18,8 @@ from nvidia.dali.plugin.pytorch import feed_ndarray
 
 from isofast.config.schema import ViewConfig
 from isofast.data.batches import Batch, Chunk
-from isofast.data.check import read_sizes
 from isofast.data.draw import Ints, ViewDraw, clean_windows, colour_matrices
-from isofast.data.folder import ImageFolder, UndecodableError, read_files, some_of
+from isofast.data.folder import ImageFolder, UndecodableError, read_files, read_sizes, some_of
 from isofast.data.recipe import Recipe
 from isofast.errors import RunError
 from isofast_kernels.augment_reference import BLUR_REACH

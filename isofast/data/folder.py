@@ -15,6 +15,7 @@ from typing import BinaryIO
 
 import numpy as np
 import numpy.typing as npt
+from PIL import Image
 
 from isofast.data.shards import EXTENSIONS, PICTURES, Index, Tar, open_member, read_index
 from isofast.errors import RunError, UserError
@@ -135,6 +136,28 @@ def fingerprint_of(paths: Sequence[str], labels: Iterable[int], sizes: Iterable[
     for path, label, size in zip(paths, labels, sizes, strict=True):
         digest.update(f"{path}\0{label}\0{size}\n".encode("utf-8", "surrogateescape"))
     return digest.hexdigest()
+
+
+def read_sizes(dataset: ImageFolder, indices: Iterable[int]) -> npt.NDArray[np.int64]:
+    """Return heights and widths (N, 2), int64, reading the headers of unchecked images.
+
+    Raises:
+        RunError: a file has no readable header.
+    """
+    if dataset.sizes is not None:
+        known: npt.NDArray[np.int64] = dataset.sizes[np.asarray(indices)]
+        return known
+    sizes = []
+    for index in indices:
+        try:
+            with dataset.open(index) as file, Image.open(file) as image:
+                sizes.append((image.height, image.width))
+        except Exception as error:
+            raise RunError(
+                f"cannot read the size of {dataset.where(index)}: {error}. data.check=full finds "
+                "such files before the first step"
+            ) from error
+    return np.array(sizes, dtype=np.int64)
 
 
 def read_files(dataset: ImageFolder, indices: Iterable[int]) -> list[bytes]:

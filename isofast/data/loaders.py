@@ -10,9 +10,9 @@ import numpy as np
 import torch
 
 from isofast.data.batches import Batch, Chunk
-from isofast.data.check import has_dali, read_sizes, remember_bad
+from isofast.data.check import has_dali, remember_bad
 from isofast.data.draw import Ints, draw, epoch_order
-from isofast.data.folder import ImageFolder, UndecodableError
+from isofast.data.folder import ImageFolder, UndecodableError, read_sizes
 from isofast.data.recipe import Recipe
 from isofast.data.resident import ResidentCleanRenderer, ResidentRenderer, resident_gb
 from isofast.errors import RunError, UserError

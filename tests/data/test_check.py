@@ -14,8 +14,9 @@ import pytest
 from PIL import Image
 
 from isofast.data import ImageFolder, check_folder, open_dataset, recipe_for, skipped_note
-from isofast.data.check import OnBad, read_sizes
+from isofast.data.check import OnBad
 from isofast.data.dali import SingleDecoder
+from isofast.data.folder import read_sizes
 from isofast.errors import UserError
 
 from .conftest import eval_loader, train_loader

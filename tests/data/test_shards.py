@@ -17,8 +17,7 @@ import pytest
 from isofast.cli import main
 from isofast.data import ImageFolder, check, check_folder, ignored_note, open_dataset
 from isofast.data import pack as module
-from isofast.data.check import read_sizes
-from isofast.data.folder import read_files
+from isofast.data.folder import read_files, read_sizes
 from isofast.data.pack import pack
 from isofast.errors import RunError, UserError
 
