@@ -499,7 +499,7 @@ def _add_reproduce(commands: Any) -> None:
         "--scale",
         choices=("paper", "small"),
         default="paper",
-        help="small: a narrow network for 10 epochs (20 on the digits), one seed, with figures 3 "
+        help="small: a narrow network for 10 epochs (40 on the digits), one seed, with figures 3 "
         "and 7",
     )
     parser.add_argument(

@@ -36,7 +36,7 @@ _SMALL: dict[str, Any] = {
     "train": {"epochs": 10},
     "evaluation": {"at_start": True, "every_epochs": 2},
 }
-_SMALL_DIGITS: dict[str, Any] = {"train": {"epochs": 20}, "evaluation": {"at_start": True}}
+_SMALL_DIGITS: dict[str, Any] = {"train": {"epochs": 40}, "evaluation": {"at_start": True}}
 # Keys fixed by the table, not open to --set.
 _FIXED_KEYS = (
     *("seed", "train.epochs", "data.root", "data.dataset"),
