@@ -50,13 +50,14 @@ class ViewBatchNorm(_NormBase):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, ...) -> the same shape and dtype."""
-        synchronised = self.synchronised and self.training
-        normalise = self._normalise_over_ranks if synchronised else self._normalise
-        if not self.training or self.views == 1:
-            return normalise(x)
-        if len(x) % self.views:
-            raise ValueError(f"{len(x)} rows do not hold {self.views} views of equal size")
-        return torch.cat([normalise(view) for view in x.chunk(self.views)])
+        views = self.views if self.training else 1
+        if len(x) % views:
+            raise ValueError(f"{len(x)} rows do not hold {views} views of equal size")
+        if self.synchronised and self.training:
+            return self._normalise_over_ranks(x)
+        if views == 1:
+            return self._normalise(x)
+        return torch.cat([self._normalise(view) for view in x.chunk(views)])
 
     def _normalise(self, x: Tensor) -> Tensor:
         return functional.batch_norm(
@@ -71,29 +72,31 @@ class ViewBatchNorm(_NormBase):
         )
 
     def _normalise_over_ranks(self, x: Tensor) -> Tensor:
-        over = [dim for dim in range(x.ndim) if dim != 1]
-        shape = [1, -1, *[1] * (x.ndim - 2)]
+        x_VBC = torch.unflatten(x, 0, (self.views, -1))
+        over = [dim for dim in range(x_VBC.ndim) if dim not in (0, 2)]
+        shape = [self.views, 1, -1, *[1] * (x.ndim - 2)]
         assert self.running_mean is not None and self.running_var is not None
-        wide = x if x.dtype == torch.float64 else x.float()
-        var_C, mean_C = torch.var_mean(wide, over, correction=0)
+        wide = x_VBC if x.dtype == torch.float64 else x_VBC.float()
+        var_VC, mean_VC = torch.var_mean(wide, over, correction=0)
         # not relative to running_mean: torch 2.14's compiler reads that anew in the backward, after
         # its update, and the gradients are wrong
-        moments = torch.stack([mean_C, var_C + mean_C.square()])
-        mean_C, square_C = torch.ops.isofast.mean_over_ranks(moments)
-        var_C = (square_C - mean_C.square()).clamp(min=0)
+        moments_2VC = torch.stack([mean_VC, var_VC + mean_VC.square()])
+        mean_VC, square_VC = torch.ops.isofast.mean_over_ranks(moments_2VC)
+        var_VC = (square_VC - mean_VC.square()).clamp(min=0)
         with torch.no_grad():
-            rows = x.numel() // x.shape[1] * dist.get_world_size()
+            rows = x_VBC[0].numel() // x.shape[1] * dist.get_world_size()
             momentum = cast(float, self.momentum)
-            self.running_mean.lerp_(mean_C, momentum)
-            self.running_var.lerp_(var_C * (rows / (rows - 1)), momentum)
-        scale_C = (var_C + self.eps).rsqrt()
+            for mean_C, var_C in zip(mean_VC, var_VC, strict=True):
+                self.running_mean.lerp_(mean_C, momentum)
+                self.running_var.lerp_(var_C * (rows / (rows - 1)), momentum)
+        scale_VC = (var_VC + self.eps).rsqrt()
         if self.weight is not None:
-            scale_C = scale_C * self.weight
-        offset_C = -mean_C * scale_C
+            scale_VC = scale_VC * self.weight
+        offset_VC = -mean_VC * scale_VC
         if self.bias is not None:
-            offset_C = offset_C + self.bias
-        normalised: Tensor = wide * scale_C.view(shape) + offset_C.view(shape)
-        return normalised.to(x.dtype)
+            offset_VC = offset_VC + self.bias
+        normalised: Tensor = wide * scale_VC.view(shape) + offset_VC.view(shape)
+        return normalised.to(x.dtype).flatten(0, 1)
 
 
 def convert_batch_norm(module: nn.Module, *, views: int, synchronised: bool) -> nn.Module:
