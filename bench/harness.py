@@ -282,34 +282,46 @@ def write(name: str, timings: list[Timing], results: Path = RESULTS, **versions:
         results: the folder.
         versions: of packages the contenders use, besides the `environment`.
     """
-    results.mkdir(exist_ok=True)
-    stem = next(
-        candidate
-        for number in range(1, 1000)
-        if not (candidate := results / f"{name}-{number:03}").with_suffix(".csv").exists()
-    )
     bytes_per_ms, flop_per_ms = limits()
-    reached = f"{bytes_per_ms / 1e6:.1f} GB/s moved, {flop_per_ms / 1e6:.1f} GFLOP/s multiplied"
-    load = f"{os.getloadavg()[0]:.1f} (one minute, {os.cpu_count()} cores)"
-    about = environment() | versions
-    about |= {"limits": reached, "date": time.strftime("%Y-%m-%d"), "load": load}
-    table = stem.with_suffix(".csv")
-    with table.open("w", newline="") as file:
-        for key, value in about.items():
-            file.write(f"# {key}: {value}\n")
-        names = [field.name for field in fields(Timing)]
-        writer = csv.writer(file)
-        writer.writerow([*names, "gb_per_s", "share_of_floor"])
-        for timing in timings:
-            values = [getattr(timing, name) for name in names]
-            row = [f"{value:.5g}" if isinstance(value, float) else value for value in values]
-            writer.writerow([*row, f"{timing.gb_per_s:.3f}", f"{timing.share_of_floor:.4f}"])
-    picture = stem.with_suffix(".png")
-    _plot(picture, timings, about)
+    versions["limits"] = (
+        f"{bytes_per_ms / 1e6:.1f} GB/s moved, {flop_per_ms / 1e6:.1f} GFLOP/s multiplied"
+    )
+    names = [field.name for field in fields(Timing)]
+    columns = [*names, "gb_per_s", "share_of_floor"]
+    rows = [[getattr(timing, name) for name in columns] for timing in timings]
+    table = write_rows(name, columns, rows, results, **versions)
+    picture = table.with_suffix(".png")
+    _plot(picture, timings)
     return [table, picture]
 
 
-def _plot(path: Path, timings: list[Timing], about: dict[str, str]) -> None:
+def write_rows(
+    name: str,
+    columns: list[str],
+    rows: list[list[object]],
+    results: Path = RESULTS,
+    **about: str,
+) -> Path:
+    """Write results/NAME-NNN.csv, headed by the `environment` and ``about``; return the path."""
+    results.mkdir(exist_ok=True)
+    table = next(
+        candidate
+        for number in range(1, 1000)
+        if not (candidate := results / f"{name}-{number:03}.csv").exists()
+    )
+    load = f"{os.getloadavg()[0]:.1f} (one minute, {os.cpu_count()} cores)"
+    about = environment() | about | {"date": time.strftime("%Y-%m-%d"), "load": load}
+    with table.open("w", newline="") as file:
+        for key, value in about.items():
+            file.write(f"# {key}: {value}\n")
+        writer = csv.writer(file)
+        writer.writerow(columns)
+        for row in rows:
+            writer.writerow(f"{x:.5g}" if isinstance(x, float) else x for x in row)
+    return table
+
+
+def _plot(path: Path, timings: list[Timing]) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
@@ -330,6 +342,7 @@ def _plot(path: Path, timings: list[Timing], about: dict[str, str]) -> None:
         axis.bar_label(bars, [f"{median:.3g} ms" for median in medians], padding=6)
         axis.set_xlim(0, max(timing.high_ms for timing in group) * 1.2)
         axis.set_title(textwrap.fill(f"{question} (n = {group[0].n})", 75), fontsize=10)
+    about = environment()
     figure.suptitle(f"{about['device']}\ntorch {about['torch']}, {about['commit']}", fontsize=9)
     axes[-1, 0].set_xlabel("ms a call, median with 10th and 90th percentile")
     figure.tight_layout()
