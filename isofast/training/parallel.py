@@ -51,11 +51,16 @@ def check_pass_through(config: Config) -> None:
     if not isinstance(zero, dict):
         raise UserError(f"deepspeed.zero_optimization must be a section, got {zero!r}")
     stage = zero.get("stage", 0)
+    # DeepSpeed 0.19.8, stage 1, tried: it flattens gradients by view(-1), which those of
+    # channels_last weights refuse. With contiguous ones losses are bitwise those of stage 0 until
+    # the run is resumed: each rank has its shard of the optimizer's state and of an fp32 copy of
+    # the weights, and a checkpoint has the first rank's.
     if stage != 0:
         raise UserError(
             f"deepspeed.zero_optimization.stage must be 0, got {stage!r}: higher stages hand the "
-            f"optimizer one flat tensor, which takes away the layers that LARS adapts to, and a "
-            f"ResNet's state fits any GPU. Remove the key"
+            f"optimizer one flat tensor, a part a rank, which takes away the layers that LARS "
+            f"adapts to and what a checkpoint must hold, and a ResNet's state fits any GPU. Remove "
+            f"the key"
         )
 
 
