@@ -9,6 +9,7 @@ import argparse
 import json
 import random
 import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -35,7 +36,7 @@ SETTINGS: dict[str, Any] = {
 }
 KILLS_A_RUN = 10
 MOMENTS = ("start", "step", "save", "evaluation")
-HANGS_AFTER_S = 120
+HANGS_AFTER_S = 240
 
 
 @dataclass
@@ -88,13 +89,24 @@ class Launch:
     def is_in(self, moment: str) -> bool:
         return self.saves() if moment == "save" else self.evaluates()
 
+    def wait(self) -> int:
+        """Return the exit code; a run that hangs says where, by PYTHONFAULTHANDLER."""
+        try:
+            return self.process.wait(HANGS_AFTER_S)
+        except subprocess.TimeoutExpired:
+            launched = psutil.Process(self.process.pid)
+            for process in [*launched.children(recursive=True), launched]:
+                process.send_signal(signal.SIGABRT)
+            self.process.wait()
+            raise AssertionError(f"hangs\n{self.printed()}") from None
+
     def kill(self, draw: random.Random) -> str:
         """Kill one rank, or everything at once; return which."""
         victim = draw.choice([*self.ranks, None])
         launched = psutil.Process(self.process.pid)
         for process in [victim] if victim else [*launched.children(recursive=True), launched]:
             process.kill()
-        self.process.wait(HANGS_AFTER_S)
+        self.wait()
         return "all" if victim is None else f"rank {self.ranks.index(victim)}"
 
 
@@ -124,13 +136,14 @@ def _train_and_kill(
         log = run_dir.with_suffix(f".{counts['kills']}.log")
         command = command_of(config, run_dir, ranks=ranks if ranks > 1 else 0)
         with log.open("wb") as file:
-            process = subprocess.Popen(command, env=environment(), stdout=file, stderr=file)
+            env = environment(PYTHONFAULTHANDLER="1")
+            process = subprocess.Popen(command, env=env, stdout=file, stderr=file)
         launch = Launch(process, run_dir, log, time.time())
         more = counts["kills"] < min(most, KILLS_A_RUN)
         moment = draw.choice(MOMENTS)
         killed = more and launch.wait_for(moment, draw)
         who = launch.kill(draw) if killed else ""
-        code = process.wait(HANGS_AFTER_S)
+        code = launch.wait()
         printed = launch.printed()
         if said:
             found = re.search(r"^steps (\d+) to", printed, re.MULTILINE)
@@ -164,7 +177,7 @@ def main(arguments: list[str] | None = None) -> int:
             began = time.monotonic()
             try:
                 counts = soak(ranks, kills, folder, random.Random(args.seed + ranks))
-            except (AssertionError, subprocess.TimeoutExpired) as error:
+            except AssertionError as error:
                 print(f"{ranks} rank(s): not as the run never killed: {error}", file=sys.stderr)
                 return 1
             print(
