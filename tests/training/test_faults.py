@@ -3,6 +3,7 @@
 import os
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 import time
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from isofast.run.checkpoint import newest_checkpoint
 
@@ -21,13 +23,15 @@ pytestmark = pytest.mark.slow
 Write = Callable[..., Path]
 
 
-def start(config: Path, run_dir: Path, *options: str, ranks: int = 0) -> "subprocess.Popen[str]":
+def start(
+    config: Path, run_dir: Path, *options: str, ranks: int = 0, **env: str
+) -> "subprocess.Popen[str]":
     """A run that has taken its first step."""
     process = subprocess.Popen(
         command_of(config, run_dir, *options, ranks=ranks),
         stderr=subprocess.PIPE,
         text=True,
-        env=environment(),
+        env=environment(**env),
     )
     deadline = time.monotonic() + 120
     metrics = run_dir / "metrics.jsonl"
@@ -118,8 +122,70 @@ def test_a_disk_that_fills_up(config_file: Write, small_disk: Path) -> None:
     assert "continuing from" in train(config, run_dir)
 
 
+# preloaded, it moves the date by the seconds in a file, at any time; other clocks stay, as they do
+# when somebody sets the date
+SHIFTED = """
+#define _GNU_SOURCE
+#include <fcntl.h>
+#include <stdlib.h>
+#include <sys/mman.h>
+#include <sys/syscall.h>
+#include <sys/time.h>
+#include <time.h>
+#include <unistd.h>
+
+static volatile long *shift;
+
+__attribute__((constructor)) static void start(void) {
+    shift = mmap(0, sizeof *shift, PROT_READ, MAP_SHARED, open(getenv("SHIFT"), O_RDONLY), 0);
+}
+int clock_gettime(clockid_t clock, struct timespec *now) {
+    long failed = syscall(SYS_clock_gettime, clock, now);
+    if (!failed && shift && (clock == CLOCK_REALTIME || clock == CLOCK_REALTIME_COARSE))
+        now->tv_sec += *shift;
+    return failed;
+}
+int gettimeofday(struct timeval *now, void *zone) {
+    struct timespec precise;
+    int failed = clock_gettime(CLOCK_REALTIME, &precise);
+    now->tv_sec = precise.tv_sec;
+    now->tv_usec = precise.tv_nsec / 1000;
+    return failed;
+}
+time_t time(time_t *now) {
+    struct timespec precise;
+    clock_gettime(CLOCK_REALTIME, &precise);
+    return now ? *now = precise.tv_sec : precise.tv_sec;
+}
+"""
+
+
 @pytest.mark.parametrize("days", [-365, 365])
 def test_a_clock_that_jumps(days: int, config_file: Write, tmp_path: Path) -> None:
+    """The clock of two ranks and their launcher, while they train."""
+    if not shutil.which("gcc"):
+        pytest.skip("needs gcc")
+    source, library, shift = (tmp_path / name for name in ("shifted.c", "shifted.so", "shift"))
+    source.write_text(SHIFTED)
+    subprocess.run(["gcc", "-shared", "-fPIC", "-o", library, source], check=True)
+    shift.write_bytes(bytes(8))
+    env = {"LD_PRELOAD": str(library), "SHIFT": str(shift)}
+    config = config_file(train={"max_steps": 40, "epochs": 2}, logging={"loggers": ["tensorboard"]})
+    whole, jumped = tmp_path / "whole", tmp_path / "jumped"
+    train(config, whole, ranks=2)
+    process = start(config, jumped, ranks=2, **env)
+    with shift.open("r+b") as file:
+        file.write(struct.pack("q", days * 86_400))
+    _, printed = process.communicate(timeout=120)
+    assert process.returncode == 0, printed
+    assert_same_run(whole, jumped)
+    events = EventAccumulator(str(jumped / "tensorboard")).Reload()
+    times = [event.wall_time for event in events.Scalars("loss")]
+    assert (max(times) - min(times)) / 86_400 == pytest.approx(365, abs=0.1)
+
+
+@pytest.mark.parametrize("days", [-365, 365])
+def test_files_of_another_time(days: int, config_file: Write, tmp_path: Path) -> None:
     """Files of the run from the future, or all of them equally old."""
     config = config_file(train={"max_steps": 12})
     whole, jumped = tmp_path / "whole", tmp_path / "jumped"
