@@ -1,6 +1,7 @@
-"""bench/collectives.py: what a step may exchange, by kind, and what it does."""
+"""What a step may exchange, by kind, and what it does; ranks beside each other."""
 
 import csv
+import re
 import sys
 from pathlib import Path
 
@@ -48,3 +49,14 @@ def test_a_step_keeps_to_its_collectives(tmp_path: Path) -> None:
     long = [row for row in rows if row["kind"] == "gradients"]
     assert all(float(row["ring_bytes"]) > expected["gradients"] * 0.99 for row in long)
     assert "| 2 | gloo, here |" in printed
+
+
+@pytest.mark.slow
+def test_ranks_are_timed_side_by_side(tmp_path: Path) -> None:
+    small = ["--ranks", "1", "2", "--batch", "8", "--width", "4", "--rounds", "2", "--steps", "1"]
+    program = [sys.executable, str(ROOT / "bench" / "ranks.py"), *small]
+    printed = call(program, BENCH_RESULTS=str(tmp_path)).stdout
+    assert re.search(r"1 rank .*ms.* 0% \[0%, 0%\] in collectives, [\d,]+ MB a rank", printed)
+    (two,) = re.findall(r"2 ranks .*ms.* (\d+)% .*in collectives, [\d,]+ MB a rank", printed)
+    assert int(two) > 0
+    assert (tmp_path / "ranks-001.csv").exists()
