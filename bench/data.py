@@ -196,13 +196,13 @@ def add_speeds(found: list[Contender], batch: int) -> None:
         contender.note = "; ".join(filter(None, [speed, contender.note]))
 
 
-def generate(root: Path, side: int) -> None:
+def generate(root: Path, side: int, images: int = GENERATED) -> None:
     """Write JPEGs of random squares of scikit-learn's two photographs."""
     from sklearn.datasets import load_sample_images
 
     photos = [Image.fromarray(image) for image in load_sample_images().images]
     draws = torch.Generator().manual_seed(0)
-    for k in range(GENERATED):
+    for k in range(images):
         photo = photos[k % 2]
         # squares of a small photograph are enlarged
         most = min(4 * side, *photo.size)

@@ -84,6 +84,7 @@ def plan(work: Path, data: Path | None, epochs: int, dry: bool) -> list[Stage]:
     step = script("step", "--datasets cifar10", f"{tiny} --width 4")
     peers = script("peers", "--steps 50", f"{tiny} --width 4 --steps 1 --workers 1 --only fp32")
     loaders = script("data", "--rounds 5 --seconds 1", f"{tiny} --seconds 0.1 --workers 1")
+    embed = script("embed", "", "--images 256 --width 4 --rounds 2")
     isofast = ("isofast.training.loop", "torchvision")
     # a run ends after some steps, then goes on
     ends = (4, 8) if dry else (150, "null")
@@ -99,7 +100,7 @@ def plan(work: Path, data: Path | None, epochs: int, dry: bool) -> list[Stage]:
         Stage("kernels", 2, kernels),
         Stage("step", 4, [step], isofast),
         Stage("peers", 2, [[*peers, *root]], isofast),
-        Stage("data", 1.5, [[*loaders, "--recipe", "cifar10", *root]], isofast),
+        Stage("data", 1.5, [[*loaders, "--recipe", "cifar10", *root], embed], isofast),
         Stage("profile", 1, [[*profile, "--steps", "2" if dry else "20"]], isofast),
         Stage("run", 3, run("run", "method.ema=false", *ends), isofast),
         Stage("run-ema", 4, run("run-ema", "method.ema=true", ends[1]), isofast),
