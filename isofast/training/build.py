@@ -161,7 +161,7 @@ def build(config: Config, world: World, classes: int) -> TrainState:
         config.projector,
         _precision(config, cuda),
         side,
-        stacked=cuda,
+        stacked=world.device.type != "cpu",
         synchronised=synchronised,
         pieces=config.train.accumulation,
     )
