@@ -171,7 +171,8 @@ def _packages(cuda: bool) -> list[Package]:
     wanted = [
         ("torchvision", "torchvision", "networks and official data sets", True),
         ("triton", "triton", "kernels on a GPU", cuda),
-        ("deepspeed", "deepspeed", "runs of several processes, and their launcher", True),
+        # one process on a GPU takes its steps in a graph, without the engine
+        ("deepspeed", "deepspeed", "several processes, and steps outside a CUDA graph", not cuda),
         (
             *("nvidia-dali-cuda130", "nvidia.dali.fn"),
             "decoding; without it images stay decoded on the device",

@@ -47,6 +47,13 @@ def test_this_machine_can_train(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("cuda", [False, True])
+def test_one_process_on_a_gpu_needs_no_deepspeed(cuda: bool) -> None:
+    required = {package.name: package.required for package in doctor._packages(cuda)}
+    assert required["deepspeed"] is not cuda and required["triton"] is cuda
+
+
+@pytest.mark.slow
 def test_what_is_missing_is_named_with_its_remedy(tmp_path: Path) -> None:
     # found before the installed ones
     (tmp_path / "deepspeed.py").write_text("raise ImportError('libmpi.so.40: cannot open')")
@@ -54,7 +61,7 @@ def test_what_is_missing_is_named_with_its_remedy(tmp_path: Path) -> None:
     path = f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
     done = call(DOCTOR, code=1, PYTHONPATH=path, CC="no-such-compiler")
     for words in (
-        "problem: deepspeed: ImportError: libmpi.so.40: cannot open. It is for runs of several",
+        "problem: deepspeed: ImportError: libmpi.so.40: cannot open. It is for several processes",
         "pip install deepspeed",
         "note: nvidia-dali-cuda130: ModuleNotFoundError",
         "pip install nvidia-dali-cuda130",
