@@ -187,7 +187,8 @@ def _timm_name(config: EncoderConfig) -> str:
         raise UserError(
             f"timm's {config.name} begins with 64 channels of a 7 x 7 convolution; this encoder "
             f"has the stem {config.stem} and width {config.width}. Export it as torchvision, whose "
-            f"network can be changed to it (the lines are printed), safetensors or onnx"
+            f"network can be changed to it (the lines are printed), safetensors or onnx; runs with "
+            f"encoder.stem=imagenet and encoder.width=64 are timm's"
         )
     return config.name
 

@@ -150,7 +150,7 @@ def test_what_a_format_cannot_hold_is_said(
     monkeypatch.setitem(sys.modules, "onnxscript", None)
     for kind, output, words in (
         ("timm", "x.pth", "stem cifar and width 4"),
-        ("huggingface", "hub", "stem cifar and width 4"),
+        ("huggingface", "hub", "encoder.stem=imagenet and encoder.width=64 are timm's"),
         ("onnx", "x.onnx", "needs onnxscript: pip install onnxscript"),
         ("safetensors", "no/x.safetensors", "make it first"),
         ("safetensors", "run", "run is a folder; name one that"),
