@@ -238,6 +238,8 @@ def _decoded(encoded: Node, device: torch.device) -> Node:
         output_type=types.RGB,
         # ignore the orientation tag, as torchvision does: sizes are those of the file
         adjust_orientation=False,
+        # chroma as on the CPU; the GPU's own decoder enlarges it otherwise
+        jpeg_fancy_upsampling=True,
     )
 
 

@@ -7,11 +7,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from isofast.data import (
     Batch,
+    EvalLoader,
     ImageFolder,
     Recipe,
     TrainLoader,
@@ -56,6 +59,30 @@ def test_dali_makes_the_same_views_on_both_devices(images: ImageFolder) -> None:
             assert difference.mean() < 1.5
     for loader in loaders:
         loader.close()
+
+
+def test_dali_decodes_jpegs_as_on_the_cpu(tmp_path: Path) -> None:
+    """Sharp colours with halved chroma; clean images are decoded and resized alone."""
+    generator = np.random.default_rng(0)
+    folder = tmp_path / "unlabeled"
+    folder.mkdir()
+    for k in range(64):
+        coarse = Image.fromarray(generator.integers(0, 256, (8, 8, 3), dtype=np.uint8))
+        coarse.resize((64, 64), Image.Resampling.NEAREST).save(
+            folder / f"{k}.jpg", quality=95, subsampling="4:2:0"
+        )
+    images = check_folder(open_dataset(tmp_path, "train"), progress=False)
+    recipe = recipe_for("imagefolder", crop=64)
+    levels = 255 * torch.tensor(recipe.std).view(-1, 1, 1)
+    made = []
+    for device in ("cpu", "cuda", "cuda"):
+        options: dict[str, Any] = {"batch_size": 64, "device": torch.device(device), "threads": 2}
+        ((x_BCHW, _),) = EvalLoader("dali", images, recipe, range(64), **options)
+        made.append(x_BCHW.cpu() * levels)
+    on_cpu, on_gpu, again = made
+    # without enlarging chroma smoothly they are 7 levels away
+    assert (on_cpu - on_gpu).abs().mean() < 1.5
+    assert torch.equal(on_gpu, again)
 
 
 def test_resident_views_are_the_cpu_s_reference(images: ImageFolder) -> None:
