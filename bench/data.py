@@ -196,7 +196,7 @@ def add_speeds(found: list[Contender], batch: int) -> None:
         contender.note = "; ".join(filter(None, [speed, contender.note]))
 
 
-def generate(root: Path, side: int, images: int = GENERATED) -> None:
+def generate(root: Path, side: int, images: int) -> None:
     """Write JPEGs of random squares of scikit-learn's two photographs."""
     from sklearn.datasets import load_sample_images
 
@@ -237,7 +237,7 @@ def main(arguments: list[str] | None = None) -> int:
         root = options.root
         if root is None:
             root = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-            generate(root, recipe.crop)
+            generate(root, recipe.crop, GENERATED)
         dataset = check_folder(open_dataset(root, "train"))
         kind = "generated JPEGs" if options.root is None else f"files of {root.name}"
         height, width = dataset.sizes[0]

@@ -274,7 +274,7 @@ def main() -> int:
         root = options.root
         if root is None:
             root = Path(folder)
-            data.generate(root, 32)
+            data.generate(root, 32, data.GENERATED)
         for method in options.methods:
             found = list(contenders(options, root, method))
             try:

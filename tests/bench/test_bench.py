@@ -75,13 +75,10 @@ def test_only_questions_with_green_tests_are_timed_and_no_result_is_overwritten(
 
 
 @pytest.mark.parametrize("side", sorted(CROPS | {600}))
-def test_pictures_are_made_in_the_size_of_every_recipe(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, side: int
-) -> None:
+def test_pictures_are_made_in_the_size_of_every_recipe(tmp_path: Path, side: int) -> None:
     """Also where the photographs, 640 x 427 pixels, have no four times larger square, or none."""
     bench = load_script(ROOT / "bench" / "data.py")
-    monkeypatch.setattr(bench, "GENERATED", 20)
-    bench.generate(tmp_path, side)
+    bench.generate(tmp_path, side, 20)
     files = sorted(tmp_path.glob("train/class?/*.jpg"))
     assert len({path.read_bytes() for path in files}) > 15 and len(files) == 20
     for path in files:
