@@ -9,17 +9,21 @@ SHELL := /bin/bash
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal
 INTERPRETED := tests/kernels/test_triton.py tests/kernels/test_augment_triton.py
 
-.PHONY: quickstart test check interpret lint format docs schema bench gpu soak clean
+.PHONY: quickstart test test-long check interpret lint format docs schema bench gpu soak clean
 
 quickstart: $(STAMP)
 	@$(BIN)/isofast prepare digits --root data/digits
 	@PATH="$(abspath $(BIN)):$$PATH" deepspeed --log_level warning --num_accelerators 1 launch/train.py --config launch/quickstart.json
 
 test: lint interpret
-	$(PYTEST)
+	$(PYTEST) -m "not long"
 
 check: lint
-	$(PYTEST) -m "not slow"
+	$(PYTEST) -m "not slow and not long"
+
+# whole runs: hosts, kills, compilers, tables
+test-long: $(STAMP)
+	$(PYTEST) -m long
 
 # the Triton kernels on a CPU
 interpret: $(STAMP)

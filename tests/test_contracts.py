@@ -60,6 +60,7 @@ def lines_of(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.long
 def test_a_run_and_its_folder(outside: Path) -> None:
     run(outside)
     folder = outside / "runs" / "tiny"
@@ -95,6 +96,7 @@ def test_a_run_and_its_folder(outside: Path) -> None:
     assert json.loads((folder / "summary.json").read_text())["steps"] == 6
 
 
+@pytest.mark.long
 def test_a_method_in_a_file_of_ones_own(outside: Path) -> None:
     mine = ("--run-dir", "mine", "--set", "method.name=my_file:MyMethod", "--set", "method.pull=2")
     run(outside, *mine)
@@ -107,6 +109,7 @@ def test_a_method_in_a_file_of_ones_own(outside: Path) -> None:
     assert "method.push" in wrong and "pull" in wrong
 
 
+@pytest.mark.long
 def test_prepare_is_idempotent_and_prints_counts(tmp_path: Path) -> None:
     command = [*ISOFAST, "prepare", "digits", "--root", "digits"]
     counts = "10 classes, 1,442 train and 355 val images"

@@ -31,6 +31,7 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "site"
 
 
+@pytest.mark.long
 def test_train_takes_a_shipped_config_by_name(
     installed: Path, digits: Path, tmp_path: Path
 ) -> None:

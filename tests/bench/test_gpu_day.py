@@ -90,7 +90,7 @@ def test_sizes_are_not_measured_without_a_gpu(tmp_path: Path) -> None:
     assert "--dry-run" in printed
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_dry_run_of_everything(tmp_path: Path) -> None:
     output = tmp_path / "day"
     # limits for a busy machine

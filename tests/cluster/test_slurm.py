@@ -12,7 +12,7 @@ import pytest
 
 from ..support.runs import ROOT, assert_same_run, environment, train
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.long
 
 # starts the tasks of a step, passes SIGUSR1 on to them, and ends as the first that fails
 SRUN = """#!/bin/bash

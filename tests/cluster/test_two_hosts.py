@@ -18,7 +18,7 @@ from isofast.run.metrics import read_metrics
 
 from ..support.runs import ROOT, assert_same_run, command_of, environment, timeless, train
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.long
 
 ADDRESSES = ("10.231.7.1", "10.231.7.2")
 # what the heartbeat waits, and then some

@@ -41,6 +41,7 @@ def records_of(run_dir: Path) -> tuple[list[Any], Any]:
     return records, json.loads((run_dir / "summary.json").read_text())
 
 
+@pytest.mark.long
 def test_half_labelled_digits_train_on_two_ranks(
     config_file: Write, half_labelled: Path, tmp_path: Path
 ) -> None:

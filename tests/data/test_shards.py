@@ -97,7 +97,7 @@ def test_shards_have_the_size_asked_for(digits: Path, tmp_path: Path) -> None:
     assert_same_images(checked(tmp_path / "packed"), checked(digits))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("backend", ["dali", "resident"])
 def test_runs_on_folder_and_tars_are_bitwise_equal(
     config_file: Write, digits: Path, tmp_path: Path, backend: str

@@ -11,7 +11,7 @@ from nbclient import NotebookClient
 from ..support.runs import ROOT
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_notebook_runs_and_its_encoder_knows_digits(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -48,7 +48,7 @@ def test_each_term_is_the_papers() -> None:
         assert got == pytest.approx(float(expected), rel=1e-5)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_it_trains_resumes_and_is_evaluated(
     tmp_path: Path, small: Callable[..., dict[str, Any]]
 ) -> None:

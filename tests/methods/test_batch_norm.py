@@ -143,7 +143,7 @@ def _rank(rank: int, size: int, port: int, compiled: bool, folder: str) -> None:
     dist.destroy_process_group()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize(("size", "compiled"), [(2, False), (2, True), (4, False)])
 def test_ranks_equal_one_process(size: int, compiled: bool, tmp_path: Path) -> None:
     with socket.socket() as probe:

@@ -69,6 +69,7 @@ def wait_until(holds: Callable[[], Any], process: "subprocess.Popen[str]") -> No
         time.sleep(0.02)
 
 
+@pytest.mark.long
 def test_a_killed_table_continues_and_is_printed(digits: Path, tmp_path: Path) -> None:
     arguments = command(digits, tmp_path, "--methods", "simsiam", "--epochs", "2", seeds=2)
     first = tmp_path / "table2" / "digits" / "simsiam" / "seed-0"
@@ -107,6 +108,7 @@ def test_a_killed_table_continues_and_is_printed(digits: Path, tmp_path: Path) -
     assert code == 2 and "train.batch_size: 64 -> 32" in err and "--runs" in err
 
 
+@pytest.mark.long
 def test_the_small_scale_shows_before_and_after_and_draws_its_figures(
     digits: Path, tmp_path: Path
 ) -> None:
@@ -131,6 +133,7 @@ def test_the_small_scale_shows_before_and_after_and_draws_its_figures(
     assert drawn == {f"figure{number}.{kind}" for number in (3, 7) for kind in ("png", "svg")}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("found_first", "what"),
     [

@@ -103,7 +103,7 @@ def test_records_config_and_spectrum_and_one_run_for_both_processes(
     assert (pixels.max(2).astype(int) - pixels.min(2) > 100).sum() > 100
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_run_is_in_it_under_tensorboards_names(
     tmp_path: Path, config_file: Callable[..., Path]
 ) -> None:

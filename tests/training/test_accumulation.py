@@ -36,7 +36,7 @@ def repeated_batch(pieces: int) -> Batch:
     return Batch(x_NCHW.contiguous(memory_format=torch.channels_last), torch.arange(8) % 10)
 
 
-@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.long)])
 @pytest.mark.parametrize("stacked", [False, True])
 def test_pieces_equal_the_whole_batch(
     small_config: MakeConfig, stacked: bool, compiled: bool
@@ -100,7 +100,7 @@ def test_a_batch_that_does_not_divide_is_refused(small_config: MakeConfig) -> No
         is_graphed(config, ALONE)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_run_in_pieces_goes_on_bitwise(config_file: Callable[..., Path], tmp_path: Path) -> None:
     config = config_file(train={"accumulation": 2}, method={"ema": True})
     train(config, tmp_path / "whole")

@@ -99,6 +99,7 @@ def test_state_in_a_group_of_one(results: Results) -> None:
     assert "was on a cuda and is on a cpu" in results(1)["another device"]
 
 
+@pytest.mark.long
 def test_a_run_goes_on_with_another_number_of_processes(
     config_file: Callable[..., Path], tmp_path: Path
 ) -> None:

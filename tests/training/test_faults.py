@@ -160,6 +160,7 @@ time_t time(time_t *now) {
 """
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("days", [-365, 365])
 def test_a_clock_that_jumps(days: int, config_file: Write, tmp_path: Path) -> None:
     """The clock of two ranks and their launcher, while they train."""
@@ -184,6 +185,7 @@ def test_a_clock_that_jumps(days: int, config_file: Write, tmp_path: Path) -> No
     assert (max(times) - min(times)) / 86_400 == pytest.approx(365, abs=0.1)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("days", [-365, 365])
 def test_files_of_another_time(days: int, config_file: Write, tmp_path: Path) -> None:
     """Files of the run from the future, or all of them equally old."""

@@ -24,7 +24,7 @@ CPU = World(0, 1, 0, torch.device("cpu"))
 Settings = Callable[..., Config]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("method", ["isoloss", "byol"])
 def test_a_graphed_run_is_the_plain_one_also_resumed(
     method: str, config_file: Callable[..., Path], tmp_path: Path
@@ -78,7 +78,7 @@ def steps(state: TrainState, config: Config, numbers: range) -> list[float]:
     return losses
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_compiled_networks_train_as_eager_ones_in_one_graph_each(small_config: Settings) -> None:
     """20 steps with an evaluation's forward between; online and target compile once."""
     losses = {}

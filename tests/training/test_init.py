@@ -39,7 +39,7 @@ def test_encoder_and_target_begin_with_the_file(
     assert all(id(p) in moved for p in state.online.branch.encoder.parameters())
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_run_goes_on_from_another_and_needs_the_file_once(
     config_file: Callable[..., Path], tmp_path: Path
 ) -> None:

@@ -35,7 +35,7 @@ def start(config: Path, run_dir: Path, ranks: int = 0, **env: str) -> "subproces
     return process
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_stopped_run_has_saved_and_ends_as_one_never_stopped(
     number: signal.Signals, code: int, config: Path, tmp_path: Path
@@ -53,7 +53,7 @@ def test_a_stopped_run_has_saved_and_ends_as_one_never_stopped(
     assert_same_run(whole, stopped)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_ranks_stop_after_the_same_step(config: Path, tmp_path: Path) -> None:
     """One of them gets the signal."""
     process = start(config, tmp_path / "run", ranks=2)

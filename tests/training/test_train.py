@@ -36,6 +36,7 @@ def config(config_file: Write) -> Path:
     )
 
 
+@pytest.mark.long
 def test_a_killed_run_ends_as_one_never_killed(config: Path, tmp_path: Path) -> None:
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     printed = train(config, whole)
@@ -112,6 +113,7 @@ def _check_run_dir(run_dir: Path, printed: str) -> None:
         assert text in printed
 
 
+@pytest.mark.long
 def test_two_processes_continue_as_they_would_have(config_file: Write, tmp_path: Path) -> None:
     config = config_file(train={"max_steps": 4}, evaluation={"every_epochs": 1, "knn_images": 99})
     whole, parts = tmp_path / "whole", tmp_path / "parts"
@@ -146,6 +148,7 @@ def test_lost_data_on_one_rank_is_reported_and_written_down(
     assert summary["completed"] is False and summary["failure"]
 
 
+@pytest.mark.long
 @pytest.mark.skipif(not TINY.exists(), reason=f"{TINY} is missing")
 def test_tinyimagenet_trains_as_shipped(tmp_path: Path) -> None:
     """The paper's network and recipe, full width, on real pictures, through the launcher."""
@@ -210,6 +213,7 @@ def test_changed_images_are_noticed_on_resume(
     assert "not those that the run began with" in printed
 
 
+@pytest.mark.long
 def test_a_run_on_resident_images_continues_bit_for_bit(config_file: Write, tmp_path: Path) -> None:
     config = config_file(
         data={"dataset": "cifar10", "crop": 16, "backend": "resident"},
