@@ -161,9 +161,8 @@ time_t time(time_t *now) {
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("days", [-365, 365])
-def test_a_clock_that_jumps(days: int, config_file: Write, tmp_path: Path) -> None:
-    """The clock of two ranks and their launcher, while they train."""
+def test_a_clock_that_jumps(config_file: Write, tmp_path: Path) -> None:
+    """The clock of two ranks and their launcher, forth and back while they train."""
     if not shutil.which("gcc"):
         pytest.skip("needs gcc")
     source, library, shift = (tmp_path / name for name in ("shifted.c", "shifted.so", "shift"))
@@ -175,14 +174,18 @@ def test_a_clock_that_jumps(days: int, config_file: Write, tmp_path: Path) -> No
     whole, jumped = tmp_path / "whole", tmp_path / "jumped"
     train(config, whole, ranks=2)
     process = start(config, jumped, ranks=2, **env)
-    with shift.open("r+b") as file:
-        file.write(struct.pack("q", days * 86_400))
+    for days in (365, -365):
+        with shift.open("r+b") as file:
+            file.write(struct.pack("q", days * 86_400))
+        records = (jumped / "metrics.jsonl").read_text()
+        while process.poll() is None and (jumped / "metrics.jsonl").read_text() == records:
+            time.sleep(0.02)
     _, printed = process.communicate(timeout=120)
     assert process.returncode == 0, printed
     assert_same_run(whole, jumped)
     events = EventAccumulator(str(jumped / "tensorboard")).Reload()
     times = [event.wall_time for event in events.Scalars("loss")]
-    assert (max(times) - min(times)) / 86_400 == pytest.approx(365, abs=0.1)
+    assert (max(times) - min(times)) / 86_400 == pytest.approx(730, abs=0.1)
 
 
 @pytest.mark.long
