@@ -160,7 +160,7 @@ class Recorder:
             f"epoch {self._epoch(step):g}: validation top-1 {result.val_top1:.3f}, "
             f"k-NN {result.knn_top1:.3f}"
         )
-        best = step > 0 and result.knn_top1 > (self.totals.knn_top1_best or 0.0)
+        best = step > 0 and result.knn_top1 >= (self.totals.knn_top1_best or 0.0)
         if best:
             self.totals.knn_top1_best, self.totals.best_step = result.knn_top1, step
         return best
