@@ -74,6 +74,7 @@ def test_only_questions_with_green_tests_are_timed_and_no_result_is_overwritten(
     assert all(now[name] == content for name, content in kept.items())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("side", sorted(CROPS | {600}))
 def test_pictures_are_made_in_the_size_of_every_recipe(tmp_path: Path, side: int) -> None:
     """Also where the photographs, 640 x 427 pixels, have no four times larger square, or none."""

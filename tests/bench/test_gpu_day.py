@@ -70,6 +70,7 @@ def test_a_day_goes_on_after_failures_and_is_taken_up_again(
     assert done.read_text().split()[7:] == ["last", "good"]
 
 
+@pytest.mark.slow
 def test_errors_of_kernel_tests_are_listed_beside_their_budgets(
     day: ModuleType, tmp_path: Path
 ) -> None:

@@ -315,6 +315,7 @@ for backend, recipe in (("dali", recipe), ("auto", data.recipe_for("digits"))):
 """
 
 
+@pytest.mark.slow
 def test_small_sets_train_and_evaluate_without_dali(digits: Path) -> None:
     """What needs DALI is an error with the remedy; nothing imports it."""
     command = [sys.executable, "-c", WITHOUT_DALI, str(digits)]

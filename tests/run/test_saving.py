@@ -62,6 +62,7 @@ def test_a_disk_that_fails_is_borne_for_a_while(tmp_path: Path) -> None:
     saver.close()
 
 
+@pytest.mark.slow
 def test_a_run_saves_by_the_clock_too(config_file: Callable[..., Path], tmp_path: Path) -> None:
     config = config_file(checkpoint={"every_steps": 1000, "every_minutes": 1e-9, "keep": 10})
     train(config, tmp_path / "run")

@@ -12,6 +12,7 @@ from isofast.cli import main
 from ..support.runs import call
 
 
+@pytest.mark.slow
 def test_a_profile_says_where_the_time_goes(
     config_file: Callable[..., Path], tmp_path: Path
 ) -> None:
