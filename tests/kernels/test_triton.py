@@ -49,12 +49,16 @@ def exact_losses(zs, targets, w, metric, isotropic):
 
 
 def torch_losses(zs, targets, w, metric, isotropic):
-    """The definition in torch's fp32, by autograd: only the results are rounded to z's dtype."""
+    """The definition in torch's fp32, by autograd: only the results are rounded to z's dtype.
+
+    All rows at once, as the operation has them: of one row a CPU takes W z by another routine,
+    with about half the error.
+    """
     leaves = [z.detach().requires_grad_() for z in zs]
-    loss = sum(
-        reference.losses_reference(z, t, w, metric=metric, isotropic=isotropic).mean()
-        for z, t in zip(leaves, targets, strict=True)
+    loss_N = reference.losses_reference(
+        torch.cat(leaves), torch.cat(targets), w, metric=metric, isotropic=isotropic
     )
+    loss = loss_N.unflatten(0, (len(zs), -1)).mean(1).sum()
     return loss.detach(), *torch.autograd.grad(loss, leaves)
 
 
@@ -62,15 +66,21 @@ def torch_losses(zs, targets, w, metric, isotropic):
 @pytest.mark.parametrize(("metric", "isotropic"), LOSSES)
 @pytest.mark.parametrize(("rows", "features", "dtype"), CASES)
 def test_loss_pair(make_problem, guard_inputs, rows, features, metric, isotropic, dtype):
-    problem = make_problem(rows, features, dtype=dtype, device=DEVICE)
-    z1, z2, t1, t2, w = (guard_inputs(x) for x in problem)
-    leaves = [z1.requires_grad_(), z2.requires_grad_()]
-    loss = asymmetric_loss_pair(z1, z2, t1, t2, w, metric=metric, isotropic=isotropic)
-    found = loss.detach(), *torch.autograd.grad(loss, leaves)
-    arguments = [z.detach() for z in leaves], [t2, t1], w, metric, isotropic
-    exact, own = exact_losses(*arguments), torch_losses(*arguments)
-    for name, *results in zip(("loss", "dz1", "dz2"), found, own, exact, strict=True):
-        assert_within_budget(name, *results)
+    results = []
+    # the errors of one row, and of its loss, are luck: of several draws together
+    for seed in range(16 if rows == 1 else 1):
+        problem = make_problem(rows, features, dtype=dtype, device=DEVICE, seed=seed)
+        z1, z2, t1, t2, w = (guard_inputs(x) for x in problem)
+        leaves = [z1.requires_grad_(), z2.requires_grad_()]
+        loss = asymmetric_loss_pair(z1, z2, t1, t2, w, metric=metric, isotropic=isotropic)
+        found = loss.detach(), *torch.autograd.grad(loss, leaves)
+        arguments = [z.detach() for z in leaves], [t2, t1], w, metric, isotropic
+        results.append((found, torch_losses(*arguments), exact_losses(*arguments)))
+    found, own, exact = (
+        [torch.stack(draws) for draws in zip(*of, strict=True)] for of in zip(*results, strict=True)
+    )
+    for name, *compared in zip(("loss", "dz1", "dz2"), found, own, exact, strict=True):
+        assert_within_budget(name, *compared)
 
 
 @pytest.mark.usefixtures("poisoned_empty")
