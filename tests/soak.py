@@ -36,7 +36,7 @@ SETTINGS: dict[str, Any] = {
 }
 KILLS_A_RUN = 10
 MOMENTS = ("start", "step", "save", "evaluation")
-HANGS_AFTER_S = 240
+HANGS_AFTER_S = 120
 
 
 @dataclass

@@ -17,12 +17,12 @@ def results_table(run_dir: Path, summary: Mapping[str, Any], environment: Mappin
         return None if summary[key] is None else format(summary[key], spec)
 
     best_step = summary["best_step"]
-    improved = best_step in (None, summary["steps"])
+    best_is_last = best_step in (None, summary["steps"])
     ranks, batch_norm = environment["ranks"], environment["batch_norm"]
     rows = {
         "k-NN top-1, end of run": number("knn_top1", ".3f"),
         "k-NN top-1, best": None
-        if improved
+        if best_is_last
         else f"{summary['knn_top1_best']:.3f} at step {best_step}",
         "k-NN top-1, before training": number("knn_top1_initial", ".3f"),
         "k-NN top-1, raw pixels": number("knn_top1_pixels", ".3f"),
