@@ -170,7 +170,7 @@ def test_a_clock_that_jumps(config_file: Write, tmp_path: Path) -> None:
     subprocess.run(["gcc", "-shared", "-fPIC", "-o", library, source], check=True)
     shift.write_bytes(bytes(8))
     env = {"LD_PRELOAD": str(library), "SHIFT": str(shift)}
-    config = config_file(train={"max_steps": 40, "epochs": 2}, logging={"loggers": ["tensorboard"]})
+    config = config_file(train={"max_steps": 24, "epochs": 2}, logging={"loggers": ["tensorboard"]})
     whole, jumped = tmp_path / "whole", tmp_path / "jumped"
     train(config, whole, ranks=2)
     process = start(config, jumped, ranks=2, **env)
