@@ -44,6 +44,7 @@ def test_without_git_the_commit_is_unknown(
     assert harness.environment()["commit"] == "unknown"
 
 
+@pytest.mark.slow
 def test_only_questions_with_green_tests_are_timed_and_no_result_is_overwritten(
     harness: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

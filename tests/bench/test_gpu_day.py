@@ -86,6 +86,7 @@ def test_errors_of_kernel_tests_are_listed_beside_their_budgets(
         assert float(error) <= float(budget)
 
 
+@pytest.mark.slow
 def test_sizes_are_not_measured_without_a_gpu(tmp_path: Path) -> None:
     printed = call([sys.executable, "bench/gpu_day.py"], code=2, cwd=ROOT).stderr
     assert "--dry-run" in printed

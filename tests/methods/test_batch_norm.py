@@ -83,6 +83,7 @@ def test_a_view_more_or_less() -> None:
         ViewBatchNorm(3)(torch.randn(7, 3))
 
 
+@pytest.mark.slow
 def test_compiled_without_a_graph_break() -> None:
     ours = convert_batch_norm(network("cifar", torch.float32), views=2, synchronised=False)
     compiled = torch.compile(copy.deepcopy(ours), backend="aot_eager", fullgraph=True)

@@ -106,6 +106,7 @@ def test_files_without_alignment_stay_readable(tmp_path: Path) -> None:
         assert np.isnan(stored["alignment"][:2]).all() and (stored["alignment"][2] == 1).all()
 
 
+@pytest.mark.slow
 def test_a_run_keeps_spectra_at_records_ends_of_epochs_and_where_asked(
     spectrum_runs: dict[str, tuple[dict[str, Any], Path]],
 ) -> None:

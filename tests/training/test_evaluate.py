@@ -141,6 +141,7 @@ def test_views_are_of_the_recipes_first_view(small_config: Callable[..., Config]
     assert found["uniformity"] < -1e-3
 
 
+@pytest.mark.slow
 def test_the_best_of_a_run_that_gets_worse_is_kept(
     small: Callable[..., dict[str, Any]], tmp_path: Path
 ) -> None:

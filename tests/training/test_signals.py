@@ -66,6 +66,7 @@ def test_ranks_stop_after_the_same_step(config: Path, tmp_path: Path) -> None:
     assert "continuing from" in train(config, tmp_path / "run", ranks=2)
 
 
+@pytest.mark.slow
 def test_slurm_requeues_after_sigusr1(config: Path, tmp_path: Path) -> None:
     """scontrol is a stand-in, for Slurm does not run here."""
     scontrol = tmp_path / "bin" / "scontrol"
