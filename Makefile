@@ -15,7 +15,7 @@ quickstart: $(STAMP)
 	@$(BIN)/isofast prepare digits --root data/digits
 	@PATH="$(abspath $(BIN)):$$PATH" deepspeed --log_level warning --num_accelerators 1 launch/train.py --config launch/quickstart.json
 
-test: lint interpret
+test: lint
 	$(PYTEST) -m "not long"
 
 check: lint
