@@ -148,7 +148,9 @@ def _write_own_report(run_dir: Path, *, pictures: bool) -> None:
     """Write a run's report beside it, on one rank; the run has ended well or not without it."""
     from isofast.distributed import launched_rank
 
-    if launched_rank() > 0:
+    metrics = run_dir / "metrics.jsonl"
+    # a run that failed before its first record has nothing to show
+    if launched_rank() > 0 or not metrics.exists() or not metrics.stat().st_size:
         return
     try:
         from isofast.evaluation.report import write_report

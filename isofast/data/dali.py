@@ -134,8 +134,12 @@ class DaliPipeline:
         # DALI gets the bytes that were checked: files can change, and an undecodable one fails
         # its whole batch or crashes the process
         files = self._readers.map(partial(read_files, self._dataset), pieces)
-        encoded = [np.frombuffer(content, np.uint8) for piece in files for content in piece]
+        contents = [content for piece in files for content in piece]
+        cut = [int(k) for k, content in zip(indices, contents, strict=True) if _is_cut(content)]
+        if cut:
+            raise self._undecodable(cut, len(indices))
         self._in_progress.append(indices)
+        encoded = [np.frombuffer(content, np.uint8) for content in contents]
         return [encoded, *map(np.ascontiguousarray, arrays)]
 
     def _blame(self, fed: list[int], error: RuntimeError) -> RunError:
@@ -149,10 +153,12 @@ class DaliPipeline:
                 f"DALI could not make a batch of images in {root}; of the {len(fed)} in progress "
                 f"no single one is to blame: {error}"
             )
+        return self._undecodable(refused, len(fed))
+
+    def _undecodable(self, refused: list[int], fed: int) -> UndecodableError:
         names = some_of([self._dataset.where(index) for index in refused])
         return UndecodableError(
-            f"DALI cannot decode {len(refused)} of the {len(fed)} images in progress: {names}",
-            refused,
+            f"DALI cannot decode {len(refused)} of the {fed} images in progress: {names}", refused
         )
 
 
@@ -229,6 +235,11 @@ class SingleDecoder:
             self._pipeline = None
             return False
         return True
+
+
+def _is_cut(content: bytes) -> bool:
+    """Whether a PNG lacks its end, at which DALI crashes more often than not."""
+    return content.startswith(b"\x89PNG") and b"IEND" not in content
 
 
 def _decoded(encoded: Node, device: torch.device) -> Node:

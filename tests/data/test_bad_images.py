@@ -66,6 +66,16 @@ def test_the_culprit_is_named_and_can_be_skipped(
     two_epochs(again, backend=backend)
 
 
+@pytest.mark.parametrize("length", [len(PNG) // 2, len(PNG) - 12])
+def test_an_unchecked_png_that_ends_early_is_named(root: Path, length: int) -> None:
+    """DALI itself would end the process, in three runs of four."""
+    path = root / "train" / "b" / "17.png"
+    path.write_bytes(PNG[:length])
+    dataset = check_folder(open_dataset(root, "train"), check="headers", progress=False)
+    with pytest.raises(RunError, match=f"DALI cannot decode 1 of the 16 images.*{path}"):
+        two_epochs(dataset)
+
+
 @pytest.mark.parametrize("backend", ["dali", "resident"])
 @pytest.mark.parametrize("content", [b"", b"no picture", None], ids=["empty", "text", "gone"])
 def test_without_a_check_a_file_without_a_header_is_named(

@@ -98,6 +98,8 @@ def test_a_machine_without_memory(config_file: Write, tmp_path: Path) -> None:
     arguments = ["--config", str(config), "--run-dir", str(tmp_path / "run")]
     printed = call([sys.executable, "-c", LIMITED, *arguments], code=1).stderr
     one_message(printed, "this machine is out of memory", "data.prefetch (now 2)")
+    # nothing was recorded that a report could show
+    assert "report" not in printed
 
 
 @pytest.fixture
