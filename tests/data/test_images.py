@@ -197,6 +197,7 @@ def test_view_of_everything_in_the_stated_order(photos: ImageFolder) -> None:
     assert difference.mean() <= 3.4  # measured 3.2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("view", "hue", "allowed"),
     # measured 2.99, 2.85, 1.38, 1.37

@@ -23,6 +23,8 @@ from isofast.methods.weights import initialise
 
 from ..support.encoders import write_run
 
+pytestmark = pytest.mark.slow
+
 MINE = """
 from torch import nn
 

@@ -19,6 +19,8 @@ from isofast.cli import main
 
 from ..support.encoders import write_run
 
+pytestmark = pytest.mark.slow
+
 X_BCHW = torch.randn(5, 3, 32, 32, generator=torch.Generator().manual_seed(1))
 
 

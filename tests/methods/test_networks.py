@@ -86,6 +86,7 @@ def test_the_probe_sends_no_gradient_to_the_encoder() -> None:
     assert all(p.grad is None for p in online.branch.parameters())
 
 
+@pytest.mark.slow
 def test_the_branch_is_one_graph_for_the_compiler() -> None:
     x_BCHW = torch.randn(4, 3, 16, 16)
     expected = _branch()(x_BCHW)

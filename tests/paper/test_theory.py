@@ -19,6 +19,8 @@ from isofast.paper.toy import (
 
 from ..support.toys import COSINE, EUCLIDEAN, changed
 
+pytestmark = pytest.mark.slow
+
 Array = NDArray[np.float64]
 
 # lambda' / eta of a mode under V' = -eta dV

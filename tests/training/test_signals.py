@@ -93,6 +93,7 @@ with Signals(World(0, 1, 0, torch.device("cpu")), grace_s=float(sys.argv[1])):
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("grace_s", "signals"), [(0.5, 1), (60, 2)])
 def test_a_run_that_cannot_stop_is_ended(grace_s: float, signals: int) -> None:
     process = subprocess.Popen(
