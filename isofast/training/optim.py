@@ -145,6 +145,11 @@ def load_optimizer_state(optimizer: Optimizer, state: dict[str, Any]) -> None:
     """Restores what ``state_dict`` gave; the rates stay in the tensors that they are in."""
     rates = [group["lr"] for group in optimizer.param_groups]
     optimizer.load_state_dict(state)
+    # the fused forms need the strides of the weights, which copies to the CPU may lose
+    for parameter, kept in optimizer.state.items():
+        for name, value in kept.items():
+            if isinstance(value, torch.Tensor) and value.shape == parameter.shape:
+                kept[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
     for group, rate in zip(optimizer.param_groups, rates, strict=True):
         group["lr"] = rate
 

@@ -255,3 +255,16 @@ def test_a_captured_step_follows_the_rates(name: str) -> None:
     for one, other in networks:
         for p, q in zip(one.parameters(), other.parameters(), strict=True):
             torch.testing.assert_close(p, q)
+
+
+def test_restored_momentum_has_the_strides_of_the_weights() -> None:
+    """As torch's fused SGD and AdamW ask for on a GPU."""
+    weight = nn.Parameter(torch.randn(4, 3, 3, 3).to(memory_format=torch.channels_last))
+    optimizer = SGD([weight], lr=0.1, momentum=0.9)
+    weight.grad = torch.ones_like(weight)
+    optimizer.step()
+    state = optimizer.state_dict()
+    kept = {"momentum_buffer": state["state"][0]["momentum_buffer"].contiguous()}
+    load_optimizer_state(optimizer, state | {"state": {0: kept}})
+    restored = optimizer.state[weight]["momentum_buffer"]
+    assert restored.stride() == weight.stride() and torch.equal(restored, kept["momentum_buffer"])
