@@ -136,13 +136,14 @@ def _loss_builds(features: int, dtype: str) -> Iterator[Build]:
 
 def _correlation_builds(features: int, dtype: str, views: int) -> Iterator[Build]:
     types = {"corr_ptr": "*fp32", "z1_ptr": f"*{dtype}", "z2_ptr": f"*{dtype}"}
+    tiles = correlation_tiles(features, 4 if dtype == "fp32" else 2)
     scalars = {"decay": "fp32", "scale": "fp32", "B1": "i32", "B2": "i32"}
     for ema in (True, False):
         yield _build(
             f"correlation {'ema ' if ema else ''}{dtype} D={features}"
             + (" one view" if views == 1 else ""),
             {**types, **scalars},
-            {"D": features, "EMA": ema, "VIEWS": views, **correlation_tiles(features, views)},
+            {"D": features, "EMA": ema, "VIEWS": views, **tiles},
         )
 
 

@@ -22,7 +22,11 @@ def _add_view(
     D: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """acc += z[:, i]^T z[:, j], in fp32 along the rows in a fixed order."""
+    """acc += z[:, i]^T z[:, j], in fp32 along the rows in a fixed order.
+
+    Tensor cores truncate what they add to an accumulator of their own. So they add up K rows, and
+    those sums are added outside: `max_num_imprecise_acc` keeps the compiler from joining the two.
+    """
     k_K = tl.arange(0, BLOCK_K)
     for start in range(0, B, BLOCK_K):
         left_KI = tl.load(
@@ -34,7 +38,9 @@ def _add_view(
         # the pointer moves instead of the offsets: B * D may pass 2^31
         z_ptr += BLOCK_K * D
         # fp16 and bf16 products are exact in fp32; the precision concerns fp32 views
-        acc_IJ = tl.dot(tl.trans(left_KI), right_KJ, acc_IJ, input_precision="tf32x3")
+        acc_IJ += tl.dot(
+            tl.trans(left_KI), right_KJ, input_precision="tf32x3", max_num_imprecise_acc=BLOCK_K
+        )
     return acc_IJ
 
 
@@ -85,22 +91,21 @@ def _correlation_kernel(
     tl.store(corr_ptr + j_JJ * D + i_II, acc_IJ, mask=j_JJ < i_II)
 
 
-def tile_options(features: int, views: int) -> dict[str, int]:
-    """Tile sizes and warps for D = `features`; small tiles, to fill the device at D = 256."""
-    block_d = 32 if features <= 512 else 64
-    return {
-        "BLOCK_D": block_d,
-        "BLOCK_K": 32,
-        # with four ptxas would spill for sm_100, at 80 registers
-        "num_warps": 4 if block_d == 32 else 8,
-        # ptxas holds one view's small tile to 48 registers on sm_80: three stages would spill
-        "num_stages": 2 if block_d == 32 and views == 1 else 3,
-    }
+def tile_options(features: int, element_size: int) -> dict[str, int]:
+    """Tile sizes and warps for D = `features` and views of `element_size` bytes an element.
+
+    Tiles are small, to fill the device at D = 256. K is as long as the tensor cores' truncation
+    allows: 3xTF32 adds three products to each of its sums (NUMERICS.md).
+    """
+    if features > 512:
+        # with four warps ptxas would spill for sm_100, at 80 registers
+        return {"BLOCK_D": 64, "BLOCK_K": 32, "num_warps": 8, "num_stages": 3}
+    return {"BLOCK_D": 32, "BLOCK_K": 128 // element_size, "num_warps": 4, "num_stages": 2}
 
 
 def padded(features: int) -> int:
     """The width that is launched for D = `features`: the next that tiles divide."""
-    block = tile_options(features, 2)["BLOCK_D"]
+    block = 32 if features <= 512 else 64
     return triton.cdiv(features, block) * block
 
 
@@ -124,7 +129,7 @@ def correlation_launch(corr_DD: Tensor, views: list[Tensor], decay: float | None
         return
     views = [view.contiguous() for view in views]
     rows = sum(view.shape[0] for view in views)
-    options = tile_options(features, len(views))
+    options = tile_options(features, views[0].element_size())
     tiles = triton.cdiv(features, options["BLOCK_D"])
     _correlation_kernel[(tiles * (tiles + 1) // 2,)](
         corr_DD,
