@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import wandb
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -20,6 +19,8 @@ from isofast.run.metrics import MetricsWriter, read_metrics
 from isofast.run.spectrum import Spectrum
 
 from ..support.runs import train
+
+wandb = pytest.importorskip("wandb")
 
 
 @pytest.fixture(autouse=True)

@@ -51,6 +51,7 @@ def differences(on_cpu: Batch, on_gpu: Batch, recipe: Recipe) -> Sequence[torch.
 
 
 def test_dali_makes_the_same_views_on_both_devices(images: ImageFolder) -> None:
+    pytest.importorskip("nvidia.dali")
     recipe = recipe_for("digits")
     loaders = [loader_on(device, "dali", images, recipe) for device in ("cpu", "cuda")]
     for _ in range(3):
@@ -63,6 +64,7 @@ def test_dali_makes_the_same_views_on_both_devices(images: ImageFolder) -> None:
 
 def test_dali_decodes_jpegs_as_on_the_cpu(tmp_path: Path) -> None:
     """Sharp colours with halved chroma; clean images are decoded and resized alone."""
+    pytest.importorskip("nvidia.dali")
     generator = np.random.default_rng(0)
     folder = tmp_path / "unlabeled"
     folder.mkdir()
@@ -112,8 +114,19 @@ def test_making_resident_batches_waits_for_nothing(images: ImageFolder) -> None:
     loader.close()
 
 
+STILL = {
+    "degrees": 0.0,
+    "translate": 0.0,
+    "scale": (1.0, 1.0),
+    "shear": 0.0,
+    "crop_scale": (0.5, 1),
+}
+RESIDENT = {"backend": "resident", "augmentation": {"view1": STILL, "view2": STILL}}
+
+
 def test_a_run_from_end_to_end(config_file: Callable[..., Path], tmp_path: Path) -> None:
     config = config_file(
+        data=RESIDENT,
         train={"max_steps": 12, "compile": "off"},
         evaluation={"every_epochs": 1, "knn_images": 200},
     )
@@ -125,12 +138,36 @@ def test_a_run_from_end_to_end(config_file: Callable[..., Path], tmp_path: Path)
     assert json.loads((run_dir / "summary.json").read_text())["completed"]
 
 
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_a_run_goes_to_the_gpu_and_back(
+    config_file: Callable[..., Path], tmp_path: Path, optimizer: str
+) -> None:
+    config = config_file(
+        data=RESIDENT,
+        optimizer={"name": optimizer},
+        train={"max_steps": 12, "compile": "off", "precision": "fp32"},
+    )
+    stays, moves = tmp_path / "stays", tmp_path / "moves"
+    train(config, stays)
+    train(config, moves, "--set", "train.max_steps=4")
+    there = train(config, moves, "--set", "train.max_steps=8", CUDA_VISIBLE_DEVICES="0")
+    back = train(config, moves)
+    assert "the run was on a cpu and is on a cuda now" in there
+    assert "the run was on a cuda and is on a cpu now" in back
+    one, other = (read_metrics(run_dir / "metrics.jsonl") for run_dir in (stays, moves))
+    assert [r["step"] for r in other] == [r["step"] for r in one] == list(range(1, 13))
+    assert [r["loss"] for r in other[:4]] == [r["loss"] for r in one[:4]]
+    for a, b in zip(one, other, strict=True):
+        # a lost momentum, C or target moves them by more than TF32's convolutions
+        assert b["loss"] == pytest.approx(a["loss"], rel=0.02)
+
+
 def test_a_gpu_without_memory(config_file: Callable[..., Path], tmp_path: Path) -> None:
     """A limit of torch's own, as a GPU that others use."""
     limited = "import sys, torch; from isofast import cli; "
     limited += "torch.cuda.set_per_process_memory_fraction(1e-4); "
     limited += "sys.exit(cli.main(['train', *sys.argv[1:]]))"
-    arguments = ["--config", str(config_file()), "--run-dir", str(tmp_path / "run")]
+    arguments = ["--config", str(config_file(data=RESIDENT)), "--run-dir", str(tmp_path / "run")]
     done = subprocess.run(
         [sys.executable, "-c", limited, *arguments], capture_output=True, text=True, timeout=400
     )
