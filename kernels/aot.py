@@ -32,14 +32,8 @@ from .augment import tile_options as augment_tiles
 from .correlation import _correlation_kernel
 from .correlation import tile_options as correlation_tiles
 from .dispatch import INTERPRET
-from .matrix_power import SQUARINGS
-from .matrix_power_triton import (
-    _finish_kernel,
-    _polynomial_kernel,
-    _product_kernel,
-    _shift_kernel,
-    _square_kernel,
-)
+from .matrix_power import BOUND_SQUARINGS, SQUARINGS
+from .matrix_power_triton import _finish_kernel, _product_kernel, _shift_kernel
 from .matrix_power_triton import tile_options as power_tiles
 
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
@@ -92,10 +86,9 @@ KERNELS = {
     "asymmetric_loss": _asymmetric_loss_kernel,
     "correlation": _correlation_kernel,
     "augment": _augment_kernel,
-    "square": _square_kernel,
     "shift": _shift_kernel,
-    "polynomial": _polynomial_kernel,
     "product": _product_kernel,
+    "polynomial": _product_kernel,
     "finish": _finish_kernel,
 }
 
@@ -148,46 +141,51 @@ def _correlation_builds(features: int, dtype: str, views: int) -> Iterator[Build
 
 
 def _power_builds(features: int) -> Iterator[Build]:
-    tiles = power_tiles(features)
-    side = triton.cdiv(features, tiles["BLOCK"])
-    shape = {"D": features, **tiles}
+    options = power_tiles(features)
+    tiles = triton.cdiv(features, options["BLOCK"]) ** 2
+    shape = {"D": features, **options}
+    sums = {"TILES": tiles, "BLOCK_T": triton.next_power_of_2(tiles)}
+    side = {"BLOCK_D": triton.next_power_of_2(features)}
 
     def pointers(*names: str) -> dict[str, str]:
         return dict.fromkeys((f"{name}_ptr" for name in names), "*fp32")
 
-    for quotient in (False, True):
+    # a bound, the largest eigenvalue, or both, from so many squares
+    for spectral, bounded, squares in (
+        (False, False, 0),
+        (False, True, BOUND_SQUARINGS),
+        (True, False, SQUARINGS),
+        (True, True, SQUARINGS),
+    ):
+        words = " spectral" * spectral + " bounded" * bounded
+        own = {"SQUARES": squares, "BLOCK_S": triton.next_power_of_2(squares + 1)}
         yield _build(
-            f"square{' quotient' if quotient else ''} D={features}",
-            {**pointers("m", "corr", "out", "trace"), "index": "i32"},
-            {**shape, "QUOTIENT": quotient, "BLOCK_D": triton.next_power_of_2(features)},
+            f"shift{words} D={features}",
+            {**pointers("corr", "m", "trace", "sums", "out", "r"), "eps": "fp32"},
+            {
+                "D": features,
+                "SPECTRAL": spectral,
+                "BOUNDED": bounded,
+                **sums,
+                **own,
+                **side,
+                "BLOCK": options["BLOCK"],
+                "num_warps": options["num_warps"],
+            },
         )
-    for spectral in (True, False):
-        for bounded in (True, False):
-            flags = {"SPECTRAL": spectral, "BOUNDED": bounded}
-            yield _build(
-                f"shift{' spectral' if spectral else ''}{' bounded' if bounded else ''} "
-                f"D={features}",
-                {**pointers("corr", "trace", "sums", "out", "r"), "eps": "fp32"},
-                {
-                    "D": features,
-                    **flags,
-                    "TILES": side * side,
-                    "SQUARES": SQUARINGS + 1,
-                    "BLOCK_T": triton.next_power_of_2(side * side),
-                    "BLOCK_S": triton.next_power_of_2(SQUARINGS + 1),
-                    "BLOCK": tiles["BLOCK"],
-                    "num_warps": tiles["num_warps"],
-                },
-            )
-    yield _build(
-        f"polynomial D={features}",
-        {**pointers("p", "out"), "a": "fp32", "b": "fp32", "c": "fp32"},
-        dict(shape),
-    )
-    yield _build(f"product D={features}", pointers("x1", "y1", "x2", "y2", "out"), dict(shape))
-    yield _build(
-        f"finish D={features}", {**pointers("x", "y", "r", "out"), "power": "fp32"}, dict(shape)
-    )
+    types = pointers("x1", "y1", "x2", "y2", "out", "m", "n", "corr", "trace")
+    types |= dict.fromkeys("abc", "fp32") | {"products": "i32", "index": "i32"}
+    for name in ("product", "polynomial"):
+        for along in ("", " and square", " and quotient"):
+            flags = {"POLYNOMIAL": name == "polynomial", "SQUARE": along != ""}
+            flags["QUOTIENT"] = along == " and quotient"
+            yield _build(f"{name}{along} D={features}", types, {**shape, **side, **flags})
+    for scaled in (False, True):
+        yield _build(
+            f"finish{' scaled' if scaled else ''} D={features}",
+            {**pointers("x", "y", "r", "sums", "out"), "power": "fp32"},
+            {**shape, **sums, "SCALED": scaled},
+        )
 
 
 def _augment_build(stored: int, side: int, blur: bool, dtype: str) -> Build:

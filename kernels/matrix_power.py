@@ -11,6 +11,10 @@ from typing import Protocol
 from torch import Tensor
 
 SQUARINGS = 10
+"""Of C, for its largest eigenvalue."""
+
+BOUND_SQUARINGS = 3
+"""Of C, for a bound of at most D^(1/8) times its largest eigenvalue."""
 
 DEAD = 1e-25
 """A trace or largest eigenvalue below this counts as 0, far above 1e-37, where the low halves of
@@ -48,20 +52,24 @@ SHIFTED_STEPS: Coefficients = (
 class Steps(Protocol):
     """What the algorithm needs of its arithmetic. Triton provides it; tests emulate 3xTF32.
 
-    One object serves one C: it keeps the traces that `square` and `quotient_sums` meet.
+    One object serves one C: it keeps the traces of C's squares and its largest eigenvalue.
     """
 
     def square(self, m_DD: Tensor, index: int) -> Tensor:
         """(M / tr M)^2, keeping tr M under `index`; M = 0 stays 0."""
 
-    def quotient_sums(self, m_DD: Tensor, index: int) -> Tensor:
-        """For N = (M / tr M)^2: (2, T) partial sums of <N, C> and of tr N; tr M is kept."""
+    def find_largest(self, m_DD: Tensor, index: int) -> None:
+        """Square M, whose index it is, until SQUARINGS; keep lambda_max = <N, C> / tr N of the
+        square N after. Ends before `finish` asks for it; meanwhile it may take turns with products.
+        """
 
-    def shift(self, sums_2T: Tensor | None, eps: float, spectral: bool, bounded: bool) -> Tensor:
+    def shift(
+        self, m_DD: Tensor | None, index: int, eps: float, spectral: bool, bounded: bool
+    ) -> Tensor:
         """A with r A = C / lambda_max + eps I (or C + eps I), keeping r; all NaN if C has one.
 
-        Bounded, A's eigenvalues are at most 1; otherwise r = 1. Neither spectral nor bounded
-        needs no sums.
+        Bounded, A's eigenvalues are at most 1, by tr M and the traces kept; otherwise r = 1.
+        Neither spectral nor bounded needs no M.
         """
 
     def polynomial(self, p_DD: Tensor, a: float, b: float, c: float) -> Tensor:
@@ -73,8 +81,8 @@ class Steps(Protocol):
     def advance(self, y_DD: Tensor, q_DD: Tensor, z_DD: Tensor) -> tuple[Tensor, Tensor]:
         """Y Q and Q Z, which do not depend on each other."""
 
-    def finish(self, x_DD: Tensor, y_DD: Tensor, power: float) -> Tensor:
-        """r^power X Y, of two matrices that commute, bitwise symmetric."""
+    def finish(self, x_DD: Tensor, y_DD: Tensor, power: float, scaled: bool) -> Tensor:
+        """r^power X Y, or (r / lambda_max)^power X Y, bitwise symmetric; X and Y commute."""
 
 
 def runs_by_products(alpha: float, eps: float, normalize: str) -> bool:
@@ -103,27 +111,33 @@ def power_by_products(
     """
     spectral = normalize == "spectral"
     bounded = alpha < 1
-    sums_2T = None
+    # lambda_max scales W and nothing else: the root of C / bound does not wait for it
+    scaled = spectral and bounded and eps == 0
+    m_DD, index = None, 0
     if spectral or bounded:
-        m_DD = corr_DD
-        for index in range(SQUARINGS):
+        m_DD, last = corr_DD, BOUND_SQUARINGS if scaled or not spectral else SQUARINGS
+        for index in range(last):
             m_DD = steps.square(m_DD, index)
-        sums_2T = steps.quotient_sums(m_DD, SQUARINGS)
-    a_DD = steps.shift(sums_2T, eps, spectral, bounded)
+        index = last
+        if spectral:
+            steps.find_largest(m_DD, index)
+    a_DD = steps.shift(m_DD, index, eps, spectral and not scaled, bounded)
     if alpha == 1:
         return a_DD
     if alpha == 2:
-        return steps.finish(a_DD, a_DD, 1.0)
+        return steps.finish(a_DD, a_DD, 1.0, False)
     shifted = spectral and eps >= SHIFTED_EPS
     coefficients = SHIFTED_STEPS if shifted else UNSHIFTED_STEPS
     if alpha == 0.25:
         # sqrt(A) is bounded by 1 as A is, and its smallest eigenvalue is larger than A's
         a_DD = square_root(a_DD, 0.0, coefficients, steps)
-    return square_root(a_DD, alpha, coefficients, steps)
+    return square_root(a_DD, alpha, coefficients, steps, scaled)
 
 
-def square_root(a_DD: Tensor, power: float, coefficients: Coefficients, steps: Steps) -> Tensor:
-    """r^power sqrt(A) for A with eigenvalues in [0, 1].
+def square_root(
+    a_DD: Tensor, power: float, coefficients: Coefficients, steps: Steps, scaled: bool = False
+) -> Tensor:
+    """r^power sqrt(A), or (r / lambda_max)^power sqrt(A), for A with eigenvalues in [0, 1].
 
     Y -> sqrt(A), Z -> 1/sqrt(A), P = Z Y -> I: each step multiplies Y and Z by
     Q = a I + b P + c P^2, the best polynomial for the interval that P's spectrum is in by then.
@@ -135,4 +149,4 @@ def square_root(a_DD: Tensor, power: float, coefficients: Coefficients, steps: S
         q_DD = steps.polynomial(steps.product(z_DD, y_DD), *abc)
         y_DD, z_DD = steps.advance(y_DD, q_DD, z_DD)
     q_DD = steps.polynomial(steps.product(z_DD, y_DD), *last)
-    return steps.finish(y_DD, q_DD, power)
+    return steps.finish(y_DD, q_DD, power, scaled)

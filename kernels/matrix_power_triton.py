@@ -1,4 +1,4 @@
-"""The arithmetic of matrix_power.py in Triton: a launch a step, no host sync.
+"""The arithmetic of matrix_power.py in Triton: a launch a step or two, no host sync.
 
 Every product is fp32 with 3xTF32 said explicitly, whatever torch's global switches say. D is a
 multiple of the tile: a C of another width is padded with zeros, which stay apart through every
@@ -48,14 +48,31 @@ def _reciprocal_or_zero(x):
     return tl.where(tl.abs(x) < _DEAD, 0.0, 1.0 / x)
 
 
-# one build for every index
-@triton.jit(do_not_specialize=["index"])
-def _square_kernel(
+@triton.jit
+def _inverse_largest(sums_ptr, TILES: tl.constexpr, BLOCK_T: tl.constexpr):
+    """1 / lambda_max of <N, C> and tr N, each in `TILES` parts. All programs add in one order."""
+    t_T = tl.arange(0, BLOCK_T)
+    inner = tl.sum(tl.load(sums_ptr + t_T, mask=t_T < TILES, other=0.0), axis=0)
+    trace = tl.sum(tl.load(sums_ptr + TILES + t_T, mask=t_T < TILES, other=0.0), axis=0)
+    return _reciprocal_or_zero(inner * _reciprocal_or_zero(trace))
+
+
+@triton.jit
+def _trace(m_ptr, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    d_D = tl.arange(0, BLOCK_D)
+    return tl.sum(tl.load(m_ptr + d_D * (D + 1), mask=d_D < D, other=0.0), axis=0)
+
+
+@triton.jit
+def _square_tile(
     m_ptr,
-    corr_ptr,
     out_ptr,
+    corr_ptr,
     trace_ptr,
     index,
+    i_I,
+    j_J,
+    offset_IJ,
     D: tl.constexpr,
     QUOTIENT: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -63,20 +80,14 @@ def _square_kernel(
     BLOCK_K: tl.constexpr,
 ):
     """N = (M / tr M)^2, or, for the quotient, a tile's share of <N, C> and tr N in `out`."""
-    d_D = tl.arange(0, BLOCK_D)
-    trace = tl.sum(tl.load(m_ptr + d_D * (D + 1), mask=d_D < D, other=0.0), axis=0)
-    first = (tl.program_id(0) == 0) & (tl.program_id(1) == 0)
-    tl.store(trace_ptr + index, trace, mask=first)
-
-    i_I = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    j_J = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    trace = _trace(m_ptr, D, BLOCK_D)
+    tile = tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
+    tl.store(trace_ptr + index, trace, mask=tile == 0)
     scale = _reciprocal_or_zero(trace)
     # a factor each, as the squares of a small M and of a small trace underflow
     n_IJ = _tile_product(m_ptr, m_ptr, i_I, j_J, scale, D, BLOCK, BLOCK_K) * scale
-    offset_IJ = i_I[:, None] * D + j_J[None, :]
     if QUOTIENT:
         tiles = tl.num_programs(0) * tl.num_programs(1)
-        tile = tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
         corr_IJ = tl.load(corr_ptr + offset_IJ)
         diagonal_IJ = tl.where(i_I[:, None] == j_J[None, :], n_IJ, 0.0)
         tl.store(out_ptr + tile, tl.sum(tl.sum(n_IJ * corr_IJ, axis=1), axis=0))
@@ -85,9 +96,68 @@ def _square_kernel(
         tl.store(out_ptr + offset_IJ, n_IJ)
 
 
+# one build for every index, and for one product, two and none
+@triton.jit(do_not_specialize=["index", "products"])
+def _product_kernel(
+    x1_ptr,
+    y1_ptr,
+    x2_ptr,
+    y2_ptr,
+    out_ptr,
+    a,
+    b,
+    c,
+    products,
+    m_ptr,
+    n_ptr,
+    corr_ptr,
+    trace_ptr,
+    index,
+    D: tl.constexpr,
+    POLYNOMIAL: tl.constexpr,
+    SQUARE: tl.constexpr,
+    QUOTIENT: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """out[n] = X_n Y_n, n = program_id(2), or a I + b X + c X Y; after the products a square."""
+    i_I = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    j_J = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    offset_IJ = i_I[:, None] * D + j_J[None, :]
+    if tl.program_id(2) < products:
+        if POLYNOMIAL or tl.program_id(2) == 0:
+            first_IJ = _tile_product(x1_ptr, y1_ptr, i_I, j_J, None, D, BLOCK, BLOCK_K)
+            if POLYNOMIAL:
+                x_IJ = tl.load(x1_ptr + offset_IJ)
+                identity_IJ = tl.where(i_I[:, None] == j_J[None, :], a, 0.0)
+                first_IJ = c * first_IJ + b * x_IJ + identity_IJ
+            tl.store(out_ptr + offset_IJ, first_IJ)
+        else:
+            second_IJ = _tile_product(x2_ptr, y2_ptr, i_I, j_J, None, D, BLOCK, BLOCK_K)
+            tl.store(out_ptr + D * D + offset_IJ, second_IJ)
+    elif SQUARE:
+        _square_tile(
+            m_ptr,
+            n_ptr,
+            corr_ptr,
+            trace_ptr,
+            index,
+            i_I,
+            j_J,
+            offset_IJ,
+            D,
+            QUOTIENT,
+            BLOCK,
+            BLOCK_D,
+            BLOCK_K,
+        )
+
+
 @triton.jit
 def _shift_kernel(
     corr_ptr,
+    m_ptr,
     trace_ptr,
     sums_ptr,
     out_ptr,
@@ -100,22 +170,21 @@ def _shift_kernel(
     SQUARES: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_S: tl.constexpr,
+    BLOCK_D: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """A and r of `Steps.shift`. Every program adds the same few sums in the same order."""
+    """A and r of `Steps.shift`, M being the square of that number."""
     scale = 1.0
     shift = eps
     if SPECTRAL:
-        t_T = tl.arange(0, BLOCK_T)
-        inner = tl.sum(tl.load(sums_ptr + t_T, mask=t_T < TILES, other=0.0), axis=0)
-        trace = tl.sum(tl.load(sums_ptr + TILES + t_T, mask=t_T < TILES, other=0.0), axis=0)
-        scale = _reciprocal_or_zero(inner * _reciprocal_or_zero(trace))
+        scale = _inverse_largest(sums_ptr, TILES, BLOCK_T)
     r = 1.0
     if BOUNDED:
         # tr(C^n)^(1/n) >= lambda_max with n = 2^S, from the traces of the normalised squares:
         # the logarithm of tr(C^n) is the sum of 2^(S-s) log tr(M_s)
         s_S = tl.arange(0, BLOCK_S)
         trace_S = tl.load(trace_ptr + s_S, mask=s_S < SQUARES, other=1.0)
+        trace_S = tl.where(s_S == SQUARES, _trace(m_ptr, D, BLOCK_D), trace_S)
         weighted_S = tl.log2(trace_S) * tl.exp2(-s_S.to(tl.float32))
         bound = tl.exp2(tl.sum(weighted_S, axis=0))
         r = bound * scale + eps
@@ -131,66 +200,28 @@ def _shift_kernel(
 
 
 @triton.jit
-def _polynomial_kernel(
-    p_ptr,
-    out_ptr,
-    a,
-    b,
-    c,
-    D: tl.constexpr,
-    BLOCK: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
-    """a I + b P + c P^2."""
-    i_I = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    j_J = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    offset_IJ = i_I[:, None] * D + j_J[None, :]
-    square_IJ = _tile_product(p_ptr, p_ptr, i_I, j_J, None, D, BLOCK, BLOCK_K)
-    p_IJ = tl.load(p_ptr + offset_IJ)
-    q_IJ = c * square_IJ + b * p_IJ + tl.where(i_I[:, None] == j_J[None, :], a, 0.0)
-    tl.store(out_ptr + offset_IJ, q_IJ)
-
-
-@triton.jit
-def _product_kernel(
-    x1_ptr,
-    y1_ptr,
-    x2_ptr,
-    y2_ptr,
-    out_ptr,
-    D: tl.constexpr,
-    BLOCK: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
-    """out[n] = X_n Y_n, n = program_id(2)."""
-    i_I = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    j_J = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    offset_IJ = i_I[:, None] * D + j_J[None, :]
-    if tl.program_id(2) == 0:
-        first_IJ = _tile_product(x1_ptr, y1_ptr, i_I, j_J, None, D, BLOCK, BLOCK_K)
-        tl.store(out_ptr + offset_IJ, first_IJ)
-    else:
-        second_IJ = _tile_product(x2_ptr, y2_ptr, i_I, j_J, None, D, BLOCK, BLOCK_K)
-        tl.store(out_ptr + D * D + offset_IJ, second_IJ)
-
-
-@triton.jit
 def _finish_kernel(
     x_ptr,
     y_ptr,
     r_ptr,
+    sums_ptr,
     out_ptr,
     power,
     D: tl.constexpr,
+    SCALED: tl.constexpr,
+    TILES: tl.constexpr,
+    BLOCK_T: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """r^power X Y, the lower triangle mirrored."""
+    """r^power X Y, or (r / lambda_max)^power X Y, the lower triangle mirrored."""
     if tl.program_id(0) >= tl.program_id(1):
         i_I = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
         j_J = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
         product_IJ = _tile_product(x_ptr, y_ptr, i_I, j_J, None, D, BLOCK, BLOCK_K)
         r = tl.load(r_ptr)
+        if SCALED:
+            r = r * _inverse_largest(sums_ptr, TILES, BLOCK_T)
         # r = 0 only for C = 0 without a shift, where the product is 0 already
         factor = tl.where(r == 0.0, 1.0, tl.exp2(power * tl.log2(r)))
         i_II, j_JJ = i_I[:, None], j_J[None, :]
@@ -219,63 +250,98 @@ def padded(features: int) -> int:
 
 
 class TritonSteps:
-    """`Steps` in Triton, a launch a method, for C of (D, D) in fp32, D one that tiles divide."""
+    """`Steps` in Triton, a launch a method, for C of (D, D) in fp32, D one that tiles divide.
+
+    The squares of `find_largest` share the launches of the products that follow it.
+    """
 
     def __init__(self, corr_DD: Tensor) -> None:
         self.corr_DD = corr_DD
         self.features = corr_DD.shape[0]
         self.options = tile_options(self.features)
+        self.block_d = triton.next_power_of_2(self.features)
         self.side = triton.cdiv(self.features, self.options["BLOCK"])
+        tiles = self.side**2
+        self.tiles = {"TILES": tiles, "BLOCK_T": triton.next_power_of_2(tiles)}
         self.traces_S = self._empty(SQUARINGS + 1)
+        self.sums_2T = self._empty(2, tiles)
         self.r = self._empty(1)
+        self.next_square: tuple[Tensor, int] | None = None
 
     def _empty(self, *shape: int) -> Tensor:
         return torch.empty(shape, dtype=torch.float32, device=self.corr_DD.device)
 
-    def _square_launch(self, m_DD: Tensor, out: Tensor, index: int, quotient: bool) -> Tensor:
-        _square_kernel[(self.side, self.side)](
-            m_DD,
-            self.corr_DD,
+    def _launch(
+        self, out: Tensor, *factors: Tensor, abc: tuple[float, float, float] | None = None
+    ) -> Tensor:
+        """X Y of every two factors or their polynomial, and the next square; returns `out`."""
+        products = len(factors) // 2
+        m_DD, index = self.next_square or (out, 0)
+        square = self.next_square is not None
+        quotient = index == SQUARINGS
+        n = self.sums_2T if quotient else self._empty(*m_DD.shape) if square else out
+        a, b, c = abc or (0.0, 0.0, 1.0)
+        _product_kernel[(self.side, self.side, products + square)](
+            # what is not read stands in for what is not there
+            *(*factors, *[m_DD] * 4)[:4],
             out,
+            a,
+            b,
+            c,
+            products,
+            m_DD,
+            n,
+            self.corr_DD,
             self.traces_S,
             index,
             D=self.features,
+            POLYNOMIAL=abc is not None,
+            SQUARE=square,
             QUOTIENT=quotient,
-            BLOCK_D=triton.next_power_of_2(self.features),
+            BLOCK_D=self.block_d,
             **self.options,
         )
+        self.next_square = (n, index + 1) if square and not quotient else None
         return out
 
     def square(self, m_DD: Tensor, index: int) -> Tensor:
-        out_DD = self._empty(self.features, self.features)
-        return self._square_launch(m_DD, out_DD, index, quotient=False)
+        self.next_square = m_DD, index
+        self._launch(m_DD)
+        assert self.next_square is not None
+        (n_DD, _), self.next_square = self.next_square, None
+        return n_DD
 
-    def quotient_sums(self, m_DD: Tensor, index: int) -> Tensor:
-        sums_2T = self._empty(2, self.side * self.side)
-        return self._square_launch(m_DD, sums_2T, index, quotient=True)
+    def find_largest(self, m_DD: Tensor, index: int) -> None:
+        self.next_square = m_DD, index
 
-    def shift(self, sums_2T: Tensor | None, eps: float, spectral: bool, bounded: bool) -> Tensor:
+    def _found_largest(self) -> Tensor:
+        while self.next_square is not None:
+            self._launch(self.corr_DD)
+        return self.sums_2T
+
+    def shift(
+        self, m_DD: Tensor | None, index: int, eps: float, spectral: bool, bounded: bool
+    ) -> Tensor:
         out_DD = self._empty(self.features, self.features)
-        tiles, squares = self.side * self.side, len(self.traces_S)
         corr_DD = self.corr_DD
-        if sums_2T is None:
+        if m_DD is None:
             # there is no trace for a NaN to come through to all of A
             corr_DD = corr_DD + corr_DD.sum() * 0
         _shift_kernel[(self.side, self.side)](
             corr_DD,
+            corr_DD if m_DD is None else m_DD,
             self.traces_S,
-            # not read where there are none
-            self.r if sums_2T is None else sums_2T,
+            self._found_largest() if spectral else self.sums_2T,
             out_DD,
             self.r,
             eps,
             D=self.features,
             SPECTRAL=spectral,
             BOUNDED=bounded,
-            TILES=tiles,
-            SQUARES=squares,
-            BLOCK_T=triton.next_power_of_2(tiles),
-            BLOCK_S=triton.next_power_of_2(squares),
+            **self.tiles,
+            SQUARES=index,
+            BLOCK_S=triton.next_power_of_2(index + 1),
+            BLOCK_D=self.block_d,
             BLOCK=self.options["BLOCK"],
             num_warps=self.options["num_warps"],
             num_stages=1,
@@ -283,30 +349,28 @@ class TritonSteps:
         return out_DD
 
     def polynomial(self, p_DD: Tensor, a: float, b: float, c: float) -> Tensor:
-        out_DD = self._empty(self.features, self.features)
-        _polynomial_kernel[(self.side, self.side)](
-            p_DD, out_DD, a, b, c, D=self.features, **self.options
-        )
-        return out_DD
+        return self._launch(self._empty(*p_DD.shape), p_DD, p_DD, abc=(a, b, c))
 
     def product(self, x_DD: Tensor, y_DD: Tensor) -> Tensor:
-        out_DD = self._empty(self.features, self.features)
-        _product_kernel[(self.side, self.side, 1)](
-            x_DD, y_DD, x_DD, y_DD, out_DD, D=self.features, **self.options
-        )
-        return out_DD
+        return self._launch(self._empty(*x_DD.shape), x_DD, y_DD)
 
     def advance(self, y_DD: Tensor, q_DD: Tensor, z_DD: Tensor) -> tuple[Tensor, Tensor]:
-        out_2DD = self._empty(2, self.features, self.features)
-        _product_kernel[(self.side, self.side, 2)](
-            y_DD, q_DD, q_DD, z_DD, out_2DD, D=self.features, **self.options
-        )
+        out_2DD = self._launch(self._empty(2, *y_DD.shape), y_DD, q_DD, q_DD, z_DD)
         return out_2DD[0], out_2DD[1]
 
-    def finish(self, x_DD: Tensor, y_DD: Tensor, power: float) -> Tensor:
+    def finish(self, x_DD: Tensor, y_DD: Tensor, power: float, scaled: bool) -> Tensor:
         out_DD = self._empty(self.features, self.features)
         _finish_kernel[(self.side, self.side)](
-            x_DD, y_DD, self.r, out_DD, power, D=self.features, **self.options
+            x_DD,
+            y_DD,
+            self.r,
+            self._found_largest() if scaled else self.sums_2T,
+            out_DD,
+            power,
+            D=self.features,
+            SCALED=scaled,
+            **self.tiles,
+            **self.options,
         )
         return out_DD
 

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from isofast_kernels.matrix_power import DEAD
+from isofast_kernels.matrix_power import DEAD, SQUARINGS
 
 
 def rounded_to_tf32(x: Tensor) -> Tensor:
@@ -47,21 +47,21 @@ class TorchSteps:
         scale = reciprocal_or_zero(trace)
         return self.product(m_DD * scale, m_DD) * scale
 
-    def quotient_sums(self, m_DD, index):
-        n_DD = self.square(m_DD, index)
-        return torch.stack([(n_DD * self.corr_DD).sum(), n_DD.trace()])[:, None]
+    def find_largest(self, m_DD, index):
+        for square in range(index, SQUARINGS + 1):
+            m_DD = self.square(m_DD, square)
+        self.largest = (m_DD * self.corr_DD).sum() * reciprocal_or_zero(m_DD.trace())
 
-    def shift(self, sums_2T, eps, spectral, bounded):
+    def shift(self, m_DD, index, eps, spectral, bounded):
         self.r = torch.ones(())
-        if sums_2T is None:
+        if m_DD is None:
             assert not spectral and not bounded
             return self.corr_DD + self.corr_DD.sum() * 0 + eps * self.identity
-        inner, trace = sums_2T.sum(1)
-        top = inner * reciprocal_or_zero(trace)
-        scale = reciprocal_or_zero(top) if spectral else torch.ones(())
+        scale = reciprocal_or_zero(self.largest) if spectral else torch.ones(())
         if not bounded:
             return self.corr_DD * scale + eps * self.identity
-        bound = torch.stack([t ** (2.0**-s) for s, t in enumerate(self.traces)]).prod()
+        traces = [*self.traces[:index], m_DD.trace()]
+        bound = torch.stack([t ** (2.0**-s) for s, t in enumerate(traces)]).prod()
         self.r = bound * scale + eps
         inverse = reciprocal_or_zero(self.r)
         return self.corr_DD * (scale * inverse) + eps * inverse * self.identity
@@ -72,6 +72,7 @@ class TorchSteps:
     def advance(self, y_DD, q_DD, z_DD):
         return self.product(y_DD, q_DD), self.product(q_DD, z_DD)
 
-    def finish(self, x_DD, y_DD, power):
-        w_DD = self.product(x_DD, y_DD) * torch.where(self.r == 0, 1, self.r**power)
+    def finish(self, x_DD, y_DD, power, scaled):
+        r = self.r * reciprocal_or_zero(self.largest) if scaled else self.r
+        w_DD = self.product(x_DD, y_DD) * torch.where(r == 0, 1, r**power)
         return w_DD.tril() + w_DD.tril(-1).T

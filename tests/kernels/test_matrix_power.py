@@ -9,6 +9,7 @@ import torch
 
 from isofast_kernels import reference
 from isofast_kernels.matrix_power import (
+    BOUND_SQUARINGS,
     SHIFTED_EPS,
     SHIFTED_FLOOR,
     SHIFTED_STEPS,
@@ -42,6 +43,8 @@ SPECTRA = {
     "one_direction": torch.where(PLACE < 1, 1.0, 1e-7),
     "repeated": 2.0 ** -(PLACE // 32),
     "band_at_the_floor": torch.where(PLACE < 4, 1.0, 3e-6),
+    # where the bound is nearly D^(1/8) times the largest
+    "flat_to_the_floor": torch.where(PLACE < 240, 1.0, 3e-6),
 }
 
 
@@ -83,7 +86,7 @@ POWERS = [
     *(
         ("to_1e-6", alpha, eps, "none", products, BUDGET)
         for eps in (0.0, 1e-3, 0.3)
-        for alpha, products in ((0.5, TOP + 21), (2.0, 1))
+        for alpha, products in ((0.5, BOUND_SQUARINGS + 21), (2.0, 1))
     ),
 ]
 

@@ -8,6 +8,7 @@ from isofast_kernels import (
     asymmetric_loss_pair,
     correlation_ema_,
     matrix_power,
+    matrix_power_triton,
     reference,
     second_moment,
 )
@@ -221,6 +222,37 @@ def test_matrix_power(guard_inputs, monkeypatch, features, alpha, eps, normalize
     torch.testing.assert_close(w.cpu(), own, rtol=1e-4, atol=2e-5 * own.abs().max().item())
     error = torch.linalg.matrix_norm(w.cpu().double() - exact, 2)
     assert error <= 5e-4 * torch.linalg.matrix_norm(exact, 2)
+
+
+@KERNELS_ONLY
+@pytest.mark.parametrize(
+    ("alpha", "eps", "normalize", "launches"),
+    [
+        # C's bound, A, the root; the other squares and the quotient go along
+        (0.5, 0.0, "spectral", 3 + 1 + 17),
+        (0.5, 0.0, "none", 3 + 1 + 17),
+        # the eigenvalue before A; three steps in place of six
+        (0.5, 0.25, "spectral", 11 + 1 + 8),
+        (1.0, 0.25, "spectral", 11 + 1),
+    ],
+)
+def test_the_launches_of_a_matrix_power(monkeypatch, alpha, eps, normalize, launches):
+    grids = []
+
+    class Counted:
+        def __init__(self, kernel):
+            self.kernel = kernel
+
+        def __getitem__(self, grid):
+            grids.append(grid)
+            return self.kernel[grid]
+
+    for name in ("_product_kernel", "_shift_kernel", "_finish_kernel"):
+        kernel = getattr(matrix_power_triton, name)
+        monkeypatch.setattr(matrix_power_triton, name, Counted(kernel))
+    corr = reference.second_moment_reference([randn(96, 32)]).to(DEVICE)
+    matrix_power(corr, alpha, eps=eps, normalize=normalize)
+    assert len(grids) == launches
 
 
 POWERS = [(0.5, 0.0), (0.5, 0.25), (1.0, 0.2), (2.0, 0.25), (0.25, 0.2), (0.25, 0.0), (0.7, 0.3)]
