@@ -175,11 +175,13 @@ def _power_builds(features: int) -> Iterator[Build]:
         )
     types = pointers("x1", "y1", "x2", "y2", "out", "m", "n", "corr", "trace")
     types |= dict.fromkeys("abc", "fp32") | {"products": "i32", "index": "i32"}
-    for name in ("product", "polynomial"):
-        for along in ("", " and square", " and quotient"):
-            flags = {"POLYNOMIAL": name == "polynomial", "SQUARE": along != ""}
-            flags["QUOTIENT"] = along == " and quotient"
-            yield _build(f"{name}{along} D={features}", types, {**shape, **side, **flags})
+    for name in (
+        *("product", "product and square", "product and quotient"),
+        *("polynomial", "polynomial and square"),
+    ):
+        flags = {word.upper(): word in name for word in ("polynomial", "quotient")}
+        flags["SQUARE"] = " and " in name
+        yield _build(f"{name} D={features}", types, {**shape, **side, **flags})
     for scaled in (False, True):
         yield _build(
             f"finish{' scaled' if scaled else ''} D={features}",

@@ -141,8 +141,9 @@ def test_every_kernel_dtype_and_tile_is_listed(all_widths):
         "correlation": 4 * dtypes * widths,
         # spectral or not, bounded or not
         "shift": 4 * widths,
-        # alone, with a square, with the quotient
-        **dict.fromkeys(("polynomial", "product"), 3 * widths),
+        # alone, with a square, a product with the quotient too
+        "polynomial": 2 * widths,
+        "product": 3 * widths,
         "finish": 2 * widths,
         "augment": len(aot.VIEWS) * dtypes,
     }
