@@ -56,8 +56,7 @@ def _(
 
 
 def _save_gradient(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    zs = inputs[0]
-    ctx.z_dtypes = [z.dtype for z in zs]
+    ctx.z_dtype = inputs[0][0].dtype
     ctx.target_count = len(inputs[1])
     ctx.save_for_backward(output[1])
     ctx.set_materialize_grads(False)
@@ -66,14 +65,13 @@ def _save_gradient(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
 def _scale_gradient(ctx, grad_loss, grad_dz):  # type: ignore[no-untyped-def]
     if grad_dz is not None:
         raise RuntimeError("asymmetric_loss can be differentiated once only")
-    if grad_loss is None:
-        return [None] * len(ctx.z_dtypes), [None] * ctx.target_count, None, None, None
     (dz_VBD,) = ctx.saved_tensors
-    # fp32 until here: the upstream gradient may be a loss scale, to be applied before rounding
-    dzs = [
-        (dz_BD * grad_loss).to(dtype)
-        for dz_BD, dtype in zip(dz_VBD.unbind(), ctx.z_dtypes, strict=True)
-    ]
+    if grad_loss is None:
+        return [None] * len(dz_VBD), [None] * ctx.target_count, None, None, None
+    # fp32 until here: the upstream gradient may be a loss scale, to be applied before rounding;
+    # all directions at once, for a launch costs more than the numbers
+    dz_VBD = (dz_VBD * grad_loss).to(ctx.z_dtype)
+    dzs = [dz_VBD[v] for v in range(len(dz_VBD))]
     return dzs, [None] * ctx.target_count, None, None, None
 
 
