@@ -53,7 +53,7 @@ def measure(root: Path) -> dict[str, float]:
     laps = [(time.perf_counter(), time.process_time())]
     dataset = open_dataset(root, "train")
     laps.append((time.perf_counter(), time.process_time()))
-    dataset = check_folder(dataset, check="headers", progress=False)
+    dataset = check_folder(dataset, check="headers")
     laps.append((time.perf_counter(), time.process_time()))
     recipe, cpu = recipe_for("cifar10"), torch.device("cpu")
     loader = TrainLoader("dali", dataset, recipe, batch_size=256, seed=0, device=cpu, threads=1)

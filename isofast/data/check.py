@@ -22,7 +22,7 @@ from PIL import Image, UnidentifiedImageError
 from tqdm import tqdm
 
 from isofast.data.files import write_atomically
-from isofast.data.folder import ImageFolder, Stamp, fingerprint_of, printable, some_of
+from isofast.data.folder import ImageFolder, fingerprint_of, printable, some_of
 from isofast.errors import UserError
 
 Check = Literal["full", "headers", "off"]
@@ -61,7 +61,6 @@ def check_folder(
     check: Check = "full",
     decoder: Decoder | None = None,
     on_bad: OnBad = "stop",
-    progress: bool = True,
 ) -> ImageFolder:
     """Check every image; return the data set with ``sizes`` and ``stamps`` filled in.
 
@@ -76,7 +75,6 @@ def check_folder(
             crash DALI.
         decoder: "dali" or "pillow"; DALI by default where it is installed.
         on_bad: "stop" refuses unreadable files; "skip" drops them and lists them in ``skipped``.
-        progress: show a bar on stderr.
 
     Raises:
         UserError: unreadable files, named; with "skip" only if a class, or the whole set, has no
@@ -88,7 +86,7 @@ def check_folder(
     known = _read_memory(dataset)
     entries = [
         _remembered(known.get(path), stamp, judge, on_bad)
-        for path, stamp in zip(dataset.paths, dataset.listed_stamps(), strict=True)
+        for path, stamp in zip(dataset.paths, dataset.stamps.tolist(), strict=True)
     ]
     pending = [k for k, entry in enumerate(entries) if entry is None]
     pieces = [pending[k : k + _FILES_A_TASK] for k in range(0, len(pending), _FILES_A_TASK)]
@@ -102,7 +100,7 @@ def check_folder(
             total=len(pending),
             unit="image",
             # None: no bar unless stderr is a terminal
-            disable=None if progress and pending else True,
+            disable=None if pending else True,
         )
         for k, entry in zip(pending, bar, strict=True):
             entries[k] = entry
@@ -112,27 +110,29 @@ def check_folder(
     lasting = {path: e for path, e in zip(dataset.paths, found, strict=True) if e.judge}
     if lasting != known:
         _write_memory(dataset, lasting)
+    checked = replace(
+        dataset,
+        sizes=np.array([(entry.height, entry.width) for entry in found], np.int64),
+        stamps=np.array([entry[:2] for entry in found], np.int64),
+    )
     bad = {k: entry.problem for k, entry in enumerate(found) if entry.problem}
-    problems = {dataset.where(k): problem for k, problem in bad.items()}
-    if bad and on_bad == "stop":
-        raise UserError(f"{_bad_files(dataset, problems)}. {_REMEDY}")
-    kept = dataset.subset([k for k in range(len(dataset)) if k not in bad]) if bad else dataset
+    if not bad:
+        return checked
+    problems = _bad_files(dataset, {dataset.where(k): problem for k, problem in bad.items()})
+    if on_bad == "stop":
+        raise UserError(f"{problems}. {_REMEDY}")
+    kept = checked.subset([k for k in range(len(dataset)) if k not in bad])
     empty = sorted(set(range(len(dataset.classes))) - set(kept.labels.tolist()))
     if empty or not len(kept):
         what = f"the class {dataset.classes[empty[0]]}" if empty else "the data set"
         raise UserError(
-            f"{_bad_files(dataset, problems)}. That leaves no image of {what}: replace these "
-            "files, or remove the class folder from train and val"
+            f"{problems}. That leaves no image of {what}: replace these files, or remove the class "
+            "folder from train and val"
         )
-    good = [entry for entry in found if not entry.problem]
     return replace(
         kept,
-        sizes=np.array([(entry.height, entry.width) for entry in good], dtype=np.int64),
-        stamps=tuple(entry[:2] for entry in good),
         skipped={dataset.paths[k]: problem for k, problem in bad.items()},
-        fingerprint=fingerprint_of(kept.paths, kept.labels, [entry.bytes for entry in good])
-        if bad
-        else dataset.fingerprint,
+        fingerprint=fingerprint_of(kept.paths, kept.labels, kept.stamps[:, 0]),
     )
 
 
@@ -144,10 +144,7 @@ def default_decoder() -> Decoder:
 @functools.cache
 def has_dali() -> bool:
     """Return whether DALI is installed, without importing it."""
-    try:
-        return importlib.util.find_spec("nvidia.dali") is not None
-    except ModuleNotFoundError:
-        return False
+    return all(importlib.util.find_spec(name) for name in ("nvidia", "nvidia.dali"))
 
 
 def skipped_note(dataset: ImageFolder) -> str:
@@ -157,32 +154,32 @@ def skipped_note(dataset: ImageFolder) -> str:
     return printable(f"{_bad_files(dataset, dataset.skipped)}. They are left out")
 
 
-def remember_bad(dataset: ImageFolder, indices: Sequence[int], reason: str) -> None:
+def remember_bad(dataset: ImageFolder, indices: Sequence[int]) -> None:
     """Record images that passed the check as bad, so that "skip" leaves them out."""
     memory = _read_memory(dataset)
     for path in (dataset.paths[index] for index in indices):
         if path in memory:
-            memory[path] = memory[path]._replace(problem=reason)
+            problem = "it could not be decoded in training"
+            memory[path] = memory[path]._replace(problem=problem)
     _write_memory(dataset, memory)
 
 
 def hand_on(source: ImageFolder, copy: ImageFolder) -> None:
-    """Remember of a copy, equal byte for byte, what is known of its source."""
-    known = _read_memory(source)
-    stamps = dict(zip(source.paths, source.stamps or (), strict=True))
-    memory = {}
-    for path, (size, mtime_ns) in zip(copy.paths, copy.listed_stamps(), strict=True):
-        entry = known.get(path)
-        # a read-only root may remember earlier files
-        if entry is not None and entry[:2] == stamps[path]:
-            memory[path] = entry._replace(bytes=size, mtime_ns=mtime_ns)
+    """Remember that a copy, equal byte for byte, is as good as its checked source."""
+    assert source.sizes is not None
+    judge = default_decoder()
+    rows = zip(copy.paths, copy.stamps.tolist(), source.sizes.tolist(), strict=True)
+    memory = {
+        path: _Entry(size, mtime_ns, judge, height, width)
+        for path, (size, mtime_ns), (height, width) in rows
+    }
     _write_memory(copy, memory)
 
 
-def _remembered(entry: _Entry | None, stamp: Stamp, judge: str, on_bad: OnBad) -> _Entry | None:
+def _remembered(entry: _Entry | None, stamp: list[int], judge: str, on_bad: OnBad) -> _Entry | None:
     """The earlier result for a file of this stamp; None if it must be judged now."""
     # every judge reads the headers
-    if entry is None or entry[:2] != stamp or judge not in (entry.judge, "headers"):
+    if entry is None or [*entry[:2]] != stamp or judge not in (entry.judge, "headers"):
         return None
     # a bad file that stopped a run may have been repaired, whatever its stamp
     return None if entry.problem and on_bad == "stop" else entry
@@ -205,7 +202,7 @@ def _judge(dataset: ImageFolder, index: int, judge: str) -> _Entry:
         return _Entry(0, 0, "", problem=error.strerror or str(error))
 
 
-def _decode(file: BinaryIO, stamp: Stamp, judge: str) -> _Entry:
+def _decode(file: BinaryIO, stamp: tuple[int, int], judge: str) -> _Entry:
     try:
         image = Image.open(file)
         if image.format not in _FORMATS:

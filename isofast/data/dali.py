@@ -108,18 +108,13 @@ class DaliPipeline:
         except StopIteration:
             self._pipeline.reset()
             return None
-        except RunError:
-            self.close()
-            raise
         except RuntimeError as error:
-            if "alloc" in str(error):
-                # of memory, which no file is to blame for
-                self.close()
-                raise
-            fed = sorted({int(index) for batch in self._in_progress for index in batch})
             # DALI pipelines do not recover from a failure
             self.close()
-            raise self._blame(fed, error) from error
+            # no file is to blame for a lack of memory
+            if isinstance(error, RunError) or "alloc" in str(error):
+                raise
+            raise self._blame(error) from error
         tensors = [output.as_tensor() for output in outputs]
         # DALI reuses freed GPU memory in the order of its own streams, not of torch's: copy
         made = torch.empty((len(tensors), *tensors[0].shape()), device=self._device)
@@ -142,16 +137,16 @@ class DaliPipeline:
         encoded = [np.frombuffer(content, np.uint8) for content in contents]
         return [encoded, *map(np.ascontiguousarray, arrays)]
 
-    def _blame(self, fed: list[int], error: RuntimeError) -> RunError:
-        """Find which of the files DALI refuses."""
+    def _blame(self, error: RuntimeError) -> RunError:
+        """Find which of the files in progress DALI refuses."""
+        fed = sorted({int(index) for batch in self._in_progress for index in batch})
         decoder = SingleDecoder(self._device)
         refused = [k for k in fed if not decoder.decodes(read_files(self._dataset, [k])[0])]
-        root = self._dataset.root
         # if it decodes none of them, the device fails
         if not refused or len(refused) == len(fed) > 1:
             return RunError(
-                f"DALI could not make a batch of images in {root}; of the {len(fed)} in progress "
-                f"no single one is to blame: {error}"
+                f"DALI could not make a batch of images in {self._dataset.root}; of the {len(fed)} "
+                f"in progress no single one is to blame: {error}"
             )
         return self._undecodable(refused, len(fed))
 
@@ -164,8 +159,6 @@ class DaliPipeline:
 
 class DaliRenderer(DaliPipeline):
     """Makes both views of batches; options are those of `DaliPipeline`."""
-
-    backend = "dali"
 
     def __init__(self, dataset: ImageFolder, recipe: Recipe, **options: Any) -> None:
         self._rows = (recipe.view1, recipe.view2)
@@ -268,10 +261,10 @@ def _pipeline(batch_size: int, device: torch.device, threads: int, prefetch: int
 
 
 def _two_views(recipe: Recipe, image: Node, fed: list[Node]) -> list[Node]:
-    first = len(_operands(recipe.view1))
+    given = iter(fed)
     return [
-        _view(recipe, row, image, dict(zip(_operands(row), given, strict=True)))
-        for row, given in ((recipe.view1, fed[:first]), (recipe.view2, fed[first:]))
+        _view(recipe, row, image, {name: next(given) for name in _operands(row)})
+        for row in (recipe.view1, recipe.view2)
     ]
 
 

@@ -26,8 +26,6 @@ UNLABELLED = -1
 _NAMED = f"*{', *'.join(EXTENSIONS)}"
 _SHOWN = 5
 
-# size in bytes and modification time in ns: is this the file that was checked?
-Stamp = tuple[int, int]
 # name, size in bytes, time in ns, number of the tar (-1: none), first byte in it
 _Row = tuple[str, int, int, int, int]
 
@@ -50,12 +48,11 @@ class ImageFolder:
         paths: relative to root, with "/".
         labels: int64; -1 for images without one.
         fingerprint: sha256 over paths, labels and file sizes.
-        listed: (N, 2) int64, the stamp of each file as listed; in a tar, its size and the tar's
-            time.
+        stamps: (N, 2) int64, size in bytes and modification time in ns of each file as checked, or
+            as listed if it is not; in a tar, its size and the tar's time.
         tars: the tars that hold images.
         places: (N, 2) int64, number of the tar and first byte in it; -1, 0 for a file of its own.
         sizes: (N, 2) int64, height and width in pixels as stored; None if unchecked.
-        stamps: of each file as checked; None if unchecked.
         skipped: files that the check left out, and the problem of each.
         ignored: files that look like pictures but are not used, sorted.
     """
@@ -66,11 +63,10 @@ class ImageFolder:
     paths: tuple[str, ...]
     labels: npt.NDArray[np.int64]
     fingerprint: str
-    listed: npt.NDArray[np.int64]
+    stamps: npt.NDArray[np.int64]
     tars: tuple[Tar, ...]
     places: npt.NDArray[np.int64]
     sizes: npt.NDArray[np.int64] | None = None
-    stamps: tuple[Stamp, ...] | None = None
     skipped: Mapping[str, str] = field(default_factory=dict)
     ignored: tuple[str, ...] = ()
 
@@ -85,15 +81,10 @@ class ImageFolder:
             self,
             paths=tuple(self.paths[k] for k in keep),
             labels=self.labels[keep],
-            listed=self.listed[keep],
+            stamps=self.stamps[keep],
             places=self.places[keep],
             sizes=None if self.sizes is None else self.sizes[keep],
-            stamps=None if self.stamps is None else tuple(self.stamps[k] for k in keep),
         )
-
-    def listed_stamps(self) -> Iterator[Stamp]:
-        """Yield ``listed`` as tuples."""
-        return zip(*self.listed.T.tolist(), strict=True)
 
     def open(self, index: int) -> BinaryIO:
         """Open an image's file, or its part of a tar.
@@ -104,7 +95,7 @@ class ImageFolder:
         number, offset = self.places[index].tolist()
         if number < 0:
             return open(os.path.join(self.root, self.paths[index]), "rb")
-        return open_member(self.tars[number], offset, int(self.listed[index, 0]))
+        return open_member(self.tars[number], offset, int(self.stamps[index, 0]))
 
     def where(self, index: int) -> str:
         """Return the path of an image, or of its tar with the image's name."""
@@ -168,12 +159,12 @@ def read_files(dataset: ImageFolder, indices: Iterable[int]) -> list[bytes]:
     """
     contents = []
     for index in indices:
-        stamp = dataset.stamps[index] if dataset.stamps is not None else None
         try:
             with dataset.open(index) as file:
                 content = file.read()
-                now = (len(content), os.fstat(file.fileno()).st_mtime_ns)
-            problem = "" if stamp in (None, now) else "it has changed"
+                now = [len(content), os.fstat(file.fileno()).st_mtime_ns]
+            changed = dataset.sizes is not None and now != dataset.stamps[index].tolist()
+            problem = "it has changed" if changed else ""
         except OSError as error:
             problem = error.strerror or str(error)
         if problem:

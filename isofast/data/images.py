@@ -1,5 +1,6 @@
 """The images of a run: listed, checked, and the same on every rank."""
 
+from functools import partial
 from typing import NamedTuple
 
 from isofast.config.schema import Config
@@ -47,11 +48,8 @@ def check_images(config: Config, images: Images) -> Images:
         UserError: unreadable images, unless ``data.on_bad_image`` skips them.
     """
     data = config.data
-
-    def check(split: ImageFolder) -> ImageFolder:
-        decoder = "pillow" if data.backend == "resident" else default_decoder()
-        return check_folder(split, check=data.check, decoder=decoder, on_bad=data.on_bad_image)
-
+    decoder = "pillow" if data.backend == "resident" else default_decoder()
+    check = partial(check_folder, check=data.check, decoder=decoder, on_bad=data.on_bad_image)
     return Images(check(images.train), None if images.val is None else check(images.val))
 
 

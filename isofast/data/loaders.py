@@ -1,9 +1,11 @@
 """The loaders of training and evaluation, and the choice of what makes their images."""
 
 import contextlib
+import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,12 +16,18 @@ from isofast.data.check import has_dali, remember_bad
 from isofast.data.draw import Ints, draw, epoch_order
 from isofast.data.folder import ImageFolder, UndecodableError, read_sizes
 from isofast.data.recipe import Recipe
-from isofast.data.resident import ResidentCleanRenderer, ResidentRenderer, resident_gb
+from isofast.data.resident import (
+    ResidentRenderer,
+    clean_image,
+    decode_images,
+    normalised,
+    resident_gb,
+)
 from isofast.errors import RunError, UserError
 from isofast_kernels.augment_reference import BLUR_REACH
 
 if TYPE_CHECKING:
-    from isofast.data.dali import DaliCleanRenderer, DaliRenderer
+    from isofast.data.dali import DaliRenderer
 
 _GET_DALI = "install it with `pip install nvidia-dali-cuda130` (nvidia-dali-cuda120 for CUDA 12)"
 # numpy's cost per call no longer matters, and the words still fit a cache
@@ -184,15 +192,26 @@ class EvalLoader:
     ) -> None:
         index_N = np.asarray(indices, dtype=np.int64)
         fits = resident_gb(len(index_N), recipe.crop, recipe.crop) <= resident_limit_gb
-        options: dict[str, Any] = {"device": device, "threads": threads}
-        with _bad_images_remembered(dataset):
-            self._renderer: ResidentCleanRenderer | DaliCleanRenderer = (
-                ResidentCleanRenderer(dataset, recipe, index_N, progress=progress, **options)
-                if backend == "resident" and fits
-                else _dali().DaliCleanRenderer(dataset, recipe, batch_size=batch_size, **options)
-            )
         self._dataset = dataset
         self._batches = [index_N[k : k + batch_size] for k in range(0, len(index_N), batch_size)]
+        self._images: Callable[[], Iterator[torch.Tensor]]
+        if backend == "resident" and fits:
+            with _bad_images_remembered(dataset):
+                images_NHW3 = decode_images(
+                    dataset,
+                    index_N,
+                    device,
+                    threads=threads,
+                    progress=progress,
+                    transform=partial(clean_image, recipe),
+                )
+            pieces = torch.split(images_NHW3.permute(0, 3, 1, 2), batch_size)
+            self._images = lambda: (normalised(recipe, piece) for piece in pieces)
+        else:
+            renderer = _dali().DaliCleanRenderer(
+                dataset, recipe, batch_size=batch_size, device=device, threads=threads
+            )
+            self._images = lambda: renderer.render(self._batches)
 
     def __len__(self) -> int:
         """Number of batches, including the short one."""
@@ -204,7 +223,7 @@ class EvalLoader:
         Raises:
             RunError: an image can no longer be read.
         """
-        images = self._renderer.render(self._batches)
+        images = self._images()
         for index_B in self._batches:
             with _bad_images_remembered(self._dataset):
                 x_BCHW = next(images)
@@ -232,23 +251,17 @@ def draw_views(
         threads: CPU threads.
         seed: of the draws.
     """
-    loader = TrainLoader(
-        backend,
-        # numbered, because every epoch has an order of its own
-        replace(dataset, labels=np.arange(len(dataset))),
-        recipe,
-        batch_size=len(dataset),
-        seed=seed,
-        device=device,
-        threads=threads,
-    )
-    try:
-        for _ in range(draws):
-            batch = next(loader)
+    # numbered, because every epoch has an order of its own
+    numbered = replace(dataset, labels=np.arange(len(dataset)))
+    count = len(dataset)
+    with contextlib.closing(
+        TrainLoader(
+            backend, numbered, recipe, batch_size=count, seed=seed, device=device, threads=threads
+        )
+    ) as loader:
+        for batch in itertools.islice(loader, draws):
             place_N = batch.y_B.argsort()
             yield batch.x1_BCHW[place_N], batch.x2_BCHW[place_N]
-    finally:
-        loader.close()
 
 
 def resolve_backend(
@@ -337,9 +350,9 @@ def _bad_images_remembered(dataset: ImageFolder) -> Iterator[None]:
     try:
         yield
     except UndecodableError as error:
-        remember_bad(dataset, error.indices, "it could not be decoded in training")
+        remember_bad(dataset, error.indices)
         # only checked images are remembered
-        way_out = "data.on_bad_image=skip" if dataset.stamps is not None else "data.check=full"
+        way_out = "data.on_bad_image=skip" if dataset.sizes is not None else "data.check=full"
         aside = ", or do without them: evaluation.every_epochs=0" * (dataset.split == "val")
         raise RunError(
             f"{error}. Without a checkpoint, replace or delete these files, or start with "

@@ -55,7 +55,7 @@ def _write(dataset: ImageFolder, folder: Path, limit: int) -> None:
         for top in np.unique(tops_N):
             (index_N,) = np.nonzero(tops_N == top)
             # where each would begin in one long tar: a header, and the content in whole blocks
-            blocks_N = 1 + -(-dataset.listed[index_N, 0] // tarfile.BLOCKSIZE)
+            blocks_N = 1 + -(-dataset.stamps[index_N, 0] // tarfile.BLOCKSIZE)
             number_N = (np.cumsum(blocks_N) - blocks_N) * tarfile.BLOCKSIZE // limit
             pieces = np.split(index_N, np.flatnonzero(np.diff(number_N)) + 1)
             (folder / top).mkdir()

@@ -6,9 +6,8 @@ torchvision.io crashes the process at a PNG with a wrong checksum (torchvision 0
 """
 
 import io
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 
 import numpy as np
 import numpy.typing as npt
@@ -17,7 +16,6 @@ from PIL import Image
 from torchvision.transforms.v2 import functional
 from tqdm import tqdm
 
-from isofast.config.schema import ViewConfig
 from isofast.data.batches import Batch, Chunk
 from isofast.data.draw import Ints, ViewDraw
 from isofast.data.folder import ImageFolder, UndecodableError, read_files
@@ -38,8 +36,6 @@ class ResidentRenderer:
     has no affine maps.
     """
 
-    backend = "resident"
-
     def __init__(
         self,
         dataset: ImageFolder,
@@ -48,7 +44,7 @@ class ResidentRenderer:
         device: torch.device,
         threads: int,
         dtype: torch.dtype = torch.float32,
-        progress: bool = True,
+        progress: bool,
     ) -> None:
         self._labels = dataset.labels
         self._recipe, self._device, self._dtype = recipe, device, dtype
@@ -103,46 +99,13 @@ class ResidentRenderer:
         return [torch.from_numpy(array) for array in arrays]
 
 
-class ResidentCleanRenderer:
-    """Makes clean images, of any sizes, resized and cropped once and kept on the device."""
-
-    def __init__(
-        self,
-        dataset: ImageFolder,
-        recipe: Recipe,
-        indices: Ints,
-        *,
-        device: torch.device,
-        threads: int,
-        progress: bool = True,
-    ) -> None:
-        self._images_N3HW = decode_images(
-            dataset,
-            indices,
-            device,
-            threads=threads,
-            progress=progress,
-            transform=partial(clean_image, recipe),
-        ).permute(0, 3, 1, 2)
-        self._place = {int(index): k for k, index in enumerate(indices)}
-        self._recipe = recipe
-
-    def render(self, batches: Iterable[Ints]) -> Iterator[torch.Tensor]:
-        """Yield (B, 3, crop, crop) float32, channels_last, for each batch of image numbers."""
-        for index_B in batches:
-            places = [self._place[int(index)] for index in index_B]
-            yield normalised(self._recipe, self._images_N3HW[places])
-
-
 def clean_image(recipe: Recipe, image_HW3: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
     """Return the clean view of an image, (crop, crop, 3), not normalised."""
     image_3HW = torch.from_numpy(image_HW3).permute(2, 0, 1)
     bicubic = functional.InterpolationMode.BICUBIC
     resized = functional.resize(image_3HW, [recipe.resize_short], bicubic, antialias=True)
-    cropped: npt.NDArray[np.uint8] = (
-        functional.center_crop(resized, [recipe.crop]).permute(1, 2, 0).numpy()
-    )
-    return cropped
+    cropped_3HW: torch.Tensor = functional.center_crop(resized, [recipe.crop])
+    return cropped_3HW.permute(1, 2, 0).numpy()
 
 
 def normalised(recipe: Recipe, images_B3HW: torch.Tensor) -> torch.Tensor:
@@ -160,24 +123,22 @@ def resident_gb(images: int, height: int, width: int) -> float:
 
 def parameter_rows(recipe: Recipe, drawn: Sequence[ViewDraw]) -> npt.NDArray[np.float32]:
     """Return the parameters of both views as the kernel's rows, (V, N, P) float32."""
-    rows = (recipe.view1, recipe.view2)
-    return np.stack([_rows(row, view) for row, view in zip(rows, drawn, strict=True)])
-
-
-def _rows(row: ViewConfig, view: ViewDraw) -> npt.NDArray[np.float32]:
-    columns: dict[str, npt.NDArray[np.generic]] = {
-        **dict(zip(("top", "left", "height", "width"), view.window_N4.T, strict=True)),
-        **dict(zip(("first", "second", "third", "fourth"), view.order_N4.T, strict=True)),
-        "brightness": view.brightness_N,
-        "contrast": view.contrast_N,
-        "saturation": view.saturation_N,
-        "hue": view.hue_N,
-        "gray": view.gray_N,
-        "blur_sigma": view.blur_sigma_N,
-        "solarize_from": np.where(view.solarize_N, row.solarize_threshold, 256),
-        "flip": view.flip_N,
-    }
-    return np.stack([columns[name] for name in COLUMNS], axis=1).astype(np.float32)
+    rows = []
+    for row, view in zip((recipe.view1, recipe.view2), drawn, strict=True):
+        columns: dict[str, npt.NDArray[np.generic]] = {
+            **dict(zip(("top", "left", "height", "width"), view.window_N4.T, strict=True)),
+            **dict(zip(("first", "second", "third", "fourth"), view.order_N4.T, strict=True)),
+            "brightness": view.brightness_N,
+            "contrast": view.contrast_N,
+            "saturation": view.saturation_N,
+            "hue": view.hue_N,
+            "gray": view.gray_N,
+            "blur_sigma": view.blur_sigma_N,
+            "solarize_from": np.where(view.solarize_N, row.solarize_threshold, 256),
+            "flip": view.flip_N,
+        }
+        rows.append(np.stack([columns[name] for name in COLUMNS], axis=1))
+    return np.stack(rows).astype(np.float32)
 
 
 def decode_images(
@@ -186,7 +147,7 @@ def decode_images(
     device: torch.device,
     *,
     threads: int,
-    progress: bool = True,
+    progress: bool,
     transform: Callable[[npt.NDArray[np.uint8]], npt.NDArray[np.uint8]] | None = None,
 ) -> torch.Tensor:
     """Decode images once, by Pillow.

@@ -59,12 +59,12 @@ def root(tmp_path: Path, pictures: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def train_set(pictures: Path) -> ImageFolder:
-    return check_folder(open_dataset(pictures, "train"), progress=False)
+    return check_folder(open_dataset(pictures, "train"))
 
 
 @pytest.fixture(scope="session")
 def val_set(pictures: Path) -> ImageFolder:
-    return check_folder(open_dataset(pictures, "val"), progress=False)
+    return check_folder(open_dataset(pictures, "val"))
 
 
 @pytest.fixture(scope="session")
@@ -77,7 +77,7 @@ def photo_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def photo_set(photo_root: Path) -> ImageFolder:
-    return check_folder(open_dataset(photo_root, "train"), progress=False)
+    return check_folder(open_dataset(photo_root, "train"))
 
 
 @pytest.fixture(scope="session")
@@ -144,4 +144,4 @@ def tiny_root(tmp_path_factory: pytest.TempPathFactory, tiny_zip: Path) -> Path:
 @pytest.fixture(scope="session")
 def photos(tiny_root: Path) -> ImageFolder:
     """The 1,000 real validation pictures, 64 x 64, some of them gray."""
-    return check_folder(open_dataset(tiny_root, "val"), progress=False)
+    return check_folder(open_dataset(tiny_root, "val"))

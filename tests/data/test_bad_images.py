@@ -49,7 +49,7 @@ def test_the_culprit_is_named_and_can_be_skipped(
     """As where a GPU's decoder refuses what a check has let pass."""
     if backend == "resident":
         culprit.write_bytes(PNG[: len(PNG) // 2])
-    how: Any = {"check": check, "decoder": "pillow", "progress": False}
+    how: Any = {"check": check, "decoder": "pillow"}
     dataset = check_folder(open_dataset(root, "train"), **how)
     assert len(dataset) == 64
     refusal = {"dali": r"DALI cannot decode 1 of the \d+ images", "resident": "Pillow cannot dec"}
@@ -71,7 +71,7 @@ def test_an_unchecked_png_that_ends_early_is_named(root: Path, length: int) -> N
     """DALI itself would end the process, in three runs of four."""
     path = root / "train" / "b" / "17.png"
     path.write_bytes(PNG[:length])
-    dataset = check_folder(open_dataset(root, "train"), check="headers", progress=False)
+    dataset = check_folder(open_dataset(root, "train"), check="headers")
     with pytest.raises(RunError, match=f"DALI cannot decode 1 of the 16 images.*{path}"):
         two_epochs(dataset)
 
@@ -90,7 +90,7 @@ def test_without_a_check_a_file_without_a_header_is_named(
 
 def test_a_validation_image_need_not_end_the_run(root: Path, culprit: Path) -> None:
     (root / "train").rename(root / "val")
-    dataset = check_folder(open_dataset(root, "val"), decoder="pillow", progress=False)
+    dataset = check_folder(open_dataset(root, "val"), decoder="pillow")
     loader = eval_loader(dataset, RECIPE, range(64), batch_size=16)
     with pytest.raises(RunError, match=r"restore these undamaged.*evaluation\.every_epochs=0"):
         list(loader)
@@ -98,16 +98,16 @@ def test_a_validation_image_need_not_end_the_run(root: Path, culprit: Path) -> N
 
 def test_where_no_file_is_to_blame_none_is_named(root: Path) -> None:
     """The window of a recipe for larger pictures lies outside of these."""
-    dataset = check_folder(open_dataset(root, "train"), progress=False)
+    dataset = check_folder(open_dataset(root, "train"))
     with pytest.raises(RunError, match="no single one is to blame"):
         two_epochs(replace(dataset, sizes=dataset.sizes * 4))
-    assert len(check_folder(dataset, on_bad="skip", progress=False)) == 64
+    assert len(check_folder(dataset, on_bad="skip")) == 64
 
 
 def test_a_decoder_that_fails_at_everything_makes_no_file_bad(root: Path, culprit: Path) -> None:
     for path in (root / "train").glob("*/*.png"):
         path.write_bytes(culprit.read_bytes())
-    dataset = check_folder(open_dataset(root, "train"), check="headers", progress=False)
+    dataset = check_folder(open_dataset(root, "train"), check="headers")
     with pytest.raises(RunError, match="no single one is to blame"):
         two_epochs(dataset)
     memory = json.loads((root / ".isofast-checked-train.json").read_text())

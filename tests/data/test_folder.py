@@ -34,7 +34,7 @@ def test_listing(pictures: Path) -> None:
     assert [train.classes[label] for label in train.labels] == [
         p.split("/")[1] for p in train.paths
     ]
-    checked = check_folder(train, progress=False)
+    checked = check_folder(train)
     for path, (height, width) in zip(checked.paths, checked.sizes, strict=True):
         with Image.open(pictures / path) as image:
             assert (height, width) == (image.height, image.width)
@@ -110,7 +110,7 @@ def test_pictures_that_are_not_used_are_counted(
     # and this is one
     image.save(folder / "ZZ.JPEG")
 
-    train = check_folder(open_dataset(root, "train"), progress=False)
+    train = check_folder(open_dataset(root, "train"))
     assert len(train) == 52 and "train/class0/ZZ.JPEG" in train.paths
     assert train.ignored == (
         "train/class0/a.webp",
@@ -154,7 +154,7 @@ def test_pictures_alone_are_a_data_set(tmp_path: Path, pictures: Path) -> None:
     add_unlabeled(tmp_path, 4)
     train = open_dataset(tmp_path, "train")
     assert train.classes == () and train.labels.tolist() == [-1] * 4
-    assert check_folder(train, progress=False).sizes.tolist() == [[24, 24]] * 4
+    assert check_folder(train).sizes.tolist() == [[24, 24]] * 4
     counts = prepare("imagefolder", tmp_path)
     assert (counts.classes, counts.train, counts.val, counts.unlabeled) == (0, 4, 0, 4)
     assert "evaluation.every_epochs=0" in str(counts)
@@ -186,7 +186,7 @@ def test_names_that_are_not_utf8_are_taken_and_printed(
 
 
 def test_only_the_files_that_were_checked_are_read(root: Path) -> None:
-    dataset = check_folder(open_dataset(root, "val"), progress=False)
+    dataset = check_folder(open_dataset(root, "val"))
     paths = [root / path for path in dataset.paths]
     assert read_files(dataset, [2, 0]) == [paths[2].read_bytes(), paths[0].read_bytes()]
     paths[3].unlink()

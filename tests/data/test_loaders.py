@@ -211,7 +211,7 @@ def test_digits_views_are_affine_and_unmirrored(tmp_path: Path) -> None:
     assert recipe.view1.flip_p == 0 and recipe.view1.has_affine
     nothing = {"degrees": 0.001, "translate": 0.0, "scale": (1.0, 1.0), "shear": 0.0}
     still = recipe.view1.model_copy(update={**nothing, "jitter_p": 0.0})
-    dataset = numbered(check_folder(open_dataset(tmp_path, "train"), progress=False))
+    dataset = numbered(check_folder(open_dataset(tmp_path, "train")))
     loader = train_loader(dataset, replace(recipe, view1=still), batch_size=32)
     batch = next(loader)
     ((x, _),) = eval_loader(dataset, recipe, batch.y_B.numpy(), batch_size=32)
@@ -234,7 +234,7 @@ def test_a_file_spoiled_during_the_run_is_named(
 ) -> None:
     """And DALI never sees it, whose decoder can take the whole process down."""
     shutil.copytree(pictures, tmp_path / "data")
-    dataset = check_folder(open_dataset(tmp_path / "data", "train"), progress=False)
+    dataset = check_folder(open_dataset(tmp_path / "data", "train"))
     loader = train_loader(dataset, recipe, batch_size=51)
     next(loader)
     spoil(tmp_path / "data" / dataset.paths[7])
@@ -284,10 +284,10 @@ def test_too_few_images_are_refused(photo_set: ImageFolder, recipe: Recipe, back
 def test_views_do_not_depend_on_the_check(pictures: Path, recipe: Recipe, check: Any) -> None:
     """Without one, sizes come from the headers of a batch's files."""
     listed = open_dataset(pictures, "train")
-    checked = check_folder(listed, check=check, progress=False)
+    checked = check_folder(listed, check=check)
     assert (checked.sizes is None) is (check == "off")
     ours = train_loader(checked, recipe)
-    theirs = train_loader(check_folder(listed, progress=False), recipe)
+    theirs = train_loader(check_folder(listed), recipe)
     assert_same(take(ours, 14), take(theirs, 14))
 
 

@@ -154,7 +154,7 @@ def test_real_tinyimagenet_keeps_its_files(tiny_zip: Path, tiny_root: Path) -> N
     assert len(ours) == 11_000
     assert ours == stored
     for split, count in (("train", 500), ("val", 50)):
-        dataset = check_folder(open_dataset(tiny_root, split), progress=False)
+        dataset = check_folder(open_dataset(tiny_root, split))
         assert Counter(dataset.labels.tolist()) == dict.fromkeys(range(20), count)
         assert (dataset.sizes == 64).all()
 

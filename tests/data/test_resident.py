@@ -34,7 +34,7 @@ def test_files_do_not_matter_once_they_are_decoded(
     tmp_path: Path, photo_root: Path, make_loader: MakeLoader
 ) -> None:
     shutil.copytree(photo_root, tmp_path / "data")
-    dataset = check_folder(open_dataset(tmp_path / "data", "train"), progress=False)
+    dataset = check_folder(open_dataset(tmp_path / "data", "train"))
     loader = make_loader(dataset, backend="resident")
     shutil.rmtree(tmp_path / "data")
     assert_same(take(loader, 14), take(make_loader(backend="resident"), 14))

@@ -31,7 +31,7 @@ Write = Callable[..., Path]
 
 
 def checked(root: Path, split: str = "train", **options: Any) -> ImageFolder:
-    return check_folder(open_dataset(root, split), progress=False, **options)
+    return check_folder(open_dataset(root, split), **options)
 
 
 def assert_same_images(ours: ImageFolder, theirs: ImageFolder) -> None:
@@ -283,7 +283,7 @@ def test_headers_are_read_once(packed: Path) -> None:
     stamp = tar.stat().st_mtime_ns
     _overwrite(tar, 0)
     os.utime(tar, ns=(stamp, stamp))
-    assert_same_images(checked(packed), check_folder(first, progress=False))
+    assert_same_images(checked(packed), check_folder(first))
     for spoil in (lambda: index.write_bytes(index.read_bytes()[:-100]), index.unlink):
         spoil()
         with pytest.raises(UserError, match=WHOLE):

@@ -34,7 +34,7 @@ pytestmark = [
 
 @pytest.fixture
 def images(digits: Path) -> ImageFolder:
-    return check_folder(open_dataset(digits, "train"), progress=False)
+    return check_folder(open_dataset(digits, "train"))
 
 
 def loader_on(device: str, backend: str, images: ImageFolder, recipe: Recipe) -> TrainLoader:
@@ -73,7 +73,7 @@ def test_dali_decodes_jpegs_as_on_the_cpu(tmp_path: Path) -> None:
         coarse.resize((64, 64), Image.Resampling.NEAREST).save(
             folder / f"{k}.jpg", quality=95, subsampling="4:2:0"
         )
-    images = check_folder(open_dataset(tmp_path, "train"), progress=False)
+    images = check_folder(open_dataset(tmp_path, "train"))
     recipe = recipe_for("imagefolder", crop=64)
     levels = 255 * torch.tensor(recipe.std).view(-1, 1, 1)
     made = []
