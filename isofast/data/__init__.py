@@ -3,15 +3,9 @@
 DALI is imported only by what needs it: its own loader, and a check of files that it will read.
 """
 
-from isofast.data.batches import Batch
 from isofast.data.check import check_folder, skipped_note
 from isofast.data.folder import UNLABELLED, ImageFolder, ignored_note, open_dataset
-from isofast.data.loaders import (
-    EvalLoader,
-    TrainLoader,
-    draw_views,
-    resolve_backend,
-)
+from isofast.data.loaders import Batch, EvalLoader, TrainLoader, draw_views, resolve_backend
 from isofast.data.recipe import Recipe, recipe_for
 
 __all__ = [

@@ -17,8 +17,7 @@ from nvidia.dali import Pipeline, fn, types
 from nvidia.dali.plugin.pytorch import feed_ndarray
 
 from isofast.config.schema import ViewConfig
-from isofast.data.batches import Batch, Chunk
-from isofast.data.draw import Ints, ViewDraw, clean_windows, colour_matrices
+from isofast.data.draw import Chunk, Ints, ViewDraw, clean_windows, colour_matrices
 from isofast.data.folder import ImageFolder, UndecodableError, read_files, read_sizes, some_of
 from isofast.data.recipe import Recipe
 from isofast.errors import RunError
@@ -165,13 +164,13 @@ class DaliRenderer(DaliPipeline):
         fed = sum(len(_operands(row)) for row in self._rows)
         super().__init__(dataset, partial(_two_views, recipe), fed, **options)
 
-    def render(self, chunks: Iterator[Chunk]) -> Iterator[Batch]:
-        """Yield the batches of the chunks, which are read ahead."""
+    def render(self, chunks: Iterator[Chunk]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Yield x_NCHW and y_B of the chunks' batches, which are read ahead."""
         for index_B, x_NCHW in self.run(self._fed(chunks)):
             y_B = torch.from_numpy(self._dataset.labels[index_B])
             if self._device.type == "cuda":
                 y_B = y_B.pin_memory().to(self._device, non_blocking=True)
-            yield Batch(x_NCHW, y_B)
+            yield x_NCHW, y_B
 
     def describe(self) -> str:
         """One line on what makes the batches."""

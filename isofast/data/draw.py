@@ -57,6 +57,10 @@ class ViewDraw:
         return ViewDraw(*(getattr(self, field.name)[images] for field in fields(self)))
 
 
+# T consecutive batches of B images, (T, B), and the parameters of both views of the T * B images
+Chunk = tuple[Ints, ViewDraw, ViewDraw]
+
+
 def philox(counter_X4: Words, seed: int) -> Words:
     """Philox 4x32-10: four random 32-bit words for each counter of four 32-bit words.
 
@@ -109,8 +113,7 @@ def draw(
         view: 1 or 2.
         sizes_N2: height and width of each stored image, in pixels.
         indices_N: which images of the data set these are; the key of their randomness.
-        seed: the run's seed.
-        epoch: the epoch, from 0.
+        seed, epoch: the run's seed, and the epoch from 0.
     """
     row = {1: recipe.view1, 2: recipe.view2}[view]
     # a fixed place for every parameter: a changed strength or probability moves no other number

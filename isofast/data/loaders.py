@@ -6,14 +6,13 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
 
-from isofast.data.batches import Batch, Chunk
 from isofast.data.check import has_dali, remember_bad
-from isofast.data.draw import Ints, draw, epoch_order
+from isofast.data.draw import Chunk, Ints, draw, epoch_order
 from isofast.data.folder import ImageFolder, UndecodableError, read_sizes
 from isofast.data.recipe import Recipe
 from isofast.data.resident import (
@@ -34,6 +33,28 @@ _GET_DALI = "install it with `pip install nvidia-dali-cuda130` (nvidia-dali-cuda
 _DRAWN_AT_ONCE = 2048
 
 
+class Batch(NamedTuple):
+    """Two augmented views of B images, on the device.
+
+    x_NCHW: the first views, then the second ones (N = 2B): normalised, contiguous as
+        channels_last, in the loader's dtype.
+    y_B: int64 labels.
+    """
+
+    x_NCHW: torch.Tensor
+    y_B: torch.Tensor
+
+    @property
+    def x1_BCHW(self) -> torch.Tensor:
+        """The first views."""
+        return self.x_NCHW.chunk(2)[0]
+
+    @property
+    def x2_BCHW(self) -> torch.Tensor:
+        """The second views."""
+        return self.x_NCHW.chunk(2)[1]
+
+
 class TrainLoader:
     """An infinite iterator of augmented `Batch`es.
 
@@ -47,12 +68,9 @@ class TrainLoader:
         dataset: the training images, from `check_folder`.
         recipe: the augmentation.
         batch_size: images of this rank a step.
-        rank: this rank, from 0.
-        world_size: number of ranks.
-        seed: the run's seed.
+        rank, world_size: this rank, from 0, and the number of ranks.
         start_step: global step of the first batch, from 0.
         device: where batches are made.
-        threads: CPU threads.
         resident_limit_gb: limit for decoded images, in 10^9 bytes.
         prefetch: batches that DALI makes ahead.
         dtype: of the views.
@@ -103,7 +121,7 @@ class TrainLoader:
                     dataset, recipe, batch_size=batch_size, prefetch=prefetch, **options
                 )
             )
-        self._batches: Iterator[Batch] = self._renderer.render(self._chunks(start_step))
+        self._batches = self._renderer.render(self._chunks(start_step))
 
     def __iter__(self) -> "TrainLoader":
         """Return self; the loader is infinite."""
@@ -116,11 +134,11 @@ class TrainLoader:
             RunError: an image can no longer be read, or the loader is closed.
         """
         with _bad_images_remembered(self._dataset):
-            batch = next(self._batches, None)
-        if batch is None:
+            made = next(self._batches, None)
+        if made is None:
             raise RunError("this data loader has been closed, or has failed; make a new one")
         self._step += 1
-        return batch
+        return Batch(*made)
 
     def state_dict(self) -> dict[str, int | str]:
         """Return {"step": the start_step that continues from here, "backend": its name}."""
@@ -151,7 +169,7 @@ class TrainLoader:
                     draw(self._recipe, v, sizes_N2, index_N, seed=self._seed, epoch=epoch)
                     for v in (1, 2)
                 )
-                yield Chunk(index_TB, view1, view2)
+                yield index_TB, view1, view2
             epoch, first = epoch + 1, 0
 
 
@@ -166,9 +184,7 @@ class EvalLoader:
         dataset: the images, from `check_folder`.
         recipe: sizes and normalisation.
         indices: which images, in this order; at least one.
-        batch_size: images a batch.
         device: where batches are made.
-        threads: CPU threads.
         resident_limit_gb: as for `TrainLoader`.
         progress: show a bar on stderr while images are decoded.
 
@@ -242,23 +258,13 @@ def draw_views(
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Yield both views (x1_NCHW, x2_NCHW) of all images in their order, each time drawn anew.
 
-    Args:
-        backend: as for `TrainLoader`, whose errors are raised.
-        dataset: the images, from `check_folder`.
-        recipe: the augmentation.
-        draws: how often.
-        device: where views are made.
-        threads: CPU threads.
-        seed: of the draws.
+    Arguments and errors are those of `TrainLoader`; ``draws`` is how often.
     """
     # numbered, because every epoch has an order of its own
     numbered = replace(dataset, labels=np.arange(len(dataset)))
-    count = len(dataset)
-    with contextlib.closing(
-        TrainLoader(
-            backend, numbered, recipe, batch_size=count, seed=seed, device=device, threads=threads
-        )
-    ) as loader:
+    options: dict[str, Any] = {"seed": seed, "device": device, "threads": threads}
+    loader = TrainLoader(backend, numbered, recipe, batch_size=len(dataset), **options)
+    with contextlib.closing(loader):
         for batch in itertools.islice(loader, draws):
             place_N = batch.y_B.argsort()
             yield batch.x1_BCHW[place_N], batch.x2_BCHW[place_N]
@@ -275,9 +281,6 @@ def resolve_backend(
 
     Args:
         asked: "auto", "dali" or "resident", as data.backend.
-        dataset: the training images.
-        recipe: the augmentation.
-        device: where batches are made.
         limit_gb: data.resident_limit_gb.
 
     Returns:
@@ -286,9 +289,8 @@ def resolve_backend(
     Raises:
         UserError: resident cannot be used and nothing else can.
     """
-    if asked == "dali":
-        return "dali"
-    if asked == "auto" and has_dali() and (device.type != "cuda" or dataset.sizes is None):
+    better = has_dali() and (device.type != "cuda" or dataset.sizes is None)
+    if asked == "dali" or (asked == "auto" and better):
         return "dali"
     reason = _why_not_resident(dataset, recipe, limit_gb)
     if reason is None:

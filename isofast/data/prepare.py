@@ -44,12 +44,8 @@ _DOWNLOAD = ".download"
 class PreparedCounts:
     """What a data root holds, and whether it was there before.
 
-    Attributes:
-        name: of the data set. root: where it is.
-        classes: number of classes. train: training images, with and without a label.
-        val: validation images. unlabeled: how many training images have no label.
-        notes: a line for each split with unreadable files, and for each with ignored ones; neither
-            are counted.
+    train: images with and without a label; unlabeled: those without. notes: a line for each split
+    with unreadable files, and for each with ignored ones; neither are counted.
     """
 
     name: str
@@ -132,10 +128,24 @@ def make_root(
     Raises:
         UserError: it cannot be written, holds something else or has changed since.
     """
+    partial = root / _PARTIAL
     try:
         root.mkdir(parents=True, exist_ok=True)
         with _locked(root):
-            return _make_root(command, root, content, build, on_bad, option)
+            already_there = (root / MANIFEST).exists()
+            if already_there:
+                _verify_prepared(command, root, content, option)
+            else:
+                # a finished build has its manifest: only the move was stopped
+                if not content.items() <= _manifest(partial).items():
+                    _refuse_other_images(command, root, option)
+                    _build(partial, content, build, on_bad)
+                for entry in sorted(partial.iterdir(), key=lambda path: path.name == MANIFEST):
+                    entry.rename(root / entry.name)
+            # also those of a command that was stopped after its last move
+            for leftover in (partial, root / _DOWNLOAD):
+                shutil.rmtree(leftover, ignore_errors=True)
+            return _count(content["name"], root, on_bad, already_there=already_there)
     except OSError as error:
         raise UserError(
             f"cannot prepare {command} in {root}: {error}. Solve that or give another {option}, "
@@ -148,35 +158,14 @@ def prepared_name(root: Path) -> str | None:
     return _manifest(root).get("name")
 
 
-def _make_root(
-    command: str,
-    root: Path,
-    content: Mapping[str, Any],
-    build: Callable[[Path], None],
-    on_bad: OnBad,
-    option: str,
-) -> PreparedCounts:
-    partial, download = root / _PARTIAL, root / _DOWNLOAD
-    already_there = (root / MANIFEST).exists()
-    if already_there:
-        _verify_prepared(command, root, content, option)
-    else:
-        # a finished build has its manifest: only the move was stopped
-        if not content.items() <= _manifest(partial).items():
-            present = [split for split in (*SPLITS, UNLABELED) if (root / split).exists()]
-            if present:
-                raise UserError(
-                    f"{root} already holds {' and '.join(present)}, not made by `isofast prepare "
-                    f"{command}`. Give another {option}, or check your own folder with "
-                    f"`isofast prepare imagefolder --root {root}`"
-                )
-            _build(partial, content, build, on_bad)
-        for entry in sorted(partial.iterdir(), key=lambda path: path.name == MANIFEST):
-            entry.rename(root / entry.name)
-    # also those of a command that was stopped after its last move
-    for leftover in (partial, download):
-        shutil.rmtree(leftover, ignore_errors=True)
-    return _count(content["name"], root, on_bad, already_there=already_there)
+def _refuse_other_images(command: str, root: Path, option: str) -> None:
+    present = [split for split in (*SPLITS, UNLABELED) if (root / split).exists()]
+    if present:
+        raise UserError(
+            f"{root} already holds {' and '.join(present)}, not made by `isofast prepare "
+            f"{command}`. Give another {option}, or check your own folder with "
+            f"`isofast prepare imagefolder --root {root}`"
+        )
 
 
 def _build(
@@ -236,7 +225,7 @@ def _count(name: str, root: Path, on_bad: OnBad, *, already_there: bool) -> Prep
         root,
         len(train.classes),
         len(train),
-        len(splits[1]) if len(splits) > 1 else 0,
+        sum(map(len, splits[1:])),
         already_there,
         int((train.labels == UNLABELLED).sum()),
         tuple(note for note in notes if note),
@@ -252,11 +241,6 @@ def _manifest(root: Path) -> dict[str, Any]:
 
 
 def _verify_prepared(command: str, root: Path, content: Mapping[str, Any], option: str) -> None:
-    """Compare a prepared root with its checksums.
-
-    Raises:
-        UserError: it holds another data set, has changed since, or something was put into it.
-    """
     found = _manifest(root)
     if found and not content.items() <= found.items():
         held, wanted = found.get("name"), command

@@ -7,11 +7,10 @@ import torch
 from PIL import Image, ImageOps
 from torchvision.utils import make_grid
 
-from isofast.data.batches import Batch
 from isofast.data.check import OnBad, check_folder
 from isofast.data.files import write_atomically
 from isofast.data.folder import ImageFolder, open_dataset
-from isofast.data.loaders import draw_views
+from isofast.data.loaders import Batch, draw_views
 from isofast.data.recipe import Recipe, recipe_for
 from isofast.data.resident import rgb
 from isofast.errors import UserError

@@ -16,8 +16,7 @@ from PIL import Image
 from torchvision.transforms.v2 import functional
 from tqdm import tqdm
 
-from isofast.data.batches import Batch, Chunk
-from isofast.data.draw import Ints, ViewDraw
+from isofast.data.draw import Chunk, Ints, ViewDraw
 from isofast.data.folder import ImageFolder, UndecodableError, read_files
 from isofast.data.recipe import Recipe
 from isofast.errors import UserError
@@ -54,8 +53,8 @@ class ResidentRenderer:
         )
         self._ahead = ThreadPoolExecutor(1, "isofast-draw")
 
-    def render(self, chunks: Iterator[Chunk]) -> Iterator[Batch]:
-        """Yield the batches of endless chunks until the renderer is closed."""
+    def render(self, chunks: Iterator[Chunk]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Yield x_NCHW and y_B of endless chunks' batches until the renderer is closed."""
         following = self._ahead.submit(self._next, chunks)
         while self._images is not None:
             tensors = following.result()
@@ -76,7 +75,7 @@ class ResidentRenderer:
                     blur=self._blur,
                     dtype=self._dtype,
                 )
-                yield Batch(x_VBCHW.flatten(0, 1), y_B)
+                yield x_VBCHW.flatten(0, 1), y_B
 
     def describe(self) -> str:
         """One line on what makes the batches."""

@@ -11,7 +11,6 @@ import os
 import posixpath
 import tarfile
 import zipfile
-from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -67,31 +66,23 @@ def read_index(folder: Path | str) -> Index | None:
     if not tars:
         return None
     path = Path(folder, _INDEX)
-    names_of_tars = _packed(os.path.basename(tar.path) for tar in tars)
-    stamps = np.array([tar[1:] for tar in tars])
+    of: dict[str, Any] = {
+        "format": _FORMAT,
+        "tars": _packed(os.path.basename(tar.path) for tar in tars),
+        "stamps": np.array([tar[1:] for tar in tars]),
+    }
     # a missing or damaged index only costs reading the headers
     with (
         contextlib.suppress(OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile),
         np.load(path) as kept,
     ):
-        if (
-            kept["format"] == _FORMAT
-            and np.array_equal(kept["tars"], names_of_tars)
-            and np.array_equal(kept["stamps"], stamps)
-        ):
+        if all(np.array_equal(kept[key], value) for key, value in of.items()):
             return Index(tars, _unpacked(kept["names"]), kept["places"])
     found = _read_headers(tars)
 
     def write(part: Path) -> None:
         with part.open("wb") as file:
-            np.savez(
-                file,
-                format=_FORMAT,
-                tars=names_of_tars,
-                stamps=stamps,
-                names=_packed(found.names),
-                places=found.places_N3,
-            )
+            np.savez(file, **of, names=_packed(found.names), places=found.places_N3)
 
     # where it cannot be kept, it is made at every start
     with contextlib.suppress(OSError):
@@ -105,38 +96,26 @@ def open_member(tar: Tar, offset: int, size: int) -> BinaryIO:
     Raises:
         OSError: the tar is gone, or is not what was indexed.
     """
-    opened = _opened(tar)
-    status = os.fstat(opened.descriptor)
+    file = _opened(tar)
+    status = os.fstat(file.fileno())
     if (status.st_size, status.st_mtime_ns) != tar[1:]:
         raise OSError("the tar has changed")
-    return io.BufferedReader(_Member(opened, offset, size))
-
-
-class _Opened:
-    """A descriptor, closed with the last reference."""
-
-    def __init__(self, path: str) -> None:
-        self.descriptor = -1
-        self.descriptor = os.open(path, os.O_RDONLY)
-
-    def __del__(self) -> None:
-        if self.descriptor >= 0:
-            os.close(self.descriptor)
+    return io.BufferedReader(_Member(file, offset, size))
 
 
 @functools.lru_cache(_KEPT_OPEN)
-def _opened(tar: Tar) -> _Opened:
-    return _Opened(tar.path)
+def _opened(tar: Tar) -> io.FileIO:
+    return io.FileIO(tar.path)
 
 
 class _Member(io.RawIOBase):
-    """Reads at its own place, so that threads share the descriptor."""
+    """Reads at its own place, so that threads share the file."""
 
-    def __init__(self, tar: _Opened, begin: int, size: int) -> None:
-        self._tar, self._begin, self._size, self._at = tar, begin, size, 0
+    def __init__(self, file: io.FileIO, begin: int, size: int) -> None:
+        self._file, self._begin, self._size, self._at = file, begin, size, 0
 
     def fileno(self) -> int:
-        return self._tar.descriptor
+        return self._file.fileno()
 
     def readable(self) -> bool:
         return True
@@ -149,24 +128,20 @@ class _Member(io.RawIOBase):
         return self._at
 
     def readinto(self, buffer: Any) -> int:
-        content = self._read(len(buffer))
-        buffer[: len(content)] = content
-        return len(content)
+        rest = max(0, self._size - self._at)
+        count = os.preadv(self.fileno(), [memoryview(buffer)[:rest]], self._begin + self._at)
+        self._at += count
+        return count
 
     def readall(self) -> bytes:
-        return self._read(self._size)
-
-    def _read(self, count: int) -> bytes:
-        count = min(count, max(0, self._size - self._at))
-        content = os.pread(self._tar.descriptor, count, self._begin + self._at)
-        self._at += len(content)
-        return content
+        # at once, not in the small pieces of io's own
+        return self.read(self._size) or b""
 
 
 def _tars_in(folder: Path | str) -> tuple[Tar, ...]:
-    tars: list[Tar] = []
     if not os.path.isdir(folder):
         return ()
+    tars: list[Tar] = []
     with os.scandir(folder) as entries:
         for entry in entries:
             if entry.name.startswith("."):
@@ -180,21 +155,17 @@ def _tars_in(folder: Path | str) -> tuple[Tar, ...]:
 
 
 def _read_headers(tars: tuple[Tar, ...]) -> Index:
-    names: list[str] = []
-    places: list[tuple[int, int, int]] = []
+    places: dict[str, tuple[int, int, int]] = {}
     # disable=None: no bar unless stderr is a terminal
     for number, tar in enumerate(tqdm(tars, "reading tar headers", unit="tar", disable=None)):
         for name, offset, size in _members(tar.path):
-            names.append(name)
-            places.append((number, offset, size))
-    if len(set(names)) < len(names):
-        ((twice, _),) = Counter(names).most_common(1)
-        first, second = [places[k][0] for k, name in enumerate(names) if name == twice][:2]
-        raise UserError(
-            f"{tars[first].path} and {tars[second].path} both hold {twice}; give pictures names of "
-            "their own, or remove one of the tars"
-        )
-    return Index(tars, names, np.array(places, np.int64).reshape(-1, 3))
+            if name in places:
+                raise UserError(
+                    f"{tars[places[name][0]].path} and {tar.path} both hold {name}; give pictures "
+                    "names of their own, or remove one of the tars"
+                )
+            places[name] = (number, offset, size)
+    return Index(tars, [*places], np.array([*places.values()], np.int64).reshape(-1, 3))
 
 
 def _members(path: str) -> list[tuple[str, int, int]]:
@@ -231,12 +202,11 @@ def _members(path: str) -> list[tuple[str, int, int]]:
         ) from error
     if not classes or os.path.basename(os.path.dirname(path)) == "unlabeled":
         return found
-    named = {k: classes[_key(row[0])] for k, row in enumerate(found) if _key(row[0]) in classes}
-    for k, label in named.items():
-        name, offset, size = found[k]
-        if not label or label.startswith(".") or "/" in label or "\0" in label:
-            raise UserError(f"{path}: the class of {name} is {label!r}, which cannot be a name")
-        found[k] = (f"{label}/{name.replace('/', '_')}", offset, size)
+    for k, (name, offset, size) in enumerate(found):
+        if (label := classes.get(_key(name))) is not None:
+            if not label or label.startswith(".") or "/" in label or "\0" in label:
+                raise UserError(f"{path}: the class of {name} is {label!r}, which cannot be a name")
+            found[k] = (f"{label}/{name.replace('/', '_')}", offset, size)
     return found
 
 

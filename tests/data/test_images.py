@@ -16,7 +16,6 @@ from torchvision.transforms import functional as F
 
 from isofast.config.schema import ViewConfig
 from isofast.data import ImageFolder, dali, recipe_for
-from isofast.data.batches import Chunk
 from isofast.data.draw import ViewDraw, _affine, draw
 
 from .conftest import CPU, eval_loader
@@ -72,9 +71,9 @@ def through_dali(
     renderer = dali.DaliRenderer(
         photos, recipe, batch_size=len(indices), device=CPU, threads=2, prefetch=1
     )
-    (batch,) = renderer.render(iter([Chunk(indices[None], drawn, drawn)]))
+    ((x_NCHW, _),) = renderer.render(iter([(indices[None], drawn, drawn)]))
     renderer.close()
-    x1, x2 = batch.x1_BCHW, batch.x2_BCHW
+    x1, x2 = x_NCHW.chunk(2)
     assert torch.equal(x1, x2), "the same parameters make the same view"
     levels = x1.permute(0, 2, 3, 1) * (255 * torch.tensor(BASE.std)) + 255 * torch.tensor(BASE.mean)
     assert (levels - levels.round()).abs().max() < 1e-2
