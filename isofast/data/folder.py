@@ -136,8 +136,7 @@ def read_sizes(dataset: ImageFolder, indices: Iterable[int]) -> npt.NDArray[np.i
         RunError: a file has no readable header.
     """
     if dataset.sizes is not None:
-        known: npt.NDArray[np.int64] = dataset.sizes[np.asarray(indices)]
-        return known
+        return np.asarray(dataset.sizes[np.asarray(indices)])
     sizes = []
     for index in indices:
         try:
@@ -209,34 +208,31 @@ def _listed(root: Path, split: str) -> ImageFolder:
     tops = [split, UNLABELED] if unlabeled else [split]
     # unlabeled pictures alone need no classes
     if unlabeled and not os.path.lexists(root / split):
-        tops = [UNLABELED]
+        tops.remove(split)
     indexes = {top: read_index(root / top) for top in tops}
     classes = _class_names(root, split, indexes[split]) if split in tops else ()
     if split == "val" and any((root / name).is_dir() for name in ("train", UNLABELED)):
         _require_same_classes(root, classes)
-    folders = [(f"{split}/{name}", label) for label, name in enumerate(classes)]
-    if unlabeled:
-        folders.append((UNLABELED, UNLABELLED))
     tars: list[Tar] = []
-    members: dict[str, list[_Row]] = {}
     pictures: set[str] = set()
+    rows: list[tuple[str, int, int, int, int, int]] = []
     for top, index in indexes.items():
         if index is None:
             pictures.update(_pictures_below(root, top))
         else:
             pictures.update(f"{top}/{name}" for name in index.names)
-            members |= _members(top, index, len(tars))
+            members = _members(top, index, len(tars))
             tars += index.tars
-    rows: list[tuple[str, int, int, int, int, int]] = []
-    for folder, label in folders:
-        in_files = indexes[folder.partition("/")[0]] is None
-        found = sorted(_images_in(root / folder) if in_files else members.get(folder, ()))
-        if not found:
-            raise UserError(
-                f"the {'class ' if label >= 0 else ''}folder {root / folder} has no image; images "
-                f"are files named {_NAMED} directly inside it. Add images or remove the folder"
-            )
-        rows += [(f"{folder}/{row[0]}", label, *row[1:]) for row in found]
+        folders = {f"{split}/{name}": label for label, name in enumerate(classes)}
+        for folder, label in folders.items() if top == split else [(UNLABELED, UNLABELLED)]:
+            found = sorted(_images_in(root / folder) if index is None else members[folder])
+            if not found:
+                raise UserError(
+                    f"the {'class ' if label >= 0 else ''}folder {root / folder} has no image; "
+                    f"images are files named {_NAMED} directly inside it. Add images or remove the "
+                    "folder"
+                )
+            rows += [(f"{folder}/{row[0]}", label, *row[1:]) for row in found]
     paths, labels, sizes, times, numbers, offsets = zip(*rows, strict=True)
     return ImageFolder(
         root,
@@ -290,7 +286,7 @@ def _is_folder(path: Path) -> bool:
 
 def _require_same_classes(root: Path, val: tuple[str, ...]) -> None:
     train = _class_names(root, "train", read_index(root / "train"))
-    only = {name: set(a) - set(b) for name, a, b in (("train", train, val), ("val", val, train))}
+    only = {"train": set(train).difference(val), "val": set(val).difference(train)}
     if train != val:
         found = (f"only in {k}: {some_of(sorted(v))}" for k, v in only.items() if v)
         raise UserError(
