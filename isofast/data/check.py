@@ -69,7 +69,6 @@ def check_folder(
     time. JPEG has no checksums: no decoder notices damage in the middle.
 
     Args:
-        dataset: what to check.
         check: "full" decodes every file, "headers" reads formats and sizes, "off" returns the data
             set unchecked. After the latter two a damaged file ends the run that reaches it, and may
             crash DALI.
@@ -197,36 +196,40 @@ def _judge(dataset: ImageFolder, index: int, judge: str) -> _Entry:
             image = file if judge == "headers" else io.BytesIO(file.read())
             stamp = (image.seek(0, os.SEEK_END), os.fstat(file.fileno()).st_mtime_ns)
             image.seek(0)
-            return _decode(image, stamp, judge)
+            height, width, problem = _decode(image, judge)
+            return _Entry(*stamp, judge, height, width, problem)
     except OSError as error:
         return _Entry(0, 0, "", problem=error.strerror or str(error))
 
 
-def _decode(file: BinaryIO, stamp: tuple[int, int], judge: str) -> _Entry:
+def _decode(file: BinaryIO, judge: str) -> tuple[int, int, str]:
+    """Height, width and problem of an image."""
     try:
         image = Image.open(file)
         if image.format not in _FORMATS:
-            return _Entry(*stamp, judge, problem=f"{image.format}, not PNG or JPEG")
+            return 0, 0, f"{image.format}, not PNG or JPEG"
         if judge == "pillow":
             # verify() tests the checksums, after which the pixels need a new open()
             image.verify()
             image = Image.open(file)
             image.load()
     except UnidentifiedImageError:
-        problem = "cannot identify it as an image" if stamp[0] else "empty file"
-        return _Entry(*stamp, judge, problem=problem)
+        some = file.seek(0, os.SEEK_END)
+        return 0, 0, "cannot identify it as an image" if some else "empty file"
     # Pillow raises nearly anything for damaged files (SyntaxError for PNG, struct.error, ...)
     except Exception as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise
-        return _Entry(*stamp, judge, problem=str(error) or type(error).__name__)
+        return 0, 0, str(error) or type(error).__name__
     problem = ""
     if judge == "dali" and not _dali_decodes(file):
-        # out of memory or threads is no file's fault
-        if not _dali_decodes(_pixel()):
-            raise OSError("DALI decodes nothing at all at the moment")
         problem = "DALI cannot decode it"
-    return _Entry(*stamp, judge, image.height, image.width, problem)
+        pixel = io.BytesIO()
+        Image.new("RGB", (1, 1)).save(pixel, "PNG")
+        # out of memory or threads is no file's fault
+        if not _dali_decodes(pixel):
+            raise OSError("DALI decodes nothing at all at the moment")
+    return image.height, image.width, problem
 
 
 def _dali_decodes(file: BinaryIO) -> bool:
@@ -238,12 +241,6 @@ def _dali_decodes(file: BinaryIO) -> bool:
     decoder: SingleDecoder = _of_thread.decoder
     file.seek(0)
     return decoder.decodes(file.read())
-
-
-def _pixel() -> BinaryIO:
-    file = io.BytesIO()
-    Image.new("RGB", (1, 1)).save(file, "PNG")
-    return file
 
 
 def _bad_files(dataset: ImageFolder, bad: Mapping[str, str]) -> str:

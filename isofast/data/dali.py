@@ -5,7 +5,7 @@ external source. Each file is decoded once and made into both views in C++.
 """
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
@@ -37,12 +37,10 @@ class DaliPipeline:
     """A DALI pipeline fed from Python, batch by batch.
 
     Args:
-        dataset: where the images are.
         graph: builds the outputs (HWC, float32) from a decoded image and the fed arrays.
         fed: number of arrays fed beside the files.
         batch_size: largest batch.
         device: where the images are made.
-        threads: CPU threads.
         prefetch: batches made ahead.
         dtype: of the images.
     """
@@ -63,7 +61,7 @@ class DaliPipeline:
         self._readers = ThreadPoolExecutor(threads, "isofast-read")
         self._source: Iterator[Fed] = iter(())
         self._in_progress: deque[Ints] = deque()
-        self._pipeline: Pipeline | None = _pipeline(batch_size, device, threads, prefetch)
+        self._pipeline = _pipeline(batch_size, device, threads, prefetch)
         with self._pipeline:
             encoded, *arrays = fn.external_source(
                 source=self._feed, num_outputs=1 + fed, batch=True
@@ -74,13 +72,10 @@ class DaliPipeline:
     def run(self, source: Iterable[Fed]) -> Iterator[tuple[Ints, torch.Tensor]]:
         """Yield each batch's image numbers and its V outputs, one after the other.
 
-        They are one tensor (V * B, 3, H, W), contiguous as channels_last.
-
-        Args:
-            source: image numbers (B,) and arrays of each batch; read ahead.
+        They are one tensor (V * B, 3, H, W), contiguous as channels_last. ``source`` is read ahead.
 
         Raises:
-            RunError: an image cannot be read, or the pipeline is closed.
+            RunError: an image cannot be read.
             UndecodableError: DALI refuses images.
         """
         # discard what was made ahead for an earlier source
@@ -88,8 +83,7 @@ class DaliPipeline:
         while self._pull() is not None:
             pass
         self._source = iter(source)
-        while (made := self._pull()) is not None:
-            yield made
+        yield from iter(self._pull, None)
 
     def close(self) -> None:
         """Free the pipeline's threads and memory."""
@@ -98,8 +92,6 @@ class DaliPipeline:
 
     def _pull(self) -> tuple[Ints, torch.Tensor] | None:
         """The next batch; None at the source's end, after which another can begin."""
-        if self._pipeline is None:
-            raise RunError("this data loader has been closed, or has failed; make a new one")
         cuda = self._device.type == "cuda"
         stream = torch.cuda.current_stream(self._device) if cuda else None
         try:
@@ -164,7 +156,7 @@ class DaliRenderer(DaliPipeline):
         fed = sum(len(_operands(row)) for row in self._rows)
         super().__init__(dataset, partial(_two_views, recipe), fed, **options)
 
-    def render(self, chunks: Iterator[Chunk]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    def render(self, chunks: Iterator[Chunk]) -> Generator[tuple[torch.Tensor, torch.Tensor]]:
         """Yield x_NCHW and y_B of the chunks' batches, which are read ahead."""
         for index_B, x_NCHW in self.run(self._fed(chunks)):
             y_B = torch.from_numpy(self._dataset.labels[index_B])

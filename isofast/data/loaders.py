@@ -150,6 +150,7 @@ class TrainLoader:
 
     def close(self) -> None:
         """Free threads and memory; the loader cannot be used afterwards."""
+        self._batches.close()
         self._renderer.close()
 
     def _chunks(self, step: int) -> Iterator[Chunk]:

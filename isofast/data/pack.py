@@ -21,7 +21,7 @@ def pack(root: Path, output: Path, *, shard_mib: int, on_bad: OnBad = "stop") ->
 
     Args:
         root: what to pack; its images are checked first.
-        output: the new root, made if it is missing.
+        output: the new root.
         shard_mib: size of a tar in MiB; the last image may reach beyond it.
         on_bad: "stop" refuses unreadable images, "skip" leaves them out.
 

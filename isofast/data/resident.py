@@ -6,7 +6,7 @@ torchvision.io crashes the process at a PNG with a wrong checksum (torchvision 0
 """
 
 import io
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -48,23 +48,21 @@ class ResidentRenderer:
         self._labels = dataset.labels
         self._recipe, self._device, self._dtype = recipe, device, dtype
         self._blur = any(view.blur_p > 0 for view in (recipe.view1, recipe.view2))
-        self._images: torch.Tensor | None = decode_images(
+        self._images = decode_images(
             dataset, np.arange(len(dataset)), device, threads=threads, progress=progress
         )
         self._ahead = ThreadPoolExecutor(1, "isofast-draw")
 
-    def render(self, chunks: Iterator[Chunk]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Yield x_NCHW and y_B of endless chunks' batches until the renderer is closed."""
+    def render(self, chunks: Iterator[Chunk]) -> Generator[tuple[torch.Tensor, torch.Tensor]]:
+        """Yield x_NCHW and y_B of endless chunks' batches."""
         following = self._ahead.submit(self._next, chunks)
-        while self._images is not None:
+        while True:
             tensors = following.result()
             following = self._ahead.submit(self._next, chunks)
             if self._device.type == "cuda":
                 # torch does not reuse pinned memory before the copy is done
                 tensors = [x.pin_memory().to(self._device, non_blocking=True) for x in tensors]
             for index_B, parameters_VBP, y_B in zip(*tensors, strict=True):
-                if self._images is None:
-                    return
                 x_VBCHW = augment_views(
                     self._images,
                     index_B,
@@ -79,7 +77,6 @@ class ResidentRenderer:
 
     def describe(self) -> str:
         """One line on what makes the batches."""
-        assert self._images is not None
         count, height, width, _ = self._images.shape
         size = resident_gb(count, height, width)
         return f"images resident on the device ({size:.2f} GB of {height} x {width} pixels)"
@@ -87,7 +84,7 @@ class ResidentRenderer:
     def close(self) -> None:
         """Free the images."""
         self._ahead.shutdown(cancel_futures=True)
-        self._images = None
+        self._images = torch.empty(0)
 
     def _next(self, chunks: Iterator[Chunk]) -> list[torch.Tensor]:
         """Indices (T, B), parameters (T, V, B, P) and labels (T, B) of the next chunk."""
@@ -152,10 +149,7 @@ def decode_images(
     """Decode images once, by Pillow.
 
     Args:
-        dataset: the images.
-        indices: which ones.
         device: where they go.
-        threads: CPU threads.
         progress: show a bar on stderr.
         transform: applied to each (H, W, 3); all results have one size.
 

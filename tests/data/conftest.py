@@ -1,7 +1,10 @@
 """Small data roots, made once a session, and the real pictures where they are at hand."""
 
+import io
 import shutil
+import tarfile
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -24,6 +27,7 @@ from isofast.data import (
 from isofast.data.prepare import prepare
 
 CPU = torch.device("cpu")
+MakeLoader = Callable[..., TrainLoader]
 SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
 TINY_ZIP = SHARED / "tiny-imagenet-20-classes.zip"
 
@@ -39,6 +43,33 @@ def write_images(root: Path, split: str, count: int, *, one_size: bool = False) 
         size = (22, 28) if one_size else (24 + 3 * (n % 4), 24 + 2 * (n % 3))
         name = f"{n:03d}.{'png' if one_size or n % 2 else 'jpg'}"
         coarse.resize(size, Image.Resampling.BICUBIC).save(folder / name)
+
+
+def write_copies(root: Path, split: str, labels: str, count: int, content: bytes) -> None:
+    """Write the same PNG ``count`` times for each class."""
+    for label in labels:
+        folder = root / split / label
+        folder.mkdir(parents=True)
+        for k in range(count):
+            (folder / f"{k:02d}.png").write_bytes(content)
+
+
+def write_tar(path: Path, files: dict[str, bytes], mode: str = "w", **options: Any) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, mode, **options) as tar:
+        for name, content in files.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+
+
+def checked(root: Path, split: str = "train", **options: Any) -> ImageFolder:
+    return check_folder(open_dataset(root, split), **options)
+
+
+def numbered(dataset: ImageFolder) -> ImageFolder:
+    """The same images, each labelled with its own number, to see which ones come by."""
+    return replace(dataset, labels=np.arange(len(dataset)))
 
 
 @pytest.fixture(scope="session")
@@ -59,25 +90,20 @@ def root(tmp_path: Path, pictures: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def train_set(pictures: Path) -> ImageFolder:
-    return check_folder(open_dataset(pictures, "train"))
+    return checked(pictures)
 
 
 @pytest.fixture(scope="session")
 def val_set(pictures: Path) -> ImageFolder:
-    return check_folder(open_dataset(pictures, "val"))
+    return checked(pictures, "val")
 
 
 @pytest.fixture(scope="session")
-def photo_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def photo_set(tmp_path_factory: pytest.TempPathFactory) -> ImageFolder:
     """51 PNGs of 28 x 22 pixels."""
     root = tmp_path_factory.mktemp("photos")
     write_images(root, "train", 51, one_size=True)
-    return root
-
-
-@pytest.fixture(scope="session")
-def photo_set(photo_root: Path) -> ImageFolder:
-    return check_folder(open_dataset(photo_root, "train"))
+    return checked(root)
 
 
 @pytest.fixture(scope="session")
@@ -101,7 +127,7 @@ def eval_loader(
 
 
 @pytest.fixture
-def make_loader(photo_set: ImageFolder, recipe: Recipe) -> Iterator[Callable[..., TrainLoader]]:
+def make_loader(photo_set: ImageFolder, recipe: Recipe) -> Iterator[MakeLoader]:
     """Make loaders, over `photo_set` by default, that are closed after the test."""
     made: list[TrainLoader] = []
 
@@ -144,4 +170,4 @@ def tiny_root(tmp_path_factory: pytest.TempPathFactory, tiny_zip: Path) -> Path:
 @pytest.fixture(scope="session")
 def photos(tiny_root: Path) -> ImageFolder:
     """The 1,000 real validation pictures, 64 x 64, some of them gray."""
-    return check_folder(open_dataset(tiny_root, "val"))
+    return checked(tiny_root, "val")

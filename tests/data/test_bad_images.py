@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from isofast.data import ImageFolder, check_folder, open_dataset, recipe_for
+from isofast.data import ImageFolder, check_folder, recipe_for
 from isofast.errors import RunError
 
-from .conftest import eval_loader, train_loader
+from .conftest import checked, eval_loader, train_loader, write_copies
 from .test_check import BAD, PNG
 
 RECIPE = recipe_for("cifar10")
@@ -18,10 +18,7 @@ RECIPE = recipe_for("cifar10")
 
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
-    for label in "ab":
-        (tmp_path / "train" / label).mkdir(parents=True)
-        for k in range(32):
-            (tmp_path / "train" / label / f"{k:02d}.png").write_bytes(PNG)
+    write_copies(tmp_path, "train", "ab", 32, PNG)
     return tmp_path
 
 
@@ -50,7 +47,7 @@ def test_the_culprit_is_named_and_can_be_skipped(
     if backend == "resident":
         culprit.write_bytes(PNG[: len(PNG) // 2])
     how: Any = {"check": check, "decoder": "pillow"}
-    dataset = check_folder(open_dataset(root, "train"), **how)
+    dataset = checked(root, **how)
     assert len(dataset) == 64
     refusal = {"dali": r"DALI cannot decode 1 of the \d+ images", "resident": "Pillow cannot dec"}
     match = rf"{refusal[backend]}.*on_bad_image=skip.*--fresh"
@@ -61,7 +58,7 @@ def test_the_culprit_is_named_and_can_be_skipped(
     # that is of no use here
     assert "evaluation" not in message
     # remembered, though the check itself would let it pass again
-    again = check_folder(open_dataset(root, "train"), on_bad="skip", **how)
+    again = checked(root, on_bad="skip", **how)
     assert set(again.skipped) == {"train/b/17.png"}
     two_epochs(again, backend=backend)
 
@@ -71,7 +68,7 @@ def test_an_unchecked_png_that_ends_early_is_named(root: Path, length: int) -> N
     """DALI itself would end the process, in three runs of four."""
     path = root / "train" / "b" / "17.png"
     path.write_bytes(PNG[:length])
-    dataset = check_folder(open_dataset(root, "train"), check="headers")
+    dataset = checked(root, check="headers")
     with pytest.raises(RunError, match=f"DALI cannot decode 1 of the 16 images.*{path}"):
         two_epochs(dataset)
 
@@ -81,7 +78,7 @@ def test_an_unchecked_png_that_ends_early_is_named(root: Path, length: int) -> N
 def test_without_a_check_a_file_without_a_header_is_named(
     root: Path, backend: str, content: bytes | None
 ) -> None:
-    dataset = check_folder(open_dataset(root, "train"), check="off")
+    dataset = checked(root, check="off")
     path = root / "train" / "b" / "17.png"
     path.unlink() if content is None else path.write_bytes(content)
     with pytest.raises(RunError, match=rf"cannot read the size of {path}: .*data\.check=full"):
@@ -90,7 +87,7 @@ def test_without_a_check_a_file_without_a_header_is_named(
 
 def test_a_validation_image_need_not_end_the_run(root: Path, culprit: Path) -> None:
     (root / "train").rename(root / "val")
-    dataset = check_folder(open_dataset(root, "val"), decoder="pillow")
+    dataset = checked(root, "val", decoder="pillow")
     loader = eval_loader(dataset, RECIPE, range(64), batch_size=16)
     with pytest.raises(RunError, match=r"restore these undamaged.*evaluation\.every_epochs=0"):
         list(loader)
@@ -98,7 +95,7 @@ def test_a_validation_image_need_not_end_the_run(root: Path, culprit: Path) -> N
 
 def test_where_no_file_is_to_blame_none_is_named(root: Path) -> None:
     """The window of a recipe for larger pictures lies outside of these."""
-    dataset = check_folder(open_dataset(root, "train"))
+    dataset = checked(root)
     with pytest.raises(RunError, match="no single one is to blame"):
         two_epochs(replace(dataset, sizes=dataset.sizes * 4))
     assert len(check_folder(dataset, on_bad="skip")) == 64
@@ -107,7 +104,7 @@ def test_where_no_file_is_to_blame_none_is_named(root: Path) -> None:
 def test_a_decoder_that_fails_at_everything_makes_no_file_bad(root: Path, culprit: Path) -> None:
     for path in (root / "train").glob("*/*.png"):
         path.write_bytes(culprit.read_bytes())
-    dataset = check_folder(open_dataset(root, "train"), check="headers")
+    dataset = checked(root, check="headers")
     with pytest.raises(RunError, match="no single one is to blame"):
         two_epochs(dataset)
     memory = json.loads((root / ".isofast-checked-train.json").read_text())

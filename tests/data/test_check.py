@@ -13,13 +13,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from isofast.data import ImageFolder, check_folder, open_dataset, recipe_for, skipped_note
+from isofast.data import ImageFolder, open_dataset, recipe_for, skipped_note
 from isofast.data.check import OnBad
 from isofast.data.dali import SingleDecoder
 from isofast.data.folder import read_sizes
 from isofast.errors import UserError
 
-from .conftest import eval_loader, train_loader
+from .conftest import checked, eval_loader, train_loader, write_copies
 
 DECODERS = ("dali", "pillow")
 BOTH = pytest.mark.parametrize("decoder", DECODERS)
@@ -79,17 +79,13 @@ BAD = {
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
     """Two classes of three images, two validation images each."""
-    for split, count in (("train", 3), ("val", 2)):
-        for label in "ab":
-            folder = tmp_path / split / label
-            folder.mkdir(parents=True)
-            for k in range(count):
-                (folder / f"{k}.png").write_bytes(PNG)
+    write_copies(tmp_path, "train", "ab", 3, PNG)
+    write_copies(tmp_path, "val", "ab", 2, PNG)
     return tmp_path
 
 
 def check(root: Path, on_bad: OnBad = "stop", **options: object) -> ImageFolder:
-    return check_folder(open_dataset(root, "train"), on_bad=on_bad, **options)
+    return checked(root, on_bad=on_bad, **options)
 
 
 def keep_stamp(path: Path, content: bytes) -> None:
@@ -104,7 +100,7 @@ def keep_stamp(path: Path, content: bytes) -> None:
 @pytest.mark.parametrize("kind", BAD)
 def test_a_bad_file_is_named_and_can_be_skipped(root: Path, kind: str, decoder: str) -> None:
     content, refused_by, by_headers = BAD[kind]
-    path = root / "train" / "a" / "1.png"
+    path = root / "train" / "a" / "01.png"
     path.write_bytes(content)
     assert len(check(root, check="off")) == 6
     if by_headers:
@@ -119,10 +115,10 @@ def test_a_bad_file_is_named_and_can_be_skipped(root: Path, kind: str, decoder: 
         check(root, decoder=decoder)
     assert f"1 of 6 train images cannot be read: {path} (" in str(caught.value)
     kept = check(root, "skip", decoder=decoder)
-    assert set(kept.skipped) == {"train/a/1.png"} and len(kept) == len(kept.labels) == 5
+    assert set(kept.skipped) == {"train/a/01.png"} and len(kept) == len(kept.labels) == 5
     assert len(kept.sizes) == len(kept.stamps) == 5
     note = skipped_note(kept)
-    assert note.startswith("1 of 6 train images cannot be read: train/a/1.png (")
+    assert note.startswith("1 of 6 train images cannot be read: train/a/01.png (")
     # what is trained on is what the root would be without the file
     path.unlink()
     assert check(root, decoder=decoder).fingerprint == kept.fingerprint
@@ -143,9 +139,9 @@ def test_no_file_is_to_blame_where_dali_decodes_nothing(
 def test_who_stops_a_check_does_not_wait_for_its_end(tmp_path: Path) -> None:
     folder = tmp_path / "train" / "a"
     folder.mkdir(parents=True)
-    Image.fromarray(RNG.integers(0, 256, (1000, 1000, 3), dtype=np.uint8)).save(folder / "0.png")
+    Image.fromarray(RNG.integers(0, 256, (1000, 1000, 3), dtype=np.uint8)).save(folder / "00.png")
     for k in range(1, 2000):
-        (folder / f"{k}.png").hardlink_to(folder / "0.png")
+        (folder / f"{k:02d}.png").hardlink_to(folder / "00.png")
 
     def stop(*_: object) -> None:
         raise KeyboardInterrupt
@@ -179,28 +175,28 @@ def test_a_class_without_readable_images_is_an_error(root: Path) -> None:
 @BOTH
 def test_what_was_checked_is_not_read_again(root: Path, decoder: str) -> None:
     first = check(root, decoder=decoder)
-    good, bad = root / "train" / "a" / "0.png", root / "train" / "b" / "0.png"
+    good, bad = root / "train" / "a" / "00.png", root / "train" / "b" / "00.png"
     # damage that looks like no change stays unseen
     keep_stamp(good, bytes(len(PNG)))
     again = check(root, decoder=decoder)
     assert np.array_equal(first.sizes, again.sizes) and np.array_equal(first.stamps, again.stamps)
     # a new time of change: read again, and remembered as bad
     os.utime(good, ns=(1, 1))
-    assert set(check(root, "skip", decoder=decoder).skipped) == {"train/a/0.png"}
+    assert set(check(root, "skip", decoder=decoder).skipped) == {"train/a/00.png"}
     keep_stamp(good, PNG)
-    assert set(check(root, "skip", decoder=decoder).skipped) == {"train/a/0.png"}
+    assert set(check(root, "skip", decoder=decoder).skipped) == {"train/a/00.png"}
     # who is stopped by a file may have mended it
     assert len(check(root, decoder=decoder)) == 6
     Image.new("RGB", (9, 7)).save(bad)
     changed = check(root, decoder=decoder)
-    assert changed.sizes[changed.paths.index("train/b/0.png")].tolist() == [7, 9]
+    assert changed.sizes[changed.paths.index("train/b/00.png")].tolist() == [7, 9]
 
 
 def test_one_decoder_does_not_answer_for_the_other(root: Path) -> None:
-    path = root / "train" / "a" / "1.png"
+    path = root / "train" / "a" / "01.png"
     path.write_bytes(SHORT_PNG)
     assert len(check(root, decoder="pillow")) == 6
-    with pytest.raises(UserError, match=r"1\.png \(DALI cannot decode it"):
+    with pytest.raises(UserError, match=r"01\.png \(DALI cannot decode it"):
         check(root, decoder="dali")
     path.write_bytes(PNG)
     check(root, decoder="dali")
@@ -270,7 +266,7 @@ def test_unusual_images_are_read_as_pillow_reads_them(tmp_path: Path, decoder: s
     levels = np.asarray(image.convert("L"))
     Image.fromarray(levels.astype(np.uint16) * 257).save(folder / "sixteen.png")
 
-    dataset = check_folder(open_dataset(tmp_path, "val"), decoder=decoder)
+    dataset = checked(tmp_path, "val", decoder=decoder)
     recipe = recipe_for("cifar10")
     backend = {"dali": "dali", "pillow": "resident"}[decoder]
     ((x, _),) = eval_loader(dataset, recipe, range(len(dataset)), batch_size=16, backend=backend)

@@ -18,7 +18,7 @@ from isofast.data.images import Images
 from isofast.data.prepare import prepare
 from isofast.errors import RunError, UserError
 
-from .conftest import train_loader
+from .conftest import checked, train_loader
 
 # takes from root what lets it read everything; others have nothing to lose
 UNPRIVILEGED = ["setpriv", "--bounding-set", "-dac_override,-dac_read_search"]
@@ -110,7 +110,7 @@ def test_pictures_that_are_not_used_are_counted(
     # and this is one
     image.save(folder / "ZZ.JPEG")
 
-    train = check_folder(open_dataset(root, "train"))
+    train = checked(root)
     assert len(train) == 52 and "train/class0/ZZ.JPEG" in train.paths
     assert train.ignored == (
         "train/class0/a.webp",
@@ -186,7 +186,7 @@ def test_names_that_are_not_utf8_are_taken_and_printed(
 
 
 def test_only_the_files_that_were_checked_are_read(root: Path) -> None:
-    dataset = check_folder(open_dataset(root, "val"))
+    dataset = checked(root, "val")
     paths = [root / path for path in dataset.paths]
     assert read_files(dataset, [2, 0]) == [paths[2].read_bytes(), paths[0].read_bytes()]
     paths[3].unlink()

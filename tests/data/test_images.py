@@ -18,7 +18,7 @@ from isofast.config.schema import ViewConfig
 from isofast.data import ImageFolder, dali, recipe_for
 from isofast.data.draw import ViewDraw, _affine, draw
 
-from .conftest import CPU, eval_loader
+from .conftest import CPU
 
 INDICES = np.arange(0, 1000, 8)
 N = len(INDICES)
@@ -214,19 +214,3 @@ def test_distance_of_the_whole_recipe(
     difference = np.abs(ours - through_pillow(photos, by_torchvision(drawn), everyone))
     assert np.median(difference) <= 1.0
     assert difference.mean() <= allowed
-
-
-def test_gray_files_become_three_equal_channels(photos: ImageFolder) -> None:
-    modes = []
-    for index in range(len(photos)):
-        with Image.open(photos.root / photos.paths[index]) as image:
-            modes.append(image.mode)
-    grays = [index for index, mode in enumerate(modes) if mode == "L"]
-    assert grays, "the archive has gray JPEGs"
-    loader = eval_loader(photos, BASE, grays, batch_size=64)
-    x = torch.cat([x for x, _ in loader])
-    std, mean = torch.tensor(BASE.std).view(3, 1, 1), torch.tensor(BASE.mean).view(3, 1, 1)
-    levels = (x * std + mean) * 255
-    assert (levels - levels[:, :1]).abs().max() < 1e-3
-    with Image.open(photos.root / photos.paths[grays[0]]) as image:
-        assert (levels[0, 0] - torch.from_numpy(np.array(image, np.float32))).abs().max() < 1e-3

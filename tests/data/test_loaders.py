@@ -21,31 +21,21 @@ from isofast.data import (
     Batch,
     ImageFolder,
     Recipe,
-    TrainLoader,
     check_folder,
     open_dataset,
     recipe_for,
 )
-from isofast.data.prepare import prepare
 from isofast.errors import RunError, UserError
 
-from .conftest import assert_same, eval_loader, take, train_loader
+from .conftest import MakeLoader, assert_same, checked, eval_loader, numbered, take, train_loader
 
 BOTH = pytest.mark.parametrize("backend", ["dali", "resident"])
-MakeLoader = Callable[..., TrainLoader]
-
-
-def numbered(dataset: ImageFolder) -> ImageFolder:
-    """The same images, each labelled with its own number, to see which ones come by."""
-    return replace(dataset, labels=np.arange(len(dataset)))
 
 
 def test_every_image_at_most_once_an_epoch_over_three_ranks(
-    train_set: ImageFolder, recipe: Recipe
+    train_set: ImageFolder, make_loader: MakeLoader
 ) -> None:
-    loaders = [
-        train_loader(numbered(train_set), recipe, rank=rank, world_size=3) for rank in range(3)
-    ]
+    loaders = [make_loader(numbered(train_set), rank=rank, world_size=3) for rank in range(3)]
     steps = loaders[0].steps_per_epoch
     assert (len(train_set), steps) == (51, 4)
     assert loaders[0].dropped_per_epoch == 3
@@ -59,8 +49,6 @@ def test_every_image_at_most_once_an_epoch_over_three_ranks(
     assert epochs[0] != epochs[1] != epochs[2] != epochs[0]
     # what one epoch leaves out is not what the next one does
     assert len(set(epochs[0]) | set(epochs[1]) | set(epochs[2])) == 51
-    for loader in loaders:
-        loader.close()
 
 
 @BOTH
@@ -204,29 +192,23 @@ def test_evaluation_of_fewer_batches_than_are_made_ahead(
     assert [y.tolist() for _, y in loader] == [y.tolist() for _, y in loader] == [[0]]
 
 
-def test_digits_views_are_affine_and_unmirrored(tmp_path: Path) -> None:
+def test_digits_views_are_affine_and_unmirrored(digits: Path, make_loader: MakeLoader) -> None:
     """Identity parameters, drawn from a recipe of no strength, give the resized digit itself."""
-    prepare("digits", tmp_path)
     recipe = recipe_for("digits")
     assert recipe.view1.flip_p == 0 and recipe.view1.has_affine
     nothing = {"degrees": 0.001, "translate": 0.0, "scale": (1.0, 1.0), "shear": 0.0}
     still = recipe.view1.model_copy(update={**nothing, "jitter_p": 0.0})
-    dataset = numbered(check_folder(open_dataset(tmp_path, "train")))
-    loader = train_loader(dataset, replace(recipe, view1=still), batch_size=32)
-    batch = next(loader)
+    dataset = numbered(checked(digits))
+    batch = next(make_loader(dataset, replace(recipe, view1=still), batch_size=32))
     ((x, _),) = eval_loader(dataset, recipe, batch.y_B.numpy(), batch_size=32)
     # half a level of rounding, over the smallest std
     assert (batch.x1_BCHW - x).abs().max() < 1.5 / 255 / min(recipe.std)
     assert (batch.x2_BCHW - x).abs().mean() > 0.05
-    loader.close()
 
 
 @pytest.mark.parametrize(
     "spoil",
-    [
-        lambda path: path.unlink(),
-        lambda path: path.write_bytes(path.read_bytes()[:-30]),
-    ],
+    [Path.unlink, lambda path: path.write_bytes(path.read_bytes()[:-30])],
     ids=["deleted", "cut"],
 )
 def test_a_file_spoiled_during_the_run_is_named(
@@ -234,7 +216,7 @@ def test_a_file_spoiled_during_the_run_is_named(
 ) -> None:
     """And DALI never sees it, whose decoder can take the whole process down."""
     shutil.copytree(pictures, tmp_path / "data")
-    dataset = check_folder(open_dataset(tmp_path / "data", "train"))
+    dataset = checked(tmp_path / "data")
     loader = train_loader(dataset, recipe, batch_size=51)
     next(loader)
     spoil(tmp_path / "data" / dataset.paths[7])

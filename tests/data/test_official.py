@@ -6,7 +6,6 @@ Small archives stand in for the official ones, with their own checksums in torch
 import hashlib
 import io
 import pickle
-import tarfile
 import zipfile
 from collections import Counter
 from pathlib import Path
@@ -17,9 +16,11 @@ import pytest
 from PIL import Image
 from torchvision import datasets as theirs
 
-from isofast.data import check_folder, open_dataset
+from isofast.data import open_dataset
 from isofast.data.prepare import prepare
 from isofast.errors import UserError
+
+from .conftest import checked, write_tar
 
 Files = dict[str, bytes]
 RNG = np.random.default_rng(0)
@@ -110,11 +111,7 @@ def write_archive(path: Path, files: Files) -> Path:
             for name, content in files.items():
                 packed.writestr(name, content)
         return path
-    with tarfile.open(path, "w:" + path.suffix.removeprefix(".").replace("tar", "")) as archive:
-        for name, content in files.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(content)
-            archive.addfile(info, io.BytesIO(content))
+    write_tar(path, files, "w:" + path.suffix.removeprefix(".").replace("tar", ""))
     return path
 
 
@@ -154,7 +151,7 @@ def test_real_tinyimagenet_keeps_its_files(tiny_zip: Path, tiny_root: Path) -> N
     assert len(ours) == 11_000
     assert ours == stored
     for split, count in (("train", 500), ("val", 50)):
-        dataset = check_folder(open_dataset(tiny_root, split))
+        dataset = checked(tiny_root, split)
         assert Counter(dataset.labels.tolist()) == dict.fromkeys(range(20), count)
         assert (dataset.sizes == 64).all()
 

@@ -32,6 +32,11 @@ def snapshot(root: Path) -> dict[str, bytes]:
     return {str(p.relative_to(root)): p.read_bytes() for p in root.rglob("*") if p.is_file()}
 
 
+def without(files: dict[str, bytes], part: str) -> dict[str, bytes]:
+    """The files whose names do not have a part."""
+    return {name: content for name, content in files.items() if part not in name}
+
+
 def test_digits(tmp_path: Path) -> None:
     counts = prepare("digits", tmp_path / "digits")
     assert (counts.classes, counts.train, counts.val) == (10, 1442, 355)
@@ -48,8 +53,8 @@ def test_digits(tmp_path: Path) -> None:
         assert np.array_equal(np.asarray(image), np.rint(first_zero * 255 / 16))
     prepare("digits", tmp_path / "again")
     assert open_dataset(tmp_path / "again", "train").fingerprint == train.fingerprint
-    images = {k: v for k, v in snapshot(tmp_path / "digits").items() if k.endswith(".png")}
-    assert images == {k: v for k, v in snapshot(tmp_path / "again").items() if k.endswith(".png")}
+    images = without(snapshot(tmp_path / "digits"), ".isofast")
+    assert images == without(snapshot(tmp_path / "again"), ".isofast")
     # no image is in both splits
     content = Counter(images.values())
     assert max(content.values()) == 1

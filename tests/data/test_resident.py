@@ -1,7 +1,6 @@
 """The resident backend: against the files and DALI, when it is taken, what is refused."""
 
 import shutil
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,31 +9,23 @@ import pytest
 import torch
 
 from isofast.config.schema import ViewConfig
-from isofast.data import (
-    ImageFolder,
-    TrainLoader,
-    check_folder,
-    open_dataset,
-    recipe_for,
-    resolve_backend,
-)
+from isofast.data import ImageFolder, recipe_for, resolve_backend
 from isofast.data.draw import draw
 from isofast.data.resident import parameter_rows, resident_gb
 from isofast.errors import UserError
 from isofast_kernels.augment_reference import COLUMNS
 
-from .conftest import CPU, assert_same, take, train_loader
+from .conftest import CPU, MakeLoader, assert_same, checked, numbered, take
 
 GPU = torch.device("cuda")
 COUNT, HEIGHT, WIDTH = 51, 28, 22
-MakeLoader = Callable[..., TrainLoader]
 
 
 def test_files_do_not_matter_once_they_are_decoded(
-    tmp_path: Path, photo_root: Path, make_loader: MakeLoader
+    tmp_path: Path, photo_set: ImageFolder, make_loader: MakeLoader
 ) -> None:
-    shutil.copytree(photo_root, tmp_path / "data")
-    dataset = check_folder(open_dataset(tmp_path / "data", "train"))
+    shutil.copytree(photo_set.root, tmp_path / "data")
+    dataset = checked(tmp_path / "data")
     loader = make_loader(dataset, backend="resident")
     shutil.rmtree(tmp_path / "data")
     assert_same(take(loader, 14), take(make_loader(backend="resident"), 14))
@@ -44,11 +35,12 @@ def test_files_do_not_matter_once_they_are_decoded(
 ALIKE = ViewConfig(jitter_p=0.0, blur_p=0.5, solarize_p=0.2)
 
 
-def test_dali_sees_the_same_images_with_the_same_parameters(photo_set: ImageFolder) -> None:
-    numbered = replace(photo_set, labels=np.arange(COUNT))
+def test_dali_sees_the_same_images_with_the_same_parameters(
+    photo_set: ImageFolder, make_loader: MakeLoader
+) -> None:
     recipe = replace(recipe_for("tinyimagenet", crop=24), view1=ALIKE, view2=ALIKE)
     loaders = [
-        train_loader(numbered, recipe, backend=backend, batch_size=17)
+        make_loader(numbered(photo_set), recipe, backend=backend, batch_size=17)
         for backend in ("dali", "resident")
     ]
     assert [loader.backend for loader in loaders] == ["dali", "resident"]
@@ -63,8 +55,6 @@ def test_dali_sees_the_same_images_with_the_same_parameters(photo_set: ImageFold
             assert distance.mean() <= 0.35
         other = ((a.x1_BCHW - a.x2_BCHW) * levels).abs().mean()
         assert other > 20, "another view is far away"
-    for loader in loaders:
-        loader.close()
 
 
 @pytest.mark.parametrize("blurred", ["view1", "view2"])
