@@ -4,6 +4,7 @@ DALI draws nothing: parameters from `isofast.data.draw` and the files' bytes com
 external source. Each file is decoded once and made into both views in C++.
 """
 
+import itertools
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -17,11 +18,10 @@ from nvidia.dali import Pipeline, fn, types
 from nvidia.dali.plugin.pytorch import feed_ndarray
 
 from isofast.config.schema import ViewConfig
-from isofast.data.draw import Chunk, Ints, ViewDraw, clean_windows, colour_matrices
+from isofast.data.draw import Chunk, Ints, ViewDraw, clean_windows, colour_matrices, draw
 from isofast.data.folder import ImageFolder, UndecodableError, read_files, read_sizes, some_of
 from isofast.data.recipe import Recipe
 from isofast.errors import RunError
-from isofast_kernels.augment_reference import BLUR_REACH
 
 # image numbers of a batch, and the arrays fed beside the files
 Fed = tuple[Ints, list[npt.NDArray[Any]]]
@@ -153,8 +153,11 @@ class DaliRenderer(DaliPipeline):
 
     def __init__(self, dataset: ImageFolder, recipe: Recipe, **options: Any) -> None:
         self._rows = (recipe.view1, recipe.view2)
-        fed = sum(len(_operands(row)) for row in self._rows)
-        super().__init__(dataset, partial(_two_views, recipe), fed, **options)
+        none = np.empty(0, np.int64)
+        nothing = draw(recipe, 1, none.reshape(0, 2), none, seed=0, epoch=0)
+        names = [[*_operands(row, nothing)] for row in self._rows]
+        graph = partial(_two_views, recipe, names)
+        super().__init__(dataset, graph, sum(map(len, names)), **options)
 
     def render(self, chunks: Iterator[Chunk]) -> Generator[tuple[torch.Tensor, torch.Tensor]]:
         """Yield x_NCHW and y_B of the chunks' batches, which are read ahead."""
@@ -174,7 +177,8 @@ class DaliRenderer(DaliPipeline):
             for t, index_B in enumerate(index_TB):
                 batch = slice(t * len(index_B), (t + 1) * len(index_B))
                 pairs = zip(self._rows, views, strict=True)
-                yield index_B, [x for row, view in pairs for x in _operand_values(row, view[batch])]
+                fed = [_operands(row, view[batch]).values() for row, view in pairs]
+                yield index_B, [*itertools.chain(*fed)]
 
 
 class DaliCleanRenderer(DaliPipeline):
@@ -251,11 +255,11 @@ def _pipeline(batch_size: int, device: torch.device, threads: int, prefetch: int
     )
 
 
-def _two_views(recipe: Recipe, image: Node, fed: list[Node]) -> list[Node]:
+def _two_views(recipe: Recipe, names: list[list[str]], image: Node, fed: list[Node]) -> list[Node]:
     given = iter(fed)
     return [
-        _view(recipe, row, image, {name: next(given) for name in _operands(row)})
-        for row in (recipe.view1, recipe.view2)
+        _view(recipe, row, image, {name: next(given) for name in of_row})
+        for row, of_row in zip((recipe.view1, recipe.view2), names, strict=True)
     ]
 
 
@@ -263,34 +267,23 @@ def _clean_view(recipe: Recipe, image: Node, fed: list[Node]) -> list[Node]:
     return [_normalise(recipe, _resize(recipe, image, roi_start=fed[0], roi_end=fed[1]))]
 
 
-def _operands(row: ViewConfig) -> list[str]:
-    """Names of what the graph of a view is fed."""
-    return [
-        *("start", "shape", "flip"),
-        *(["affine"] if row.has_affine else []),
-        *(["colour", "colour_of_mean"] if row.has_colour else []),
-        *(["blur_sigma", "blur_window"] if row.blur_p > 0 else []),
-        *(["solarize"] if row.solarize_p > 0 else []),
-    ]
-
-
-def _operand_values(row: ViewConfig, view: ViewDraw) -> list[npt.NDArray[Any]]:
-    colour_N33, colour_of_mean_N33 = colour_matrices(view)
-    blurred = view.blur_sigma_N > 0
-    # a window of one pixel changes nothing, whatever the sigma
-    window_N = np.where(blurred, 2 * np.ceil(BLUR_REACH * view.blur_sigma_N) + 1, 1)
-    values: dict[str, npt.NDArray[Any]] = {
+def _operands(row: ViewConfig, view: ViewDraw) -> dict[str, npt.NDArray[Any]]:
+    """What the graph of a view is fed."""
+    fed: dict[str, npt.NDArray[Any]] = {
         "start": view.window_N4[:, :2],
         "shape": view.window_N4[:, 2:],
-        "affine": view.affine_N23,
-        "colour": colour_N33,
-        "colour_of_mean": colour_of_mean_N33,
-        "blur_sigma": np.where(blurred, view.blur_sigma_N, 1).astype(np.float32),
-        "blur_window": window_N.astype(np.int32),
-        "solarize": view.solarize_N.astype(np.uint8),
         "flip": view.flip_N.astype(np.int32),
     }
-    return [values[name] for name in _operands(row)]
+    if row.has_affine:
+        fed["affine"] = view.affine_N23
+    if row.has_colour:
+        fed["colour"], fed["colour_of_mean"] = colour_matrices(view)
+    if row.blur_p > 0:
+        # DALI refuses 0; of this sigma all weights but the middle one are 0
+        fed["sigma"] = np.where(view.blur_sigma_N > 0, view.blur_sigma_N, np.float32(1e-3))
+    if row.solarize_p > 0:
+        fed["solarize"] = view.solarize_N.astype(np.uint8)
+    return fed
 
 
 def _view(recipe: Recipe, row: ViewConfig, image: Node, args: dict[str, Node]) -> Node:
@@ -306,7 +299,8 @@ def _view(recipe: Recipe, row: ViewConfig, image: Node, args: dict[str, Node]) -
             shift = shift.cpu()
         image = fn.coord_transform(image, M=args["colour"], T=shift, dtype=types.UINT8)
     if row.blur_p > 0:
-        image = fn.gaussian_blur(image, sigma=args["blur_sigma"], window_size=args["blur_window"])
+        # over three sigma to each side, as in the resident views
+        image = fn.gaussian_blur(image, sigma=args["sigma"])
     if row.solarize_p > 0:
         chosen = args["solarize"].gpu() if image.device == "gpu" else args["solarize"]
         # x ^ 255 is 255 - x

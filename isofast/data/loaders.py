@@ -255,7 +255,6 @@ def draw_views(
     *,
     device: torch.device,
     threads: int,
-    seed: int = 0,
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Yield both views (x1_NCHW, x2_NCHW) of all images in their order, each time drawn anew.
 
@@ -263,9 +262,8 @@ def draw_views(
     """
     # numbered, because every epoch has an order of its own
     numbered = replace(dataset, labels=np.arange(len(dataset)))
-    options: dict[str, Any] = {"seed": seed, "device": device, "threads": threads}
-    loader = TrainLoader(backend, numbered, recipe, batch_size=len(dataset), **options)
-    with contextlib.closing(loader):
+    options: dict[str, Any] = {"batch_size": len(dataset), "device": device, "threads": threads}
+    with contextlib.closing(TrainLoader(backend, numbered, recipe, seed=0, **options)) as loader:
         for batch in itertools.islice(loader, draws):
             place_N = batch.y_B.argsort()
             yield batch.x1_BCHW[place_N], batch.x2_BCHW[place_N]

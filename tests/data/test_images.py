@@ -46,21 +46,10 @@ Operation = Callable[[Image.Image, int], Image.Image]
 
 def neutral(**changes: np.ndarray) -> ViewDraw:
     """Parameters that leave 64 x 64 images as they are, but for the changes."""
-    ones, zeros, no = np.ones(N, np.float32), np.zeros(N, np.float32), np.zeros(N, bool)
-    values = {
-        "window_N4": np.tile(np.array([0, 0, 64, 64], np.int32), (N, 1)),
-        "affine_N23": np.tile(np.eye(2, 3, dtype=np.float32), (N, 1, 1)),
-        "brightness_N": ones,
-        "contrast_N": ones,
-        "saturation_N": ones,
-        "hue_N": zeros,
-        "order_N4": np.tile(np.arange(4, dtype=np.int8), (N, 1)),
-        "gray_N": no,
-        "blur_sigma_N": zeros,
-        "solarize_N": no,
-        "flip_N": no,
-    }
-    return ViewDraw(**(values | changes))
+    whole = {"crop_scale": (1.0, 1.0), "crop_ratio": (1.0, 1.0)}
+    row = ViewConfig(**whole, jitter_p=0.0, gray_p=0.0, flip_p=0.0)
+    recipe = replace(BASE, view1=row)
+    return replace(draw(recipe, 1, np.full((N, 2), 64), np.arange(N), seed=0, epoch=0), **changes)
 
 
 def through_dali(
