@@ -3,25 +3,22 @@
 The decoder that reads a file in training judges it: DALI, or Pillow for resident images.
 """
 
-import contextlib
 import functools
 import importlib.util
 import io
 import itertools
-import json
 import os
 import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from pathlib import Path
-from typing import BinaryIO, Literal, NamedTuple
+from typing import BinaryIO, Literal
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 from tqdm import tqdm
 
-from isofast.data.files import write_atomically
+from isofast.data.checked import Entry, read_known, write_known
 from isofast.data.folder import ImageFolder, fingerprint_of, printable, some_of
 from isofast.errors import UserError
 
@@ -31,7 +28,6 @@ Decoder = Literal["dali", "pillow"]
 
 # MPO is a JPEG with further pictures behind the first, as many cameras write it
 _FORMATS = ("PNG", "JPEG", "MPO")
-_FORMAT = 6
 # enough to outweigh handing a task to a thread, few enough to stop soon
 _FILES_A_TASK = 16
 _REMEDY = (
@@ -39,20 +35,6 @@ _REMEDY = (
     "data.on_bad_image=skip (`isofast prepare`: --on-bad-image skip), then start again"
 )
 _of_thread = threading.local()
-
-
-class _Entry(NamedTuple):
-    """The result for one file: no ``problem`` in a good one, no ``judge`` if it may pass."""
-
-    bytes: int
-    mtime_ns: int
-    judge: str
-    height: int = 0
-    width: int = 0
-    problem: str = ""
-
-
-_Memory = dict[str, _Entry]
 
 
 def check_folder(
@@ -82,7 +64,7 @@ def check_folder(
     if check == "off":
         return dataset
     judge = "headers" if check == "headers" else decoder or default_decoder()
-    known = _read_memory(dataset)
+    known = read_known(dataset)
     entries = [
         _remembered(known.get(path), stamp, judge, on_bad)
         for path, stamp in zip(dataset.paths, dataset.stamps.tolist(), strict=True)
@@ -108,7 +90,7 @@ def check_folder(
     found = [entry for entry in entries if entry is not None]
     lasting = {path: e for path, e in zip(dataset.paths, found, strict=True) if e.judge}
     if lasting != known:
-        _write_memory(dataset, lasting)
+        write_known(dataset, lasting)
     checked = replace(
         dataset,
         sizes=np.array([(entry.height, entry.width) for entry in found], np.int64),
@@ -153,29 +135,19 @@ def skipped_note(dataset: ImageFolder) -> str:
     return printable(f"{_bad_files(dataset, dataset.skipped)}. They are left out")
 
 
-def remember_bad(dataset: ImageFolder, indices: Sequence[int]) -> None:
-    """Record images that passed the check as bad, so that "skip" leaves them out."""
-    memory = _read_memory(dataset)
-    for path in (dataset.paths[index] for index in indices):
-        if path in memory:
-            problem = "it could not be decoded in training"
-            memory[path] = memory[path]._replace(problem=problem)
-    _write_memory(dataset, memory)
-
-
 def hand_on(source: ImageFolder, copy: ImageFolder) -> None:
     """Remember that a copy, equal byte for byte, is as good as its checked source."""
     assert source.sizes is not None
     judge = default_decoder()
     rows = zip(copy.paths, copy.stamps.tolist(), source.sizes.tolist(), strict=True)
     memory = {
-        path: _Entry(size, mtime_ns, judge, height, width)
+        path: Entry(size, mtime_ns, judge, height, width)
         for path, (size, mtime_ns), (height, width) in rows
     }
-    _write_memory(copy, memory)
+    write_known(copy, memory)
 
 
-def _remembered(entry: _Entry | None, stamp: list[int], judge: str, on_bad: OnBad) -> _Entry | None:
+def _remembered(entry: Entry | None, stamp: list[int], judge: str, on_bad: OnBad) -> Entry | None:
     """The earlier result for a file of this stamp; None if it must be judged now."""
     # every judge reads the headers
     if entry is None or [*entry[:2]] != stamp or judge not in (entry.judge, "headers"):
@@ -184,11 +156,11 @@ def _remembered(entry: _Entry | None, stamp: list[int], judge: str, on_bad: OnBa
     return None if entry.problem and on_bad == "stop" else entry
 
 
-def _judge_all(dataset: ImageFolder, indices: Sequence[int], *, judge: str) -> list[_Entry]:
+def _judge_all(dataset: ImageFolder, indices: Sequence[int], *, judge: str) -> list[Entry]:
     return [_judge(dataset, index, judge) for index in indices]
 
 
-def _judge(dataset: ImageFolder, index: int, judge: str) -> _Entry:
+def _judge(dataset: ImageFolder, index: int, judge: str) -> Entry:
     """Judge one file; no judge signs what the disk, the permissions or DALI as a whole refuse."""
     try:
         with dataset.open(index) as file:
@@ -197,9 +169,9 @@ def _judge(dataset: ImageFolder, index: int, judge: str) -> _Entry:
             stamp = (image.seek(0, os.SEEK_END), os.fstat(file.fileno()).st_mtime_ns)
             image.seek(0)
             height, width, problem = _decode(image, judge)
-            return _Entry(*stamp, judge, height, width, problem)
+            return Entry(*stamp, judge, height, width, problem)
     except OSError as error:
-        return _Entry(0, 0, "", problem=error.strerror or str(error))
+        return Entry(0, 0, "", problem=error.strerror or str(error))
 
 
 def _decode(file: BinaryIO, judge: str) -> tuple[int, int, str]:
@@ -247,28 +219,3 @@ def _bad_files(dataset: ImageFolder, bad: Mapping[str, str]) -> str:
     shown = some_of([f"{name} ({problem})" for name, problem in bad.items()], "; ")
     total = len(dataset) + len(dataset.skipped)
     return f"{len(bad)} of {total} {dataset.split} images cannot be read: {shown}"
-
-
-def _read_memory(dataset: ImageFolder) -> _Memory:
-    # a missing or damaged file only costs checking everything again
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
-        content = json.loads(_memory_path(dataset).read_text())
-        if content["format"] == _FORMAT:
-            columns = (content[name] for name in _Entry._fields)
-            # without the checks of _make(), which take seconds for a million files
-            entries = map(functools.partial(tuple.__new__, _Entry), zip(*columns, strict=True))
-            return dict(zip(content["files"], entries, strict=True))
-    return {}
-
-
-def _write_memory(dataset: ImageFolder, memory: _Memory) -> None:
-    # in columns, which are read four times as fast as rows
-    columns = dict(zip(_Entry._fields, zip(*memory.values(), strict=True), strict=False))
-    content = json.dumps({"format": _FORMAT, "files": list(memory), **columns})
-    # a read-only or full data root only costs the check at the next start
-    with contextlib.suppress(OSError):
-        write_atomically(_memory_path(dataset), lambda part: part.write_text(content))
-
-
-def _memory_path(dataset: ImageFolder) -> Path:
-    return dataset.root / f".isofast-checked-{dataset.split}.json"

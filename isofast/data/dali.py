@@ -18,8 +18,9 @@ from nvidia.dali import Pipeline, fn, types
 from nvidia.dali.plugin.pytorch import feed_ndarray
 
 from isofast.config.schema import ViewConfig
+from isofast.data.checked import undecodable
 from isofast.data.draw import Chunk, Ints, ViewDraw, clean_windows, colour_matrices, draw
-from isofast.data.folder import ImageFolder, UndecodableError, read_files, read_sizes, some_of
+from isofast.data.folder import ImageFolder, read_files, read_sizes, some_of
 from isofast.data.recipe import Recipe
 from isofast.errors import RunError
 
@@ -75,8 +76,7 @@ class DaliPipeline:
         They are one tensor (V * B, 3, H, W), contiguous as channels_last. ``source`` is read ahead.
 
         Raises:
-            RunError: an image cannot be read.
-            UndecodableError: DALI refuses images.
+            RunError: an image cannot be read or decoded.
         """
         # discard what was made ahead for an earlier source
         self._source = iter(())
@@ -141,11 +141,10 @@ class DaliPipeline:
             )
         return self._undecodable(refused, len(fed))
 
-    def _undecodable(self, refused: list[int], fed: int) -> UndecodableError:
+    def _undecodable(self, refused: list[int], fed: int) -> RunError:
         names = some_of([self._dataset.where(index) for index in refused])
-        return UndecodableError(
-            f"DALI cannot decode {len(refused)} of the {fed} images in progress: {names}", refused
-        )
+        message = f"DALI cannot decode {len(refused)} of the {fed} images in progress: {names}"
+        return undecodable(self._dataset, refused, message)
 
 
 class DaliRenderer(DaliPipeline):

@@ -30,14 +30,6 @@ _SHOWN = 5
 _Row = tuple[str, int, int, int, int]
 
 
-class UndecodableError(RunError):
-    """A decoder refuses the images ``indices`` of the data set."""
-
-    def __init__(self, message: str, indices: Sequence[int]) -> None:
-        super().__init__(message)
-        self.indices = indices
-
-
 @dataclass(frozen=True, eq=False)
 class ImageFolder:
     """The images of one split, sorted by path and numbered in this order.

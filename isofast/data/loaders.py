@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import torch
 
-from isofast.data.check import has_dali, remember_bad
+from isofast.data.check import has_dali
 from isofast.data.draw import Chunk, Ints, draw, epoch_order
-from isofast.data.folder import ImageFolder, UndecodableError, read_sizes
+from isofast.data.folder import ImageFolder, read_sizes
 from isofast.data.recipe import Recipe
 from isofast.data.resident import (
     ResidentRenderer,
@@ -113,14 +113,12 @@ class TrainLoader:
         self.steps_per_epoch, self.dropped_per_epoch = divmod(len(dataset), global_batch)
         self.backend = resolve_backend(backend, dataset, recipe, device, resident_limit_gb)
         options: dict[str, Any] = {"device": device, "threads": threads, "dtype": dtype}
-        with _bad_images_remembered(dataset):
-            self._renderer: ResidentRenderer | DaliRenderer = (
-                ResidentRenderer(dataset, recipe, progress=rank == 0, **options)
-                if self.backend == "resident"
-                else _dali().DaliRenderer(
-                    dataset, recipe, batch_size=batch_size, prefetch=prefetch, **options
-                )
-            )
+        self._renderer: ResidentRenderer | DaliRenderer
+        if self.backend == "resident":
+            self._renderer = ResidentRenderer(dataset, recipe, progress=rank == 0, **options)
+        else:
+            options |= {"batch_size": batch_size, "prefetch": prefetch}
+            self._renderer = _dali().DaliRenderer(dataset, recipe, **options)
         self._batches = self._renderer.render(self._chunks(start_step))
 
     def __iter__(self) -> "TrainLoader":
@@ -133,8 +131,7 @@ class TrainLoader:
         Raises:
             RunError: an image can no longer be read, or the loader is closed.
         """
-        with _bad_images_remembered(self._dataset):
-            made = next(self._batches, None)
+        made = next(self._batches, None)
         if made is None:
             raise RunError("this data loader has been closed, or has failed; make a new one")
         self._step += 1
@@ -213,15 +210,10 @@ class EvalLoader:
         self._batches = [index_N[k : k + batch_size] for k in range(0, len(index_N), batch_size)]
         self._images: Callable[[], Iterator[torch.Tensor]]
         if backend == "resident" and fits:
-            with _bad_images_remembered(dataset):
-                images_NHW3 = decode_images(
-                    dataset,
-                    index_N,
-                    device,
-                    threads=threads,
-                    progress=progress,
-                    transform=partial(clean_image, recipe),
-                )
+            clean = partial(clean_image, recipe)
+            images_NHW3 = decode_images(
+                dataset, index_N, device, threads=threads, progress=progress, transform=clean
+            )
             pieces = torch.split(images_NHW3.permute(0, 3, 1, 2), batch_size)
             self._images = lambda: (normalised(recipe, piece) for piece in pieces)
         else:
@@ -240,10 +232,7 @@ class EvalLoader:
         Raises:
             RunError: an image can no longer be read.
         """
-        images = self._images()
-        for index_B in self._batches:
-            with _bad_images_remembered(self._dataset):
-                x_BCHW = next(images)
+        for index_B, x_BCHW in zip(self._batches, self._images(), strict=True):
             yield x_BCHW, torch.from_numpy(self._dataset.labels[index_B]).to(x_BCHW.device)
 
 
@@ -344,19 +333,3 @@ def _dali() -> Any:
     from isofast.data import dali
 
     return dali
-
-
-@contextlib.contextmanager
-def _bad_images_remembered(dataset: ImageFolder) -> Iterator[None]:
-    try:
-        yield
-    except UndecodableError as error:
-        remember_bad(dataset, error.indices)
-        # only checked images are remembered
-        way_out = "data.on_bad_image=skip" if dataset.sizes is not None else "data.check=full"
-        aside = ", or do without them: evaluation.every_epochs=0" * (dataset.split == "val")
-        raise RunError(
-            f"{error}. Without a checkpoint, replace or delete these files, or start with "
-            f"{way_out}. A run with a checkpoint continues only with its own images: restore these "
-            f"undamaged{aside}, or start over with --fresh"
-        ) from error

@@ -16,8 +16,9 @@ from PIL import Image
 from torchvision.transforms.v2 import functional
 from tqdm import tqdm
 
+from isofast.data.checked import undecodable
 from isofast.data.draw import Chunk, Ints, ViewDraw
-from isofast.data.folder import ImageFolder, UndecodableError, read_files
+from isofast.data.folder import ImageFolder, read_files
 from isofast.data.recipe import Recipe
 from isofast.errors import UserError
 from isofast_kernels import augment_views
@@ -158,8 +159,7 @@ def decode_images(
 
     Raises:
         UserError: they do not fit the device's memory.
-        RunError: a file has changed since it was checked.
-        UndecodableError: Pillow refuses an image.
+        RunError: a file has changed since it was checked, or Pillow refuses it.
     """
 
     def decode(index: int) -> npt.NDArray[np.uint8]:
@@ -168,8 +168,8 @@ def decode_images(
             with Image.open(io.BytesIO(content)) as image:
                 image_HW3 = rgb(image)
         except Exception as error:
-            where = dataset.where(index)
-            raise UndecodableError(f"Pillow cannot decode {where} ({error})", [index]) from error
+            message = f"Pillow cannot decode {dataset.where(index)} ({error})"
+            raise undecodable(dataset, [index], message) from error
         return image_HW3 if transform is None else transform(image_HW3)
 
     shape = (len(indices), *decode(indices[0]).shape)
