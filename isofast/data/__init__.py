@@ -3,8 +3,8 @@
 DALI is imported only by what needs it: its own loader, and a check of files that it will read.
 """
 
-from isofast.data.check import check_folder, skipped_note
-from isofast.data.folder import UNLABELLED, ImageFolder, ignored_note, open_dataset
+from isofast.data.check import check_folder
+from isofast.data.folder import UNLABELLED, ImageFolder, open_dataset
 from isofast.data.loaders import Batch, EvalLoader, TrainLoader, draw_views, resolve_backend
 from isofast.data.recipe import Recipe, recipe_for
 
@@ -17,9 +17,7 @@ __all__ = [
     "TrainLoader",
     "check_folder",
     "draw_views",
-    "ignored_note",
     "open_dataset",
     "recipe_for",
     "resolve_backend",
-    "skipped_note",
 ]

@@ -19,7 +19,7 @@ from PIL import Image, UnidentifiedImageError
 from tqdm import tqdm
 
 from isofast.data.checked import Entry, read_known, write_known
-from isofast.data.folder import ImageFolder, fingerprint_of, printable, some_of
+from isofast.data.folder import NAMED, ImageFolder, fingerprint_of, printable, some_of
 from isofast.errors import UserError
 
 Check = Literal["full", "headers", "off"]
@@ -128,11 +128,16 @@ def has_dali() -> bool:
     return all(importlib.util.find_spec(name) for name in ("nvidia", "nvidia.dali"))
 
 
-def skipped_note(dataset: ImageFolder) -> str:
-    """One line on the files that the check left out; "" if there are none."""
-    if not dataset.skipped:
-        return ""
-    return printable(f"{_bad_files(dataset, dataset.skipped)}. They are left out")
+def notes_on(splits: Sequence[ImageFolder]) -> list[str]:
+    """Return a line for each split with skipped files, and each with ignored ones."""
+    skipped = [f"{_bad_files(s, s.skipped)}. They are left out" for s in splits if s.skipped]
+    ignored = [
+        f"{len(s.ignored):,} {s.split} file(s) look like pictures and are not used: "
+        f"{some_of(s.ignored)}. Images are named {NAMED} and lie directly in their class's folder"
+        for s in splits
+        if s.ignored
+    ]
+    return [printable(note) for note in skipped + ignored]
 
 
 def hand_on(source: ImageFolder, copy: ImageFolder) -> None:

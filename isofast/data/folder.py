@@ -23,7 +23,7 @@ from isofast.errors import RunError, UserError
 SPLITS = ("train", "val")
 UNLABELED = "unlabeled"
 UNLABELLED = -1
-_NAMED = f"*{', *'.join(EXTENSIONS)}"
+NAMED = f"*{', *'.join(EXTENSIONS)}"
 _SHOWN = 5
 
 # name, size in bytes, time in ns, number of the tar (-1: none), first byte in it
@@ -167,17 +167,6 @@ def read_files(dataset: ImageFolder, indices: Iterable[int]) -> list[bytes]:
     return contents
 
 
-def ignored_note(dataset: ImageFolder) -> str:
-    """One line on the pictures that are not used; "" if there are none."""
-    if not dataset.ignored:
-        return ""
-    return printable(
-        f"{len(dataset.ignored):,} {dataset.split} file(s) look like pictures and are not used: "
-        f"{some_of(dataset.ignored)}. Images are named {_NAMED} and lie directly in their class's "
-        "folder"
-    )
-
-
 def some_of(names: Sequence[str], separator: str = ", ") -> str:
     """Join the first names, and count the rest."""
     more = [f"and {len(names) - _SHOWN:,} more"] if len(names) > _SHOWN else []
@@ -221,7 +210,7 @@ def _listed(root: Path, split: str) -> ImageFolder:
             if not found:
                 raise UserError(
                     f"the {'class ' if label >= 0 else ''}folder {root / folder} has no image; "
-                    f"images are files named {_NAMED} directly inside it. Add images or remove the "
+                    f"images are files named {NAMED} directly inside it. Add images or remove the "
                     "folder"
                 )
             rows += [(f"{folder}/{row[0]}", label, *row[1:]) for row in found]

@@ -4,15 +4,8 @@ from functools import partial
 from typing import NamedTuple
 
 from isofast.config.schema import Config
-from isofast.data import (
-    UNLABELLED,
-    ImageFolder,
-    check_folder,
-    ignored_note,
-    open_dataset,
-    skipped_note,
-)
-from isofast.data.check import default_decoder
+from isofast.data import UNLABELLED, ImageFolder, check_folder, open_dataset
+from isofast.data.check import default_decoder, notes_on
 from isofast.data.prepare import prepared_name
 from isofast.distributed import World, gather_objects
 from isofast.errors import RankError, UserError
@@ -25,9 +18,8 @@ class Images(NamedTuple):
     val: ImageFolder | None
 
     def notes(self) -> list[str]:
-        """Return a line for each split with skipped files, and each with ignored ones."""
-        splits = [images for images in self if images is not None]
-        return [line for note in (skipped_note, ignored_note) for line in map(note, splits) if line]
+        """Return lines on skipped and ignored files."""
+        return notes_on([images for images in self if images is not None])
 
 
 def list_images(config: Config) -> Images:

@@ -21,14 +21,13 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from isofast.data.check import OnBad, check_folder, skipped_note
+from isofast.data.check import OnBad, check_folder, notes_on
 from isofast.data.files import write_atomically
 from isofast.data.folder import (
     SPLITS,
     UNLABELED,
     UNLABELLED,
     ImageFolder,
-    ignored_note,
     open_dataset,
     some_of,
 )
@@ -218,7 +217,6 @@ def checked_splits(root: Path, on_bad: OnBad) -> list[ImageFolder]:
 
 def _count(name: str, root: Path, on_bad: OnBad, *, already_there: bool) -> PreparedCounts:
     splits = checked_splits(root, on_bad)
-    notes = (note(split) for note in (skipped_note, ignored_note) for split in splits)
     train = splits[0]
     return PreparedCounts(
         name,
@@ -228,7 +226,7 @@ def _count(name: str, root: Path, on_bad: OnBad, *, already_there: bool) -> Prep
         sum(map(len, splits[1:])),
         already_there,
         int((train.labels == UNLABELLED).sum()),
-        tuple(note for note in notes if note),
+        tuple(notes_on(splits)),
     )
 
 

@@ -122,19 +122,15 @@ def parameter_rows(recipe: Recipe, drawn: Sequence[ViewDraw]) -> npt.NDArray[np.
     """Return the parameters of both views as the kernel's rows, (V, N, P) float32."""
     rows = []
     for row, view in zip((recipe.view1, recipe.view2), drawn, strict=True):
-        columns: dict[str, npt.NDArray[np.generic]] = {
-            **dict(zip(("top", "left", "height", "width"), view.window_N4.T, strict=True)),
-            **dict(zip(("first", "second", "third", "fourth"), view.order_N4.T, strict=True)),
-            "brightness": view.brightness_N,
-            "contrast": view.contrast_N,
-            "saturation": view.saturation_N,
-            "hue": view.hue_N,
-            "gray": view.gray_N,
-            "blur_sigma": view.blur_sigma_N,
-            "solarize_from": np.where(view.solarize_N, row.solarize_threshold, 256),
-            "flip": view.flip_N,
-        }
-        rows.append(np.stack([columns[name] for name in COLUMNS], axis=1))
+        solarize_from_N = np.where(view.solarize_N, row.solarize_threshold, 256)
+        # in the order of COLUMNS
+        columns = (
+            view.window_N4,
+            *(view.brightness_N, view.contrast_N, view.saturation_N, view.hue_N),
+            view.order_N4,
+            *(view.gray_N, view.blur_sigma_N, solarize_from_N, view.flip_N),
+        )
+        rows.append(np.column_stack(columns))
     return np.stack(rows).astype(np.float32)
 
 

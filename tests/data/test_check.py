@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from isofast.data import ImageFolder, open_dataset, recipe_for, skipped_note
-from isofast.data.check import OnBad
+from isofast.data import ImageFolder, open_dataset, recipe_for
+from isofast.data.check import OnBad, notes_on
 from isofast.data.dali import SingleDecoder
 from isofast.data.folder import read_sizes
 from isofast.errors import UserError
@@ -117,7 +117,7 @@ def test_a_bad_file_is_named_and_can_be_skipped(root: Path, kind: str, decoder: 
     kept = check(root, "skip", decoder=decoder)
     assert set(kept.skipped) == {"train/a/01.png"} and len(kept) == len(kept.labels) == 5
     assert len(kept.sizes) == len(kept.stamps) == 5
-    note = skipped_note(kept)
+    (note,) = notes_on([kept])
     assert note.startswith("1 of 6 train images cannot be read: train/a/01.png (")
     # what is trained on is what the root would be without the file
     path.unlink()

@@ -12,7 +12,8 @@ import pytest
 from PIL import Image
 
 from isofast.cli import main
-from isofast.data import check_folder, ignored_note, open_dataset, recipe_for
+from isofast.data import check_folder, open_dataset, recipe_for
+from isofast.data.check import notes_on
 from isofast.data.folder import read_files
 from isofast.data.images import Images
 from isofast.data.prepare import prepare
@@ -92,7 +93,7 @@ def test_a_link_to_a_folder_is_a_class(root: Path, tmp_path: Path) -> None:
 def test_pictures_that_are_not_used_are_counted(
     root: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert ignored_note(open_dataset(root, "train")) == ""
+    assert notes_on([open_dataset(root, "train")]) == []
     folder = root / "train" / "class0"
     image = Image.new("RGB", (4, 4))
     image.save(folder / "a.webp")
@@ -119,7 +120,7 @@ def test_pictures_that_are_not_used_are_counted(
         "train/class0/more/deep/d.gif",
         "train/stray.png",
     )
-    note = ignored_note(train)
+    (note,) = notes_on([train])
     assert note.startswith("5 train file(s) look like pictures and are not used: train/class0/a.w")
     assert "\n" not in note
     assert main(["prepare", "imagefolder", "--root", str(root)]) == 0
