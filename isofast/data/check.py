@@ -74,7 +74,7 @@ def check_folder(
     # decoding releases the interpreter's lock, so threads scale
     pool = ThreadPoolExecutor(min(16, os.cpu_count() or 1))
     try:
-        judged = pool.map(functools.partial(_judge_all, dataset, judge=judge), pieces)
+        judged = pool.map(lambda piece: [_judge(dataset, k, judge) for k in piece], pieces)
         bar = tqdm(
             itertools.chain.from_iterable(judged),
             desc=f"checking {dataset.split} images",
@@ -159,10 +159,6 @@ def _remembered(entry: Entry | None, stamp: list[int], judge: str, on_bad: OnBad
         return None
     # a bad file that stopped a run may have been repaired, whatever its stamp
     return None if entry.problem and on_bad == "stop" else entry
-
-
-def _judge_all(dataset: ImageFolder, indices: Sequence[int], *, judge: str) -> list[Entry]:
-    return [_judge(dataset, index, judge) for index in indices]
 
 
 def _judge(dataset: ImageFolder, index: int, judge: str) -> Entry:

@@ -166,8 +166,9 @@ def _write_tinyimagenet(archive: Path, raw: Path, folder: Path) -> None:
         )
     top = found[0].parents[1]
     classes = {path.parts[-2] for path in top.glob("train/*/images")}
+    (folder / "train").mkdir()
     for name in classes:
-        (top / "train" / name / "images").rename(_made(folder / "train") / name)
+        (top / "train" / name / "images").rename(folder / "train" / name)
     for line in found[0].read_text("utf-8", "replace").splitlines():
         filename, wnid = (*line.split("\t"), "")[:2]
         path = top / "val" / "images" / Path(filename).name
@@ -176,9 +177,5 @@ def _write_tinyimagenet(archive: Path, raw: Path, folder: Path) -> None:
                 f"{archive}: val_annotations.txt says {line!r}, but the class or the image is not "
                 "in the archive, or the image has a class already. Download it again"
             )
-        path.rename(_made(folder / "val" / wnid) / path.name)
-
-
-def _made(folder: Path) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
+        (folder / "val" / wnid).mkdir(parents=True, exist_ok=True)
+        path.rename(folder / "val" / wnid / path.name)

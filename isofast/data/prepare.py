@@ -23,14 +23,7 @@ from tqdm import tqdm
 
 from isofast.data.check import OnBad, check_folder, notes_on
 from isofast.data.files import write_atomically
-from isofast.data.folder import (
-    SPLITS,
-    UNLABELED,
-    UNLABELLED,
-    ImageFolder,
-    open_dataset,
-    some_of,
-)
+from isofast.data.folder import SPLITS, UNLABELED, UNLABELLED, ImageFolder, open_dataset, some_of
 from isofast.errors import UserError
 
 NAMES = ("digits", "cifar10", "cifar100", "stl10", "tinyimagenet", "imagefolder")

@@ -58,23 +58,20 @@ def write_preview(name: str, root: Path, path: Path, *, on_bad: OnBad = "stop") 
     count = min(_IMAGES, len(images))
     # spread over the data set
     chosen = images.subset(np.arange(count) * len(images) // count + len(images) // (2 * count))
-    # in whole multiples of their size, so that small images keep sharp pixels
-    side = recipe.crop * -(-_TILE // recipe.crop)
-    columns = [torch.stack([_original(chosen, k, side) for k in range(count)])]
-    cpu = torch.device("cpu")
-    for views in draw_views("auto", chosen, recipe, _DRAWS, device=cpu, threads=1):
-        columns += [_levels(x_BCHW, recipe, side) for x_BCHW in views]
+    pairs = draw_views("auto", chosen, recipe, _DRAWS, device=torch.device("cpu"), threads=1)
+    views = [_levels(x_BCHW, recipe) for pair in pairs for x_BCHW in pair]
+    side = views[0].shape[-1]
+    originals = torch.stack([_original(chosen, k, side) for k in range(count)])
     try:
-        _write(columns, path)
+        _write([originals, *views], path)
     except OSError as error:
         raise UserError(f"cannot write --preview {path}: {error.strerror or error}") from error
 
 
 def write_views(batch: Batch, recipe: Recipe, path: Path) -> None:
     """Draw a row for each of the first images of a batch: view 1 and view 2."""
-    side = recipe.crop * -(-_TILE // recipe.crop)
     views = (batch.x1_BCHW[:_IMAGES], batch.x2_BCHW[:_IMAGES])
-    _write([_levels(x_BCHW.float().cpu(), recipe, side) for x_BCHW in views], path)
+    _write([_levels(x_BCHW.float().cpu(), recipe) for x_BCHW in views], path)
 
 
 def _write(columns: list[torch.Tensor], path: Path) -> None:
@@ -95,9 +92,10 @@ def _original(dataset: ImageFolder, index: int, side: int) -> torch.Tensor:
     return torch.from_numpy(np.array(square)).permute(2, 0, 1)
 
 
-def _levels(x_BCHW: torch.Tensor, recipe: Recipe, side: int) -> torch.Tensor:
+def _levels(x_BCHW: torch.Tensor, recipe: Recipe) -> torch.Tensor:
     """Undo the normalisation and enlarge, (B, 3, side, side) uint8."""
     mean, std = (torch.tensor(row).view(3, 1, 1) for row in (recipe.mean, recipe.std))
     levels_BCHW = (255 * (x_BCHW * std + mean)).round().clamp(0, 255).to(torch.uint8)
-    zoom = side // recipe.crop
+    # whole multiples of their size keep small images' pixels sharp
+    zoom = -(-_TILE // recipe.crop)
     return levels_BCHW.repeat_interleave(zoom, dim=2).repeat_interleave(zoom, dim=3)
