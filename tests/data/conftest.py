@@ -163,7 +163,8 @@ def tiny_zip() -> Path:
 def tiny_root(tmp_path_factory: pytest.TempPathFactory, tiny_zip: Path) -> Path:
     """The same, prepared."""
     root = tmp_path_factory.mktemp("tinyimagenet")
-    prepare("tinyimagenet", root, tiny_zip)
+    counts = prepare("tinyimagenet", root, tiny_zip)
+    assert (counts.classes, counts.train, counts.val) == (20, 10_000, 1_000)
     return root
 
 

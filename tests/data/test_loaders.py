@@ -17,14 +17,7 @@ from PIL import Image
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as F
 
-from isofast.data import (
-    Batch,
-    ImageFolder,
-    Recipe,
-    check_folder,
-    open_dataset,
-    recipe_for,
-)
+from isofast.data import Batch, ImageFolder, Recipe, check_folder, open_dataset, recipe_for
 from isofast.errors import RunError, UserError
 
 from .conftest import MakeLoader, assert_same, checked, eval_loader, numbered, take, train_loader
