@@ -112,12 +112,6 @@ def recipe() -> Recipe:
     return recipe_for("tinyimagenet", crop=16)
 
 
-def train_loader(dataset: ImageFolder, recipe: Recipe, **changes: Any) -> TrainLoader:
-    """A loader on the CPU, by DALI where nothing else is said."""
-    options = {"backend": "dali", "batch_size": 4, "seed": 5, "threads": 2, "device": CPU} | changes
-    return TrainLoader(options.pop("backend"), dataset, recipe, **options)
-
-
 def eval_loader(
     dataset: ImageFolder, recipe: Recipe, indices: Sequence[int], **changes: Any
 ) -> EvalLoader:
@@ -128,16 +122,23 @@ def eval_loader(
 
 @pytest.fixture
 def make_loader(photo_set: ImageFolder, recipe: Recipe) -> Iterator[MakeLoader]:
-    """Make loaders, over `photo_set` by default, that are closed after the test."""
+    """Make loaders on the CPU, by DALI and over `photo_set` by default, closed after the test."""
     made: list[TrainLoader] = []
 
     def make(dataset: ImageFolder = photo_set, row: Recipe = recipe, **changes: Any) -> TrainLoader:
-        made.append(train_loader(dataset, row, **changes))
+        options = {"backend": "dali", "batch_size": 4, "seed": 5, "threads": 2, "device": CPU}
+        options |= changes
+        made.append(TrainLoader(options.pop("backend"), dataset, row, **options))
         return made[-1]
 
     yield make
     for loader in made:
         loader.close()
+
+
+def levels_of(x_BCHW: torch.Tensor, recipe: Recipe) -> np.ndarray:
+    """The 8-bit levels that were normalised, (B, H, W, 3) float64."""
+    return 255 * (x_BCHW.permute(0, 2, 3, 1).numpy().astype(float) * recipe.std + recipe.mean)
 
 
 def take(loader: TrainLoader, count: int) -> list[Batch]:

@@ -1,19 +1,21 @@
 """Images that passed the check and are refused in a run: named, remembered, left out with skip."""
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from isofast.data import ImageFolder, check_folder, recipe_for
+from isofast.data import check_folder, recipe_for
 from isofast.errors import RunError
 
-from .conftest import checked, eval_loader, train_loader, write_copies
+from .conftest import MakeLoader, checked, eval_loader, take, write_copies
 from .test_check import BAD, PNG
 
 RECIPE = recipe_for("cifar10")
+Train = Callable[..., object]
 
 
 @pytest.fixture
@@ -30,18 +32,18 @@ def culprit(root: Path) -> Path:
     return path
 
 
-def two_epochs(dataset: ImageFolder, **options: Any) -> None:
-    loader = train_loader(dataset, RECIPE, batch_size=16, **options)
-    for _ in range(8):
-        next(loader)
-    loader.close()
+@pytest.fixture
+def two_epochs(make_loader: MakeLoader) -> Train:
+    return lambda dataset, **options: take(
+        make_loader(dataset, RECIPE, batch_size=16, **options), 8
+    )
 
 
 @pytest.mark.parametrize(
     ("backend", "check"), [("dali", "full"), ("dali", "headers"), ("resident", "headers")]
 )
 def test_the_culprit_is_named_and_can_be_skipped(
-    root: Path, culprit: Path, backend: str, check: Any
+    root: Path, culprit: Path, two_epochs: Train, backend: str, check: Any
 ) -> None:
     """As where a GPU's decoder refuses what a check has let pass."""
     if backend == "resident":
@@ -64,7 +66,9 @@ def test_the_culprit_is_named_and_can_be_skipped(
 
 
 @pytest.mark.parametrize("length", [len(PNG) // 2, len(PNG) - 12])
-def test_an_unchecked_png_that_ends_early_is_named(root: Path, length: int) -> None:
+def test_an_unchecked_png_that_ends_early_is_named(
+    root: Path, two_epochs: Train, length: int
+) -> None:
     """DALI itself would end the process, in three runs of four."""
     path = root / "train" / "b" / "17.png"
     path.write_bytes(PNG[:length])
@@ -76,7 +80,7 @@ def test_an_unchecked_png_that_ends_early_is_named(root: Path, length: int) -> N
 @pytest.mark.parametrize("backend", ["dali", "resident"])
 @pytest.mark.parametrize("content", [b"", b"no picture", None], ids=["empty", "text", "gone"])
 def test_without_a_check_a_file_without_a_header_is_named(
-    root: Path, backend: str, content: bytes | None
+    root: Path, two_epochs: Train, backend: str, content: bytes | None
 ) -> None:
     dataset = checked(root, check="off")
     path = root / "train" / "b" / "17.png"
@@ -93,7 +97,7 @@ def test_a_validation_image_need_not_end_the_run(root: Path, culprit: Path) -> N
         list(loader)
 
 
-def test_where_no_file_is_to_blame_none_is_named(root: Path) -> None:
+def test_where_no_file_is_to_blame_none_is_named(root: Path, two_epochs: Train) -> None:
     """The window of a recipe for larger pictures lies outside of these."""
     dataset = checked(root)
     with pytest.raises(RunError, match="no single one is to blame"):
@@ -101,7 +105,9 @@ def test_where_no_file_is_to_blame_none_is_named(root: Path) -> None:
     assert len(check_folder(dataset, on_bad="skip")) == 64
 
 
-def test_a_decoder_that_fails_at_everything_makes_no_file_bad(root: Path, culprit: Path) -> None:
+def test_a_decoder_that_fails_at_everything_makes_no_file_bad(
+    root: Path, culprit: Path, two_epochs: Train
+) -> None:
     for path in (root / "train").glob("*/*.png"):
         path.write_bytes(culprit.read_bytes())
     dataset = checked(root, check="headers")

@@ -19,7 +19,7 @@ from isofast.data.dali import SingleDecoder
 from isofast.data.folder import read_sizes
 from isofast.errors import UserError
 
-from .conftest import checked, eval_loader, train_loader, write_copies
+from .conftest import MakeLoader, checked, eval_loader, levels_of, take, write_copies
 
 DECODERS = ("dali", "pillow")
 BOTH = pytest.mark.parametrize("decoder", DECODERS)
@@ -251,12 +251,8 @@ def test_unusual_images_are_read_as_pillow_reads_them(tmp_path: Path, decoder: s
     folder.mkdir(parents=True)
     coarse = np.random.default_rng(0).integers(0, 256, (6, 6, 3), dtype=np.uint8)
     image = Image.fromarray(coarse).resize((32, 32), Image.Resampling.BICUBIC)
-    image.convert("CMYK").save(folder / "cmyk.jpg")
-    image.convert("L").save(folder / "gray.jpg")
-    image.convert("P").save(folder / "palette.png")
-    image.convert("RGBA").save(folder / "rgba.png")
-    image.convert("LA").save(folder / "gray_alpha.png")
-    image.convert("1").save(folder / "bits.png")
+    for name in ("CMYK.jpg", "L.jpg", "P.png", "RGBA.png", "LA.png", "1.png"):
+        image.convert(name[:-4]).save(folder / name)
     image.save(folder / "progressive.jpg", progressive=True)
     image.save(folder / "png_named.jpg", format="PNG")
     image.save(folder / "camera.jpg", format="MPO", save_all=True, append_images=[image])
@@ -270,8 +266,7 @@ def test_unusual_images_are_read_as_pillow_reads_them(tmp_path: Path, decoder: s
     recipe = recipe_for("cifar10")
     backend = {"dali": "dali", "pillow": "resident"}[decoder]
     ((x, _),) = eval_loader(dataset, recipe, range(len(dataset)), batch_size=16, backend=backend)
-    ours = np.rint(255 * (x.permute(0, 2, 3, 1).numpy() * recipe.std + recipe.mean))
-    for pixels, path in zip(ours, dataset.paths, strict=True):
+    for pixels, path in zip(np.rint(levels_of(x, recipe)), dataset.paths, strict=True):
         with Image.open(tmp_path / path) as stored:
             # Pillow clips 16 bits where it should scale them
             theirs = stored.convert("RGB") if "sixteen" not in path else image.convert("L")
@@ -281,7 +276,7 @@ def test_unusual_images_are_read_as_pillow_reads_them(tmp_path: Path, decoder: s
 
 @pytest.mark.parametrize("size", [(1, 1), (4000, 10), (10, 4000)], ids=str)
 def test_images_of_odd_sizes_are_trained_and_evaluated_on(
-    tmp_path: Path, size: tuple[int, int]
+    tmp_path: Path, make_loader: MakeLoader, size: tuple[int, int]
 ) -> None:
     for split in ("train", "val"):
         (tmp_path / split / "a").mkdir(parents=True)
@@ -289,12 +284,8 @@ def test_images_of_odd_sizes_are_trained_and_evaluated_on(
     recipe = recipe_for("imagefolder", crop=32)
     train, val = (open_dataset(tmp_path, split) for split in ("train", "val"))
     assert read_sizes(train, [0]).tolist() == [[size[1], size[0]]]
-    loader = train_loader(train, recipe, batch_size=1)
-    for _ in range(4):
-        batch = next(loader)
+    for batch in take(make_loader(train, recipe, batch_size=1), 4):
         assert batch.x1_BCHW.shape == (1, 3, 32, 32) and batch.x2_BCHW.isfinite().all()
-    loader.close()
     for backend in ("dali", "resident"):
         ((x, _),) = eval_loader(val, recipe, [0], backend=backend)
-        levels = x[0].permute(1, 2, 0).numpy() * np.array(recipe.std) + np.array(recipe.mean)
-        assert np.abs(255 * levels - [200, 100, 50]).max() < 1
+        assert np.abs(levels_of(x, recipe) - [200, 100, 50]).max() < 1

@@ -12,14 +12,14 @@ import pytest
 from PIL import Image
 
 from isofast.cli import main
-from isofast.data import check_folder, open_dataset, recipe_for
+from isofast.data import check_folder, open_dataset
 from isofast.data.check import notes_on
 from isofast.data.folder import read_files
 from isofast.data.images import Images
 from isofast.data.prepare import prepare
 from isofast.errors import RunError, UserError
 
-from .conftest import checked, train_loader
+from .conftest import MakeLoader, checked
 
 # takes from root what lets it read everything; others have nothing to lose
 UNPRIVILEGED = ["setpriv", "--bounding-set", "-dac_override,-dac_read_search"]
@@ -95,22 +95,12 @@ def test_pictures_that_are_not_used_are_counted(
 ) -> None:
     assert notes_on([open_dataset(root, "train")]) == []
     folder = root / "train" / "class0"
-    image = Image.new("RGB", (4, 4))
-    image.save(folder / "a.webp")
-    image.save(folder / "b.BMP")
-    image.save(root / "train" / "stray.png")
-    (folder / "more" / "deep").mkdir(parents=True)
-    image.save(folder / "more" / "c.png")
-    image.save(folder / "more" / "deep" / "d.gif")
-    # neither of these is a picture of the data set
+    ignored = ("a.webp", "b.BMP", "more/c.png", "more/deep/d.gif", "../stray.png")
+    # the last is a picture of the data set
+    for name in (*ignored, ".thumbnails/e.png", ".f.jpg", "../.cache/g.png", "ZZ.JPEG"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (4, 4)).save(folder / name)
     (folder / "notes.txt").write_text("x")
-    (folder / ".thumbnails").mkdir()
-    image.save(folder / ".thumbnails" / "e.png")
-    image.save(folder / ".f.jpg")
-    (root / "train" / ".cache").mkdir()
-    # and this is one
-    image.save(folder / "ZZ.JPEG")
-
     train = checked(root)
     assert len(train) == 52 and "train/class0/ZZ.JPEG" in train.paths
     assert train.ignored == (
@@ -134,7 +124,7 @@ def add_unlabeled(root: Path, count: int) -> None:
         Image.new("RGB", (24, 24), (40 * k, 90, 160)).save(root / "unlabeled" / f"{k}.png")
 
 
-def test_unlabeled_pictures_are_trained_on(root: Path) -> None:
+def test_unlabeled_pictures_are_trained_on(root: Path, make_loader: MakeLoader) -> None:
     before = open_dataset(root, "train")
     add_unlabeled(root, 5)
     train, val = open_dataset(root, "train"), open_dataset(root, "val")
@@ -143,9 +133,8 @@ def test_unlabeled_pictures_are_trained_on(root: Path) -> None:
     assert train.labels.tolist() == [*before.labels.tolist(), *[-1] * 5]
     assert train.fingerprint != before.fingerprint
     assert len(val) == 15
-    loader = train_loader(train, recipe_for("cifar10"), batch_size=56)
-    assert Counter(next(loader).y_B.tolist()) == {0: 17, 1: 17, 2: 17, -1: 5}
-    loader.close()
+    batch = next(make_loader(train, batch_size=56))
+    assert Counter(batch.y_B.tolist()) == {0: 17, 1: 17, 2: 17, -1: 5}
     counts = prepare("imagefolder", root)
     assert (counts.classes, counts.train, counts.val, counts.unlabeled) == (3, 56, 15, 5)
     assert "56 train (5 without a label) and 15 val" in str(counts)

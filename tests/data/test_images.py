@@ -18,7 +18,7 @@ from isofast.config.schema import ViewConfig
 from isofast.data import ImageFolder, dali, recipe_for
 from isofast.data.draw import ViewDraw, _affine, draw
 
-from .conftest import CPU
+from .conftest import CPU, levels_of
 
 INDICES = np.arange(0, 1000, 8)
 N = len(INDICES)
@@ -64,9 +64,9 @@ def through_dali(
     renderer.close()
     x1, x2 = x_NCHW.chunk(2)
     assert torch.equal(x1, x2), "the same parameters make the same view"
-    levels = x1.permute(0, 2, 3, 1) * (255 * torch.tensor(BASE.std)) + 255 * torch.tensor(BASE.mean)
-    assert (levels - levels.round()).abs().max() < 1e-2
-    return levels.round().numpy()
+    levels = levels_of(x1, BASE)
+    assert np.abs(levels - np.rint(levels)).max() < 1e-2
+    return np.rint(levels)
 
 
 def through_pillow(

@@ -1,6 +1,5 @@
 """The loaders' promises: who sees which image when, resume, layout, memory, failures."""
 
-import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -17,10 +16,10 @@ from PIL import Image
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as F
 
-from isofast.data import Batch, ImageFolder, Recipe, check_folder, open_dataset, recipe_for
+from isofast.data import Batch, ImageFolder, Recipe, open_dataset, recipe_for
 from isofast.errors import RunError, UserError
 
-from .conftest import MakeLoader, assert_same, checked, eval_loader, numbered, take, train_loader
+from .conftest import MakeLoader, assert_same, checked, eval_loader, levels_of, numbered, take
 
 BOTH = pytest.mark.parametrize("backend", ["dali", "resident"])
 
@@ -157,9 +156,7 @@ def test_clean_images_of_any_size_are_resized_and_cropped(
     ((x, _),) = eval_loader(open_dataset(tmp_path, "val"), recipe, [0], backend=backend)
     resized = F.resize(image, recipe.resize_short, InterpolationMode.BICUBIC)
     theirs = np.asarray(F.center_crop(resized, 56), np.float32)
-    std, mean = torch.tensor(recipe.std).view(3, 1, 1), torch.tensor(recipe.mean).view(3, 1, 1)
-    ours = ((x[0] * std + mean) * 255).permute(1, 2, 0).numpy()
-    assert np.abs(ours - theirs).mean() < 0.5
+    assert np.abs(levels_of(x, recipe)[0] - theirs).mean() < 0.5
 
 
 @BOTH
@@ -205,14 +202,13 @@ def test_digits_views_are_affine_and_unmirrored(digits: Path, make_loader: MakeL
     ids=["deleted", "cut"],
 )
 def test_a_file_spoiled_during_the_run_is_named(
-    tmp_path: Path, pictures: Path, recipe: Recipe, spoil: Callable[[Path], None]
+    root: Path, make_loader: MakeLoader, recipe: Recipe, spoil: Callable[[Path], None]
 ) -> None:
     """And DALI never sees it, whose decoder can take the whole process down."""
-    shutil.copytree(pictures, tmp_path / "data")
-    dataset = checked(tmp_path / "data")
-    loader = train_loader(dataset, recipe, batch_size=51)
+    dataset = checked(root)
+    loader = make_loader(dataset, batch_size=51)
     next(loader)
-    spoil(tmp_path / "data" / dataset.paths[7])
+    spoil(root / dataset.paths[7])
     with pytest.raises(RunError, match=f"{dataset.paths[7]} is not what it was.*continue"):
         take(loader, 6)
     with pytest.raises(RunError, match="make a new one"):
@@ -250,20 +246,19 @@ print(resident_mb() - before)
 
 
 @BOTH
-def test_too_few_images_are_refused(photo_set: ImageFolder, recipe: Recipe, backend: str) -> None:
+def test_too_few_images_are_refused(make_loader: MakeLoader, backend: str) -> None:
     with pytest.raises(UserError, match=r"51 images, fewer than one global batch of 60"):
-        train_loader(photo_set, recipe, backend=backend, batch_size=30, world_size=2)
+        make_loader(backend=backend, batch_size=30, world_size=2)
 
 
 @pytest.mark.parametrize("check", ["full", "headers", "off"])
-def test_views_do_not_depend_on_the_check(pictures: Path, recipe: Recipe, check: Any) -> None:
+def test_views_do_not_depend_on_the_check(
+    pictures: Path, train_set: ImageFolder, make_loader: MakeLoader, check: Any
+) -> None:
     """Without one, sizes come from the headers of a batch's files."""
-    listed = open_dataset(pictures, "train")
-    checked = check_folder(listed, check=check)
-    assert (checked.sizes is None) is (check == "off")
-    ours = train_loader(checked, recipe)
-    theirs = train_loader(check_folder(listed), recipe)
-    assert_same(take(ours, 14), take(theirs, 14))
+    dataset = checked(pictures, check=check)
+    assert (dataset.sizes is None) is (check == "off")
+    assert_same(take(make_loader(dataset), 14), take(make_loader(train_set), 14))
 
 
 WITHOUT_DALI = """

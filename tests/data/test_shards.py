@@ -22,7 +22,7 @@ from isofast.data.pack import pack
 from isofast.errors import RunError, UserError
 
 from ..support.runs import assert_same_run, train
-from .conftest import checked, train_loader, write_tar
+from .conftest import MakeLoader, checked, take, write_tar
 from .test_check import BAD, PNG
 from .test_folder import add_unlabeled
 from .test_prepare import snapshot, without
@@ -213,14 +213,14 @@ def test_links_and_pictures_that_two_tars_hold_are_refused(packed: Path) -> None
 
 
 @pytest.mark.parametrize("check", ["full", "off"])
-def test_a_tar_that_changes_during_a_run_ends_it(packed: Path, recipe: Any, check: Any) -> None:
-    dataset = checked(packed, check=check)
-    loader = train_loader(dataset, recipe)
+def test_a_tar_that_changes_during_a_run_ends_it(
+    packed: Path, make_loader: MakeLoader, check: Any
+) -> None:
+    loader = make_loader(checked(packed, check=check))
     next(loader)
     os.utime(packed / "train" / "train-000000.tar", ns=(1, 1))
     with pytest.raises(RunError, match=r"train-000000\.tar.*has changed") as caught:
-        for _ in range(20):
-            next(loader)
+        take(loader, 20)
     assert "class" in str(caught.value)
     # the next start finds it as it is now
     assert len(checked(packed)) == 56
@@ -276,7 +276,7 @@ def test_an_interrupted_pack_leaves_nothing_and_a_second_one_changes_nothing(
         checked(digits, split)
     with monkeypatch.context() as checking:
         # what was checked is not checked again
-        checking.setattr(check, "_judge_all", lambda *images, judge: 1 / 0)
+        checking.setattr(check, "_judge", lambda *_: 1 / 0)
         first = pack(digits, output, shard_mib=1)
     before = snapshot(output)
     second = pack(digits, output, shard_mib=1)
