@@ -1,6 +1,5 @@
 """Downloads, from a real server on this machine: verified, not repeated, or nothing at all."""
 
-import hashlib
 import http.server
 import socket
 import threading
@@ -17,7 +16,7 @@ from isofast.data import official
 from isofast.data.prepare import prepare
 from isofast.errors import UserError
 
-from .test_official import tiny_files, write_archive
+from .test_official import md5, tiny_files, write_archive
 
 NAME = "tiny-imagenet-200.zip"
 
@@ -55,10 +54,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
 @pytest.fixture
 def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
     content = write_archive(tmp_path / NAME, tiny_files()).read_bytes()
-    md5 = hashlib.md5(content, usedforsecurity=False).hexdigest()
     with Server(content) as running:
         url = f"http://127.0.0.1:{running.server_port}/{NAME}"
-        monkeypatch.setattr(official, "_TINYIMAGENET", (url, NAME, md5))
+        monkeypatch.setattr(official, "_TINYIMAGENET", (url, NAME, md5(content)))
         thread = threading.Thread(target=running.serve_forever, kwargs={"poll_interval": 0.01})
         thread.start()
         yield running
@@ -110,21 +108,13 @@ def test_an_archive_beside_the_data_is_used_and_kept(tmp_path: Path, server: Ser
     assert server.requests == 0 and (tmp_path / NAME).exists()
 
 
-@pytest.mark.parametrize(
-    ("name", "url"),
-    [
-        ("cifar10", CIFAR10.url),
-        ("cifar100", CIFAR100.url),
-        ("stl10", STL10.url),
-        ("tinyimagenet", "http://cs231n.stanford.edu/tiny-imagenet-200.zip"),
-    ],
-)
+URLS = {"cifar10": CIFAR10.url, "cifar100": CIFAR100.url, "stl10": STL10.url}
+URLS["tinyimagenet"] = f"http://cs231n.stanford.edu/{NAME}"
+
+
+@pytest.mark.parametrize("name", URLS)
 def test_the_command_names_the_address_and_the_way_out(
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    name: str,
-    url: str,
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str
 ) -> None:
     def unreachable(*_: object) -> object:
         raise socket.gaierror(-2, "Name or service not known")
@@ -133,6 +123,6 @@ def test_the_command_names_the_address_and_the_way_out(
     monkeypatch.setattr(socket, "getaddrinfo", unreachable)
     assert main(["prepare", name, "--root", str(tmp_path / "root")]) == 2
     message = capsys.readouterr().err
-    assert f"cannot download {url}" in message
+    assert f"cannot download {URLS[name]}" in message
     assert "--archive FILE" in message and "Traceback" not in message
     assert not any((tmp_path / "root").iterdir())
