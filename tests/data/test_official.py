@@ -6,6 +6,7 @@ Small archives stand in for the official ones, with their own checksums in torch
 import hashlib
 import io
 import pickle
+import shutil
 import zipfile
 from collections import Counter
 from pathlib import Path
@@ -115,13 +116,6 @@ def write_archive(path: Path, files: Files) -> Path:
     return path
 
 
-def unpack(root: Path, files: Files) -> Path:
-    for name, content in files.items():
-        (root / name).parent.mkdir(parents=True, exist_ok=True)
-        (root / name).write_bytes(content)
-    return root
-
-
 def refuse(name: str, archive: Path, match: str) -> None:
     """The archive is refused by its name, and nothing of it is left."""
     root = archive.parent / "root"
@@ -146,11 +140,12 @@ def test_cifar100_is_torchvisions(
 ) -> None:
     files, root = cifar100_files(), tmp_path / "root"
     certify(monkeypatch, theirs.CIFAR100, files)
-    counts = prepare("cifar100", root, write_archive(tmp_path / f"any.{suffix}", files))
+    archive = write_archive(tmp_path / f"any.{suffix}", files)
+    counts = prepare("cifar100", root, archive)
     assert (counts.classes, counts.train, counts.val, counts.unlabeled) == (3, 7, 4, 0)
-    unpacked = unpack(tmp_path / "unpacked", files)
+    shutil.unpack_archive(archive, tmp_path / "unpacked")
     for split, train in (("train", True), ("val", False)):
-        reader = theirs.CIFAR100(unpacked, train=train)
+        reader = theirs.CIFAR100(tmp_path / "unpacked", train=train)
         names = [reader.classes[label] for label in reader.targets]
         assert_same_images(root, split, reader.data, names)
         assert list(open_dataset(root, split).classes) == reader.classes
@@ -159,12 +154,13 @@ def test_cifar100_is_torchvisions(
 def test_stl10_is_torchvisions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     files, root = stl10_files(), tmp_path / "root"
     certify(monkeypatch, theirs.STL10, files)
-    counts = prepare("stl10", root, write_archive(tmp_path / "stl.tar.gz", files))
+    archive = write_archive(tmp_path / "stl.tar.gz", files)
+    counts = prepare("stl10", root, archive)
     assert (counts.classes, counts.train, counts.val, counts.unlabeled) == (2, 12, 4, 7)
     assert "12 train (7 without a label) and 4 val" in str(counts)
-    unpacked = unpack(tmp_path / "unpacked", files)
+    shutil.unpack_archive(archive, tmp_path / "unpacked")
     for split, ours in (("train", "train"), ("test", "val"), ("unlabeled", "unlabeled")):
-        reader = theirs.STL10(unpacked, split=split)
+        reader = theirs.STL10(tmp_path / "unpacked", split=split)
         # the last class of the list stands for -1
         names = [[*reader.classes, "none"][label] for label in reader.labels]
         assert_same_images(root, ours, reader.data.transpose(0, 2, 3, 1), names)

@@ -124,11 +124,8 @@ def test_a_really_full_disk_is_a_users_error(tmp_path: Path) -> None:
     script += f"ls -A {disk}/digits; exit $code"
     if shutil.which("unshare") is None:
         pytest.skip("needs unshare, which is not installed")
-    probe = subprocess.run(["unshare", "-m", "true"], capture_output=True, text=True)
-    if probe.returncode:
-        pytest.skip(f"may not make a mount namespace here: {probe.stderr.strip()}")
     done = subprocess.run(["unshare", "-m", "sh", "-c", script], capture_output=True, text=True)
-    if done.returncode == 77:
+    if done.returncode == 77 or done.stderr.startswith("unshare: "):
         pytest.skip(f"may not mount a small disk here: {done.stderr.strip()}")
     assert done.returncode == 2, done.stderr
     assert "No space left on device" in done.stderr and "another --root" in done.stderr

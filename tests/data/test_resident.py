@@ -76,10 +76,8 @@ def test_rows_hold_what_was_drawn() -> None:
         column = dict(zip(COLUMNS, row.T, strict=True))
         assert np.array_equal(row[:, :4], view.window_N4)
         assert np.array_equal(row[:, 8:12], view.order_N4)
-        assert np.array_equal(column["hue"], view.hue_N)
-        assert np.array_equal(column["contrast"], view.contrast_N)
-        assert np.array_equal(column["blur_sigma"], view.blur_sigma_N)
-        assert np.array_equal(column["flip"] == 1, view.flip_N)
+        for name in ("brightness", "contrast", "saturation", "hue", "gray", "blur_sigma", "flip"):
+            assert np.array_equal(column[name], getattr(view, f"{name}_N")), name
         assert np.array_equal(column["solarize_from"] == 128, view.solarize_N)
         assert set(column["solarize_from"]) <= {128, 256}
 
