@@ -65,9 +65,10 @@ def check_folder(
         return dataset
     judge = "headers" if check == "headers" else decoder or default_decoder()
     known = read_known(dataset)
+    stamps = zip(*dataset.stamps.T.tolist(), strict=True)
     entries = [
         _remembered(known.get(path), stamp, judge, on_bad)
-        for path, stamp in zip(dataset.paths, dataset.stamps.tolist(), strict=True)
+        for path, stamp in zip(dataset.paths, stamps, strict=True)
     ]
     pending = [k for k, entry in enumerate(entries) if entry is None]
     pieces = [pending[k : k + _FILES_A_TASK] for k in range(0, len(pending), _FILES_A_TASK)]
@@ -152,10 +153,12 @@ def hand_on(source: ImageFolder, copy: ImageFolder) -> None:
     write_known(copy, memory)
 
 
-def _remembered(entry: Entry | None, stamp: list[int], judge: str, on_bad: OnBad) -> Entry | None:
+def _remembered(
+    entry: Entry | None, stamp: tuple[int, int], judge: str, on_bad: OnBad
+) -> Entry | None:
     """The earlier result for a file of this stamp; None if it must be judged now."""
     # every judge reads the headers
-    if entry is None or [*entry[:2]] != stamp or judge not in (entry.judge, "headers"):
+    if entry is None or entry[:2] != stamp or judge not in (entry.judge, "headers"):
         return None
     # a bad file that stopped a run may have been repaired, whatever its stamp
     return None if entry.problem and on_bad == "stop" else entry
