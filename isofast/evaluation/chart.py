@@ -1,17 +1,23 @@
 """Curves over epochs as inline SVG, in the colours of the page around it."""
 
+import io
+import re
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import matplotlib as mpl
 import numpy as np
 import numpy.typing as npt
 from markupsafe import Markup
-from matplotlib.ticker import MaxNLocator
+from matplotlib.figure import Figure
 
 Array = npt.NDArray[np.float64]
 
-_WIDTH, _HEIGHT = 380, 210
-_LEFT, _RIGHT, _TOP, _BOTTOM = 52, 10, 10, 34
+# matplotlib draws in these, which become the page's variables and follow its dark scheme
+_COLORS = ("#0072b2", "#c04f00", "#008060", "#a8508a", "#8a6a00", "#444444")
+_SOFT, _RULE = "#5b6370", "#d5d9df"
+_VARIABLES = {_SOFT: "soft", _RULE: "rule"} | {hue: f"c{k}" for k, hue in enumerate(_COLORS)}
+_STYLE: Any = {"font.size": 9, "svg.fonttype": "none", "svg.hashsalt": "isofast"}
 _MOST_POINTS, _MOST_DOTTED = 300, 6
 
 
@@ -22,7 +28,7 @@ class Line(NamedTuple):
     epochs_T: Array
     values_T: Array
     color: int = 0
-    """One of the page's classes c0, c1 and so on."""
+    """Of the page's variables --c0 to --c5, over and over."""
     opacity: float = 1.0
 
 
@@ -34,63 +40,40 @@ def chart(lines: Sequence[Line], *, log: bool = False, alt: str | None = None) -
         log: a logarithmic axis, without values of 0.
         alt: what the picture shows.
     """
-    drawn = [_kept(line, log) for line in lines]
-    x = np.concatenate([line.epochs_T for line in drawn])
-    y = np.concatenate([line.values_T for line in drawn])
-    if not len(y):
+    if not any(np.isfinite(line.values_T).any() for line in lines):
         return Markup("<p>No finite value was recorded.</p>")
-    (x0, x1), (y0, y1) = (0.0, max(float(x.max()), 1e-9)), _range(y)
-    parts = []
-    for at in _ticks(y0, y1, log):
-        place = _HEIGHT - _BOTTOM - (at - y0) / (y1 - y0) * (_HEIGHT - _TOP - _BOTTOM)
-        label = f"{10.0**at:.0e}" if log else f"{at:.4g}"
-        parts.append(
-            f'<path class="grid" d="M{_LEFT} {place:.1f}H{_WIDTH - _RIGHT}"/>'
-            f'<text x="{_LEFT - 6}" y="{place + 4:.1f}" text-anchor="end">{label}</text>'
-        )
-    for at in _ticks(x0, x1, False):
-        place = _LEFT + (at - x0) / (x1 - x0) * (_WIDTH - _LEFT - _RIGHT)
-        parts.append(
-            f'<text x="{place:.1f}" y="{_HEIGHT - 18}" text-anchor="middle">{at:.4g}</text>'
-        )
-    parts.append(f'<text x="{(_LEFT + _WIDTH) / 2}" y="{_HEIGHT - 3}">epoch</text>')
-    for line in drawn:
-        across_T = _LEFT + (line.epochs_T - x0) / (x1 - x0) * (_WIDTH - _LEFT - _RIGHT)
-        up_T = (line.values_T - y0) / (y1 - y0) * (_HEIGHT - _TOP - _BOTTOM)
-        points = [
-            f"{a:.1f},{_HEIGHT - _BOTTOM - b:.1f}" for a, b in zip(across_T, up_T, strict=True)
-        ]
-        mark = f'class="line c{line.color}" opacity="{line.opacity:.2f}"'
-        parts.append(f'<polyline {mark} points="{" ".join(points)}"/>')
-        if len(points) < 25 and len(drawn) <= _MOST_DOTTED:
-            dots = [point.split(",") for point in points]
-            parts += [f'<circle class="c{line.color}" cx="{a}" cy="{b}" r="2.5"/>' for a, b in dots]
-    label = alt or "; ".join(_in_words(line) for line in lines)
-    return Markup(
-        f'<svg role="img" aria-label="{{}}" viewBox="0 0 {_WIDTH} {_HEIGHT}">{{}}</svg>'
-    ).format(label, Markup("".join(parts)))
-
-
-def _kept(line: Line, log: bool) -> Line:
-    good_T = np.isfinite(line.values_T) & (line.values_T > 0 if log else True)
-    epochs_T, values_T = line.epochs_T[good_T], line.values_T[good_T]
-    chosen = np.unique(np.linspace(0, max(len(values_T) - 1, 0), _MOST_POINTS).astype(int))
-    chosen = chosen[: len(values_T)]
-    values_T = values_T[chosen]
-    return line._replace(
-        epochs_T=epochs_T[chosen], values_T=np.log10(values_T) if log else values_T
+    with mpl.rc_context(_STYLE):
+        figure = Figure(figsize=(3.8, 2.1), layout="constrained")
+        axis = figure.subplots()
+        for line in lines:
+            kept = np.flatnonzero(np.isfinite(line.values_T))
+            places = np.linspace(0, len(kept) - 1, min(len(kept), _MOST_POINTS)).round()
+            kept = kept[places.astype(int)]
+            axis.plot(
+                line.epochs_T[kept],
+                line.values_T[kept],
+                color=_COLORS[line.color % len(_COLORS)],
+                alpha=line.opacity,
+                markersize=3,
+                clip_on=False,
+                marker="o" if len(kept) < 25 and len(lines) <= _MOST_DOTTED else None,
+            )
+        axis.set(xlim=(0, None), yscale="log" if log else "linear")
+        axis.set_xlabel("epoch", color=_SOFT)
+        axis.tick_params(which="both", length=0, colors=_SOFT)
+        axis.grid(axis="y", color=_RULE)
+        axis.spines[:].set_visible(False)
+        file = io.StringIO()
+        figure.savefig(file, format="svg", transparent=True)
+    svg = file.getvalue()
+    for color, name in _VARIABLES.items():
+        svg = svg.replace(color, f"var(--{name})")
+    (box,) = re.findall('viewBox="[^"]*"', svg)
+    tag = Markup('<svg role="img" aria-label="{}" {}>').format(
+        alt or "; ".join(map(_in_words, lines)), Markup(box)
     )
-
-
-def _range(values: Array) -> tuple[float, float]:
-    low, high = float(values.min()), float(values.max())
-    # one value alone gets some room
-    return (low, high) if high > low else (low - 0.5, high + 0.5)
-
-
-def _ticks(low: float, high: float, log: bool) -> list[float]:
-    locator = MaxNLocator(4, steps=[1, 2, 2.5, 5, 10], integer=log)
-    return [at for at in map(float, locator.tick_values(low, high)) if low <= at <= high]
+    # without the head, whose namespaces HTML knows
+    return tag + Markup(svg[svg.index("<g ") :])
 
 
 def _in_words(line: Line) -> str:

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +17,11 @@ from isofast.evaluation.chart import Line, chart
 from isofast.evaluation.encoders import check_output
 from isofast.evaluation.intervals import wilson
 from isofast.evaluation.pictures import Pictures, look
-from isofast.evaluation.verdict import Verdict, findings, judge
+from isofast.evaluation.verdict import findings, judge
 from isofast.run.directory import write_text
 from isofast.run.spectrum import effective_rank
 from isofast.run.stored import Run, labels, read_run
 
-# colours of the page's style sheet
-_COLORS = 6
 _MOST_ROWS, _MOST_LINES = 12, 32
 _CURVES = {
     "loss": "Loss",
@@ -47,34 +45,6 @@ _RANKS = {
 }
 
 
-@dataclass(frozen=True)
-class _Baseline:
-    name: str
-    what: str
-    top1: float
-    interval: tuple[float, float] | None
-    n: int | None
-
-
-@dataclass(frozen=True)
-class _Page:
-    """A run as the template takes it."""
-
-    name: str
-    run: Run
-    summary: dict[str, Any]
-    verdict: Verdict
-    warnings: list[str]
-    spectrum: Markup
-    ranks: list[tuple[str, float, float]]
-    baselines: list[_Baseline]
-    records: list[dict[str, Any]]
-    pictures: Pictures | None
-    no_pictures: str
-    settings: dict[str, Any]
-    environment: dict[str, Any]
-
-
 def write_report(
     folders: Sequence[Path], output: Path, *, root: Path | None = None, pictures: bool = True
 ) -> None:
@@ -95,25 +65,35 @@ def write_report(
         _page(run, name, root or run.config.data.root, pictures)
         for run, name in zip(runs, labels(runs), strict=True)
     ]
-    settings = {key: [page.settings.get(key) for page in pages] for key in _keys(pages)}
-    # file names need not be text
+    keys = dict.fromkeys(key for page in pages for key in page["settings"])
+    curves = {}
+    for key, title in _CURVES.items():
+        lines = [
+            Line(page["name"], epochs_T, values_T, place)
+            for place, page in enumerate(pages)
+            for epochs_T, values_T in [page["run"].curve(key)]
+            if len(values_T)
+        ]
+        if lines:
+            curves[title] = chart(lines)
     environment = Environment(
         loader=PackageLoader("isofast.evaluation", ""),
         autoescape=True,
         trim_blocks=True,
         lstrip_blocks=True,
+        # file names need not be text
         finalize=lambda value: printable(value) if type(value) is str else value,
     )
     text = environment.get_template("report.html").render(
         pages=pages,
-        curves=[(title, _curves(pages, name)) for name, title in _CURVES.items()],
-        settings=settings,
-        differing={key for key, values in settings.items() if any(v != values[0] for v in values)},
+        curves=curves,
+        settings={key: [page["settings"].get(key) for page in pages] for key in keys},
     )
     write_text(output, text)
 
 
-def _page(run: Run, name: str, root: Path, with_pictures: bool) -> _Page:
+def _page(run: Run, name: str, root: Path, with_pictures: bool) -> dict[str, Any]:
+    """A run as the template takes it."""
     summary, environment = (_read(run.path / f"{what}.json") for what in ("summary", "environment"))
     pictures, why = None, "the run failed; isofast report draws them"
     if with_pictures:
@@ -122,34 +102,34 @@ def _page(run: Run, name: str, root: Path, with_pictures: bool) -> _Page:
         # also what a full GPU raises
         except (UserError, RuntimeError, OSError) as error:
             why = str(error)
-    val_images = environment.get("val_images") or _count(root)
-    return _Page(
-        name=name,
-        run=run,
-        summary=summary,
-        verdict=judge(run, summary, val_images, pictures),
-        warnings=[found.message for found in findings(run)[0]],
-        spectrum=_spectrum(run),
-        ranks=[
-            (title, values_T[0], values_T[-1])
-            for key, title in _RANKS.items()
-            if len(values_T := run.curve(key)[1])
+    val_images = environment.get("val_images")
+    if not val_images:
+        with suppress(UserError):
+            val_images = len(open_dataset(root, "val"))
+    ranks = {title: run.curve(key)[1] for key, title in _RANKS.items()}
+    places = np.unique(np.linspace(0, len(run.records) - 1, _MOST_ROWS).astype(int))
+    return {
+        "name": name,
+        "run": run,
+        "summary": summary,
+        "verdict": judge(run, summary, val_images, pictures),
+        "warnings": [found.message for found in findings(run)[0]],
+        "spectrum": _spectrum(run),
+        "ranks": [
+            (title, *values_T[[0, -1]]) for title, values_T in ranks.items() if len(values_T)
         ],
-        baselines=_baselines(run, summary, val_images, pictures),
-        records=_some(run),
-        pictures=pictures,
-        no_pictures=why,
-        settings=dict(_flat(run.config.model_dump(mode="json"))),
-        environment=dict(_flat(environment)),
-    )
+        "baselines": _baselines(run, summary, val_images, pictures),
+        "records": [_with_evaluation(run, run.records[place]) for place in places],
+        "pictures": pictures,
+        "no_pictures": why,
+        "settings": _flat(run.config.model_dump(mode="json")),
+        "environment": _flat(environment),
+    }
 
 
 def _baselines(
-    run: Run,
-    summary: dict[str, Any],
-    n: int | None,
-    pictures: Pictures | None,
-) -> list[_Baseline]:
+    run: Run, summary: dict[str, Any], n: int | None, pictures: Pictures | None
+) -> list[dict[str, Any]]:
     rows: list[tuple[str, str, float | None, int | None]] = []
     compared = bool(run.evaluations) and run.evaluations[0]["step"] == 0
     if run.evaluations:
@@ -166,19 +146,10 @@ def _baselines(
             for one in pictures.measured
         ]
     return [
-        _Baseline(name, what, top1, wilson(top1, count) if count else None, count)
-        for name, what, top1, count in rows
+        {"name": name, "what": what, "top1": top1, "n": n, "interval": n and wilson(top1, n)}
+        for name, what, top1, n in rows
         if top1 is not None
     ]
-
-
-def _curves(pages: Sequence[_Page], name: str) -> Markup | None:
-    lines = [
-        Line(page.name, *page.run.curve(name), color=place % _COLORS)
-        for place, page in enumerate(pages)
-        if len(page.run.curve(name)[0])
-    ]
-    return chart(lines) if lines else None
 
 
 def _spectrum(run: Run) -> Markup:
@@ -201,34 +172,18 @@ def _spectrum(run: Run) -> Markup:
     return chart(lines, log=True, alt=f"{dim} eigenvalues of C. {'. '.join(ends)}")
 
 
-def _some(run: Run) -> list[dict[str, Any]]:
-    """Some records, each with the evaluations up to it."""
-    places = np.unique(np.linspace(0, len(run.records) - 1, _MOST_ROWS).astype(int))
-    rows = []
-    for place in places:
-        record = run.records[place]
-        before = [one for one in run.evaluations if one["step"] <= record["step"]]
-        rows.append((before[-1] if before else {}) | record)
-    return rows
+def _with_evaluation(run: Run, record: dict[str, Any]) -> dict[str, Any]:
+    """A record with the last evaluation up to it."""
+    before = [one for one in run.evaluations if one["step"] <= record["step"]]
+    return (before[-1] if before else {}) | record
 
 
-def _keys(pages: Sequence[_Page]) -> list[str]:
-    return [*dict.fromkeys(key for page in pages for key in page.settings)]
-
-
-def _flat(tree: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    rows: list[tuple[str, Any]] = []
+def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    rows: dict[str, Any] = {}
     for key, value in tree.items():
         inner = isinstance(value, dict) and value
-        rows += _flat(value, f"{prefix}{key}.") if inner else [(f"{prefix}{key}", value)]
+        rows |= _flat(value, f"{prefix}{key}.") if inner else {f"{prefix}{key}": value}
     return rows
-
-
-def _count(root: Path) -> int | None:
-    try:
-        return len(open_dataset(root, "val"))
-    except UserError:
-        return None
 
 
 def _read(path: Path) -> dict[str, Any]:
