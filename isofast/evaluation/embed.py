@@ -105,12 +105,12 @@ def embed(source: Path, folder: Path, output: Path) -> Embedded:
 
 @torch.no_grad()
 def features(
-    module: nn.Module, recipe: Recipe, pixels_BHW3: Pixels, device: torch.device
+    module: nn.Module, recipe: Recipe, pixels_NHW3: Pixels, device: torch.device
 ) -> torch.Tensor:
-    """Return the features h_BF of clean images, float32 on the CPU, by a module on ``device``."""
-    images_B3HW = torch.from_numpy(pixels_BHW3).to(device).permute(0, 3, 1, 2)
-    h_BF: torch.Tensor = module(normalised(recipe, images_B3HW))
-    return h_BF.float().cpu()
+    """Return the features h_NF of clean images, float32 on the CPU, by a module on ``device``."""
+    batches = torch.split(torch.from_numpy(pixels_NHW3).permute(0, 3, 1, 2), _BATCH)
+    parts = [module(normalised(recipe, x_B3HW.to(device))) for x_B3HW in batches]
+    return torch.cat([h_BF.float().cpu() for h_BF in parts])
 
 
 def list_pictures(folder: Path) -> dict[str, Callable[[], BinaryIO]]:

@@ -5,10 +5,10 @@ Shapes: N training images, M validation images, F features.
 
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -36,7 +36,12 @@ from isofast.evaluation.encoders import newest_of, untrained
 from isofast.evaluation.intervals import wilson
 from isofast.methods.weights import load_weights, read_weights
 from isofast.run.stored import read_config
-from isofast.training.online import clean_loader, eval_mode, knn_top1
+from isofast.training.online import clean_loader, knn_top1
+
+# train_NF, train_y_N, val_MF, val_y_M
+Features = tuple[Tensor, Tensor, Tensor, Tensor]
+# each accuracy with its settings
+Scores = Iterator[tuple[float, dict[str, Any]]]
 
 _NEIGHBOURS, _TEMPERATURE = (20, 200), 0.07
 GRID_C, _HELD_BACK = (0.001, 0.01, 0.1, 1.0, 10.0), 0.2
@@ -68,13 +73,6 @@ class Result:
     seeds: list[int] | None = None
     """Of these draws."""
 
-    @property
-    def setting(self) -> str:
-        """The protocol in words."""
-        if self.protocol == "few":
-            return f"few labels, {self.labels_per_class} a class"
-        return f"k-NN, k = {self.k}" if self.protocol == "knn" else "logistic regression"
-
 
 @dataclass(frozen=True)
 class Report:
@@ -100,25 +98,20 @@ class Report:
         title = f"  {'':<24}{'features of':<18}{'top-1':>7}   95 % interval   std"
         lines, before = [self.run, head, "", title], ""
         for one in self.results:
+            protocol = {
+                "knn": f"k-NN, k = {one.k}",
+                "linear": "logistic regression",
+                "few": f"few labels, {one.labels_per_class} a class",
+            }[one.protocol]
+            setting = protocol if protocol != before else ""
             name = one.baseline or "the run"
-            short = name if len(name) < 18 else f"...{name[-14:]}"
+            name = name if len(name) < 18 else f"...{name[-14:]}"
             low, high = one.interval
             std = "" if one.std is None else f"  {one.std:.3f}"
-            setting = one.setting if one.setting != before else ""
-            line = f"  {setting:<24}{short:<18}{one.value:>7.3f}  [{low:.3f}, {high:.3f}]{std}"
+            line = f"  {setting:<24}{name:<18}{one.value:>7.3f}  [{low:.3f}, {high:.3f}]{std}"
             lines.append(line)
-            before = one.setting
+            before = protocol
         return "\n".join([*lines, *self.notes])
-
-
-class _Features(NamedTuple):
-    train_NF: Tensor
-    train_y_N: Tensor
-    val_MF: Tensor
-    val_y_M: Tensor
-
-    def arrays(self) -> list[npt.NDArray[Any]]:
-        return [tensor.cpu().numpy() for tensor in self]
 
 
 def evaluate(
@@ -155,9 +148,9 @@ def evaluate(
     checkpoint = newest_of(run_dir, config)
     # all of them at once: a wrong baseline is told before any work
     encoders: dict[str | None, nn.Module] = {
-        None: _of_file(config, checkpoint.path / "encoder.safetensors")
+        None: _encoder(config, str(checkpoint.path / "encoder.safetensors"))
     }
-    encoders |= {name: _baseline(config, name) for name in baselines}
+    encoders |= {name: _encoder(config, name) for name in baselines}
     train, val = _images(config, root or config.data.root)
     classes = len(train.classes)
     labelled = np.random.default_rng(0).permutation(np.flatnonzero(train.labels != UNLABELLED))
@@ -165,21 +158,31 @@ def evaluate(
     counts = np.bincount(train.labels[drawn], minlength=classes)
     _require_enough(counts, protocols)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    data = config.data
+    recipe = recipe_for(data.dataset, crop=data.crop, augmentation=data.augmentation)
+    backend = resolve_backend(data.backend, train, recipe, device, data.resident_limit_gb)
     loaders = [
-        _loader(config, train, images, indices, device)
+        clean_loader(config, images, recipe, indices, World(0, 1, 0, device), backend)
         for images, indices in ((train, drawn), (val, np.arange(len(val))))
     ]
     results: list[Result] = []
     for name, encoder in encoders.items():
         say(f"features of {name or run_dir}")
-        parts = [_collect(encoder.to(device), loader) for loader in loaders]
-        features = _Features(*parts[0], *parts[1])
+        encoder.to(device)
+        features = (*_collect(encoder, loaders[0]), *_collect(encoder, loaders[1]))
         encoder.cpu()
         for protocol in protocols:
             say(f"{protocol} of {name or run_dir}")
-            results += _PROTOCOLS[protocol](name, features, classes)
+            # of a fit that stops at the last of its iterations
+            with warnings.catch_warnings(action="ignore", category=ConvergenceWarning):
+                scores = [*_PROTOCOLS[protocol](features, classes)]
+            results += [
+                Result(name, protocol, top1, wilson(top1, len(val)), len(val), **settings)
+                for top1, settings in scores
+            ]
+    # settings together, the run before its baselines
     order = [*_PROTOCOLS]
-    too_few = [count for count in _LABELS if count > counts.min()] if "few" in protocols else []
+    results.sort(key=lambda r: (order.index(r.protocol), r.k or r.labels_per_class or 0))
     return Report(
         run=str(run_dir),
         checkpoint=str(checkpoint.path),
@@ -188,76 +191,52 @@ def evaluate(
         classes=classes,
         train_images=len(drawn),
         val_images=len(val),
-        # settings together, the run before its baselines
-        results=sorted(
-            results, key=lambda r: (order.index(r.protocol), r.k or r.labels_per_class or 0)
-        ),
+        results=results,
         notes=[
             f"no {count} labels a class: a class has {counts.min()} training image(s)"
-            for count in too_few
+            for count in _LABELS
+            if "few" in protocols and count > counts.min()
         ],
     )
 
 
-def _knn(name: str | None, features: _Features, classes: int) -> list[Result]:
-    results = []
-    for k in sorted({min(k, len(features.train_NF)) for k in _NEIGHBOURS}):
-        top1 = knn_top1(*features, classes=classes, k=k, temperature=_TEMPERATURE)
-        results.append(_result(name, "knn", top1, features, k=k))
-    return results
+def _knn(features: Features, classes: int) -> Scores:
+    for k in sorted({min(k, len(features[0])) for k in _NEIGHBOURS}):
+        yield knn_top1(*features, classes=classes, k=k, temperature=_TEMPERATURE), {"k": k}
 
 
-def _linear(name: str | None, features: _Features, classes: int) -> list[Result]:
-    train_NF, train_y_N, val_MF, val_y_M = features.arrays()
+def _linear(features: Features, classes: int) -> Scores:
+    train_NF, train_y_N, val_MF, val_y_M = (x.cpu().numpy() for x in features)
     split = StratifiedShuffleSplit(1, test_size=_HELD_BACK, random_state=0)
     pipeline = make_pipeline(StandardScaler(), LogisticRegression(max_iter=_MOST_ITERATIONS))
     search = GridSearchCV(pipeline, {"logisticregression__C": GRID_C}, cv=split)
-    with _unconverged():
-        search.fit(train_NF, train_y_N)
+    search.fit(train_NF, train_y_N)
     best = search.best_params_["logisticregression__C"]
-    return [_result(name, "linear", search.score(val_MF, val_y_M), features, C=best)]
+    yield float(search.score(val_MF, val_y_M)), {"C": best}
 
 
-def _few(name: str | None, features: _Features, classes: int) -> list[Result]:
-    train_NF, train_y_N, val_MF, val_y_M = features.arrays()
+def _few(features: Features, classes: int) -> Scores:
+    train_NF, train_y_N, val_MF, val_y_M = (x.cpu().numpy() for x in features)
     scaler = StandardScaler().fit(train_NF)
     train_NF, val_MF = scaler.transform(train_NF), scaler.transform(val_MF)
     seeds = list(range(_DRAWS))
-    orders = [np.random.default_rng(one).permutation(len(train_NF)) for one in seeds]
-    results = []
-    for count in _LABELS:
-        if count > np.bincount(train_y_N, minlength=classes).min():
-            break
+    orders = [np.random.default_rng(seed).permutation(len(train_NF)) for seed in seeds]
+    least = np.bincount(train_y_N, minlength=classes).min()
+    for count in (count for count in _LABELS if count <= least):
         scores = []
         for order in orders:
             of_classes = [order[train_y_N[order] == label][:count] for label in range(classes)]
             chosen = np.concatenate(of_classes)
             model = LogisticRegression(max_iter=_MOST_ITERATIONS)
-            with _unconverged():
-                model.fit(train_NF[chosen], train_y_N[chosen])
+            model.fit(train_NF[chosen], train_y_N[chosen])
             scores.append(model.score(val_MF, val_y_M))
-        spread = {"std": float(np.std(scores, ddof=1)), "seeds": seeds}
-        mean = float(np.mean(scores))
-        results.append(
-            _result(name, "few", mean, features, labels_per_class=count, C=1.0, **spread)
-        )
-    return results
+        std = float(np.std(scores, ddof=1))
+        settings = {"labels_per_class": count, "C": 1.0, "std": std, "seeds": seeds}
+        yield float(np.mean(scores)), settings
 
 
 _PROTOCOLS = {"knn": _knn, "linear": _linear, "few": _few}
 PROTOCOLS = tuple(_PROTOCOLS)
-
-
-def _result(
-    name: str | None, protocol: str, top1: float, features: _Features, **settings: Any
-) -> Result:
-    n = len(features.val_y_M)
-    return Result(name, protocol, float(top1), wilson(top1, n), n, **settings)
-
-
-def _unconverged() -> warnings.catch_warnings:
-    """Silence the warning of a fit that stops at the last of its iterations."""
-    return warnings.catch_warnings(action="ignore", category=ConvergenceWarning)
 
 
 def _images(config: Config, root: Path) -> tuple[ImageFolder, ImageFolder]:
@@ -295,41 +274,22 @@ def _require_enough(counts: npt.NDArray[np.int64], protocols: Sequence[str]) -> 
         )
 
 
-def _loader(
-    config: Config,
-    train: ImageFolder,
-    images: ImageFolder,
-    indices: npt.NDArray[np.int64],
-    device: torch.device,
-) -> EvalLoader:
-    data = config.data
-    recipe = recipe_for(data.dataset, crop=data.crop, augmentation=data.augmentation)
-    backend = resolve_backend(data.backend, train, recipe, device, data.resident_limit_gb)
-    return clean_loader(config, images, recipe, indices, World(0, 1, 0, device), backend)
-
-
 @torch.no_grad()
 def _collect(encoder: nn.Module, loader: EvalLoader) -> tuple[Tensor, Tensor]:
-    with eval_mode(encoder):
-        parts = [(encoder(x_BCHW).float(), y_B) for x_BCHW, y_B in loader]
+    parts = [(encoder(x_BCHW).float(), y_B) for x_BCHW, y_B in loader]
     return torch.cat([h_BF for h_BF, _ in parts]), torch.cat([y_B for _, y_B in parts])
 
 
-def _baseline(config: Config, name: str) -> nn.Module:
+def _encoder(config: Config, name: str) -> nn.Module:
+    """A baseline, or the run's encoder with a file's weights."""
     if name == "pixels":
         return nn.Flatten()
-    if name == "random":
-        return untrained(config)
-    if not Path(name).is_file():
-        raise UserError(
-            f"--baselines: there is no file {name}; allowed are random, pixels and files of "
-            "weights (.safetensors)"
-        )
-    return _of_file(config, Path(name))
-
-
-def _of_file(config: Config, path: Path) -> nn.Module:
-    """The run's encoder with a file's weights."""
     encoder = untrained(config)
-    load_weights(encoder, read_weights(path))
-    return encoder
+    if name != "random":
+        if not Path(name).is_file():
+            raise UserError(
+                f"--baselines: there is no file {name}; allowed are random, pixels and files of "
+                "weights (.safetensors)"
+            )
+        load_weights(encoder, read_weights(Path(name)))
+    return encoder.eval()

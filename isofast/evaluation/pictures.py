@@ -13,6 +13,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 import torch
+from matplotlib.colors import TABLEAU_COLORS
 from PIL import Image, ImageDraw
 from torch import Tensor, nn
 from torch.nn import functional
@@ -29,14 +30,9 @@ from isofast.training.online import knn_top1
 _MOST_IMAGES = 1000
 _QUERIES, _NEIGHBOURS = 8, 6
 _THUMB, _TILE, _COLUMNS, _ROWS = 56, 30, 30, 20
-_BATCH = 128
 # of a side, for raw pixels as features
 _MOST_PIXELS = 64
-# matplotlib's tab10
-CLASS_COLORS = (
-    *("#1f77b4", "#ff7f0e", "#2ca02c", "#d62728", "#9467bd"),
-    *("#8c564b", "#e377c2", "#7f7f7f", "#bcbd22", "#17becf"),
-)
+CLASS_COLORS = [str(color) for color in TABLEAU_COLORS.values()]
 
 
 class Thumb(NamedTuple):
@@ -95,7 +91,7 @@ def look(run_dir: Path, config: Config, root: Path) -> Pictures:
     has_val = bool(train.classes) and (root / "val").is_dir()
     bank = _sample(train, recipe)
     query = _sample(open_dataset(root, "val"), recipe) if has_val else bank
-    kind = "validation" if has_val else "training"
+    labelled = torch.from_numpy(bank.labels_N) >= 0
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     named: dict[str, nn.Module] = {"this run": encoder, "untrained network": untrained(config)}
     if recipe.crop <= _MOST_PIXELS:
@@ -103,14 +99,13 @@ def look(run_dir: Path, config: Config, root: Path) -> Pictures:
     measured, seen = [], []
     for name, module in named.items():
         module.eval().to(device).to(memory_format=torch.channels_last)
-        query_NF = _features(module, recipe, query, device)
-        bank_NF = _features(module, recipe, bank, device) if has_val else query_NF
+        query_NF = features(module, recipe, query.pixels_NHW3, device)
+        bank_NF = features(module, recipe, bank.pixels_NHW3, device) if has_val else query_NF
         top1 = None
-        labelled = bank.labels_N >= 0
         if has_val and labelled.any():
             top1 = knn_top1(
                 bank_NF[labelled],
-                torch.from_numpy(bank.labels_N[labelled]),
+                torch.from_numpy(bank.labels_N)[labelled],
                 query_NF,
                 torch.from_numpy(query.labels_N),
                 classes=len(train.classes),
@@ -122,14 +117,15 @@ def look(run_dir: Path, config: Config, root: Path) -> Pictures:
     query_NF, bank_NF = seen[0]
     if not query_NF.isfinite().all():
         raise UserError("the encoder's features are NaN or infinite")
-    uri, alt, colored = _map(query_NF, query, train.classes)
+    sample = f"{len(query.paths):,} {'validation' if has_val else 'training'} images"
+    colored = 0 < len(train.classes) <= len(CLASS_COLORS)
+    uri, shares = _map(query_NF, query, colored)
     return Pictures(
-        sample=f"{len(query.paths):,} {kind} images"
-        + (f", and {len(bank.paths):,} training images to search" if has_val else ""),
+        sample=sample + (f", and {len(bank.paths):,} training images to search" if has_val else ""),
         queries=len(query.paths),
-        rows=_neighbours(query_NF, bank_NF, query, bank, train.classes, same=not has_val),
+        rows=_neighbours(query_NF, bank_NF, query, bank, train.classes),
         map_uri=uri,
-        map_alt=f"{alt} of {len(query.paths):,} {kind} images",
+        map_alt=f"Map by the first two principal components ({shares} of the variance) of {sample}",
         map_classes=[*zip(train.classes, CLASS_COLORS, strict=False)] if colored else [],
         measured=measured,
     )
@@ -140,79 +136,60 @@ def _sample(images: ImageFolder, recipe: Recipe) -> _Sample:
     drawn = np.sort(np.random.default_rng(0).permutation(len(images))[:_MOST_IMAGES])
     batches = decoded({images.paths[k]: partial(images.open, k) for k in drawn}, recipe)
     every = zip(drawn, (one for _, batch in batches for one in batch), strict=True)
-    found = [(index, one) for index, one in every if not isinstance(one, str)]
+    found = {index: one for index, one in every if not isinstance(one, str)}
     if len(found) < 2:
         raise UserError(f"fewer than two of the {images.split} images in {images.root} can be read")
-    kept = [index for index, _ in found]
-    pixels_NHW3 = np.stack([one for _, one in found])
-    return _Sample(pixels_NHW3, images.labels[kept], [images.paths[k] for k in kept])
-
-
-def _features(module: nn.Module, recipe: Recipe, sample: _Sample, device: torch.device) -> Tensor:
-    pixels = sample.pixels_NHW3
-    pieces = [pixels[k : k + _BATCH] for k in range(0, len(pixels), _BATCH)]
-    return torch.cat([features(module, recipe, piece, device) for piece in pieces])
+    paths = [images.paths[k] for k in found]
+    return _Sample(np.stack([*found.values()]), images.labels[[*found]], paths)
 
 
 def _neighbours(
-    query_NF: Tensor,
-    bank_NF: Tensor,
-    query: _Sample,
-    bank: _Sample,
-    classes: tuple[str, ...],
-    *,
-    same: bool,
+    query_NF: Tensor, bank_NF: Tensor, query: _Sample, bank: _Sample, classes: tuple[str, ...]
 ) -> list[list[Thumb]]:
     """Rows of queries, spread over the sample, and their nearest by cosine similarity."""
-    count = min(_QUERIES, len(query.paths))
+    count, same = min(_QUERIES, len(query.paths)), query is bank
     places = np.arange(count) * len(query.paths) // count + len(query.paths) // (2 * count)
     similarity_QN = functional.normalize(query_NF[places]) @ functional.normalize(bank_NF).T
     if same:
         # no image is its own neighbour
         similarity_QN[torch.arange(count), torch.from_numpy(places)] = -torch.inf
-    k = min(_NEIGHBOURS, len(bank.paths) - same)
-    name = partial(_class_of, classes)
+    nearest = similarity_QN.topk(min(_NEIGHBOURS, len(bank.paths) - same))
+    # the last for -1, no label
+    names = (*classes, "")
     rows = []
-    for place, near in zip(places, zip(*similarity_QN.topk(k), strict=True), strict=True):
-        own = int(query.labels_N[place])
-        row = [Thumb(_thumb(query.pixels_NHW3[place]), query.paths[place], name(own))]
-        for value, index in zip(*(x.tolist() for x in near), strict=True):
-            label = int(bank.labels_N[index])
-            agrees = None if min(own, label) < 0 else own == label
+    for place, *near in zip(places, nearest.values.tolist(), nearest.indices.tolist(), strict=True):
+        own = query.labels_N[place]
+        row = [Thumb(_thumb(query.pixels_NHW3[place]), query.paths[place], names[own])]
+        for value, index in zip(*near, strict=True):
+            label = bank.labels_N[index]
+            agrees = None if min(own, label) < 0 else bool(own == label)
             alt = f"{bank.paths[index]}, similarity {value:.2f}"
-            row.append(Thumb(_thumb(bank.pixels_NHW3[index]), alt, name(label), agrees))
+            row.append(Thumb(_thumb(bank.pixels_NHW3[index]), alt, names[label], agrees))
         rows.append(row)
     return rows
 
 
-def _class_of(classes: tuple[str, ...], label: int) -> str:
-    return classes[label] if label >= 0 else ""
-
-
-def _map(h_NF: Tensor, sample: _Sample, classes: tuple[str, ...]) -> tuple[str, str, bool]:
-    """A picture with thumbnails at the first two principal components, none over another."""
+def _map(h_NF: Tensor, sample: _Sample, colored: bool) -> tuple[str, str]:
+    """Thumbnails at the first two principal components, none over another, and their shares."""
     centred_NF = h_NF.numpy().astype(np.float64) - h_NF.numpy().mean(0)
     u_NK, s_K, _ = np.linalg.svd(centred_NF, full_matrices=False)
     shares = np.square(s_K[:2]) / max(np.square(s_K).sum(), np.finfo(float).tiny)
     place_N2 = u_NK[:, :2] * s_K[:2]
     # an outlier would push all others together
     low_2, high_2 = np.percentile(place_N2, (1, 99), axis=0)
-    place_N2 = place_N2.clip(low_2, high_2)
     span_2 = np.maximum(high_2 - low_2, np.finfo(float).tiny)
-    cell_N2 = ((place_N2 - low_2) / span_2 * (_COLUMNS - 1, _ROWS - 1)).round().astype(int)
-    colored = 0 < len(classes) <= len(CLASS_COLORS)
+    share_N2 = (place_N2.clip(low_2, high_2) - low_2) / span_2
+    cell_N2 = (share_N2 * (_COLUMNS - 1, _ROWS - 1)).round().astype(int)
     sheet = Image.new("RGBA", (_COLUMNS * _TILE, _ROWS * _TILE))
     pen = ImageDraw.Draw(sheet)
     _, firsts = np.unique(cell_N2, axis=0, return_index=True)
     for index in firsts:
         x, y = int(cell_N2[index, 0]) * _TILE, int(_ROWS - 1 - cell_N2[index, 1]) * _TILE
-        if colored and (label := int(sample.labels_N[index])) >= 0:
+        if colored and (label := sample.labels_N[index]) >= 0:
             pen.rectangle((x, y, x + _TILE - 1, y + _TILE - 1), fill=CLASS_COLORS[label])
         size = (_TILE - 6, _TILE - 6)
         sheet.paste(Image.fromarray(sample.pixels_NHW3[index]).resize(size), (x + 3, y + 3))
-    parts = [f"{share:.0%}" for share in shares]
-    alt = f"Map by the first two principal components ({' and '.join(parts)} of the variance)"
-    return _uri(sheet), alt, colored
+    return _uri(sheet), " and ".join(f"{share:.0%}" for share in shares)
 
 
 def _thumb(pixels_HW3: Pixels) -> str:

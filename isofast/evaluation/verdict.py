@@ -1,7 +1,7 @@
 """Whether a run learned, in words."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from isofast.evaluation.intervals import newcombe
@@ -45,26 +45,23 @@ def judge(
     failure = summary.get("failure")
     last = findings(run)[1]
     collapse = summary.get("collapse") or (last.message if last else None)
-    word, good, headline, reasons = _accuracy(run, val_images, pictures) or _unlabelled(
-        run, pictures
-    )
+    found = _by_accuracy(run, val_images, pictures) or _without_labels(run, pictures)
+    reasons = [*found.reasons]
     if not summary:
         epochs = run.records[-1]["epoch"]
         reasons.insert(0, f"The run has not ended: epoch {epochs:g} of {run.config.train.epochs}.")
-    if collapse or failure:
-        if failure and failure != collapse:
-            reasons.insert(0, f"The run failed: {failure}.")
-        word = "collapsed" if collapse else "failed"
-        if (last and last.kind == "blow-up") or "NaN" in (collapse or ""):
-            word = "diverged"
-        reasons.insert(0, headline)
-        return Verdict(word, False, f"{word.capitalize()}: {collapse or failure}.", reasons)
-    return Verdict(word, good, headline, [*reasons, "No record shows a collapse at the end."])
+    if not (collapse or failure):
+        return replace(found, reasons=[*reasons, "No record shows a collapse at the end."])
+    if failure and failure != collapse:
+        reasons.insert(0, f"The run failed: {failure}.")
+    word = "collapsed" if collapse else "failed"
+    if (last and last.kind == "blow-up") or "NaN" in (collapse or ""):
+        word = "diverged"
+    headline = f"{word.capitalize()}: {collapse or failure}."
+    return Verdict(word, False, headline, [found.headline, *reasons])
 
 
-def _accuracy(
-    run: Run, val_images: int | None, pictures: Pictures | None
-) -> tuple[str, bool | None, str, list[str]] | None:
+def _by_accuracy(run: Run, val_images: int | None, pictures: Pictures | None) -> Verdict | None:
     """By k-NN before and after; None if nothing was evaluated."""
     start = "the untrained network"
     ends = [run.evaluations[k]["knn_top1"] for k in (0, -1)] if run.evaluations else []
@@ -77,24 +74,20 @@ def _accuracy(
         after, before = (one.knn_top1 or 0.0 for one in pictures.measured[:2])
         n, where = pictures.queries, f"on a sample of {pictures.sample}"
     elif ends:
-        return (
-            "not comparable",
-            None,
+        headline = (
             f"k-NN top-1 {ends[-1]:.3f}, and nothing to compare with: the untrained network was "
-            "not evaluated (evaluation.at_start true does it).",
-            [],
+            "not evaluated (evaluation.at_start true does it)."
         )
+        return Verdict("not comparable", None, headline, [])
     else:
         return None
     gain = f"k-NN top-1 {after:.3f}, before {before:.3f}: {after - before:+.3f}"
-    reasons = [
-        f"k-NN on frozen features, {where}; a vote of up to {run.config.evaluation.knn_k} "
-        "neighbours."
-    ]
+    vote = f"a vote of up to {run.config.evaluation.knn_k} neighbours"
+    reasons = [f"k-NN on frozen features, {where}; {vote}."]
     if n is None:
         reasons.append("No interval: the number of validation images is not known.")
         headline = f"Whether the gain over {start} is more than chance cannot be told. {gain}."
-        return "uncertain", None, headline, reasons
+        return Verdict("uncertain", None, headline, reasons)
     low, high = newcombe(after, before, n, n)
     gain += f", 95 % interval [{low:+.3f}, {high:+.3f}] by {n:,} images"
     reasons.append(
@@ -102,14 +95,13 @@ def _accuracy(
         "them; other seeds differ too."
     )
     if low > 0:
-        return "learned", True, f"Learned: better than {start}. {gain}.", reasons
+        return Verdict("learned", True, f"Learned: better than {start}. {gain}.", reasons)
     if high < 0:
-        return "worse", False, f"Worse than {start}. {gain}.", reasons
-    return "no gain", False, f"No gain over {start} can be shown. {gain}.", reasons
+        return Verdict("worse", False, f"Worse than {start}. {gain}.", reasons)
+    return Verdict("no gain", False, f"No gain over {start} can be shown. {gain}.", reasons)
 
 
-def _unlabelled(run: Run, pictures: Pictures | None) -> tuple[str, bool | None, str, list[str]]:
-    """By what needs no labels."""
+def _without_labels(run: Run, pictures: Pictures | None) -> Verdict:
     last, dim = run.records[-1], run.config.projector.output
     reasons = ["Without labels no number says whether the features separate what you care about."]
     if last.get("embedding_std") is not None:
@@ -125,4 +117,5 @@ def _unlabelled(run: Run, pictures: Pictures | None) -> tuple[str, bool | None, 
             f"RankMe of the features: {mine.rankme:.1f}, untrained {other.rankme:.1f}; uniformity "
             f"{mine.uniformity:.2f}, untrained {other.uniformity:.2f} (lower is more spread out)."
         )
-    return "no labels", None, "Judged without labels: see the nearest neighbours below.", reasons
+    headline = "Judged without labels: see the nearest neighbours below."
+    return Verdict("no labels", None, headline, reasons)
