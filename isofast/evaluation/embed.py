@@ -29,6 +29,7 @@ from isofast.evaluation.encoders import check_output, read_encoder
 Pixels = npt.NDArray[np.uint8]
 Embeddings = npt.NDArray[np.float32]
 
+_SUFFIXES = (".npz", ".csv", ".pt")
 _BATCH = 128
 # batches decoded while the network works
 _AHEAD = 2
@@ -63,8 +64,8 @@ def embed(source: Path, folder: Path, output: Path) -> Embedded:
     Raises:
         UserError: there is no encoder, no readable picture, or ``output`` cannot be written.
     """
-    if output.suffix not in _WRITERS:
-        raise UserError(f"--output {output} must be named {', '.join(_WRITERS)}")
+    if output.suffix not in _SUFFIXES:
+        raise UserError(f"--output {output} must be named {', '.join(_SUFFIXES)}")
     check_output(output)
     pictures = list_pictures(folder)
     module, config, recipe = read_encoder(source)
@@ -77,12 +78,12 @@ def embed(source: Path, folder: Path, output: Path) -> Embedded:
     # disable=None: no bar where there is no terminal
     with tqdm(total=len(pictures), desc="embedding", unit="image", disable=None) as bar:
         for batch, images in decoded(pictures, recipe):
-            problems = {n: i for n, i in zip(batch, images, strict=True) if isinstance(i, str)}
-            skipped |= problems
-            pixels = [image for image in images if not isinstance(image, str)]
-            if pixels:
-                parts.append(features(module, recipe, np.stack(pixels), device))
-                kept += [name for name in batch if name not in problems]
+            found = dict(zip(batch, images, strict=True))
+            skipped |= {name: image for name, image in found.items() if isinstance(image, str)}
+            good = {name: image for name, image in found.items() if not isinstance(image, str)}
+            if good:
+                parts.append(features(module, recipe, np.stack([*good.values()]), device))
+                kept += good
             bar.update(len(batch))
     if not parts:
         name, problem = next(iter(skipped.items()))
@@ -91,8 +92,7 @@ def embed(source: Path, folder: Path, output: Path) -> Embedded:
         )
     embeddings_NF = torch.cat(parts).numpy()
     rate = len(kept) / (time.perf_counter() - began)
-    write = _WRITERS[output.suffix]
-    write_atomically(output, lambda part: write(part, embeddings_NF, kept))
+    write_atomically(output, lambda part: _write(part, output.suffix, embeddings_NF, kept))
     return Embedded(
         output=str(output),
         encoder=config.name,
@@ -181,29 +181,19 @@ def decoded(
             yield batch, [image for piece in pending.popleft() for image in piece.result()]
 
 
-def _write_npz(path: Path, embeddings_NF: Embeddings, names: list[str]) -> None:
-    # a name without .npz would get it
-    with path.open("wb") as file:
-        np.savez(file, embeddings=embeddings_NF, filenames=np.array(names))
-
-
-def _write_csv(path: Path, embeddings_NF: Embeddings, names: list[str]) -> None:
-    with path.open("w", encoding="utf-8", errors="surrogateescape", newline="") as file:
-        rows = csv.writer(file)
-        rows.writerow(["filename", *(f"embedding_{k}" for k in range(embeddings_NF.shape[1]))])
-        # nine digits tell all float32 apart
-        rows.writerows(
-            [name, *(f"{value:.9g}" for value in row)]
-            for name, row in zip(names, embeddings_NF, strict=True)
-        )
-
-
-def _write_pt(path: Path, embeddings_NF: Embeddings, names: list[str]) -> None:
-    torch.save({"embeddings": torch.from_numpy(embeddings_NF), "filenames": names}, path)
-
-
-_WRITERS: dict[str, Callable[[Path, Embeddings, list[str]], None]] = {
-    ".npz": _write_npz,
-    ".csv": _write_csv,
-    ".pt": _write_pt,
-}
+def _write(path: Path, suffix: str, embeddings_NF: Embeddings, names: list[str]) -> None:
+    if suffix == ".npz":
+        # to a path without .npz numpy would append it
+        with path.open("wb") as file:
+            np.savez(file, embeddings=embeddings_NF, filenames=np.array(names))
+    elif suffix == ".pt":
+        torch.save({"embeddings": torch.from_numpy(embeddings_NF), "filenames": names}, path)
+    else:
+        with path.open("w", encoding="utf-8", errors="surrogateescape", newline="") as table:
+            rows = csv.writer(table)
+            rows.writerow(["filename", *(f"embedding_{k}" for k in range(embeddings_NF.shape[1]))])
+            # nine digits tell all float32 apart
+            rows.writerows(
+                [name, *(f"{value:.9g}" for value in row)]
+                for name, row in zip(names, embeddings_NF, strict=True)
+            )

@@ -3,15 +3,14 @@
 import contextlib
 import importlib.util
 import io
-import shutil
 import warnings
-from collections.abc import Callable
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from safetensors.torch import save
-from torch import Tensor, nn
+from torch import Tensor
 
 from isofast.config.schema import EncoderConfig
 from isofast.data.files import write_atomically
@@ -40,29 +39,32 @@ def export(source: Path, kind: str, output: Path) -> str:
     check_output(output)
     if kind == "huggingface" and output.exists():
         raise UserError(f"--output {output} exists; huggingface takes the name of a new folder")
-    return FORMATS[kind](read_encoder(source), output)
-
-
-def _safetensors(encoder: Encoder, output: Path) -> str:
-    _write_tensors(encoder, output)
-    return f'isofast.load_encoder("{output}")'
-
-
-def _torchvision(encoder: Encoder, output: Path) -> str:
+    encoder = read_encoder(source)
     config = encoder.config
-    if ":" in config.name:
-        raise UserError(
-            f"{config.name} is not one of torchvision's networks; export it as safetensors or onnx"
-            + (", timm or huggingface" if config.name.startswith("timm:") else "")
-        )
-    _write_state_dict(encoder, output)
-    return torchvision_code(config, output)
-
-
-def _timm(encoder: Encoder, output: Path) -> str:
-    name = _timm_name(encoder.config)
-    _write_state_dict(encoder, output)
-    return f'timm.create_model("{name}", num_classes=0, checkpoint_path="{output}")'
+    if kind == "onnx":
+        return _onnx(encoder, output)
+    if kind == "huggingface":
+        return _huggingface(encoder, output)
+    if kind == "timm":
+        name = _timm_name(config)
+        loading = f'timm.create_model("{name}", num_classes=0, checkpoint_path="{output}")'
+    elif kind == "torchvision":
+        if ":" in config.name:
+            raise UserError(
+                f"{config.name} is not one of torchvision's networks; export it as safetensors or "
+                "onnx" + (", timm or huggingface" if config.name.startswith("timm:") else "")
+            )
+        loading = _torchvision_code(config, output)
+    else:
+        loading = f'isofast.load_encoder("{output}")'
+    tensors = {name: t.contiguous() for name, t in encoder.module.state_dict().items()}
+    if kind == "safetensors" or output.suffix == ".safetensors":
+        # save_file's files can be read by their owner alone
+        content = save(tensors, describe(config, encoder.recipe))
+        write_atomically(output, lambda part: part.write_bytes(content))
+    else:
+        write_atomically(output, lambda part: torch.save(tensors, part))
+    return loading
 
 
 def _huggingface(encoder: Encoder, output: Path) -> str:
@@ -77,8 +79,6 @@ def _huggingface(encoder: Encoder, output: Path) -> str:
     # of timm's own weights
     for key in ("tag", "license", "origin_url", "paper_ids", "test_input_size", "test_crop_pct"):
         card.pop(key, None)
-    part = output.with_name(f".{output.name}.part")
-    shutil.rmtree(part, ignore_errors=True)
     card |= {
         "input_size": (3, recipe.crop, recipe.crop),
         "crop_pct": recipe.crop / recipe.resize_short,
@@ -86,63 +86,54 @@ def _huggingface(encoder: Encoder, output: Path) -> str:
         "mean": recipe.mean,
         "std": recipe.std,
     }
-    try:
+    with TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.") as folder:
+        part = Path(folder, "part")
         save_for_hf(
             model, str(part), model_config={"pretrained_cfg": card}, safe_serialization=True
         )
         part.rename(output)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
     return f'timm.create_model("local-dir:{output}", pretrained=True, num_classes=0)'
 
 
+@torch.no_grad()
 def _onnx(encoder: Encoder, output: Path) -> str:
     _require("onnx", "onnxscript", "onnxruntime")
+    import onnxruntime
+
     module, side = encoder.module, encoder.recipe.crop
-    worst = 0.0
-
-    def write(part: Path) -> None:
-        nonlocal worst
-        # torch warns of its own internals, and prints
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-            warnings.simplefilter("ignore")
-            torch.onnx.export(
-                module,
-                # a batch of one would become a constant
-                (torch.zeros(2, 3, side, side),),
-                part,
-                input_names=["x"],
-                output_names=["h"],
-                dynamic_shapes=({0: torch.export.Dim("batch")},),
-                dynamo=True,
-                external_data=False,
-                verbose=False,
-            )
-        worst = max(_onnx_error(module, part, batch, side) for batch in (1, 3))
-        if not worst <= _ONNX_TOLERANCE:
-            raise RunError(
-                f"onnxruntime's features differ from torch's by {worst:.1e} of their largest; "
-                f"{output} is not written"
-            )
-
-    write_atomically(output, write)
+    # torch warns of its own internals, and prints
+    with warnings.catch_warnings(action="ignore"), contextlib.redirect_stdout(io.StringIO()):
+        program = torch.onnx.export(
+            module,
+            # a batch of one would become a constant
+            (torch.zeros(2, 3, side, side),),
+            input_names=["x"],
+            output_names=["h"],
+            dynamic_shapes=({0: torch.export.Dim("batch")},),
+            dynamo=True,
+            verbose=False,
+        )
+    assert program is not None
+    model = program.model_proto.SerializeToString()
+    session = onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"])
+    errors = []
+    for batch in (1, 3):
+        x_BCHW = torch.randn(batch, 3, side, side, generator=torch.Generator().manual_seed(0))
+        h_BF: Tensor = module(x_BCHW)
+        (got_BF,) = session.run(None, {"x": x_BCHW.numpy()})
+        errors.append((torch.from_numpy(got_BF) - h_BF).abs().max() / h_BF.abs().max())
+    worst = torch.stack(errors).max().item()
+    differ = f"onnxruntime's features differ from torch's by {worst:.1e} of their largest"
+    if not worst <= _ONNX_TOLERANCE:
+        raise RunError(f"{differ}; {output} is not written")
+    write_atomically(output, lambda part: part.write_bytes(model))
     return (
         f'onnxruntime.InferenceSession("{output}").run(None, {{"x": x_BCHW}})\n'
-        f"x: (B, 3, {side}, {side}) float32, normalised; h: (B, F). onnxruntime's features differ "
-        f"from torch's by {worst:.1e} of their largest"
+        f"x: (B, 3, {side}, {side}) float32, normalised; h: (B, F). {differ}"
     )
 
 
-FORMATS: dict[str, Callable[[Encoder, Path], str]] = {
-    "safetensors": _safetensors,
-    "torchvision": _torchvision,
-    "timm": _timm,
-    "onnx": _onnx,
-    "huggingface": _huggingface,
-}
-
-
-def torchvision_code(config: EncoderConfig, output: Path) -> str:
+def _torchvision_code(config: EncoderConfig, output: Path) -> str:
     """Return the Python that loads torchvision's state dict, as ``net``."""
     width, pad = config.width, config.stem_padding
     side, stride, padding = (7, 2, 3) if config.stem == "imagenet" else (3, 1, pad)
@@ -193,32 +184,6 @@ def _timm_name(config: EncoderConfig) -> str:
     return config.name
 
 
-def _write_tensors(encoder: Encoder, output: Path) -> None:
-    tensors = {name: t.contiguous() for name, t in encoder.module.state_dict().items()}
-    about = describe(encoder.config, encoder.recipe)
-    # save_file's files can be read by their owner alone
-    write_atomically(output, lambda part: part.write_bytes(save(tensors, about)))
-
-
-def _write_state_dict(encoder: Encoder, output: Path) -> None:
-    if output.suffix == ".safetensors":
-        _write_tensors(encoder, output)
-    else:
-        write_atomically(output, lambda part: torch.save(dict(encoder.module.state_dict()), part))
-
-
 def _require(*packages: str) -> None:
     if missing := [name for name in packages if importlib.util.find_spec(name) is None]:
         raise UserError(f"this format needs {', '.join(missing)}: pip install {' '.join(missing)}")
-
-
-@torch.no_grad()
-def _onnx_error(module: nn.Module, path: Path, batch: int, side: int) -> float:
-    """Largest difference of onnxruntime's features from torch's, over the largest feature."""
-    import onnxruntime
-
-    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-    x_BCHW = torch.randn(batch, 3, side, side, generator=torch.Generator().manual_seed(0))
-    h_BF: Tensor = module(x_BCHW)
-    (got_BF,) = session.run(None, {"x": x_BCHW.numpy()})
-    return ((torch.from_numpy(got_BF) - h_BF).abs().max() / h_BF.abs().max()).item()
