@@ -1,22 +1,17 @@
 """The paper's figures 3, 4, 7 and 8 from your runs, as PNG and SVG."""
 
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
 import numpy as np
-
-mpl.use("Agg")
-
 from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
-from matplotlib.gridspec import GridSpec
-from matplotlib.ticker import MaxNLocator
 
 from isofast.config.schema import leaves
 from isofast.data.files import write_atomically
@@ -66,14 +61,31 @@ def draw(number: int, folders: Sequence[Path], output: Path) -> list[Path]:
     runs = [read_run(folder) for folder in dict.fromkeys(folders)]
     with mpl.rc_context(STYLE):
         figure = FIGURES[number](runs)
-        paths = [output / f"figure{number}.{kind}" for kind in ("png", "svg")]
-        try:
-            output.mkdir(parents=True, exist_ok=True)
-            for path in paths:
-                save(figure, path)
-        except OSError as error:
-            raise UserError(f"cannot write to {output}: {error}; name another --output") from None
-    return paths
+        return write_all(
+            output,
+            {f"figure{number}.{kind}": partial(save, figure, kind) for kind in ("png", "svg")},
+        )
+
+
+def write_all(output: Path, files: Mapping[str, Callable[[Path], object]]) -> list[Path]:
+    """Write each of ``files``, by name, into a folder that is made if missing.
+
+    Raises:
+        UserError: it cannot be written to.
+    """
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        for name, write in files.items():
+            write_atomically(output / name, write)
+    except OSError as error:
+        raise UserError(f"cannot write to {output}: {error}; name another --output") from None
+    return [output / name for name in files]
+
+
+def save(figure: Figure, kind: str, path: Path) -> None:
+    """Write a png or an svg, the same figure always as the same file."""
+    metadata = {"Date": None} if kind == "svg" else None
+    figure.savefig(path, format=kind, dpi=160, metadata=metadata)
 
 
 def figure3(runs: Sequence[Run]) -> Figure:
@@ -83,7 +95,8 @@ def figure3(runs: Sequence[Run]) -> Figure:
 
 def figure4(runs: Sequence[Run]) -> Figure:
     """Alignment of linear predictors with C's eigenvectors, above C's eigenvalues."""
-    figure, axes = _grid(2, len(runs))
+    figure = _figure(2, len(runs))
+    axes = figure.subplots(2, len(runs), sharex=True, sharey="row", squeeze=False)
     for above, below, run, name in zip(*axes, runs, _names(runs), strict=True):
         if run.alignment_TD is None:
             raise UserError(
@@ -97,38 +110,33 @@ def figure4(runs: Sequence[Run]) -> Figure:
         mean_T = (weights_TD * run.alignment_TD).sum(1)
         label = "mean, weighted by the eigenvalues"
         above.plot(run.epochs_T, mean_T, color="#D55E00", linewidth=2, label=label)
-        lowest = np.nanmin(run.alignment_TD, initial=-0.05)
-        above.set(title=f"{name}{_blow_up(run)}", ylim=(lowest - 0.02, 1.04))
+        above.set_title(f"{name}{_blow_up(run)}")
         above.axhline(1, color="0.8", linewidth=0.8, zorder=0)
         _eigenvalues(below, run)
         below.set_xlabel("epoch")
-    axes[0][0].set_ylabel(r"alignment $\cos(W u_i, u_i)$")
-    axes[1][0].set_ylabel(_EIGENVALUES)
-    _legend(figure, axes[0][0], 1)
-    _same_limits(axes[1])
-    _same_epochs(axes[0] + axes[1], runs)
-    _colorbar(figure, axes[0] + axes[1])
+    axes[0, 0].set_ylabel(r"alignment $\cos(W u_i, u_i)$")
+    axes[1, 0].set_ylabel(_EIGENVALUES)
+    _explain(figure, axes.flat, axes[0, 0], 1)
     return figure
 
 
 def figure7(runs: Sequence[Run]) -> Figure:
     """Runs with an EMA target beside those without, a row for each pair, and accuracies."""
     pairs = _ema_pairs(runs)
-    figure, axes = _grid(len(pairs), 3)
+    figure = _figure(len(pairs), 3)
+    axes = figure.subplots(len(pairs), 3, sharex="row", squeeze=False)
     firsts = _names([pair[0] for pair in pairs])
     kinds = ("EMA", "no EMA")
     for row, pair, name in zip(axes, pairs, firsts, strict=True):
+        row[1].sharey(row[0])
         for axis, run, kind in zip(row, pair, kinds, strict=False):
             _eigenvalues(axis, run)
             axis.set_title(f"{name}, {kind}{_rank(run)}")
         row[0].set_ylabel(_EIGENVALUES)
         _accuracies(row[2], pair, kinds)
-        _same_limits(row[:2])
-        _same_epochs(row, pair)
     for axis in axes[-1]:
         axis.set_xlabel("epoch")
-    _legend(figure, axes[0][2], 2)
-    _colorbar(figure, [axis for row in axes for axis in row])
+    _explain(figure, axes.flat, axes[0, 2], 2)
     return figure
 
 
@@ -192,35 +200,30 @@ def _spectra_above_accuracy(runs: Sequence[Run], names: Sequence[str]) -> Figure
     # four runs make a square
     columns = 2 if len(runs) == 4 else min(_COLUMNS, len(runs))
     rows = -(-len(runs) // columns)
-    width, height = PANEL_INCHES
-    size = (max(columns, 2) * width + 0.8, (rows + 1) * height)
-    figure = Figure(figsize=size, layout="constrained")
-    grid = GridSpec(rows + 1, columns, figure=figure)
-    panels = []
-    for place, (run, name) in enumerate(zip(runs, names, strict=True)):
-        axis = figure.add_subplot(grid[divmod(place, columns)])
-        panels.append(axis)
+    figure = _figure(rows + 1, max(columns, 2))
+    grid = figure.add_gridspec(rows + 1, columns)
+    panels = [figure.add_subplot(grid[divmod(place, columns)]) for place in range(len(runs))]
+    below = figure.add_subplot(grid[rows, :])
+    for place, (axis, run, name) in enumerate(zip(panels, runs, names, strict=True)):
+        axis.sharex(below)
+        if place > 0:
+            axis.sharey(panels[0])
         _eigenvalues(axis, run)
         axis.set_title(f"{name}{_rank(run)}")
         if place % columns == 0:
             axis.set_ylabel(_EIGENVALUES)
         if place + columns >= len(runs):
             axis.set_xlabel("epoch")
-    _same_limits(panels)
-    _colorbar(figure, panels)
-    below = figure.add_subplot(grid[rows, :])
     _accuracies(below, runs, names)
     below.set_xlabel("epoch")
-    _same_epochs([*panels, below], runs)
-    _legend(figure, below, columns)
+    _explain(figure, panels, below, columns)
     return figure
 
 
-def _grid(rows: int, columns: int) -> tuple[Figure, list[list[Axes]]]:
+def _figure(rows: int, columns: int) -> Figure:
     width, height = PANEL_INCHES
     size = (columns * width + 0.8, rows * height + 0.2)
-    figure = Figure(figsize=size, layout="constrained")
-    return figure, figure.subplots(rows, columns, squeeze=False).tolist()
+    return Figure(figsize=size, layout="constrained")
 
 
 def _eigenvalues(axis: Axes, run: Run) -> None:
@@ -244,28 +247,13 @@ def _modes(axis: Axes, epochs_T: Array, values_TD: Array) -> None:
     axis.margins(x=0.02)
 
 
-def _colorbar(figure: Figure, axes: Sequence[Axes]) -> None:
-    figure.colorbar(axes[0].collections[0], ax=axes, label="place $i$, largest first", shrink=0.8)
-
-
-def _legend(figure: Figure, axis: Axes, columns: int) -> None:
-    """Name the curves of ``axis`` below all panels."""
-    figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=columns)
-
-
-def _same_limits(axes: Sequence[Axes]) -> None:
-    """Share the scale of eigenvalues."""
-    limits = [axis.get_ylim() for axis in axes]
-    for axis in axes:
-        axis.set_ylim(min(low for low, _ in limits), max(high for _, high in limits))
-
-
-def _same_epochs(axes: Sequence[Axes], runs: Sequence[Run]) -> None:
-    """Share the scale of epochs, up to the end of the longest run, with a few round numbers."""
-    last = max(max(run.epochs_T[-1], run.records[-1]["epoch"]) for run in runs)
-    for axis in axes:
-        axis.set_xlim(-0.02 * last, 1.02 * last)
-        axis.xaxis.set_major_locator(MaxNLocator(nbins=5, steps=[1, 2, 5, 10]))
+def _explain(figure: Figure, panels: Iterable[Axes], named: Axes, columns: int) -> None:
+    """Name the colours of ``panels`` beside them, and the curves of ``named`` below all."""
+    panels = [*panels]
+    lines = panels[0].collections[0]
+    figure.colorbar(lines, ax=panels, label="place $i$, largest first", shrink=0.8)
+    handles = named.get_legend_handles_labels()
+    figure.legend(*handles, loc="outside lower center", ncols=columns)
 
 
 def _rank(run: Run) -> str:
@@ -294,10 +282,3 @@ def _accuracies(axis: Axes, runs: Sequence[Run], names: Sequence[str]) -> None:
             label=name,
         )
     axis.set(ylim=(0, 1.02), ylabel=f"top-1, {'validation' if validated else 'training views'}")
-
-
-def save(figure: Figure, path: Path) -> None:
-    """Write a PNG or an SVG."""
-    metadata = {"Date": None} if path.suffix == ".svg" else None
-    kind = path.suffix[1:]
-    write_atomically(path, partial(figure.savefig, format=kind, dpi=160, metadata=metadata))

@@ -2,6 +2,7 @@
 
 import csv
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from scipy.stats import spearmanr
 
-from isofast.data.files import write_atomically
 from isofast.errors import UserError
-from isofast.paper.figures import PALETTE, PANEL_INCHES, STYLE, save
+from isofast.paper.figures import PALETTE, PANEL_INCHES, STYLE, save, write_all
 from isofast.run.metrics import read_spectra
 from isofast.run.stored import Run, labels, read_run
 
@@ -38,18 +38,10 @@ def draw_metrics(folders: Sequence[Path], output: Path) -> list[Path]:
     Raises:
         UserError: a folder is no run, no run has an evaluation, or ``output`` cannot be written to.
     """
-    runs = [read_run(folder) for folder in dict.fromkeys(folders)]
-    rows = table(runs)
+    rows = table([read_run(folder) for folder in dict.fromkeys(folders)])
     with mpl.rc_context(STYLE):
-        figure = metrics_figure(rows)
-        paths = [output / "metrics.png", output / "metrics.csv"]
-        try:
-            output.mkdir(parents=True, exist_ok=True)
-            save(figure, paths[0])
-            write_atomically(paths[1], lambda part: _write_csv(rows, part))
-        except OSError as error:
-            raise UserError(f"cannot write to {output}: {error}; name another --output") from None
-    return paths
+        drawing = partial(save, metrics_figure(rows), "png")
+        return write_all(output, {"metrics.png": drawing, "metrics.csv": partial(_write_csv, rows)})
 
 
 def table(runs: Sequence[Run]) -> list[Row]:
@@ -118,18 +110,14 @@ def _panel(axis: Axes, rows: Sequence[Row], key: str, kind: str) -> None:
         own = [row for row in rows if row["run"] == run]
         values = [np.nan if row[key] is None else row[key] for row in own]
         accuracies = [row["knn_top1"] for row in own]
-        color, marker = PALETTE[place % len(PALETTE)], _MARKERS[place % len(_MARKERS)]
-        line: Row = {
-            "color": color,
-            "linewidth": 0.5,
-            "marker": marker,
-            "markersize": 3,
-            "alpha": 0.5,
-        }
-        last: Row = {"color": color, "marker": marker, "s": 50, "edgecolor": "black", "zorder": 3}
-        axis.plot(values, accuracies, **line)
         label = own[0]["name"].replace("$", r"\$")
-        axis.scatter(values[-1:], accuracies[-1:], label=label, **last)
+        shared: Row = {
+            "color": PALETTE[place % len(PALETTE)],
+            "marker": _MARKERS[place % len(_MARKERS)],
+        }
+        axis.plot(values, accuracies, linewidth=0.5, markersize=3, alpha=0.5, **shared)
+        last = values[-1:], accuracies[-1:]
+        axis.scatter(*last, s=50, edgecolor="black", zorder=3, label=label, **shared)
     correlation, count = spearman(rows, key)
     name = key.removesuffix("_z")
     axis.set_title(f"{name} of {kind}\nSpearman {correlation:.2f} (n = {count})")
