@@ -1,9 +1,10 @@
 """The paper's figures 3, 4, 7 and 8 from your runs, as PNG and SVG."""
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 import matplotlib as mpl
@@ -61,31 +62,30 @@ def draw(number: int, folders: Sequence[Path], output: Path) -> list[Path]:
     runs = [read_run(folder) for folder in dict.fromkeys(folders)]
     with mpl.rc_context(STYLE):
         figure = FIGURES[number](runs)
-        return write_all(
-            output,
-            {f"figure{number}.{kind}": partial(save, figure, kind) for kind in ("png", "svg")},
-        )
+        make_folder(output)
+        return [save(figure, output / f"figure{number}.{kind}") for kind in ("png", "svg")]
 
 
-def write_all(output: Path, files: Mapping[str, Callable[[Path], object]]) -> list[Path]:
-    """Write each of ``files``, by name, into a folder that is made if missing.
+def make_folder(output: Path) -> None:
+    """Make a folder for figures, if it is missing.
 
     Raises:
-        UserError: it cannot be written to.
+        UserError: it takes no file.
     """
     try:
         output.mkdir(parents=True, exist_ok=True)
-        for name, write in files.items():
-            write_atomically(output / name, write)
+        with TemporaryFile(dir=output):
+            pass
     except OSError as error:
         raise UserError(f"cannot write to {output}: {error}; name another --output") from None
-    return [output / name for name in files]
 
 
-def save(figure: Figure, kind: str, path: Path) -> None:
-    """Write a png or an svg, the same figure always as the same file."""
+def save(figure: Figure, path: Path, dpi: int = 160) -> Path:
+    """Write a PNG or an SVG, the same for the same figure; return ``path``."""
+    kind = path.suffix[1:]
     metadata = {"Date": None} if kind == "svg" else None
-    figure.savefig(path, format=kind, dpi=160, metadata=metadata)
+    write_atomically(path, partial(figure.savefig, format=kind, dpi=dpi, metadata=metadata))
+    return path
 
 
 def figure3(runs: Sequence[Run]) -> Figure:

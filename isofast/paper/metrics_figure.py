@@ -12,8 +12,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from scipy.stats import spearmanr
 
+from isofast.data.files import write_atomically
 from isofast.errors import UserError
-from isofast.paper.figures import PALETTE, PANEL_INCHES, STYLE, save, write_all
+from isofast.paper.figures import PALETTE, PANEL_INCHES, STYLE, make_folder, save
 from isofast.run.metrics import read_spectra
 from isofast.run.stored import Run, labels, read_run
 
@@ -40,8 +41,11 @@ def draw_metrics(folders: Sequence[Path], output: Path) -> list[Path]:
     """
     rows = table([read_run(folder) for folder in dict.fromkeys(folders)])
     with mpl.rc_context(STYLE):
-        drawing = partial(save, metrics_figure(rows), "png")
-        return write_all(output, {"metrics.png": drawing, "metrics.csv": partial(_write_csv, rows)})
+        figure = metrics_figure(rows)
+        make_folder(output)
+        picture, numbers = save(figure, output / "metrics.png"), output / "metrics.csv"
+    write_atomically(numbers, partial(_write_csv, rows))
+    return [picture, numbers]
 
 
 def table(runs: Sequence[Run]) -> list[Row]:

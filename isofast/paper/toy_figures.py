@@ -1,24 +1,26 @@
 """The paper's Fig. 2, 5 and 6 from simulations, as PNG and as NPZ."""
 
-from collections.abc import Callable, Mapping
+import textwrap
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
+from itertools import product
 from pathlib import Path
-from tempfile import TemporaryFile
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from matplotlib import colormaps
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
-from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.ticker import MaxNLocator
 
 from isofast.data.files import write_atomically
-from isofast.errors import UserError
+from isofast.paper.figures import make_folder, save
 from isofast.paper.toy import SHORTEST, Toy, Trajectory, initial_weights, randn, simulate, stream
 
 METRICS = ("euclidean", "cosine")
+# the paper prints no other derivative of the Euclidean loss
+MISSING = ("euclidean", "paper_gradient")
 # title and ablation by name in the NPZ
 VARIANTS: dict[str, tuple[str, dict[str, bool]]] = {
     "no_stop_gradient": ("no stop-gradient", {"stop_gradient": False}),
@@ -39,23 +41,15 @@ RECORDS = 301
 # points followed in the plane: the longest of so many show the motion best
 POINTS, CANDIDATES = 20, 5000
 NOTE = (
-    "The derivative that the paper prints\n"
-    "for the cosine without stop-gradient\n"
-    "(App. C.2) has an error: it divides\n"
-    "a term of the target side by $a^3 b$\n"
-    "in place of $a\\,b^3$, with a = |W z|\n"
-    "and b = |t|. Both are shown below.\n"
-    "Under the true one the trace stays\n"
-    "and dimensions collapse; the\n"
-    "paper's diverges (mind its axes)."
+    "The derivative that the paper prints for the cosine without stop-gradient (App. C.2) has an "
+    "error: it divides a term of the target side by $a^3 b$ in place of $a\\,b^3$, with a = |W z| "
+    "and b = |t|. Both are shown below. Under the true one the trace stays and dimensions "
+    "collapse; the paper's diverges (mind its axes)."
 )
 RELU_NOTE = (
-    "\n\nWith a ReLU the means of two cosine\n"
-    "gradients need a bound on lengths.\n"
-    f"IsoLoss: views below {SHORTEST:g} of their root\n"
-    "mean square are left out. Paper's\n"
-    "derivative: has none, so its plane\n"
-    "shows the leaps of single samples."
+    "With a ReLU the means of two cosine gradients need a bound on lengths. IsoLoss: views below "
+    f"{SHORTEST:g} of their root mean square are left out. Paper's derivative: has none, so its "
+    "plane shows the leaps of single samples."
 )
 # of Okabe and Ito's palette, told apart by colour-blind readers
 START, END, LINE = "#D55E00", "#0072B2", "#9A9A9A"
@@ -101,25 +95,15 @@ def write_figure(
         RunError: a simulation left the finite numbers.
     """
     panels = panels_of(figure, seed=seed, samples=samples, steps=steps)
-    paths = [folder / f"{figure}.png", folder / f"{figure}.npz"]
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        # minutes of simulation should not end at a folder that takes no file
-        with TemporaryFile(dir=folder):
-            pass
-        found = {}
-        for name, toy, starts_SMN, points_PN in panels:
-            found[name] = simulate(toy, starts_SMN, points_PN=points_PN, records=RECORDS)
-            say(f"simulated {name}")
-        picture = _starts(found) if figure == "figure5" else _losses(panels, found)
-        FigureCanvasAgg(picture)
-        write_atomically(paths[0], lambda path: picture.savefig(path, dpi=150, format="png"))
-        write_atomically(paths[1], lambda path: _save(path, found))
-    except OSError as error:
-        raise UserError(
-            f"output: cannot write to {folder}: {error.strerror}; choose another --output"
-        ) from error
-    return paths
+    make_folder(folder)
+    found = {}
+    for name, toy, starts_SMN, points_PN in panels:
+        found[name] = simulate(toy, starts_SMN, points_PN=points_PN, records=RECORDS)
+        say(f"simulated {name}")
+    picture = _starts(found) if figure == "figure5" else _losses(panels, found)
+    arrays = folder / f"{figure}.npz"
+    write_atomically(arrays, partial(_save, found))
+    return [save(picture, folder / f"{figure}.png", dpi=150), arrays]
 
 
 def panels_of(
@@ -142,25 +126,26 @@ def panels_of(
             Panel(metric, Toy(loss=metric, **plane), starts_SMN, points_PN) for metric in METRICS
         ]
     panels = []
-    for metric in METRICS:
-        for variant, (_, ablation) in VARIANTS.items():
-            if variant == "paper_gradient" and metric == "euclidean":
-                continue
-            loss = f"iso_{metric}" if variant == "iso" else metric
-            settings: dict[str, Any] = {"loss": loss, "relu": figure == "figure6", **ablation}
-            spectrum = Toy(**settings, seed=seed, samples=samples, steps=steps)
-            plane_toy = Toy(**settings, **plane)
-            panels.append(Panel(f"{metric}_{variant}_spectrum", spectrum))
-            panels.append(Panel(f"{metric}_{variant}_plane", plane_toy, points_PN=points_PN))
+    for metric, (variant, (_, ablation)) in product(METRICS, VARIANTS.items()):
+        if (metric, variant) == MISSING:
+            continue
+        loss = f"iso_{metric}" if variant == "iso" else metric
+        settings: dict[str, Any] = {"loss": loss, "relu": figure == "figure6", **ablation}
+        spectrum = Toy(**settings, seed=seed, samples=samples, steps=steps)
+        panels += [
+            Panel(f"{metric}_{variant}_spectrum", spectrum),
+            Panel(f"{metric}_{variant}_plane", Toy(**settings, **plane), points_PN=points_PN),
+        ]
     return panels
 
 
-def _save(path: Path, trajectories: Mapping[str, Trajectory]) -> None:
-    arrays: dict[str, Any] = {}
-    for name, trajectory in trajectories.items():
-        for field, values in vars(trajectory).items():
-            if values.size:
-                arrays[f"{name}_{field}"] = values
+def _save(trajectories: Mapping[str, Trajectory], path: Path) -> None:
+    arrays: dict[str, Any] = {
+        f"{name}_{field}": values
+        for name, trajectory in trajectories.items()
+        for field, values in vars(trajectory).items()
+        if values.size
+    }
     # numpy appends .npz to a path
     with path.open("wb") as file:
         np.savez_compressed(file, **arrays)
@@ -171,30 +156,37 @@ def _losses(panels: list[Panel], trajectories: Mapping[str, Trajectory]) -> Figu
     relu = panels[0].toy.relu
     picture = Figure(figsize=(12.5, 10.8), layout="constrained")
     axes = picture.subplots(4, len(VARIANTS))
-    for row, metric in enumerate(METRICS):
-        for column, (variant, (title, _)) in enumerate(VARIANTS.items()):
-            above, below = axes[2 * row, column], axes[2 * row + 1, column]
-            plane = trajectories.get(f"{metric}_{variant}_plane")
-            if plane is None:
-                above.set_axis_off()
-                below.set_axis_off()
-                text = NOTE + RELU_NOTE if relu else NOTE
-                note = above.text(-0.2, 1.0, text, va="top", fontsize=9, transform=above.transAxes)
-                note.set_in_layout(False)
-                _legend(below)
-                continue
-            above.set_title(title, fontsize=11)
-            _draw_plane(above, plane, 0, _reach(trajectories, metric, variant))
-            _draw_spectrum(below, trajectories[f"{metric}_{variant}_spectrum"])
-            if metric == "euclidean" and not relu:
-                below.axhline(1, color="0.4", linewidth=0.8, linestyle=":")
-        name = metric.capitalize()
-        axes[2 * row, 0].set_ylabel(f"{name}\nembedding $z_2$")
-        matrix = "E[z z$^T$]" if relu else "V V$^T$"
-        axes[2 * row + 1, 0].set_ylabel(f"{name}\neigenvalues of {matrix}")
+    for place, (metric, variant) in enumerate(product(METRICS, VARIANTS)):
+        row, column = divmod(place, len(VARIANTS))
+        above, below = axes[2 * row : 2 * row + 2, column]
+        if (metric, variant) == MISSING:
+            _explain(above, below, axes[:2, 0], f"{NOTE}\n\n{RELU_NOTE}" if relu else NOTE)
+            continue
+        above.set_title(VARIANTS[variant][0], fontsize=11)
+        plane = trajectories[f"{metric}_{variant}_plane"]
+        _draw_plane(above, plane, 0, _reach(trajectories, metric, variant))
+        _draw_spectrum(below, trajectories[f"{metric}_{variant}_spectrum"])
+        if metric == "euclidean" and not relu:
+            below.axhline(1, color="0.4", linewidth=0.8, linestyle=":")
+        if column == 0:
+            matrix = "E[z z$^T$]" if relu else "V V$^T$"
+            above.set_ylabel(f"{metric.capitalize()}\nembedding $z_2$")
+            below.set_ylabel(f"{metric.capitalize()}\neigenvalues of {matrix}")
     kind = "ReLU" if relu else "Linear"
     picture.suptitle(f"{kind} toy networks (P Fig. {6 if relu else 2})", fontsize=13)
     return picture
+
+
+def _explain(above: Axes, below: Axes, drawn: Iterable[Axes], text: str) -> None:
+    """A note and a legend of ``drawn`` where there is no simulation."""
+    text = "\n\n".join(textwrap.fill(part, 38) for part in text.split("\n\n"))
+    note = above.text(-0.2, 1.0, text, va="top", fontsize=9, transform=above.transAxes)
+    handles = [handle for axes in drawn for handle in axes.get_legend_handles_labels()[0]]
+    place: Any = {"loc": "upper left", "bbox_to_anchor": (-0.26, 0.96)}
+    legend = below.legend(handles=handles, frameon=False, fontsize=9, **place)
+    for axes, artist in ((above, note), (below, legend)):
+        axes.set_axis_off()
+        artist.set_in_layout(False)
 
 
 def _reach(trajectories: Mapping[str, Trajectory], metric: str, variant: str) -> float:
@@ -209,14 +201,15 @@ def _reach(trajectories: Mapping[str, Trajectory], metric: str, variant: str) ->
 
 def _draw_plane(axes: Axes, trajectory: Trajectory, start: int, reach: float) -> None:
     points_TPM = trajectory.points[:, start]
-    axes.plot(points_TPM[..., 0], points_TPM[..., 1], color=LINE, linewidth=0.9, zorder=1)
     (x, y), (last_x, last_y) = points_TPM[0].T, points_TPM[-1].T
-    axes.scatter(x, y, s=22, facecolors="none", edgecolors=START, linewidths=1.1, zorder=3)
-    axes.scatter(last_x, last_y, s=16, color=END, zorder=2)
+    circle: Any = {"s": 22, "facecolors": "none", "edgecolors": START, "linewidths": 1.1}
+    axes.scatter(x, y, zorder=3, label="embedding, first step", **circle)
+    axes.scatter(last_x, last_y, s=16, color=END, zorder=2, label="embedding, last step")
+    paths = axes.plot(points_TPM[..., 0], points_TPM[..., 1], color=LINE, linewidth=0.9, zorder=1)
+    paths[0].set_label("in between")
     low = -reach if points_TPM.min() < 0 else -0.05 * reach
     axes.set(xlim=(low, reach), ylim=(low, reach), aspect="equal", xlabel="embedding $z_1$")
-    for axis in (axes.xaxis, axes.yaxis):
-        axis.set_major_locator(MaxNLocator(4))
+    axes.locator_params(nbins=4)
     axes.grid(True, color="0.93")
     axes.set_axisbelow(True)
 
@@ -227,6 +220,8 @@ def _draw_spectrum(axes: Axes, trajectory: Trajectory) -> None:
     for values_T, shade in zip(values_TM.T, shades, strict=True):
         # a collapsed mode leaves the picture downwards
         axes.semilogy(trajectory.steps, np.maximum(values_T, LOW / 10), color=shade, linewidth=1.2)
+    axes.lines[0].set_label("largest eigenvalue")
+    axes.lines[-1].set_label("smallest eigenvalue")
     top = values_TM.max()
     axes.set_ylim(LOW, HIGH if top < HIGH else 10 ** np.ceil(np.log10(top)))
     _step_axis(axes, trajectory)
@@ -237,25 +232,9 @@ def _step_axis(axes: Axes, trajectory: Trajectory) -> None:
     axes.set_xlim(0, max(1, trajectory.steps[-1]))
     axes.set_xlabel("step")
     axes.xaxis.set_major_locator(MaxNLocator(3, integer=True))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda step, _: f"{int(step):,}"))
+    axes.xaxis.set_major_formatter("{x:,.0f}")
     axes.grid(True, color="0.93")
     axes.set_axisbelow(True)
-
-
-def _legend(axes: Axes) -> None:
-    shades = colormaps["cividis"]([0.9, 0.0])
-    point: dict[str, Any] = {"linestyle": "none", "marker": "o"}
-    handles = [
-        Line2D([], [], color=START, markerfacecolor="none", **point, label="embedding, first step"),
-        Line2D([], [], color=END, **point, label="embedding, last step"),
-        Line2D([], [], color=LINE, label="in between"),
-        Line2D([], [], color=shades[0], label="largest eigenvalue"),
-        Line2D([], [], color=shades[1], label="smallest eigenvalue"),
-    ]
-    legend = axes.legend(
-        handles=handles, loc="upper left", bbox_to_anchor=(-0.26, 1), frameon=False, fontsize=9
-    )
-    legend.set_in_layout(False)
 
 
 def _starts(trajectories: Mapping[str, Trajectory]) -> Figure:
