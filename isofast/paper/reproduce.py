@@ -4,7 +4,7 @@ import json
 import shlex
 import signal
 import statistics
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from itertools import groupby
 from operator import attrgetter
@@ -13,9 +13,10 @@ from typing import Any
 
 import psutil
 
-from isofast.data.files import write_atomically
 from isofast.errors import RunError, UserError
+from isofast.paper.figures import draw
 from isofast.paper.tables import DATASETS, PlannedRun, Request
+from isofast.run.directory import write_text
 from isofast.run.metrics import read_metrics
 
 # Columns by the summary's key, with what to multiply it by.
@@ -49,18 +50,18 @@ def reproduce(request: Request, say: Callable[[str], None], *, dry_run: bool = F
         _check_data(request, runs)
     for run in runs:
         run.write_config()
-    if dry_run:
-        for run in runs:
+        if dry_run:
             say(f"{run.title} ({run.state()}):\n  {shlex.join(run.command)}")
+    if dry_run:
         return
-    failed = _train(runs, say)
+    places = (f"[{number}/{len(runs)}] {run.title}" for number, run in enumerate(runs, 1))
+    failed = [run.title for run, place in zip(runs, places, strict=True) if _fails(run, place, say)]
     path, table = request.table_path, render(request, runs)
-    write_atomically(path, lambda part: part.write_text(table, encoding="utf-8"))
+    write_text(path, table)
     say(f"\n{table}\n{path}")
     if request.scale == "small":
         try:
-            for drawn in _draw_figures(runs, path.with_suffix("")):
-                say(str(drawn))
+            _draw_figures(runs, path.with_suffix(""), say)
         except UserError as error:
             say(f"no figures: {error}")
     if failed:
@@ -83,23 +84,20 @@ def _check_data(request: Request, runs: Sequence[PlannedRun]) -> None:
         )
 
 
-def _train(runs: Sequence[PlannedRun], say: Callable[[str], None]) -> list[str]:
-    """Train what has not ended; return the titles of the runs that failed."""
-    failed = []
-    for number, run in enumerate(runs, 1):
-        place = f"[{number}/{len(runs)}] {run.title}"
-        if run.has_ended:
-            say(f"{place}: {run.state()} before")
-            continue
-        say(f"{place}: {'starts' if run.state() == 'new' else 'continues'}, in {run.run_dir}")
-        code = run_command(run.command)
-        if run.state() == "crashed":
-            say(f"{place}: crashed")
-        elif code != 0 or not run.has_ended:
-            early = "" if code else ", before its run ended: use srun to wait for it, not sbatch"
-            say(f"{place}: FAILED with exit code {code}{early}")
-            failed.append(run.title)
-    return failed
+def _fails(run: PlannedRun, place: str, say: Callable[[str], None]) -> bool:
+    """Train a run that has not ended; return whether it failed."""
+    if run.has_ended:
+        say(f"{place}: {run.state()} before")
+        return False
+    say(f"{place}: {'starts' if run.state() == 'new' else 'continues'}, in {run.run_dir}")
+    code = run_command(run.command)
+    if run.state() == "crashed":
+        say(f"{place}: crashed")
+    elif code != 0 or not run.has_ended:
+        early = "" if code else ", before its run ended: use srun to wait for it, not sbatch"
+        say(f"{place}: FAILED with exit code {code}{early}")
+        return True
+    return False
 
 
 def run_command(command: Sequence[str]) -> int:
@@ -179,10 +177,8 @@ def _spread(runs: Sequence[PlannedRun], key: str, scale: float) -> str:
 
 def _notes(runs: Sequence[PlannedRun]) -> list[str]:
     configs = [run.config for run in runs]
-    epochs, widths = (
-        " or ".join(map(str, sorted(values)))
-        for values in ({c.train.epochs for c in configs}, {c.encoder.width for c in configs})
-    )
+    epochs = " or ".join(map(str, sorted({config.train.epochs for config in configs})))
+    widths = " or ".join(map(str, sorted({config.encoder.width for config in configs})))
     notes = [
         "k-NN and probe: top-1 in percent on the validation images, mean +- standard deviation "
         f"over the seeds. Networks of width {widths}, {epochs} epochs; before: untrained.",
@@ -206,10 +202,8 @@ def _notes(runs: Sequence[PlannedRun]) -> list[str]:
     return [*notes, *sorted(machines)]
 
 
-def _draw_figures(runs: Sequence[PlannedRun], folder: Path) -> Iterator[Path]:
+def _draw_figures(runs: Sequence[PlannedRun], folder: Path, say: Callable[[str], None]) -> None:
     """Figure 3 of the first seed's runs and figure 7 of its closed forms, for each data set."""
-    from isofast.paper.figures import draw
-
     for dataset, of_dataset in groupby(runs, attrgetter("dataset")):
         ended = [run for run in of_dataset if run.seed == 0 and run.has_ended]
         closed = [run for run in ended if run.row.alpha is not None]
@@ -217,4 +211,5 @@ def _draw_figures(runs: Sequence[PlannedRun], folder: Path) -> Iterator[Path]:
         pairs = [run for run in closed if methods.count(run.row.method) == 2]
         for number, drawn in ((3, ended), (7, pairs)):
             if drawn:
-                yield from draw(number, [run.run_dir for run in drawn], folder / dataset)
+                paths = draw(number, [run.run_dir for run in drawn], folder / dataset)
+                say("\n".join(map(str, paths)))

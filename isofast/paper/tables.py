@@ -15,8 +15,8 @@ from typing import Any, Literal
 from isofast.config.load import LAUNCH, read_stored, resolve
 from isofast.config.presets import merge
 from isofast.config.schema import SCHEMA_KEY, Config, changed_keys
-from isofast.data.files import write_atomically
 from isofast.errors import UserError
+from isofast.run.directory import write_text
 from isofast.run.stored import TITLES
 
 DATASETS = {
@@ -28,7 +28,6 @@ DATASETS = {
 # The shipped config of each data set. Digits are not in the paper: a quick check of everything.
 SHIPPED = {"digits": "quickstart.json"} | {name: f"{name}.json" for name in DATASETS}
 TRAIN_SCRIPT = LAUNCH / "train.py"
-_SEEDS = {"paper": 5, "small": 1}
 # Changes to the shipped configs: the table reports the end of each run.
 _PAPER: dict[str, Any] = {"evaluation": {"at_start": False, "knn_pixels": False}}
 _SMALL: dict[str, Any] = {
@@ -37,6 +36,7 @@ _SMALL: dict[str, Any] = {
     "evaluation": {"at_start": True, "every_epochs": 2},
 }
 _SMALL_DIGITS: dict[str, Any] = {"train": {"epochs": 40}, "evaluation": {"at_start": True}}
+_SEEDS = {"paper": 5, "small": 1}
 # Keys fixed by the table, not open to --set.
 _FIXED_KEYS = (
     *("seed", "train.epochs", "data.root", "data.dataset"),
@@ -185,14 +185,11 @@ class Request:
         settings = merge(shipped, _PAPER)
         if self.scale == "small":
             settings = merge(settings, _SMALL_DIGITS if dataset == "digits" else _SMALL)
-        own = {
-            "seed": seed,
-            "data": {"root": str(self.root / dataset)},
-            "method": {"name": row.method, "ema": row.ema}
-            | ({} if row.alpha is None else {"alpha": row.alpha}),
-            "train": {} if self.epochs is None else {"epochs": self.epochs},
-        }
-        return merge(settings, own)
+        method: dict[str, Any] = {"name": row.method, "ema": row.ema}
+        if row.alpha is not None:
+            method["alpha"] = row.alpha
+        own = {"seed": seed, "data": {"root": str(self.root / dataset)}, "method": method}
+        return merge(settings, own | ({"train": {"epochs": self.epochs}} if self.epochs else {}))
 
 
 @dataclass(frozen=True)
@@ -223,10 +220,9 @@ class PlannedRun:
     def write_config(self) -> None:
         """Write the config file its command names."""
         path = self.run_dir.with_suffix(".json")
-        text = json.dumps(self.settings, indent=2) + "\n"
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(path, lambda part: part.write_text(text, encoding="utf-8"))
+            write_text(path, json.dumps(self.settings, indent=2) + "\n")
         except OSError as error:
             raise UserError(f"cannot write {path}: {error.strerror}; name another --runs") from None
 
