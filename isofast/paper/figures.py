@@ -24,6 +24,7 @@ from isofast.run.stored import Array, Run, labels, read_run
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _DASHES = ("-", "--", "-.", (0, (1, 1)), (0, (5, 1, 1, 1, 1, 1)))
 _COLUMNS = 3
+# width and height
 PANEL_INCHES = (3.3, 2.5)
 _EIGENVALUES = r"eigenvalues $\lambda_i$ of $C$"
 # more only make the files large
@@ -31,15 +32,13 @@ _MOST_LINES, _MOST_POINTS = 48, 500
 # smaller eigenvalues, relative to the largest, are rounding errors
 _LEAST_SHARE = 1e-8
 # what may differ between paired runs: EMA, and what the presets choose by it
-_EMA_KEYS = {
-    *("method.ema", "method.ema_base", "method.decay"),
-    *("optimizer.name", "optimizer.lr"),
-}
+_EMA_KEYS = ("method.ema", "method.ema_base", "method.decay", "optimizer.name", "optimizer.lr")
 STYLE: Any = {
     "font.size": 9,
     "axes.titlesize": 9,
     "axes.spines.top": False,
     "axes.spines.right": False,
+    "lines.markersize": 3,
     "legend.frameon": False,
     # the same figure is the same file
     "svg.hashsalt": "isofast",
@@ -165,35 +164,29 @@ def _names(runs: Sequence[Run], first: Sequence[str] = ()) -> list[str]:
     return [label.replace("$", r"\$") for label in labels(runs, first)]
 
 
-def _ema_pairs(runs: Sequence[Run]) -> list[tuple[Run, Run]]:
-    """Pairs (with EMA, without) with otherwise equal settings, in the order given."""
-    kinds: dict[str, dict[bool, list[Run]]] = defaultdict(lambda: defaultdict(list))
-    for run in runs:
-        kinds[_beside_ema(run)][run.config.method.ema].append(run)
-    pairs, left_over = [], []
-    for kind in kinds.values():
-        if len(kind[True]) == len(kind[False]) == 1:
-            pairs.append((kind[True][0], kind[False][0]))
-        else:
-            left_over += kind[True] + kind[False]
-    if not left_over:
-        return pairs
-    names = {run.path: name for run, name in zip(runs, labels(runs), strict=True)}
-    raise UserError(
-        "figure 7 needs for each run with an EMA target exactly one without, equal but for EMA, "
-        "optimizer and learning rate. Unpaired: "
-        f"{'; '.join(f'{run.path}: {names[run.path]}' for run in left_over)}. Leave them out, or "
-        "train the other with --set method.ema=false or true"
-    )
-
-
-def _beside_ema(run: Run) -> str:
-    """A run's settings without EMA and what the presets choose by it."""
-    settings = dict(leaves(run.config))
-    # SimSiam is BYOL without EMA
-    if settings["method.name"] == "simsiam":
-        settings["method.name"] = "byol"
-    return repr(sorted((key, value) for key, value in settings.items() if key not in _EMA_KEYS))
+def _ema_pairs(runs: Sequence[Run]) -> list[list[Run]]:
+    """Pairs (with EMA, without) with otherwise equal settings, in the order of the former."""
+    alike: dict[str, list[Run]] = defaultdict(list)
+    for run in sorted(runs, key=lambda run: not run.config.method.ema):
+        settings = {key: value for key, value in leaves(run.config) if key not in _EMA_KEYS}
+        # SimSiam is BYOL without EMA
+        if settings["method.name"] == "simsiam":
+            settings["method.name"] = "byol"
+        alike[repr(sorted(settings.items()))].append(run)
+    names = dict(zip([run.path for run in runs], labels(runs), strict=True))
+    unpaired = [
+        f"{run.path}: {names[run.path]}"
+        for kind in alike.values()
+        for run in kind
+        if [run.config.method.ema for run in kind] != [True, False]
+    ]
+    if unpaired:
+        raise UserError(
+            "figure 7 needs for each run with an EMA target exactly one without, equal but for "
+            f"EMA, optimizer and learning rate. Unpaired: {'; '.join(unpaired)}. Leave them out, "
+            "or train the other with --set method.ema=false or true"
+        )
+    return [*alike.values()]
 
 
 def _spectra_above_accuracy(runs: Sequence[Run], names: Sequence[str]) -> Figure:
@@ -278,7 +271,6 @@ def _accuracies(axis: Axes, runs: Sequence[Run], names: Sequence[str]) -> None:
             color=PALETTE[place % len(PALETTE)],
             linestyle=_DASHES[place % len(_DASHES)],
             marker="o" if validated and len(epochs_T) < 40 else None,
-            markersize=3,
             label=name,
         )
     axis.set(ylim=(0, 1.02), ylabel=f"top-1, {'validation' if validated else 'training views'}")

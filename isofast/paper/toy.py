@@ -249,9 +249,9 @@ def sampled_gradient(toy: Toy, v_SMN: Tensor, generator: torch.Generator) -> Ten
         )
         sides = [(dz_SBM, z_SBM, x1_BN), (dt_SBM, t_SBM, x2_BN)]
     dv_SMN = torch.zeros_like(v_SMN)
-    counts_SB1 = _has_direction(toy, z_SBM @ w_SMM, t_SBM) if toy.relu else None
+    counts_SB1 = _has_direction(toy, z_SBM @ w_SMM, t_SBM)
     for gradient_SBM, out_SBM, x_BN in sides:
-        if counts_SB1 is not None:
+        if toy.relu:
             gradient_SBM = torch.where((out_SBM > 0) & counts_SB1, gradient_SBM, 0.0)
         dv_SMN += gradient_SBM.mT @ x_BN / len(x_BN)
     return dv_SMN
@@ -266,15 +266,12 @@ def _has_direction(toy: Toy, *sides: Tensor) -> Tensor:
     1 / u and u has a density at 0, so E|g| does not exist; the plain cosine has W g = 0 there. The
     paper's form without stop-gradient has no mean either, but is no gradient to be mended.
     """
-    counts_SB1 = torch.ones(1, dtype=torch.bool)
-    if toy.metric == "euclidean":
-        return counts_SB1
-    for x_SBM in sides:
-        length_SB1: Tensor = torch.linalg.vector_norm(x_SBM, dim=-1, keepdim=True)
-        rms_S11 = length_SB1.square().mean(-2, keepdim=True).sqrt()
-        shortest = SHORTEST if toy.isotropic else 0.0
-        counts_SB1 = counts_SB1 & (length_SB1 > (shortest * rms_S11).clamp_min(NORM_FLOOR))
-    return counts_SB1
+    if not toy.relu or toy.metric == "euclidean":
+        return torch.tensor(True)
+    shortest = SHORTEST if toy.isotropic else 0.0
+    lengths_2SB1 = torch.stack([x_SBM.norm(dim=-1, keepdim=True) for x_SBM in sides])
+    rms_2S11 = lengths_2SB1.square().mean(-2, keepdim=True).sqrt()
+    return (lengths_2SB1 > (shortest * rms_2S11).clamp_min(NORM_FLOOR)).all(0)
 
 
 def embed(toy: Toy, x_BN: Tensor, v_SMN: Tensor) -> Tensor:
