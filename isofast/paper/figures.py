@@ -1,7 +1,7 @@
 """The paper's figures 3, 4, 7 and 8 from your runs, as PNG and SVG."""
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -46,13 +46,7 @@ STYLE: Any = {
 
 
 def draw(number: int, folders: Sequence[Path], output: Path) -> list[Path]:
-    """Draw a figure into ``output``/figureN.png and .svg.
-
-    Args:
-        number: 3 (eigenvalues and accuracy of each run), 4 (alignment of linear predictors with
-            C's eigenvectors), 7 (with EMA beside without), 8 (weight decays).
-        folders: run folders.
-        output: made if missing.
+    """Draw figure 3, 4, 7 or 8 of runs into ``output``/figureN.png and .svg.
 
     Raises:
         UserError: a folder is no run or has nothing to draw, the runs do not make this figure, or
@@ -87,9 +81,35 @@ def save(figure: Figure, path: Path, dpi: int = 160) -> Path:
     return path
 
 
-def figure3(runs: Sequence[Run]) -> Figure:
-    """C's eigenvalues over the epochs, a panel for each run, above all accuracies."""
-    return _spectra_above_accuracy(runs, _names(runs))
+def figure3(runs: Sequence[Run], first: Sequence[str] = ()) -> Figure:
+    """C's eigenvalues over the epochs, a panel for each run, above all accuracies.
+
+    Args:
+        runs: in the order of the panels.
+        first: keys that every title names.
+    """
+    # four runs make a square
+    columns = 2 if len(runs) == 4 else min(_COLUMNS, len(runs))
+    rows = -(-len(runs) // columns)
+    figure = _figure(rows + 1, max(columns, 2))
+    grid = figure.add_gridspec(rows + 1, columns)
+    panels = [figure.add_subplot(grid[divmod(place, columns)]) for place in range(len(runs))]
+    below = figure.add_subplot(grid[rows, :])
+    names = _names(runs, first)
+    for place, (axis, run, name) in enumerate(zip(panels, runs, names, strict=True)):
+        axis.sharex(below)
+        if place > 0:
+            axis.sharey(panels[0])
+        _eigenvalues(axis, run)
+        axis.set_title(f"{name}{_rank(run)}")
+        if place % columns == 0:
+            axis.set_ylabel(_EIGENVALUES)
+        if place + columns >= len(runs):
+            axis.set_xlabel("epoch")
+    _accuracies(below, runs, names)
+    below.set_xlabel("epoch")
+    _explain(figure, panels, below, columns)
+    return figure
 
 
 def figure4(runs: Sequence[Run]) -> Figure:
@@ -148,15 +168,10 @@ def figure8(runs: Sequence[Run]) -> Figure:
             "another, such as --set optimizer.weight_decay=1e-5"
         )
     ordered = sorted(runs, key=lambda run: -run.config.optimizer.weight_decay)
-    return _spectra_above_accuracy(ordered, _names(ordered, ["optimizer.weight_decay"]))
+    return figure3(ordered, ["optimizer.weight_decay"])
 
 
-FIGURES: dict[int, Callable[[Sequence[Run]], Figure]] = {
-    3: figure3,
-    4: figure4,
-    7: figure7,
-    8: figure8,
-}
+FIGURES = {3: figure3, 4: figure4, 7: figure7, 8: figure8}
 
 
 def _names(runs: Sequence[Run], first: Sequence[str] = ()) -> list[str]:
@@ -187,30 +202,6 @@ def _ema_pairs(runs: Sequence[Run]) -> list[list[Run]]:
             "or train the other with --set method.ema=false or true"
         )
     return [*alike.values()]
-
-
-def _spectra_above_accuracy(runs: Sequence[Run], names: Sequence[str]) -> Figure:
-    # four runs make a square
-    columns = 2 if len(runs) == 4 else min(_COLUMNS, len(runs))
-    rows = -(-len(runs) // columns)
-    figure = _figure(rows + 1, max(columns, 2))
-    grid = figure.add_gridspec(rows + 1, columns)
-    panels = [figure.add_subplot(grid[divmod(place, columns)]) for place in range(len(runs))]
-    below = figure.add_subplot(grid[rows, :])
-    for place, (axis, run, name) in enumerate(zip(panels, runs, names, strict=True)):
-        axis.sharex(below)
-        if place > 0:
-            axis.sharey(panels[0])
-        _eigenvalues(axis, run)
-        axis.set_title(f"{name}{_rank(run)}")
-        if place % columns == 0:
-            axis.set_ylabel(_EIGENVALUES)
-        if place + columns >= len(runs):
-            axis.set_xlabel("epoch")
-    _accuracies(below, runs, names)
-    below.set_xlabel("epoch")
-    _explain(figure, panels, below, columns)
-    return figure
 
 
 def _figure(rows: int, columns: int) -> Figure:

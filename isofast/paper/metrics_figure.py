@@ -30,11 +30,7 @@ _MARKERS = "os^Dv<>"
 
 
 def draw_metrics(folders: Sequence[Path], output: Path) -> list[Path]:
-    """Draw ``output``/metrics.png, and write its numbers to metrics.csv.
-
-    Args:
-        folders: run folders.
-        output: made if missing.
+    """Draw ``output``/metrics.png of runs, and write its numbers to metrics.csv.
 
     Raises:
         UserError: a folder is no run, no run has an evaluation, or ``output`` cannot be written to.
@@ -77,11 +73,10 @@ def table(runs: Sequence[Run]) -> list[Row]:
 
 def metrics_figure(rows: Sequence[Row]) -> Figure:
     """Draw each known metric of ``table`` against k-NN accuracy, a run's last evaluation larger."""
-    shown = {
-        kind: [key for key in keys if any(row[key] is not None for row in rows)]
-        for kind, keys in _ROWS.items()
-    }
-    shown = {kind: keys for kind, keys in shown.items() if keys}
+    shown = {}
+    for kind, metrics in _ROWS.items():
+        if keys := [key for key in metrics if any(row[key] is not None for row in rows)]:
+            shown[kind] = keys
     columns = max(len(keys) for keys in shown.values())
     width, height = PANEL_INCHES
     size = (columns * width, len(shown) * height + 0.6)
@@ -93,8 +88,8 @@ def metrics_figure(rows: Sequence[Row]) -> Figure:
         row_of_axes[0].set_ylabel("k-NN top-1")
         for axis in row_of_axes[len(keys) :]:
             axis.set_axis_off()
-    named = axes[0, 0].get_legend_handles_labels()
-    figure.legend(*named, loc="outside lower center", ncols=columns)
+    handles, _ = axes[0, 0].get_legend_handles_labels()
+    figure.legend(handles=handles, loc="outside lower center", ncols=columns)
     return figure
 
 

@@ -37,7 +37,7 @@ def reproduce(request: Request, say: Callable[[str], None], *, dry_run: bool = F
 
     Args:
         request: the runs.
-        say: prints.
+        say: told what happens, and the table.
         dry_run: only write the config files and print the commands.
 
     Raises:

@@ -12,12 +12,12 @@ from itertools import product
 from pathlib import Path
 from typing import Any, Literal
 
-from isofast.config.load import LAUNCH, read_stored, resolve
+from isofast.config.load import LAUNCH, resolve
 from isofast.config.presets import merge
 from isofast.config.schema import SCHEMA_KEY, Config, changed_keys
 from isofast.errors import UserError
 from isofast.run.directory import write_text
-from isofast.run.stored import TITLES
+from isofast.run.stored import TITLES, read_config
 
 DATASETS = {
     "cifar10": "CIFAR-10",
@@ -46,19 +46,14 @@ _FIXED_KEYS = (
 
 @dataclass(frozen=True)
 class Row:
-    """A method of a table with the paper's results.
-
-    Attributes:
-        method: method.name.
-        alpha: method.alpha; None for a trained predictor.
-        ema: method.ema.
-        reported: the paper's top-1 in percent by data set, as printed.
-    """
+    """A method of a table with the paper's results."""
 
     method: str
     alpha: float | None
+    """None for a trained predictor."""
     ema: bool
     reported: Mapping[str, str]
+    """The paper's top-1 in percent by data set, as printed."""
 
     @property
     def cells(self) -> list[str]:
@@ -194,21 +189,18 @@ class Request:
 
 @dataclass(frozen=True)
 class PlannedRun:
-    """One seed of one method on one data set.
-
-    Attributes:
-        settings: the content of its config file.
-        config: the same with presets and overrides.
-        command: trains it.
-    """
+    """One seed of one method on one data set."""
 
     dataset: str
     row: Row
     seed: int
     run_dir: Path
     settings: dict[str, Any]
+    """The content of its config file."""
     config: Config
+    """The same with presets and overrides."""
     command: tuple[str, ...]
+    """Trains it."""
 
     @property
     def title(self) -> str:
@@ -229,8 +221,7 @@ class PlannedRun:
     def summary(self) -> dict[str, Any]:
         """Return the content of summary.json; empty until there is one."""
         path = self.run_dir / "summary.json"
-        found: dict[str, Any] = json.loads(path.read_text("utf-8")) if path.exists() else {}
-        return found
+        return dict(json.loads(path.read_text("utf-8"))) if path.exists() else {}
 
     def state(self) -> Literal["new", "stopped", "finished", "crashed"]:
         """Return how far the run is; one ended by a collapse has crashed, which is a result."""
@@ -252,13 +243,8 @@ class PlannedRun:
 
     def stored_config(self) -> Config | None:
         """Return the config in the run directory; None without one."""
-        path = self.run_dir / "config.json"
-        try:
-            return read_stored(path)
-        except FileNotFoundError:
-            return None
-        except (OSError, ValueError) as error:
-            raise UserError(f"cannot read {path}: {error}; name another --runs") from None
+        exists = (self.run_dir / "config.json").exists()
+        return read_config(self.run_dir) if exists else None
 
 
 def _value(config: Config, key: str) -> Any:

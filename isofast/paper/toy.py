@@ -158,8 +158,7 @@ class Trajectory:
 
 def initial_weights(toy: Toy) -> Tensor:
     """Return V of one initialisation, (1, M, N), float64, from randn / 4."""
-    shape = (1, toy.outputs, toy.inputs)
-    return INITIAL_SCALE * randn(shape, stream(toy.seed, 0))
+    return INITIAL_SCALE * randn((1, toy.outputs, toy.inputs), stream(toy.seed, 0))
 
 
 def simulate(
@@ -229,10 +228,7 @@ def population_gradient(toy: Toy, v_SMN: Tensor, generator: torch.Generator) -> 
 def sampled_gradient(toy: Toy, v_SMN: Tensor, generator: torch.Generator) -> Tensor:
     """Return the loss's gradient in V, (S, M, N), averaged over ``toy.samples`` pairs of views.
 
-    Args:
-        toy: the network and its loss.
-        v_SMN: the weights (S, M, N), float64; all initialisations see the same pairs.
-        generator: draws the pairs.
+    All initialisations see the same pairs.
     """
     x1_BN = randn((toy.samples, toy.inputs), generator)
     x2_BN = x1_BN + NOISE * randn((toy.samples, toy.inputs), generator)
@@ -304,9 +300,7 @@ def _predictor(toy: Toy, v_SMN: Tensor) -> Tensor:
 def stream(seed: int, index: int) -> torch.Generator:
     """Return one of a seed's independent streams of random numbers.
 
-    Args:
-        seed: of the simulation.
-        index: 0 for the initial weights, 1 for the samples, 2 and more for other draws.
+    Index 0 is for the initial weights, 1 for the samples, 2 and more for other draws.
     """
     state = np.random.SeedSequence([seed, index]).generate_state(1)
     return torch.Generator().manual_seed(int(state[0]))
