@@ -4,13 +4,14 @@ import importlib.util
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
 
+from isofast.cli import main
 from isofast.config.load import validate
 from isofast.config.presets import merge
 from isofast.config.schema import Config
@@ -55,6 +56,24 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("data") / "digits"
     prepare("digits", root)
     return root
+
+
+@pytest.fixture
+def refused(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """Runs a command, which must exit with 2 and say all words; returns its standard output."""
+
+    def check(arguments: Iterable[object], *words: str) -> str:
+        capsys.readouterr()
+        try:
+            code: object = main([str(argument) for argument in arguments])
+        except SystemExit as ended:
+            code = ended.code
+        out, err = capsys.readouterr()
+        assert code == 2 and "Traceback" not in err
+        assert all(word in err for word in words), (words, err)
+        return out
+
+    return check
 
 
 @pytest.fixture

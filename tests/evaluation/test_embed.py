@@ -187,7 +187,7 @@ def test_unreadable_files_are_left_out_and_named(
 
 
 def test_mistakes_exit_with_2_and_lose_nothing(
-    run_dir: Path, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    run_dir: Path, folder: Path, tmp_path: Path, refused: Any
 ) -> None:
     bad, none, kept = tmp_path / "bad", tmp_path / "none", tmp_path / "kept.npz"
     bad.mkdir()
@@ -202,7 +202,6 @@ def test_mistakes_exit_with_2_and_lose_nothing(
         (run_dir, folder, tmp_path / "out.json", "must be named .npz, .csv, .pt"),
         (run_dir, folder, tmp_path / "no" / "out.npz", "there is no folder"),
     ):
-        assert embed(source, images, output) == 2
-        assert words in capsys.readouterr().err
+        refused(["embed", source, "--images", images, "--output", output], words)
     assert kept.read_bytes() == b"earlier"
     assert not list(tmp_path.glob(".*.part"))

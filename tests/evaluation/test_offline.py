@@ -189,35 +189,29 @@ def test_a_file_of_weights_is_a_baseline(
 
 @slow
 def test_what_cannot_be_evaluated_is_told(
-    evaluated_run: Path, digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    evaluated_run: Path, digits: Path, tmp_path: Path, refused: Any
 ) -> None:
-    def refuses(*words: str, run_dir: Path = evaluated_run, options: tuple[str, ...] = ()) -> None:
-        assert main(["evaluate", str(run_dir), *options]) == 2
-        printed = capsys.readouterr()
-        assert printed.out == "" and "Traceback" not in printed.err
-        assert all(word in printed.err for word in words), printed.err
-
-    refuses("is no run", run_dir=tmp_path)
-    young = tmp_path / "young"
+    young, wide, bad = (tmp_path / name for name in ("young", "wide.safetensors", "bad.pth"))
     young.mkdir()
     shutil.copy(evaluated_run / "config.json", young)
-    refuses("no checkpoint yet", "every 22 steps", run_dir=young)
-    refuses("no file nets", "random, pixels", options=("--baselines", "random,nets"))
-    wide = tmp_path / "wide.safetensors"
     save_file(make_encoder(EncoderConfig(width=8, stem="cifar")).state_dict(), wide)
-    refuses(
-        "do not fit the encoder", "bn1.bias (4 here, 8 there)", options=("--baselines", str(wide))
-    )
-    wide.write_bytes(b"no weights")
-    refuses("cannot read the weights", options=("--baselines", str(wide)))
+    bad.write_bytes(b"no weights")
     unlabelled, no_val = tmp_path / "unlabelled", tmp_path / "no_val"
     shutil.copytree(digits / "train" / "0", unlabelled / "unlabeled")
-    refuses("no labels", "isofast figures 3", options=("--root", str(unlabelled)))
     shutil.copytree(digits / "train", no_val / "train")
-    refuses("no folder val", "--root", options=("--root", str(no_val)))
-    refuses("is not a folder", options=("--root", str(tmp_path / "gone")))
-    refuses("at least one of each class", "--protocol knn", options=("--train-images", "20"))
-    refuses("none of the 5", options=("--train-images", "5", "--protocol", "few"))
+    refused(["evaluate", tmp_path], "is no run")
+    refused(["evaluate", young], "no checkpoint yet", "every 22 steps")
+    for options, words in (
+        (["--baselines", "random,nets"], ["no file nets", "random, pixels"]),
+        (["--baselines", wide], ["do not fit the encoder", "bn1.bias (4 here, 8 there)"]),
+        (["--baselines", bad], ["cannot read the weights"]),
+        (["--root", unlabelled], ["no labels", "isofast figures 3"]),
+        (["--root", no_val], ["no folder val", "--root"]),
+        (["--root", tmp_path / "gone"], ["is not a folder"]),
+        (["--train-images", "20"], ["at least one of each class", "--protocol knn"]),
+        (["--train-images", "5", "--protocol", "few"], ["none of the 5"]),
+    ):
+        assert refused(["evaluate", evaluated_run, *options], *words) == ""
 
 
 @slow

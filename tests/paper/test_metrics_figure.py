@@ -77,9 +77,8 @@ def test_metrics_of_two_runs(
 
 @pytest.mark.slow
 def test_runs_without_evaluations_are_told(
-    spectrum_runs: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    spectrum_runs: Any, tmp_path: Path, refused: Any
 ) -> None:
-    command = ["figures", "metrics", str(spectrum_runs["ema"][1]), "--output", str(tmp_path / "o")]
-    assert main(command) == 2
-    assert "evaluation.every_epochs=1" in capsys.readouterr().err
+    command = ["figures", "metrics", spectrum_runs["ema"][1], "--output", tmp_path / "o"]
+    refused(command, "evaluation.every_epochs=1")
     assert not (tmp_path / "o").exists()
