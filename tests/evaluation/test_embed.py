@@ -130,21 +130,6 @@ def test_they_are_those_of_the_evaluation(run_dir: Path, digits: Path, tmp_path:
         np.testing.assert_allclose(stored["embeddings"], expected, rtol=1e-5, atol=1e-5)
 
 
-def test_a_run_that_timm_loads(small: Callable[..., Any], folder: Path, tmp_path: Path) -> None:
-    """The imagenet stem at width 64, exported for timm: features as from embed."""
-    run, hub = tmp_path / "run", tmp_path / "hub"
-    write_run(run, small(encoder={"stem": "imagenet", "width": 64}))
-    assert main(["export", str(run), "--format", "huggingface", "--output", str(hub)]) == 0
-    assert embed(run, folder, tmp_path / "out.npz") == 0
-    model = timm.create_model(f"local-dir:{hub}", pretrained=True, num_classes=0).eval()
-    with np.load(tmp_path / "out.npz") as stored, torch.no_grad():
-        x_BCHW = torch.cat([by_hand(folder, name) for name in stored["filenames"]])
-        for net in (model, isofast.load_encoder(run)):
-            np.testing.assert_allclose(
-                stored["embeddings"], net(x_BCHW).numpy(), rtol=1e-5, atol=1e-5
-            )
-
-
 def test_torchvision_timm_and_ours_agree(folder: Path, tmp_path: Path) -> None:
     """A resnet18 that both libraries save and load, on images of ImageNet's size."""
     theirs = resnet18().eval()

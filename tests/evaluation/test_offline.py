@@ -11,7 +11,6 @@ import numpy.typing as npt
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from scipy.stats import binomtest
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import train_test_split
 from sklearn.neighbors import KNeighborsClassifier
@@ -21,7 +20,6 @@ from sklearn.preprocessing import StandardScaler
 from isofast.cli import main
 from isofast.config.schema import EncoderConfig
 from isofast.data import EvalLoader, check_folder, open_dataset, recipe_for
-from isofast.evaluation.intervals import wilson
 from isofast.evaluation.offline import GRID_C
 from isofast.methods.networks import make_encoder
 from isofast.run.metrics import read_metrics
@@ -29,29 +27,22 @@ from isofast.run.metrics import read_metrics
 from ..support.runs import call
 
 Array = npt.NDArray[Any]
-slow = pytest.mark.slow
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
 def report(evaluated_run: Path) -> dict[str, Any]:
     """What the command prints, all protocols and both named baselines."""
-    return printed_json(evaluated_run, "--baselines", "random,pixels")
-
-
-def printed_json(run_dir: Path, *options: str) -> dict[str, Any]:
-    """Run the command in a process of its own; its standard output is JSON alone."""
-    command = [sys.executable, "-m", "isofast.cli", "evaluate", str(run_dir), *options, "--json"]
-    printed: dict[str, Any] = json.loads(call(command).stdout)
+    command = [sys.executable, "-m", "isofast.cli", "evaluate", str(evaluated_run)]
+    printed: dict[str, Any] = json.loads(
+        call([*command, "--baselines", "random,pixels", "--json"]).stdout
+    )
     return printed
 
 
-def values(report: dict[str, Any], baseline: str | None, protocol: str) -> list[float]:
-    results = report["results"]
-    return [
-        one["value"]
-        for one in results
-        if one["baseline"] == baseline and one["protocol"] == protocol
-    ]
+def results(report: dict[str, Any], baseline: str | None, protocol: str) -> list[dict[str, Any]]:
+    what = baseline, protocol
+    return [one for one in report["results"] if (one["baseline"], one["protocol"]) == what]
 
 
 @pytest.fixture(scope="module")
@@ -79,19 +70,17 @@ def features(evaluated_run: Path, digits: Path) -> tuple[Array, Array, Array, Ar
     return splits[0], splits[1], splits[2], splits[3]
 
 
-@slow
 def test_knn_is_scikit_learns(report: dict[str, Any], features: tuple[Array, ...]) -> None:
     train_NF, train_y_N, val_MF, val_y_M = features
-    for k, value in zip((20, 200), values(report, None, "knn"), strict=True):
+    for k, result in zip((20, 200), results(report, None, "knn"), strict=True):
         vote = KNeighborsClassifier(
             k, metric="cosine", algorithm="brute", weights=lambda d: np.exp((1 - d) / 0.07)
         )
         want = vote.fit(train_NF, train_y_N).score(val_MF, val_y_M)
         # of equal votes either may win
-        assert value == pytest.approx(want, abs=1 / 355)
+        assert result["value"] == pytest.approx(want, abs=1 / 355)
 
 
-@slow
 def test_the_linear_probe_is_scikit_learns(
     report: dict[str, Any], features: tuple[Array, ...]
 ) -> None:
@@ -104,20 +93,19 @@ def test_the_linear_probe_is_scikit_learns(
         train_NF, train_y_N, test_size=0.2, stratify=train_y_N, random_state=0
     )
     scores = {c: probe(c).fit(fit, fit_y).score(hold, hold_y) for c in GRID_C}
-    (result,) = (r for r in report["results"] if (r["baseline"], r["protocol"]) == (None, "linear"))
+    (result,) = results(report, None, "linear")
     assert scores[result["C"]] == max(scores.values())
     want = probe(result["C"]).fit(train_NF, train_y_N).score(val_MF, val_y_M)
     assert result["value"] == pytest.approx(want, abs=1 / 355)
 
 
-@slow
 def test_few_labels_are_drawn_for_each_seed(
     report: dict[str, Any], features: tuple[Array, ...]
 ) -> None:
     """A mean over five draws, like that of five hundred by hand within their spread."""
     train_NF, train_y_N, val_MF, val_y_M = features
     scaler = StandardScaler().fit(train_NF)
-    rows = [r for r in report["results"] if (r["baseline"], r["protocol"]) == (None, "few")]
+    rows = results(report, None, "few")
     assert [row["labels_per_class"] for row in rows] == [1, 5, 10]
     assert [row["value"] for row in rows] == sorted(row["value"] for row in rows)
     for row in rows:
@@ -136,19 +124,17 @@ def test_few_labels_are_drawn_for_each_seed(
         assert row["value"] == pytest.approx(np.mean(scores), abs=3 * np.std(scores) / 5**0.5)
 
 
-@slow
 def test_baselines_and_the_run_are_what_training_knew(
     report: dict[str, Any], evaluated_run: Path
 ) -> None:
     """The same network before and after training, voted on by the same 200 neighbours."""
     records = [r for r in read_metrics(evaluated_run / "metrics.jsonl") if "knn_top1" in r]
-    assert values(report, "random", "knn")[1] == pytest.approx(records[0]["knn_top1"], abs=0.003)
-    assert values(report, None, "knn")[1] == pytest.approx(records[-1]["knn_top1"], abs=0.003)
-    assert values(report, "pixels", "knn")[1] == pytest.approx(0.972, abs=0.003)
+    known = {"random": records[0]["knn_top1"], None: records[-1]["knn_top1"], "pixels": 0.972}
+    for name, top1 in known.items():
+        assert results(report, name, "knn")[1]["value"] == pytest.approx(top1, abs=0.003)
     assert report["step"] == records[-1]["step"] == 44
 
 
-@slow
 def test_everything_is_in_the_json(report: dict[str, Any], evaluated_run: Path) -> None:
     assert (report["classes"], report["train_images"], report["val_images"]) == (10, 1442, 355)
     assert report["run"] == str(evaluated_run) and report["notes"] == []
@@ -157,16 +143,12 @@ def test_everything_is_in_the_json(report: dict[str, Any], evaluated_run: Path) 
         low, high = result["interval"]
         assert 0 <= low < result["value"] < high <= 1 and result["n"] == 355
         given = {key for key, value in result.items() if value is not None}
-        own = {
-            "knn": {"k"},
-            "linear": {"C"},
-            "few": {"C", "labels_per_class", "std", "seeds"},
-        }
+        few = {"C", "labels_per_class", "std", "seeds"}
+        own = {"knn": {"k"}, "linear": {"C"}, "few": few}
         always = {"protocol", "value", "interval", "n"}
         assert given - {"baseline"} == always | own[result["protocol"]]
 
 
-@slow
 def test_a_file_of_weights_is_a_baseline(
     evaluated_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -187,7 +169,6 @@ def test_a_file_of_weights_is_a_baseline(
     assert sum("...name.safetensors"[-14:] in line for line in lines) == 2
 
 
-@slow
 def test_what_cannot_be_evaluated_is_told(
     evaluated_run: Path, digits: Path, tmp_path: Path, refused: Any
 ) -> None:
@@ -214,7 +195,6 @@ def test_what_cannot_be_evaluated_is_told(
         assert refused(["evaluate", evaluated_run, *options], *words) == ""
 
 
-@slow
 def test_too_few_labels_are_left_out_and_noted(
     evaluated_run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -223,9 +203,3 @@ def test_too_few_labels_are_left_out_and_noted(
     report = json.loads(capsys.readouterr().out)
     assert [result["labels_per_class"] for result in report["results"]] == [1, 5]
     assert any("no 10 labels a class" in note for note in report["notes"])
-
-
-@pytest.mark.parametrize(("right", "n"), [(0, 50), (50, 50), (17, 40), (9134, 10_000)])
-def test_the_interval_is_wilsons(right: int, n: int) -> None:
-    want = binomtest(right, n).proportion_ci(method="wilson")
-    assert wilson(right / n, n) == pytest.approx((want.low, want.high), abs=1e-6)

@@ -21,7 +21,7 @@ from isofast.evaluation.pictures import look
 
 from ..support.runs import train
 
-slow = pytest.mark.slow
+pytestmark = pytest.mark.slow
 CHROMIUM = shutil.which("chromium")
 
 
@@ -76,7 +76,6 @@ def report(tmp_path: Path, *runs: Path, options: tuple[str, ...] = ()) -> Page:
     return Page(output)
 
 
-@slow
 def test_a_run_is_judged_by_what_it_gained(
     evaluated_run: Path, tmp_path: Path, digits: Path
 ) -> None:
@@ -92,7 +91,6 @@ def test_a_run_is_judged_by_what_it_gained(
     assert len(page.images) == 8 * 7 + 1
 
 
-@slow
 def test_neighbours_are_scikit_learns(evaluated_run: Path, digits: Path, tmp_path: Path) -> None:
     config = validate(json.loads((evaluated_run / "config.json").read_text()))
     found = {}
@@ -116,7 +114,6 @@ def test_neighbours_are_scikit_learns(evaluated_run: Path, digits: Path, tmp_pat
         assert [thumb.agrees for thumb in near] == [t.caption == query.caption for t in near]
 
 
-@slow
 def test_runs_stand_side_by_side_and_need_no_data(
     spectrum_runs: dict[str, tuple[dict[str, Any], Path]],
     evaluated_run: Path,
@@ -140,7 +137,6 @@ def test_runs_stand_side_by_side_and_need_no_data(
     assert "No pictures" not in page.text and "by 355 images" in page.text
 
 
-@slow
 def test_without_labels_it_says_so(
     config_file: Callable[..., Path], digits: Path, tmp_path: Path
 ) -> None:
@@ -160,7 +156,6 @@ def test_without_labels_it_says_so(
         assert len({one["alt"].split(",")[0] for one in queried}) == 7  # type: ignore[union-attr]
 
 
-@slow
 def test_a_collapsed_run_says_so_first(config_file: Callable[..., Path], tmp_path: Path) -> None:
     """With weight decay and nothing else: all embeddings become one point."""
     config = config_file(
@@ -174,7 +169,6 @@ def test_a_collapsed_run_says_so_first(config_file: Callable[..., Path], tmp_pat
         assert "Try " in page.text
 
 
-@slow
 def test_what_has_no_report_is_told(evaluated_run: Path, tmp_path: Path, refused: Any) -> None:
     young = tmp_path / "young"
     young.mkdir()
@@ -185,7 +179,6 @@ def test_what_has_no_report_is_told(evaluated_run: Path, tmp_path: Path, refused
     refused(["report", evaluated_run, "--output", elsewhere], "there is no folder")
 
 
-@slow
 @pytest.mark.skipif(CHROMIUM is None, reason="there is no chromium on PATH")
 @pytest.mark.parametrize("width", [390, 1280])
 def test_a_browser_asks_for_nothing_and_cuts_nothing_off(
@@ -214,9 +207,3 @@ def test_a_browser_asks_for_nothing_and_cuts_nothing_off(
     assert title is not None, done.stdout[:500]
     scroll, client, requests = map(int, title.groups())
     assert scroll <= client and requests == 0
-
-
-def test_the_interval_of_a_gain_is_newcombes() -> None:
-    """Table II of Newcombe (1998), method 10: 56/70 - 48/80 and 9/10 - 3/10."""
-    assert newcombe(56 / 70, 48 / 80, 70, 80) == pytest.approx((0.0524, 0.3339), abs=5e-5)
-    assert newcombe(0.9, 0.3, 10, 10) == pytest.approx((0.1705, 0.8090), abs=5e-5)

@@ -92,12 +92,6 @@ def test_an_embedding_moves_at_the_papers_rate(name: str, power: int) -> None:
     np.testing.assert_allclose((after - z) / lr / z, modes**power * (1 - modes), rtol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["euclidean", "iso_euclidean"])
-def test_euclidean_modes_end_at_one(name: str) -> None:
-    end = spectra(changed(EUCLIDEAN[name], steps=3000))[-1]
-    assert end.min() > 0.998 and end.max() < 1.001
-
-
 def test_a_small_mode_waits_for_the_plain_loss_and_not_for_iso_loss() -> None:
     start = diagonal_weights([1.0, 0.02], 3)
     sizes = {"inputs": 3, "outputs": 2}
@@ -106,18 +100,6 @@ def test_a_small_mode_waits_for_the_plain_loss_and_not_for_iso_loss() -> None:
         for name in ("euclidean", "iso_euclidean")
     )
     assert plain[1] == pytest.approx(0.05, abs=0.003) and iso[1] > 0.998
-
-
-def test_euclidean_without_stop_gradient_decays() -> None:
-    found = spectra(EUCLIDEAN["euclidean_no_stop_gradient"], records=31)
-    assert (np.diff(found, axis=0) < 0).all()
-    assert np.median(found[-1]) < 1e-3
-    assert found[-1, 0] < 0.99 * found[-2, 0], "the largest is still on its way down"
-
-
-def test_euclidean_without_predictor_stands_still() -> None:
-    start, end = spectra(changed(EUCLIDEAN["euclidean_no_predictor"], steps=1000))
-    assert np.array_equal(start, end)
 
 
 @pytest.mark.parametrize(
