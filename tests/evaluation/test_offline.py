@@ -55,16 +55,9 @@ def features(evaluated_run: Path, digits: Path) -> tuple[Array, Array, Array, Ar
     splits: list[Array] = []
     for split in ("train", "val"):
         images = check_folder(open_dataset(digits, split))
-        count, cpu = len(images), torch.device("cpu")
-        ((x_NCHW, y_N),) = EvalLoader(
-            "dali",
-            images,
-            recipe_for("digits"),
-            range(count),
-            batch_size=count,
-            device=cpu,
-            threads=1,
-        )
+        options: Any = {"batch_size": 2000, "device": torch.device("cpu"), "threads": 1}
+        loader = EvalLoader("dali", images, recipe_for("digits"), range(len(images)), **options)
+        ((x_NCHW, y_N),) = loader
         with torch.no_grad():
             splits += [encoder.eval()(x_NCHW).numpy(), y_N.numpy()]
     return splits[0], splits[1], splits[2], splits[3]
@@ -113,11 +106,9 @@ def test_few_labels_are_drawn_for_each_seed(
         scores = []
         for seed in range(100, 130):
             random = np.random.default_rng(seed)
-            chosen = [
-                random.choice(np.flatnonzero(train_y_N == label), row["labels_per_class"], False)
-                for label in range(10)
-            ]
-            some = np.concatenate(chosen)
+            places = [np.flatnonzero(train_y_N == label) for label in range(10)]
+            drawn = [random.choice(these, row["labels_per_class"], False) for these in places]
+            some = np.concatenate(drawn)
             model = LogisticRegression(max_iter=500)
             model.fit(scaler.transform(train_NF[some]), train_y_N[some])
             scores.append(model.score(scaler.transform(val_MF), val_y_M))
@@ -161,11 +152,9 @@ def test_a_file_of_weights_is_a_baseline(
     lines = capsys.readouterr().out.splitlines()
     assert "150 training and 355 validation images, 10 classes" in lines[1]
     assert all(len(line) <= 80 for line in lines[1:])
+    settings = [line.split("  ")[1] for line in lines if "k-NN" in line]
     # a bank of 150 has no 200 neighbours
-    assert [line.split("  ")[1] for line in lines if "k-NN" in line] == [
-        "k-NN, k = 20",
-        "k-NN, k = 150",
-    ]
+    assert settings == ["k-NN, k = 20", "k-NN, k = 150"]
     assert sum("...name.safetensors"[-14:] in line for line in lines) == 2
 
 

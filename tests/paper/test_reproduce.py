@@ -19,7 +19,7 @@ from isofast.errors import UserError
 from isofast.paper.tables import TABLES, Request
 from isofast.run.metrics import read_metrics
 
-from ..support.runs import environment
+from ..support.runs import call, environment
 
 pytestmark = pytest.mark.slow
 
@@ -57,10 +57,9 @@ def _hear_signals() -> None:
         signal.signal(number, signal.SIG_DFL)
 
 
-def run(arguments: list[str]) -> tuple[int, str, str]:
-    process = start(arguments)
-    out, err = process.communicate(timeout=300)
-    return process.returncode, out, err
+def run(arguments: list[str], *, code: int = 0) -> tuple[str, str]:
+    done = call([sys.executable, "-m", "isofast.cli", *arguments], code=code)
+    return done.stdout, done.stderr
 
 
 def wait_until(holds: Callable[[], Any], process: "subprocess.Popen[str]") -> None:
@@ -82,8 +81,7 @@ def test_a_killed_table_continues_and_is_printed(digits: Path, tmp_path: Path) -
     assert "[1/2] digits, SimSiam, no EMA, seed 0: starts" in printed and "[2/2]" not in printed
     assert not (first / "summary.json").exists()
 
-    code, out, err = run(arguments)
-    assert code == 0, err
+    out, err = run(arguments)
     assert "[1/2] digits, SimSiam, no EMA, seed 0: continues" in out and "continuing from" in err
     assert "[2/2] digits, SimSiam, no EMA, seed 1: starts" in out
     top1 = []
@@ -101,11 +99,11 @@ def test_a_killed_table_continues_and_is_printed(digits: Path, tmp_path: Path) -
     assert table.count("| SimSiam | - | no | - | ") == table.count(row) == 1 and table in out
 
     # nothing is left to do
-    code, again, _ = run(arguments)
-    assert code == 0 and again.count("finished before") == 2 and table in again
+    again, _ = run(arguments)
+    assert again.count("finished before") == 2 and table in again
     # what was asked for is not what is there
-    code, _, err = run([*arguments, "--set", "train.batch_size=32"])
-    assert code == 2 and "train.batch_size: 64 -> 32" in err and "--runs" in err
+    _, err = run([*arguments, "--set", "train.batch_size=32"], code=2)
+    assert "train.batch_size: 64 -> 32" in err and "--runs" in err
 
 
 @pytest.mark.long
@@ -113,8 +111,7 @@ def test_the_small_scale_shows_before_and_after_and_draws_its_figures(
     digits: Path, tmp_path: Path
 ) -> None:
     arguments = command(digits, tmp_path, "--scale", "small", "--methods", "isoloss")
-    code, out, err = run([*arguments, "--epochs", "1"])
-    assert code == 0, err
+    out, _ = run([*arguments, "--epochs", "1"])
     folder = tmp_path / "table2-small"
     table = (folder / "table-digits-isoloss-seeds-1.md").read_text()
     assert table in out
@@ -148,12 +145,11 @@ def test_a_run_that_blows_up_is_a_result(
     blown = ("optimizer.name=sgd", "optimizer.lr=1e30", "schedule.warmup_epochs=0")
     more = [word for setting in (*blown, *found_first) for word in ("--set", setting)]
     arguments = command(digits, tmp_path, *more, "--methods", "simsiam")
-    code, out, err = run(arguments)
-    assert code == 0, err
+    out, err = run(arguments)
     assert "seed 0: crashed" in out and what in err and "optimizer.lr below 1e+30" in err
     (row,) = [line.split(" | ") for line in out.splitlines() if line.startswith("| SimSiam")]
     assert row[7:] == ["1 of 1", "- |"]
-    assert "seed 0: crashed before" in run(arguments)[1]
+    assert "seed 0: crashed before" in run(arguments)[0]
 
 
 @pytest.mark.parametrize(
