@@ -6,9 +6,10 @@ import os
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import BinaryIO
 
@@ -90,8 +91,8 @@ def embed(source: Path, folder: Path, output: Path) -> Embedded:
         raise UserError(
             f"none of the {len(pictures)} pictures below {folder} can be read: {name} ({problem})"
         )
-    embeddings_NF = torch.cat(parts).numpy()
     rate = len(kept) / (time.perf_counter() - began)
+    embeddings_NF = torch.cat(parts).numpy()
     write_atomically(output, lambda part: _write(part, output.suffix, embeddings_NF, kept))
     return Embedded(
         output=str(output),
@@ -168,9 +169,9 @@ def decoded(
         except Exception as error:
             return str(error) or type(error).__name__
 
-    def submit(batch: Sequence[str]) -> list[Future[list[Pixels | str]]]:
+    def submit(batch: Sequence[str]) -> Iterator[list[Pixels | str]]:
         pieces = [batch[k : k + _FILES_A_TASK] for k in range(0, len(batch), _FILES_A_TASK)]
-        return [pool.submit(lambda names: [*map(decode, names)], piece) for piece in pieces]
+        return pool.map(lambda names: [*map(decode, names)], pieces)
 
     names = [*pictures]
     batches = [names[k : k + _BATCH] for k in range(0, len(names), _BATCH)]
@@ -178,7 +179,7 @@ def decoded(
         pending = deque(map(submit, batches[:_AHEAD]))
         for k, batch in enumerate(batches):
             pending.extend(map(submit, batches[k + _AHEAD : k + _AHEAD + 1]))
-            yield batch, [image for piece in pending.popleft() for image in piece.result()]
+            yield batch, [*chain.from_iterable(pending.popleft())]
 
 
 def _write(path: Path, suffix: str, embeddings_NF: Embeddings, names: list[str]) -> None:

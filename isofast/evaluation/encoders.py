@@ -41,11 +41,7 @@ class Encoder(NamedTuple):
 
 
 def newest_of(run_dir: Path, config: Config) -> Checkpoint:
-    """Return the newest whole checkpoint of a run.
-
-    Raises:
-        UserError: there is none.
-    """
+    """Return the newest whole checkpoint of a run, or raise UserError: there is none."""
     checkpoint = newest_checkpoint(run_dir / "checkpoints")
     if checkpoint is None:
         raise UserError(
