@@ -8,28 +8,26 @@ from isofast.paper.reproduce import render
 from isofast.paper.tables import DATASETS, TABLES, PlannedRun, Request
 
 # by method and EMA: CIFAR-10, CIFAR-100, STL-10 and TinyImageNet
-PAPER = {
-    ("table2", "byol", True): "92.6 70.5 91.7 38.3",
-    ("table2", "simsiam", False): "90.7 66.3 87.5 39.8",
-    ("table2", "directpred", True): "92.0 66.6 88.8 40.1",
-    ("table2", "directpred", False): "12.1 (crashed) 1.6 10.4 1.3",
-    ("table2", "isoloss", True): "91.5 69.0 89.0 44.8",
-    ("table2", "isoloss", False): "91.5 64.3 87.4 40.4",
-    ("table3", "directcopy", True): "91.3 68.7 89.3 45.3",
-    ("table3", "directcopy", False): "12.1 (crashed) 1.5 10.3 0.6",
-    ("table3", "isoloss", True): "91.5 69.3 89.1 45.6",
-    ("table3", "isoloss", False): "91.4 63.0 86.9 38.5",
-}
+PAPER = """
+table2 byol True 92.6 70.5 91.7 38.3
+table2 simsiam False 90.7 66.3 87.5 39.8
+table2 directpred True 92.0 66.6 88.8 40.1
+table2 directpred False 12.1 (crashed) 1.6 10.4 1.3
+table2 isoloss True 91.5 69.0 89.0 44.8
+table2 isoloss False 91.5 64.3 87.4 40.4
+table3 directcopy True 91.3 68.7 89.3 45.3
+table3 directcopy False 12.1 (crashed) 1.5 10.3 0.6
+table3 isoloss True 91.5 69.3 89.1 45.6
+table3 isoloss False 91.4 63.0 86.9 38.5
+"""
 
 
 def test_every_number_is_the_papers() -> None:
-    assert {
-        (table, row.method, row.ema): " ".join(
-            row.reported[name] for name in ("cifar10", "cifar100", "stl10", "tinyimagenet")
-        )
-        for table, rows in TABLES.items()
-        for row in rows
-    } == PAPER
+    lines = PAPER.splitlines()[1:]
+    for table, row in ((name, row) for name, rows in TABLES.items() for row in rows):
+        reported = [row.reported[name] for name in ("cifar10", "cifar100", "stl10", "tinyimagenet")]
+        assert " ".join([table, row.method, str(row.ema), *reported]) == lines.pop(0)
+    assert lines == []
 
 
 def test_a_part_of_the_table_has_its_own_file(request_of: Callable[..., Request]) -> None:

@@ -33,6 +33,7 @@ PROMISES: dict[str, tuple[str, dict[str, Any]]] = {
 DIVERGES = "no stop-gradient, paper's derivative"
 METRICS = ("euclidean", "cosine")
 FIELDS = ("steps", "eigenvalues", "weight_eigenvalues")
+Arrays = dict[str, NDArray[Any]]
 
 
 @pytest.fixture
@@ -47,10 +48,8 @@ def drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 
     monkeypatch.setattr(Figure, "savefig", savefig)
 
-    def draw(
-        figure: str, *, seed: int = 0, steps: int = STEPS, samples: int = SAMPLES
-    ) -> tuple[dict[tuple[int, int], Axes], dict[str, NDArray[Any]]]:
-        settings = {"steps": steps, "samples": samples, "seed": seed}
+    def draw(figure: str, **given: int) -> tuple[dict[tuple[int, int], Axes], Arrays]:
+        settings = {"steps": STEPS, "samples": SAMPLES} | given
         options = [f"--{name}={value}" for name, value in settings.items()]
         folder = tmp_path / "new" / "folder"
         assert main(["theory", figure, "--output", str(folder), *options]) == 0
@@ -83,9 +82,7 @@ def plane_of(toy: Toy, start: torch.Tensor | None = None) -> Trajectory:
     return simulate(toy, start, points_PN=candidates[longest], records=STEPS + 1)
 
 
-def assert_stored(
-    arrays: dict[str, NDArray[Any]], name: str, fields: tuple[str, ...], track: Trajectory
-) -> None:
+def assert_stored(arrays: Arrays, name: str, fields: tuple[str, ...], track: Trajectory) -> None:
     for field in fields:
         stored, expected = arrays.pop(f"{name}_{field}"), getattr(track, field)
         assert stored.shape == expected.shape
@@ -94,12 +91,13 @@ def assert_stored(
 
 def assert_plane(axes: Axes, points_TPM: NDArray[Any]) -> None:
     """Paths as lines, circles where they begin, dots where they end."""
-    x, y = lines_of(axes)
-    np.testing.assert_allclose(x, points_TPM[..., 0].T, rtol=1e-7, atol=1e-12)
-    np.testing.assert_allclose(y, points_TPM[..., 1].T, rtol=1e-7, atol=1e-12)
     first, last = axes.collections
-    np.testing.assert_allclose(first.get_offsets(), points_TPM[0], rtol=1e-7, atol=1e-12)
-    np.testing.assert_allclose(last.get_offsets(), points_TPM[-1], rtol=1e-7, atol=1e-12)
+    for found, expected in (
+        (np.stack(lines_of(axes)), points_TPM.T),
+        (first.get_offsets(), points_TPM[0]),
+        (last.get_offsets(), points_TPM[-1]),
+    ):
+        np.testing.assert_allclose(found, expected, rtol=1e-7, atol=1e-12)
     assert len(first.get_facecolor()) == 0 and len(last.get_facecolor()) == 1
     low, high = axes.get_xlim()
     assert low <= points_TPM.min() and points_TPM.max() <= high
