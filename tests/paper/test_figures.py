@@ -14,6 +14,7 @@ from PIL import Image
 
 from isofast.cli import main
 from isofast.config.load import validate
+from isofast.config.presets import merge
 from isofast.errors import UserError
 from isofast.paper.figures import figure3, figure4, figure7, figure8
 from isofast.run.stored import Run, labels, read_run
@@ -30,9 +31,7 @@ def copied(
     """A copy of a run with other settings, evaluations after 8, 16 ... steps, or last spectra."""
     shutil.copytree(run, to)
     config = json.loads((run / "config.json").read_text())
-    for name, section in sections.items():
-        config[name] = config[name] | section if isinstance(section, dict) else section
-    (to / "config.json").write_text(json.dumps(config))
+    (to / "config.json").write_text(json.dumps(merge(config, sections)))
     if top1:
         path = to / "metrics.jsonl"
         lines = [line for line in path.read_text().splitlines() if "val_top1" not in line]
@@ -52,22 +51,13 @@ def accuracies_of(figure: Figure) -> Axes:
 
 
 @pytest.mark.parametrize(
-    ("number", "names"),
-    [
-        ("3", ["ema", "no ema", "linear"]),
-        ("4", ["linear"]),
-        ("7", ["no ema", "ema"]),
-        ("8", ["ema", "linear"]),
-    ],
+    "what", ["3 ema no-ema linear", "4 linear", "7 no-ema ema", "8 ema linear"]
 )
 def test_a_figure_is_drawn_as_png_and_svg(
-    number: str,
-    names: list[str],
-    spectrum_runs: Runs,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
+    what: str, spectrum_runs: Runs, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    folders = [str(spectrum_runs[name][1]) for name in names]
+    number, *names = what.split()
+    folders = [str(run) for name in names for _, run in spectrum_runs.values() if run.name == name]
     output = tmp_path / "new" / "folder"
     assert main(["figures", number, *folders, "--output", str(output)]) == 0
     paths = [output / f"figure{number}.{kind}" for kind in ("png", "svg")]
@@ -121,10 +111,9 @@ def test_panels_show_their_runs_in_order_on_one_scale(
 
 
 def test_two_evaluations_of_one_run_are_no_curve(spectrum_runs: Runs, tmp_path: Path) -> None:
-    runs = [
-        copied(spectrum_runs[name][1], tmp_path / name, top1=top1)
-        for name, top1 in (("ema", (0.31, 0.52, 0.78)), ("no ema", (0.2, 0.4)))
-    ]
+    three, two = {"top1": (0.31, 0.52, 0.78)}, {"top1": (0.2, 0.4)}
+    runs = [copied(spectrum_runs["ema"][1], tmp_path / "ema", **three)]
+    runs.append(copied(spectrum_runs["no ema"][1], tmp_path / "no ema", **two))
     axes = accuracies_of(figure3(runs))
     assert axes.get_ylabel() == "top-1, training views"
     for line, run in zip(axes.lines, runs, strict=True):

@@ -13,19 +13,18 @@ from isofast.cli import main
 
 pytestmark = pytest.mark.slow
 
+Capture = pytest.CaptureFixture[str]
 SHORT = ("--steps", "3", "--samples", "20")
 
 
-def simulate_json(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, Any]:
+def simulate_json(capsys: Capture, *arguments: str) -> dict[str, Any]:
     assert main(["theory", "simulate", *arguments, "--json"]) == 0
     found: dict[str, Any] = json.loads(capsys.readouterr().out)
     return found
 
 
 @pytest.mark.parametrize("loss", ["euclidean", "iso_euclidean", "cosine", "iso_cosine"])
-def test_json_holds_the_spectrum_at_both_ends(
-    capsys: pytest.CaptureFixture[str], loss: str
-) -> None:
+def test_json_holds_the_spectrum_at_both_ends(capsys: Capture, loss: str) -> None:
     found = simulate_json(capsys, "--loss", loss, *SHORT)
     assert list(found) == ["loss", "matrix", "initial", "final", "trace"]
     assert found["loss"] == loss and found["matrix"] == "V V^T"
@@ -35,15 +34,11 @@ def test_json_holds_the_spectrum_at_both_ends(
     np.testing.assert_allclose(found["trace"], [initial.sum(), final.sum()], rtol=1e-12)
 
 
-def test_every_ablation_has_its_own_end(capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_ablation_has_its_own_end(capsys: Capture) -> None:
     sizes = ("--loss", "cosine", "--inputs", "6", "--outputs", "3", "--lr", "0.2", *SHORT)
-    ablations = (
-        (),
-        ("--no-stop-gradient",),
-        ("--no-stop-gradient", "--paper-gradient"),
-        ("--no-predictor",),
-    )
-    found = [simulate_json(capsys, *sizes, *ablation) for ablation in ablations]
+    stop = "--no-stop-gradient"
+    ablations = ("", stop, f"{stop} --paper-gradient", "--no-predictor")
+    found = [simulate_json(capsys, *sizes, *ablation.split()) for ablation in ablations]
     assert len({str(one["final"]) for one in found}) == 4
     (initial,) = {str(one["initial"]) for one in found}
     assert len(json.loads(initial)) == 3
@@ -53,7 +48,7 @@ def test_every_ablation_has_its_own_end(capsys: pytest.CaptureFixture[str]) -> N
     assert relu["trace"][0] == pytest.approx(found[0]["trace"][0] / 2)
 
 
-def test_the_table_says_what_was_run(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_table_says_what_was_run(capsys: Capture) -> None:
     command = ["theory", "simulate", "--loss", "euclidean", "--no-stop-gradient", "--outputs", "3"]
     assert main([*command, "--steps", "0", "--seed", "4"]) == 0
     lines = capsys.readouterr().out.splitlines()
@@ -92,9 +87,7 @@ def test_bad_values_are_refused(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_simulation_that_diverges_ends_with_exit_code_1(
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_a_simulation_that_diverges_ends_with_exit_code_1(capsys: Capture) -> None:
     given = ["--loss", "euclidean", "--lr", "5", "--steps", "50"]
     assert main(["theory", "simulate", *given]) == 1
     shown = capsys.readouterr().err
