@@ -54,13 +54,18 @@ def run_dir(tmp_path: Path, small: Callable[..., Any]) -> Path:
     return tmp_path / "run"
 
 
-def by_hand(root: Path, name: str) -> torch.Tensor:
-    """The digits' clean view as torchvision's transforms make it."""
-    with Image.open(root / name) as image:
+DIGITS = (16, 16, [0.305] * 3, [0.376] * 3)
+IMAGENET = (256, 224, [0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
+
+
+def by_hand(path: Path, recipe: Any = DIGITS) -> torch.Tensor:
+    """The clean view as torchvision's transforms make it."""
+    short, crop, mean, std = recipe
+    with Image.open(path) as image:
         x = functional.pil_to_tensor(image.convert("RGB"))
-    x = functional.resize(x, [16], functional.InterpolationMode.BICUBIC, antialias=True)
-    x = functional.to_dtype(functional.center_crop(x, [16]), torch.float32, scale=True)
-    return functional.normalize(x, [0.305] * 3, [0.376] * 3)[None]
+    x = functional.resize(x, [short], functional.InterpolationMode.BICUBIC, antialias=True)
+    x = functional.to_dtype(functional.center_crop(x, [crop]), torch.float32, scale=True)
+    return functional.normalize(x, mean, std)[None]
 
 
 def embed(source: Path, folder: Path, output: Path, *options: str) -> int:
@@ -94,7 +99,7 @@ def test_the_same_numbers_in_every_format(run_dir: Path, folder: Path, tmp_path:
     names = sorted(IMAGES)
     encoder = isofast.load_encoder(run_dir)
     with torch.no_grad():
-        expected = torch.cat([encoder(by_hand(folder, name)) for name in names]).numpy()
+        expected = torch.cat([encoder(by_hand(folder / name)) for name in names]).numpy()
     assert expected.std() > 0.05
     for suffix in (".npz", ".csv", ".pt"):
         assert embed(run_dir, folder, tmp_path / f"out{suffix}") == 0
@@ -139,11 +144,7 @@ def test_torchvision_timm_and_ours_agree(folder: Path, tmp_path: Path) -> None:
     model.reset_classifier(0)
     theirs.fc = nn.Identity()
     name = "b/one.jpg"
-    with Image.open(folder / name) as image:
-        x = functional.pil_to_tensor(image)
-    x = functional.resize(x, [256], functional.InterpolationMode.BICUBIC, antialias=True)
-    x = functional.to_dtype(functional.center_crop(x, [224]), torch.float32, scale=True)
-    x = functional.normalize(x, [0.485, 0.456, 0.406], [0.229, 0.224, 0.225])[None]
+    x = by_hand(folder / name, IMAGENET)
     with np.load(tmp_path / "out.npz") as stored, torch.no_grad():
         ours = stored["embeddings"][stored["filenames"].tolist().index(name)]
         for net in (theirs, model.eval()):
