@@ -184,7 +184,9 @@ class Request:
         if row.alpha is not None:
             method["alpha"] = row.alpha
         own = {"seed": seed, "data": {"root": str(self.root / dataset)}, "method": method}
-        return merge(settings, own | ({"train": {"epochs": self.epochs}} if self.epochs else {}))
+        if self.epochs is not None:
+            own["train"] = {"epochs": self.epochs}
+        return merge(settings, own)
 
 
 @dataclass(frozen=True)
