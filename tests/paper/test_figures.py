@@ -26,22 +26,25 @@ Draw = Callable[[Sequence[Run]], Figure]
 
 
 def copied(
-    run: Path, to: Path, *, top1: Sequence[float] = (), spectra: Any = None, **sections: Any
+    run: Path, to: Path, *, top1: Sequence[float] = (), eigenvalues: Any = None, **changes: Any
 ) -> Run:
     """A copy of a run with other settings, evaluations after 8, 16 ... steps, or last spectra."""
+    alignment = changes.pop("alignment", None)
     shutil.copytree(run, to)
     config = json.loads((run / "config.json").read_text())
-    (to / "config.json").write_text(json.dumps(merge(config, sections)))
+    (to / "config.json").write_text(json.dumps(merge(config, changes)))
     if top1:
         path = to / "metrics.jsonl"
         lines = [line for line in path.read_text().splitlines() if "val_top1" not in line]
         for step, accuracy in zip((8, 16, 24), top1, strict=False):
             lines.append(json.dumps({"step": step, "epoch": step / 22, "val_top1": accuracy}))
         path.write_text("\n".join(lines) + "\n")
-    if spectra is not None:
+    if eigenvalues is not None:
         with np.load(to / "spectrum.npz") as stored:
-            steps = stored["step"][-len(spectra) :]
-        np.savez(to / "spectrum.npz", step=steps, eigenvalues=np.float32(spectra))
+            arrays = {"step": stored["step"][-len(eigenvalues) :], "eigenvalues": eigenvalues}
+        if alignment is not None:
+            arrays["alignment"] = alignment
+        np.savez(to / "spectrum.npz", **arrays)
     return read_run(to)
 
 
@@ -92,7 +95,7 @@ def test_panels_show_their_runs_in_order_on_one_scale(
     for name, rank, scale, accuracies in zip(names, ranks, scales, top1, strict=True):
         values_TD = scale * np.array([np.geomspace(4, 0.05, 16), [2.0] * rank + [0] * (16 - rank)])
         run = spectrum_runs[name][1]
-        runs.append(copied(run, tmp_path / name, top1=accuracies, spectra=values_TD))
+        runs.append(copied(run, tmp_path / name, top1=accuracies, eigenvalues=values_TD))
     figure = draw(runs if draw is figure3 else runs[::-1])
     for axes, run, title, rank in zip(figure.axes[:2], runs, titles, ranks, strict=True):
         lines = axes.collections[0].get_segments()
@@ -132,14 +135,14 @@ def test_figure_4_shows_the_alignment(spectrum_runs: Runs) -> None:
 def test_eigenvalues_are_drawn_down_to_rounding(spectrum_runs: Runs, tmp_path: Path) -> None:
     ema = spectrum_runs["ema"][1]
     values_TD = np.float32(np.geomspace([3, 5], [3e-7, 1e-7], 16, axis=1))
-    run = copied(ema, tmp_path / "run", spectra=values_TD)
+    run = copied(ema, tmp_path / "run", eigenvalues=values_TD)
     lines = figure3([run]).axes[0].collections[0]
     places = lines.get_array().astype(int)
     assert places[0] == 1 and places[-1] == 16 and len(places) > 8
     for place, points_T2 in zip(places, lines.get_segments(), strict=True):
         assert points_T2[:, 1] == pytest.approx(values_TD[:, place - 1])
     values_TD[:, -1] = 1e-9
-    panel = figure3([copied(ema, tmp_path / "rounding", spectra=values_TD)]).axes[0]
+    panel = figure3([copied(ema, tmp_path / "rounding", eigenvalues=values_TD)]).axes[0]
     assert len(panel.collections[0].get_segments()[-1]) == 0 and panel.get_ylim()[0] > 1e-8
 
 
@@ -182,14 +185,11 @@ def test_figure_7_pairs_what_differs_only_in_ema(spectrum_runs: Runs, tmp_path: 
 def test_a_run_that_blew_up_says_so_on_the_same_epochs(
     draw: Draw, spectrum_runs: Runs, tmp_path: Path
 ) -> None:
-    sound = spectrum_runs["linear"][1]
-    with np.load(sound / "spectrum.npz") as stored:
-        spectra = dict(stored)
-    for name in ("eigenvalues", "alignment"):
-        spectra[name][2:] = np.nan
-    blown = copied(sound, tmp_path / "blown", seed=1).path
-    np.savez(blown / "spectrum.npz", **spectra)
-    runs = [read_run(sound), read_run(blown)]
+    sound = read_run(spectrum_runs["linear"][1])
+    values_TD, alignment_TD = sound.eigenvalues_TD.copy(), np.copy(sound.alignment_TD)
+    values_TD[2:] = alignment_TD[2:] = np.nan
+    lost = {"eigenvalues": values_TD, "alignment": alignment_TD}
+    runs = [sound, copied(sound.path, tmp_path / "blown", seed=1, **lost)]
     panels = [axis for axis in draw(runs).axes if axis.get_label() != "<colorbar>"]
     titles = [axis.get_title() for axis in panels[:2]]
     assert "NaN" not in titles[0] and f"NaN from epoch {runs[1].epochs_T[2]:.3g}" in titles[1]
@@ -203,12 +203,8 @@ def test_a_run_that_blew_up_says_so_on_the_same_epochs(
 def test_a_run_without_one_sound_number_is_drawn_without_warnings(
     number: str, value: float, spectrum_runs: Runs, tmp_path: Path
 ) -> None:
-    run = copied(spectrum_runs["linear"][1], tmp_path / "run").path
-    with np.load(run / "spectrum.npz") as stored:
-        spectra = dict(stored)
-    spectra["eigenvalues"][:] = value
-    spectra["alignment"][:] = np.nan
-    np.savez(run / "spectrum.npz", **spectra)
+    lost = {"eigenvalues": np.full((5, 16), value), "alignment": np.full((5, 16), np.nan)}
+    run = copied(spectrum_runs["linear"][1], tmp_path / "run", **lost).path
     assert main(["figures", number, str(run), "--output", str(tmp_path)]) == 0
 
 
@@ -236,7 +232,7 @@ def test_what_cannot_be_drawn_is_refused(spectrum_runs: Runs, tmp_path: Path, re
     (bare / "metrics.jsonl").write_text("")
     (blind / "spectrum.npz").unlink()
     (torn / "spectrum.npz").write_bytes(b"PK\x03\x04cut")
-    old = copied(Path(linear), tmp_path / "old", spectra=np.ones((2, 16))).path
+    old = copied(Path(linear), tmp_path / "old", eigenvalues=np.ones((2, 16))).path
     (tmp_path / "file").write_text("")
     out = ["--output", str(tmp_path / "figures")]
     for arguments, words in (
