@@ -7,11 +7,10 @@ from typing import Any, NamedTuple
 
 import matplotlib as mpl
 import numpy as np
-import numpy.typing as npt
 from markupsafe import Markup
 from matplotlib.figure import Figure
 
-Array = npt.NDArray[np.float64]
+from isofast.run.stored import Array
 
 # matplotlib draws in these, which become the page's variables and follow its dark scheme
 _COLORS = ("#0072b2", "#c04f00", "#008060", "#a8508a", "#8a6a00", "#444444")

@@ -28,7 +28,6 @@ from isofast.errors import UserError
 from isofast.evaluation.encoders import check_output, read_encoder
 
 Pixels = npt.NDArray[np.uint8]
-Embeddings = npt.NDArray[np.float32]
 
 _SUFFIXES = (".npz", ".csv", ".pt")
 _BATCH = 128
@@ -182,19 +181,19 @@ def decoded(
             yield batch, [*chain.from_iterable(pending.popleft())]
 
 
-def _write(path: Path, suffix: str, embeddings_NF: Embeddings, names: list[str]) -> None:
+def _write(path: Path, suffix: str, h_NF: npt.NDArray[np.float32], names: list[str]) -> None:
     if suffix == ".npz":
         # to a path without .npz numpy would append it
         with path.open("wb") as file:
-            np.savez(file, embeddings=embeddings_NF, filenames=np.array(names))
+            np.savez(file, embeddings=h_NF, filenames=np.array(names))
     elif suffix == ".pt":
-        torch.save({"embeddings": torch.from_numpy(embeddings_NF), "filenames": names}, path)
+        torch.save({"embeddings": torch.from_numpy(h_NF), "filenames": names}, path)
     else:
         with path.open("w", encoding="utf-8", errors="surrogateescape", newline="") as table:
             rows = csv.writer(table)
-            rows.writerow(["filename", *(f"embedding_{k}" for k in range(embeddings_NF.shape[1]))])
+            rows.writerow(["filename", *(f"embedding_{k}" for k in range(h_NF.shape[1]))])
             # nine digits tell all float32 apart
             rows.writerows(
                 [name, *(f"{value:.9g}" for value in row)]
-                for name, row in zip(names, embeddings_NF, strict=True)
+                for name, row in zip(names, h_NF, strict=True)
             )

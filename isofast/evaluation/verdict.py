@@ -37,7 +37,6 @@ def judge(
     """Judge a run by collapse, then accuracy over the untrained network, then without labels.
 
     Args:
-        run: the run.
         summary: summary.json; empty for a run that has not ended.
         val_images: images of its evaluations, if known.
         pictures: for what the run itself didn't evaluate.
