@@ -183,10 +183,9 @@ class Request:
         method: dict[str, Any] = {"name": row.method, "ema": row.ema}
         if row.alpha is not None:
             method["alpha"] = row.alpha
-        own = {"seed": seed, "data": {"root": str(self.root / dataset)}, "method": method}
-        if self.epochs is not None:
-            own["train"] = {"epochs": self.epochs}
-        return merge(settings, own)
+        train = {} if self.epochs is None else {"epochs": self.epochs}
+        own = {"seed": seed, "data": {"root": str(self.root / dataset)}}
+        return merge(settings, own | {"method": method, "train": train})
 
 
 @dataclass(frozen=True)
