@@ -64,7 +64,8 @@ def chart(lines: Sequence[Line], *, log: bool = False, alt: str | None = None) -
         axis.spines[:].set_visible(False)
         file = io.StringIO()
         figure.savefig(file, format="svg", transparent=True)
-    svg = file.getvalue()
+    # names such as line2d_1, which every chart repeats; markers and clips are hashes
+    svg = re.sub(r' id="[\w.]+_\d+"', "", file.getvalue())
     for color, name in _VARIABLES.items():
         svg = svg.replace(color, f"var(--{name})")
     (box,) = re.findall('viewBox="[^"]*"', svg)
@@ -72,7 +73,7 @@ def chart(lines: Sequence[Line], *, log: bool = False, alt: str | None = None) -
         alt or "; ".join(map(_in_words, lines)), Markup(box)
     )
     # without the head, whose namespaces HTML knows
-    return tag + Markup(svg[svg.index("<g ") :])
+    return tag + Markup(svg[svg.index("<g>") :])
 
 
 def _in_words(line: Line) -> str:
