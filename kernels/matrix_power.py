@@ -23,7 +23,8 @@ DEAD = 1e-25
 Coefficients = tuple[tuple[float, float, float], ...]
 
 UNSHIFTED_FLOOR = 1e-5
-"""Eigenvalues from here to 1 come out exact; the root of a smaller one is off by up to 3e-4."""
+"""Eigenvalues from here to 1 come out exact; the root of a smaller one is off by up to 3e-4
+of the bound's."""
 
 # rows (a, b, c) of bench/minimax.py, which leave |x - 1| <= 3.8e-8
 UNSHIFTED_STEPS: Coefficients = (

@@ -222,8 +222,8 @@ def _finish_kernel(
         r = tl.load(r_ptr)
         if SCALED:
             r = r * _inverse_largest(sums_ptr, TILES, BLOCK_T)
-        # r = 0 only for C = 0 without a shift, where the product is 0 already
-        factor = tl.where(r == 0.0, 1.0, tl.exp2(power * tl.log2(r)))
+        # 0 for r = 0, where C counts as 0
+        factor = tl.exp2(power * tl.log2(r))
         i_II, j_JJ = i_I[:, None], j_J[None, :]
         lower_IJ = j_JJ <= i_II
         tl.store(out_ptr + i_II * D + j_JJ, product_IJ * factor, mask=lower_IJ)

@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import json
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -12,6 +13,8 @@ from isofast.data.folder import ImageFolder
 from isofast.errors import RunError
 
 _FORMAT = 6
+# decoding threads that fail at the same time each add theirs
+_WRITING = threading.Lock()
 
 
 class Entry(NamedTuple):
@@ -48,12 +51,13 @@ def write_known(dataset: ImageFolder, known: dict[str, Entry]) -> None:
 
 def undecodable(dataset: ImageFolder, indices: Sequence[int], message: str) -> RunError:
     """Return the error for images that passed the check; "skip" leaves them out from now on."""
-    known = read_known(dataset)
-    for path in (dataset.paths[index] for index in indices):
-        if path in known:
-            problem = "it could not be decoded in training"
-            known[path] = known[path]._replace(problem=problem)
-    write_known(dataset, known)
+    with _WRITING:
+        known = read_known(dataset)
+        for path in (dataset.paths[index] for index in indices):
+            if path in known:
+                problem = "it could not be decoded in training"
+                known[path] = known[path]._replace(problem=problem)
+        write_known(dataset, known)
     # only checked images are remembered
     way_out = "data.on_bad_image=skip" if dataset.sizes is not None else "data.check=full"
     aside = ", or do without them: evaluation.every_epochs=0" * (dataset.split == "val")

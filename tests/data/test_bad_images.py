@@ -65,6 +65,21 @@ def test_the_culprit_is_named_and_can_be_skipped(
     two_epochs(again, backend=backend)
 
 
+def test_the_one_named_is_remembered_though_threads_fail_together(
+    root: Path, two_epochs: Train
+) -> None:
+    culprits = {f"train/{group}/{k}.png" for group in "ab" for k in range(16)}
+    for name in culprits:
+        (root / name).write_bytes(PNG[: len(PNG) // 2])
+    dataset = checked(root, check="headers")
+    while set(dataset.skipped) != culprits:
+        with pytest.raises(RunError, match="Pillow cannot decode") as caught:
+            two_epochs(dataset, backend="resident", threads=8)
+        dataset = checked(root, check="headers", on_bad="skip")
+        assert any(str(root / name) in str(caught.value) for name in dataset.skipped)
+    two_epochs(dataset, backend="resident")
+
+
 @pytest.mark.parametrize("length", [len(PNG) // 2, len(PNG) - 12])
 def test_an_unchecked_png_that_ends_early_is_named(
     root: Path, two_epochs: Train, length: int

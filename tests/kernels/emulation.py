@@ -74,5 +74,5 @@ class TorchSteps:
 
     def finish(self, x_DD, y_DD, power, scaled):
         r = self.r * reciprocal_or_zero(self.largest) if scaled else self.r
-        w_DD = self.product(x_DD, y_DD) * torch.where(r == 0, 1, r**power)
+        w_DD = self.product(x_DD, y_DD) * r**power
         return w_DD.tril() + w_DD.tril(-1).T
