@@ -105,7 +105,7 @@ def tile_options(features: int, element_size: int) -> dict[str, int]:
 
 def padded(features: int) -> int:
     """The width that is launched for D = `features`: the next that tiles divide."""
-    block = 32 if features <= 512 else 64
+    block = tile_options(features, 4)["BLOCK_D"]
     return triton.cdiv(features, block) * block
 
 

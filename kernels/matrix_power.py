@@ -114,15 +114,14 @@ def power_by_products(
     bounded = alpha < 1
     # lambda_max scales W and nothing else: the root of C / bound does not wait for it
     scaled = spectral and bounded and eps == 0
-    m_DD, index = None, 0
+    m_DD, squares = None, 0
     if spectral or bounded:
-        m_DD, last = corr_DD, BOUND_SQUARINGS if scaled or not spectral else SQUARINGS
-        for index in range(last):
+        m_DD, squares = corr_DD, BOUND_SQUARINGS if scaled or not spectral else SQUARINGS
+        for index in range(squares):
             m_DD = steps.square(m_DD, index)
-        index = last
         if spectral:
-            steps.find_largest(m_DD, index)
-    a_DD = steps.shift(m_DD, index, eps, spectral and not scaled, bounded)
+            steps.find_largest(m_DD, squares)
+    a_DD = steps.shift(m_DD, squares, eps, spectral and not scaled, bounded)
     if alpha == 1:
         return a_DD
     if alpha == 2:
