@@ -174,14 +174,14 @@ def summarize(question: str, contenders: list[Contender], work: Work) -> list[Ti
 
 @functools.cache
 def limits(dtype: torch.dtype = torch.float32) -> tuple[float, float]:
-    """Return bytes per ms of a large in-place pass and flop per ms of a large product.
+    """Return bytes per ms of a large in-place pass and flop per ms of a large random product.
 
     float32 products are in TF32 on a GPU; both are medians of 9.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     tensor = torch.ones(64 << 20, device=device)
     side = 4096 if device == "cuda" else 1024
-    matrix = torch.ones(side, side, device=device, dtype=dtype)
+    matrix = torch.randn(side, side, device=device, dtype=dtype)
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high")
 
@@ -282,10 +282,8 @@ def write(name: str, timings: list[Timing], results: Path = RESULTS, **versions:
         results: the folder.
         versions: of packages the contenders use, besides the `environment`.
     """
-    bytes_per_ms, flop_per_ms = limits()
-    versions["limits"] = (
-        f"{bytes_per_ms / 1e6:.1f} GB/s moved, {flop_per_ms / 1e6:.1f} GFLOP/s multiplied"
-    )
+    multiplied = (f"{limits(d)[1] / 1e6:.1f} in {d}" for d in (torch.float32, torch.bfloat16))
+    versions["limits"] = f"{limits()[0] / 1e6:.1f} GB/s moved; GFLOP/s: {', '.join(multiplied)}"
     names = [field.name for field in fields(Timing)]
     columns = [*names, "gb_per_s", "share_of_floor"]
     rows = [[getattr(timing, name) for name in columns] for timing in timings]
