@@ -13,6 +13,7 @@ from isofast.errors import GOES_ON
 
 INTERVAL_S = 2.0
 LIMIT_S = 30.0
+TURN_S = 4.0
 
 
 class Heartbeat:
@@ -20,16 +21,18 @@ class Heartbeat:
 
     A thread counts up a number in the launcher's store and reads those of the others, however long
     a step, a check or an evaluation takes. The process ends with exit code 1, for its main thread
-    waits in a collective; the run's last checkpoint stands.
+    waits in a collective; the run's last checkpoint stands. The first rank of a machine says why,
+    the second where the first hangs.
 
     Args:
         world: the ranks; nothing is watched in a run of one.
+        told: set once the launcher has asked this process to end, for another one has.
         limit_s: seconds.
     """
 
-    def __init__(self, world: World, limit_s: float = LIMIT_S) -> None:
-        self._world, self._limit_s = world, limit_s
-        self._closed = threading.Event()
+    def __init__(self, world: World, told: threading.Event, limit_s: float = LIMIT_S) -> None:
+        self._world, self._told, self._limit_s = world, told, limit_s
+        self._closed, self._ends = threading.Event(), threading.Event()
         now = time.monotonic()
         self._heard = dict.fromkeys(range(world.size), now)
         self._threads = [
@@ -47,7 +50,7 @@ class Heartbeat:
         for thread in self._threads:
             if thread.is_alive():
                 # one that Python's end finds alive aborts the process; the store may be cut off
-                thread.join(INTERVAL_S)
+                thread.join(None if self._ends.is_set() else INTERVAL_S)
 
     def _beat(self) -> None:
         """Exchange the numbers; without rank 0's store nothing is heard any more."""
@@ -80,17 +83,28 @@ class Heartbeat:
                 # it is this process that was stopped
                 self._heard = dict.fromkeys(self._heard, now)
             last = now
-            silent = [rank for rank, heard in self._heard.items() if now - heard > self._limit_s]
-            if silent:
-                self._end(silent)
+            if self._silent():
+                self._end()
 
-    def _end(self, silent: list[int]) -> None:
-        mine = self._world.rank
-        # without the store no rank is heard, and this one is silent itself
-        which = "rank 0's machine" if mine in silent else f"rank {', '.join(map(str, silent))}"
-        if self._world.local_rank == 0:
+    def _silent(self) -> list[int]:
+        now = time.monotonic()
+        return [rank for rank, heard in self._heard.items() if now - heard > self._limit_s]
+
+    def _end(self) -> None:
+        self._ends.set()
+        # all have noticed then; once a rank has spoken and ended, a launcher tells the others
+        time.sleep(TURN_S)
+        silent = self._silent()
+        if not silent:
+            self._ends.clear()
+            return
+        rank, turn = self._world.rank, self._world.local_rank
+        if turn == 0 or (not self._told.wait(min(turn, 2) * TURN_S) and turn == 1):
+            # without the store no rank is heard, and this one is silent itself
+            which = f"rank {', '.join(map(str, silent))}"
+            which = "rank 0 or its machine" if rank in silent else which
             sys.stderr.write(
-                f"\nerror on rank {mine}: {which} has not answered for {self._limit_s:g} s (lost, "
+                f"\nerror on rank {rank}: {which} has not answered for {self._limit_s:g} s (lost, "
                 f"hung or cut off). The last checkpoint stands; {GOES_ON}\n"
             )
         os._exit(1)

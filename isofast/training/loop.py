@@ -87,7 +87,7 @@ def fit(config: Config, run_dir: str | PathLike[str]) -> Summary:
         # released last: a launcher that sees a rank die asks the others to end, who say why first
         stack.push(signals)
         stack.callback(close_world)
-        stack.enter_context(Heartbeat(world))
+        stack.enter_context(Heartbeat(world, signals.told))
         images = agree_on_images(config, world, images)
         watch = stack.enter_context(StallWatch(data, world.rank))
         run = stack.enter_context(closing(_Run(config, run_dir, world, recipe, images, watch)))

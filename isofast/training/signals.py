@@ -42,6 +42,7 @@ class Signals:
 
     def __init__(self, world: World, grace_s: float = GRACE_S) -> None:
         self._grace_s = grace_s
+        self.told = threading.Event()
         self._received = 0
         self._handled = threading.Event()
         self._handlers: dict[signal.Signals, Any] = {}
@@ -104,6 +105,7 @@ class Signals:
             if self._received:
                 os._exit(128 + data[0])
             self._received = data[0]
+            self.told.set()
             self._start(self._give_up)
         os.close(self._reader)
 

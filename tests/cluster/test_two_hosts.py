@@ -154,22 +154,28 @@ def test_two_hosts_train_as_one_and_outlive_a_cut_cable(
 
 
 def test_a_rank_that_hangs_ends_the_run(config: Path, tmp_path: Path) -> None:
-    run_dir = tmp_path / "run"
-    process = subprocess.Popen(
-        command_of(config, run_dir, ranks=4), stderr=subprocess.PIPE, text=True, env=environment()
-    )
-    wait_for_step(3, run_dir, [process])
-    ranks = [
-        child
-        for child in psutil.Process(process.pid).children(recursive=True)
-        if "--local_rank=3" in child.cmdline()
-    ]
-    ranks[0].send_signal(signal.SIGSTOP)
+    """The one that keeps the ranks' addresses, or another; two runs side by side."""
+    hung, started = [], []
+    for rank in (0, 1):
+        command = command_of(config, tmp_path / str(rank), ranks=2)
+        started.append(
+            subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment())
+        )
     try:
-        (printed,) = end_of([process], 2 * ENDS_WITHIN_S)
+        for rank, process in enumerate(started):
+            wait_for_step(3, tmp_path / str(rank), [process])
+            children = psutil.Process(process.pid).children(recursive=True)
+            hung += [child for child in children if f"--local_rank={rank}" in child.cmdline()]
+            hung[rank].send_signal(signal.SIGSTOP)
+        printed = end_of(started, 2 * ENDS_WITHIN_S)
     finally:
-        if ranks[0].is_running():
-            ranks[0].kill()
-    assert process.returncode != 0
-    assert "rank 3 has not answered for 30 s" in printed and "Traceback" not in printed
-    assert read_metrics(run_dir / "metrics.jsonl")
+        for child in hung:
+            if child.is_running():
+                child.kill()
+    for process, text, named in zip(
+        started, printed, ("rank 0 or its machine", "rank 1"), strict=True
+    ):
+        assert process.returncode != 0
+        assert text.count("\nerror") == 1 and "Traceback" not in text, text
+        assert f"{named} has not answered for 30 s" in text, text
+    assert read_metrics(tmp_path / "1" / "metrics.jsonl")
