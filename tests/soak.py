@@ -113,7 +113,7 @@ class Launch:
 def soak(ranks: int, kills: int, folder: Path, draw: random.Random) -> Counter[str]:
     """Kill runs of ``ranks`` processes ``kills`` times; return how often in which moment."""
     config, whole = folder / "soak.json", folder / f"whole-{ranks}"
-    train(config, whole, ranks=ranks if ranks > 1 else 0)
+    train(config, whole, ranks=ranks)
     counts: Counter[str] = Counter(kills=0)
     while counts["kills"] < kills:
         run_dir = folder / f"ranks-{ranks}-run-{counts['runs'] + 1}"

@@ -145,7 +145,7 @@ def test_without_labels_it_says_so(
     for path in sorted(digits.glob("train/*/*"))[::10]:
         shutil.copy(path, root / "unlabeled" / f"{path.parent.name}-{path.name}")
     config = config_file(data={"dataset": "imagefolder", "root": str(root), "crop": 16})
-    shown = train(config, tmp_path / "run")
+    shown = train(config, tmp_path / "run", report=True)
     assert f"report: {tmp_path / 'run' / 'report.html'}" in shown
     page = Page(tmp_path / "run" / "report.html")
     assert page.text.startswith("Run run Judged without labels")
@@ -162,7 +162,7 @@ def test_a_collapsed_run_says_so_first(config_file: Callable[..., Path], tmp_pat
         schedule={"warmup_epochs": 0},
         train={"on_collapse": "stop", "max_steps": 20},
     )
-    train(config, tmp_path / "run", code=1)
+    train(config, tmp_path / "run", code=1, report=True)
     for page in (Page(tmp_path / "run" / "report.html"), report(tmp_path, tmp_path / "run")):
         assert page.text.startswith("Run run Collapsed: the embeddings have collapsed completely")
         assert "Try " in page.text

@@ -1,14 +1,11 @@
 """BatchNorm by view: equal to a call a view, on one rank and on several, eager and compiled."""
 
 import copy
-import os
-import socket
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor, nn
 from torchvision.models import resnet18
 
@@ -17,6 +14,8 @@ from isofast.data import Batch
 from isofast.errors import UserError
 from isofast.methods.batch_norm import ViewBatchNorm, convert_batch_norm
 from isofast.methods.networks import Branch, make_encoder, make_projector
+
+from ..support.runs import forked, launched
 
 # of each tensor's norm
 BUDGET = {torch.float32: 1e-5, torch.float64: 1e-12}
@@ -121,11 +120,10 @@ def test_a_batchnorm_with_an_activation_stays() -> None:
         Branch(config, ProjectorConfig(), torch.float32, 32, synchronised=True)
 
 
-def _rank(rank: int, size: int, port: int, compiled: bool, folder: str) -> None:
+def _rank(compiled: bool, folder: str) -> None:
     """Our part of the global batch: rows of every view."""
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    dist.init_process_group("gloo", rank=rank, world_size=size)
-    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    rank, size = dist.get_rank(), dist.get_world_size()
     net = convert_batch_norm(network("cifar", torch.float64), views=2, synchronised=True)
     target = copy.deepcopy(net).requires_grad_(False)
     x_NCHW = images(16, torch.float64).chunk(size, dim=1)[rank].flatten(0, 1)
@@ -147,10 +145,8 @@ def _rank(rank: int, size: int, port: int, compiled: bool, folder: str) -> None:
 @pytest.mark.long
 @pytest.mark.parametrize(("size", "compiled"), [(2, False), (2, True), (4, False)])
 def test_ranks_equal_one_process(size: int, compiled: bool, tmp_path: Path) -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    mp.spawn(_rank, (size, port, compiled, str(tmp_path)), nprocs=size)
+    codes = forked(_rank, compiled, str(tmp_path), environments=launched(size))
+    assert codes == [0] * size
     ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(size)]
     one = convert_batch_norm(network("cifar", torch.float64), views=2, synchronised=False)
     x_VBCHW = images(16, torch.float64)

@@ -8,8 +8,12 @@ def launcher_of(ranks: int) -> list[str]:
 
     The launcher's own is the same for all, and runs beside each other would meet there.
     """
+    module = ["-m", "deepspeed.launcher.runner"]
+    return [*module, f"--num_accelerators={ranks}", f"--master_port={free_port()}"]
+
+
+def free_port() -> int:
+    """A port of this machine that is free now."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    module = ["-m", "deepspeed.launcher.runner"]
-    return [*module, f"--num_accelerators={ranks}", f"--master_port={port}"]
+        return int(probe.getsockname()[1])

@@ -1,28 +1,37 @@
 """Runs as the tests start them, always on the CPU with one thread, and how they are compared."""
 
+import atexit
 import multiprocessing
 import os
+import runpy
 import subprocess
 import sys
+import tempfile
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from isofast import cli
 from isofast.config.load import validate
 from isofast.run.checkpoint import newest_checkpoint
 from isofast.run.metrics import read_metrics
 
-from .launcher import launcher_of
+from .launcher import free_port, launcher_of
 
 ROOT = Path(__file__).resolve().parents[2]
 Done = subprocess.CompletedProcess[str]
+Codes = list[int | None]
+TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
 # what a clock decides
 TIMED = ("images_per_s", "data_wait")
 # processes that have imported everything already; DeepSpeed allows one run in each
 _PROCESSES = multiprocessing.get_context("forkserver")
-_PROCESSES.set_forkserver_preload(["isofast.training.loop", "deepspeed"])
+_PROCESSES.set_forkserver_preload(
+    ["isofast.training.loop", "isofast.evaluation.report", "deepspeed"]
+)
 
 
 def environment(**more: str) -> dict[str, str]:
@@ -37,11 +46,72 @@ def command_of(config: Path, run_dir: Path, *options: str, ranks: int = 0) -> li
     return [sys.executable, *launcher, *program, "--run-dir", str(run_dir), *options]
 
 
+def launched(ranks: int, names: Sequence[str] = TORCHRUN) -> list[dict[str, str]]:
+    """The environment of each rank, with rank, size and local rank under a launcher's names."""
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    given = [zip(names, map(str, (rank, ranks, rank)), strict=True) for rank in range(ranks)]
+    return [environment(**address, **dict(variables)) for variables in given]
+
+
+def forked(target: Callable[..., None], *args: Any, environments: list[dict[str, str]]) -> Codes:
+    """Exit codes of ``target(*args)``, run in a process of each environment at the same time.
+
+    A fork of what is imported: half a second each in place of the seven of a new program.
+    """
+    everything = [(env, os.getcwd(), target, args) for env in environments]
+    processes = [_PROCESSES.Process(target=_call, args=arguments) for arguments in everything]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(timeout=400)
+        process.kill()
+    return [process.exitcode for process in processes]
+
+
+def _call(
+    env: dict[str, str], folder: str, target: Callable[..., None], args: tuple[Any, ...]
+) -> None:
+    os.environ.clear()
+    os.environ.update(env)
+    os.chdir(folder)
+    try:
+        target(*args)
+    finally:
+        # which a child of multiprocessing skips
+        atexit._run_exitfuncs()
+
+
 def train(
-    config: Path, run_dir: Path, *options: str, ranks: int = 0, code: int = 0, **env: str
+    config: Path,
+    run_dir: Path,
+    *options: str,
+    ranks: int = 1,
+    code: int = 0,
+    report: bool = False,
 ) -> str:
-    """Run launch/train.py to its end, with exit code ``code``; return what it printed."""
-    return call(command_of(config, run_dir, *options, ranks=ranks), code=code, **env).stderr
+    """Run launch/train.py to its end, with exit code ``code``; return what it printed.
+
+    Without ``report`` no HTML file is written beside the run, which takes longer than the run.
+    """
+    arguments = ["--config", str(config), "--run-dir", str(run_dir), *options]
+    environments = launched(ranks) if ranks > 1 else [environment()]
+    with tempfile.NamedTemporaryFile("r") as file:
+        codes = forked(_train, arguments, file.name, report, environments=environments)
+        printed = file.read()
+    assert codes == [code] * ranks, printed
+    assert "Traceback" not in printed
+    return printed
+
+
+def _train(arguments: list[str], printed: str, report: bool) -> None:
+    for name, number in ((os.devnull, 1), (printed, 2)):
+        with open(name, "a") as file:
+            os.dup2(file.fileno(), number)
+    if not report:
+        cli._write_own_report = lambda *args, **options: None
+    program = str(ROOT / "launch" / "train.py")
+    sys.argv = [program, *arguments]
+    runpy.run_path(program, run_name="__main__")
 
 
 def call(command: list[str], *, code: int = 0, cwd: Path | None = None, **env: str) -> Done:
@@ -56,10 +126,7 @@ def call(command: list[str], *, code: int = 0, cwd: Path | None = None, **env: s
 
 def fit_apart(settings: dict[str, Any], run_dir: Path) -> None:
     """``fit`` in its own process."""
-    process = _PROCESSES.Process(target=_fit, args=(settings, run_dir))
-    process.start()
-    process.join(timeout=200)
-    assert process.exitcode == 0
+    assert forked(_fit, settings, run_dir, environments=[environment()]) == [0]
 
 
 def _fit(settings: dict[str, Any], run_dir: Path) -> None:

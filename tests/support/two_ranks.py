@@ -1,10 +1,8 @@
 """One process of a group: a real step of method and engine on its share of a fixed batch.
 
-Called by test_distributed.py with RANK, WORLD_SIZE and the rest in the environment:
-`python two_ranks.py CONFIG OUTPUT`. Rank 0 writes what it has after the backward.
+With RANK, WORLD_SIZE and the rest in the environment; rank 0 writes what it has after the backward.
 """
 
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -86,7 +84,3 @@ def refusals(config: Config, world: World) -> list[str]:
         except RankError as error:
             told.append(str(error))
     return told
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from ..support.runs import train
+from ..support.runs import call, command_of, train
 
 pytestmark = pytest.mark.slow
 
@@ -83,7 +83,8 @@ def test_srun_without_an_address(
 
 def test_the_launcher_passes_the_exit_code_on(config_file: Write, tmp_path: Path) -> None:
     option = ("--set", "train.batch_size=63")
-    printed = train(config_file(), tmp_path / "run", *option, ranks=2, code=2)
+    command = command_of(config_file(), tmp_path / "run", *option, ranks=2)
+    printed = call(command, code=2).stderr
     assert printed.count("got 63 for 2 processes") == 1
     assert not (tmp_path / "run").exists()
 

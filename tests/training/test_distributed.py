@@ -1,9 +1,6 @@
 """Two processes and one on the same global batch agree, through gloo and the real engine."""
 
 import json
-import socket
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,29 +8,21 @@ from typing import Any
 import pytest
 import torch
 
-from ..support.runs import ROOT, environment, timeless, train
+from ..support.runs import TORCHRUN, forked, launched, timeless, train
+from ..support.two_ranks import main
 
 pytestmark = pytest.mark.slow
 
-SCRIPT = ROOT / "tests" / "support" / "two_ranks.py"
 Results = Callable[[int], dict[str, Any]]
-# the variables in which a launcher gives rank and size
 LAUNCHERS = {
-    "torchrun": ("RANK", "WORLD_SIZE", "LOCAL_RANK"),
+    "torchrun": TORCHRUN,
     "srun": ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID"),
 }
 
 
 def _run(config: Path, output: Path, size: int, launcher: str) -> dict[str, Any]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1])}
-    processes = []
-    for rank in range(size):
-        given = dict(zip(LAUNCHERS[launcher], map(str, (rank, size, rank)), strict=True))
-        command = [sys.executable, str(SCRIPT), str(config), str(output)]
-        processes.append(subprocess.Popen(command, env=environment(**address, **given)))
-    assert [process.wait(timeout=300) for process in processes] == [0] * size
+    environments = launched(size, LAUNCHERS[launcher])
+    assert forked(main, str(config), str(output), environments=environments) == [0] * size
     result: dict[str, Any] = torch.load(output)
     return result
 

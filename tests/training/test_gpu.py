@@ -24,7 +24,7 @@ from isofast.data import (
 )
 from isofast.run.metrics import read_metrics
 
-from ..support.runs import train
+from ..support.runs import call, command_of, train
 
 pytestmark = [
     pytest.mark.gpu,
@@ -131,7 +131,7 @@ def test_a_run_from_end_to_end(config_file: Callable[..., Path], tmp_path: Path)
         evaluation={"every_epochs": 1, "knn_images": 200},
     )
     run_dir = tmp_path / "run"
-    train(config, run_dir, CUDA_VISIBLE_DEVICES="0")
+    call(command_of(config, run_dir), CUDA_VISIBLE_DEVICES="0")
     records = [r for r in read_metrics(run_dir / "metrics.jsonl") if "loss" in r]
     assert len(records) == 12 and all(r["loss"] is not None for r in records)
     assert json.loads((run_dir / "environment.json").read_text())["cuda"]
@@ -150,7 +150,8 @@ def test_a_run_goes_to_the_gpu_and_back(
     stays, moves = tmp_path / "stays", tmp_path / "moves"
     train(config, stays)
     train(config, moves, "--set", "train.max_steps=4")
-    there = train(config, moves, "--set", "train.max_steps=8", CUDA_VISIBLE_DEVICES="0")
+    longer = command_of(config, moves, "--set", "train.max_steps=8")
+    there = call(longer, CUDA_VISIBLE_DEVICES="0").stderr
     back = train(config, moves)
     assert "the run was on a cpu and is on a cuda now" in there
     assert "the run was on a cuda and is on a cpu now" in back
