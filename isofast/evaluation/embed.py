@@ -116,7 +116,8 @@ def features(
 def list_pictures(folder: Path) -> dict[str, Callable[[], BinaryIO]]:
     """Return what opens each picture below ``folder``, by relative path with "/", sorted.
 
-    Tars stand for their pictures where `isofast.data.shards` says so.
+    Tars stand for their pictures where `isofast.data.shards` says so. Linked folders are read, but
+    for links to a folder that they lie in.
 
     Raises:
         UserError: it is not a folder, or holds no picture.
@@ -125,7 +126,11 @@ def list_pictures(folder: Path) -> dict[str, Callable[[], BinaryIO]]:
         raise UserError(f"--images {folder} is not a folder")
     found: dict[str, Callable[[], BinaryIO]] = {}
     for place, folders, files in os.walk(folder, followlinks=True):
-        folders[:] = [name for name in folders if not name.startswith(".")]
+        folders[:] = [
+            name
+            for name in folders
+            if not name.startswith(".") and not _leads_back(Path(place, name))
+        ]
         here: dict[str, Callable[[], BinaryIO]] = {
             name: partial(io.FileIO, os.path.join(place, name))
             for name in files
@@ -145,6 +150,14 @@ def list_pictures(folder: Path) -> dict[str, Callable[[], BinaryIO]]:
             f"there is no picture below {folder}; pictures are named *{', *'.join(PICTURES)}"
         )
     return dict(sorted(found.items()))
+
+
+def _leads_back(path: Path) -> bool:
+    """Whether a folder is a link to one that it lies in, which would be read again and again."""
+    if not path.is_symlink():
+        return False
+    target = path.resolve()
+    return any(parent.resolve().is_relative_to(target) for parent in path.parents)
 
 
 def _fail(error: Exception) -> BinaryIO:

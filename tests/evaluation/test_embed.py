@@ -19,6 +19,7 @@ from torchvision.transforms.v2 import functional
 import isofast
 from isofast.cli import main
 from isofast.data import EvalLoader, check_folder, open_dataset, recipe_for
+from isofast.evaluation.embed import list_pictures
 
 from ..support.encoders import write_run
 
@@ -170,6 +171,20 @@ def test_unreadable_files_are_left_out_and_named(
     with np.load(tmp_path / "before.npz") as one, np.load(tmp_path / "after.npz") as other:
         assert one["filenames"].tolist() == other["filenames"].tolist()
         np.testing.assert_allclose(one["embeddings"], other["embeddings"], rtol=1e-6)
+
+
+def test_a_link_to_a_folder_that_it_lies_in_is_not_followed(folder: Path, tmp_path: Path) -> None:
+    (folder / "a" / "up").symlink_to("..")
+    (folder / "b" / "above").symlink_to(tmp_path.parent)
+    # another one is
+    (folder / "again").symlink_to("a-b")
+    # and two that lead to each other end
+    (folder / "a-b" / "deep").symlink_to("../a/deep")
+    (folder / "a" / "deep" / "back").symlink_to("../../a-b")
+    found = [name for name in list_pictures(folder) if "/" in name]
+    twice = ["a-b/deep/er/four.webp", "a/deep/back/two.png", "again/two.png"]
+    again = ["again/deep/er/four.webp"]
+    assert found == sorted([*twice, *again, *(name for name in IMAGES if "/" in name)])
 
 
 def test_mistakes_exit_with_2_and_lose_nothing(
