@@ -125,7 +125,8 @@ def list_pictures(folder: Path) -> dict[str, Callable[[], BinaryIO]]:
     if not folder.is_dir():
         raise UserError(f"--images {folder} is not a folder")
     found: dict[str, Callable[[], BinaryIO]] = {}
-    for place, folders, files in os.walk(folder, followlinks=True):
+    closed: list[OSError] = []
+    for place, folders, files in os.walk(folder, onerror=closed.append, followlinks=True):
         folders[:] = [
             name
             for name in folders
@@ -145,6 +146,11 @@ def list_pictures(folder: Path) -> dict[str, Callable[[], BinaryIO]]:
             here["*.tar"] = partial(_fail, error)
         below = Path(place).relative_to(folder)
         found |= {(below / name).as_posix(): opens for name, opens in here.items()}
+    # a folder that cannot be listed is named with the unreadable files
+    found |= {
+        Path(error.filename).relative_to(folder).as_posix(): partial(_fail, error)
+        for error in closed
+    }
     if not found:
         raise UserError(
             f"there is no picture below {folder}; pictures are named *{', *'.join(PICTURES)}"

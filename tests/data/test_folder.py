@@ -19,10 +19,8 @@ from isofast.data.images import Images
 from isofast.data.prepare import prepare
 from isofast.errors import RunError, UserError
 
+from ..support.launcher import UNPRIVILEGED
 from .conftest import MakeLoader, checked
-
-# takes from root what lets it read everything; others have nothing to lose
-UNPRIVILEGED = ["setpriv", "--bounding-set", "-dac_override,-dac_read_search"]
 
 
 def test_listing(pictures: Path) -> None:
@@ -214,7 +212,7 @@ def test_what_may_not_be_read_is_named(
     (place / forbidden).chmod(mode)
     try:
         done = subprocess.run(
-            [*(UNPRIVILEGED if os.getuid() == 0 else []), *command],
+            [*UNPRIVILEGED, *command],
             capture_output=True,
             text=True,
             timeout=120,

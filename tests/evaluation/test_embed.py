@@ -2,6 +2,10 @@
 
 import csv
 import json
+import os
+import shutil
+import subprocess
+import sys
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
@@ -22,6 +26,7 @@ from isofast.data import EvalLoader, check_folder, open_dataset, recipe_for
 from isofast.evaluation.embed import list_pictures
 
 from ..support.encoders import write_run
+from ..support.launcher import UNPRIVILEGED
 
 IMAGES = {
     "b/one.jpg": (40, 60),
@@ -185,6 +190,27 @@ def test_a_link_to_a_folder_that_it_lies_in_is_not_followed(folder: Path, tmp_pa
     twice = ["a-b/deep/er/four.webp", "a/deep/back/two.png", "again/two.png"]
     again = ["again/deep/er/four.webp"]
     assert found == sorted([*twice, *again, *(name for name in IMAGES if "/" in name)])
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.getuid() == 0 and not shutil.which("setpriv"), reason="needs setpriv")
+def test_a_folder_that_may_not_be_read_is_named(
+    run_dir: Path, folder: Path, tmp_path: Path
+) -> None:
+    (folder / "a" / "deep").chmod(0o000)
+    command = ["embed", str(run_dir), "--images", str(folder), "--output", str(tmp_path / "o.pt")]
+    try:
+        done = subprocess.run(
+            [*UNPRIVILEGED, sys.executable, "-m", "isofast.cli", *command],
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
+        )
+    finally:
+        (folder / "a" / "deep").chmod(0o700)
+    assert done.returncode == 0 and done.stdout.startswith("4 embeddings"), done.stderr
+    assert "a/deep: [Errno 13] Permission denied" in done.stderr
 
 
 def test_mistakes_exit_with_2_and_lose_nothing(
