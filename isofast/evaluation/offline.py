@@ -140,8 +140,8 @@ def evaluate(
         say: told what is being done.
 
     Raises:
-        UserError: the run has no checkpoint, its images no labels or no validation split, too few
-            of a class, or a baseline does not exist or fit.
+        UserError: the run has no checkpoint, its images no labels, one class or no validation
+            split, too few of a class, or a baseline does not exist or fit.
         RunError: an image can no longer be read.
     """
     config = read_config(run_dir)
@@ -242,11 +242,12 @@ PROTOCOLS = tuple(_PROTOCOLS)
 def _images(config: Config, root: Path) -> tuple[ImageFolder, ImageFolder]:
     """Both splits, checked as the run checks them."""
     train = open_dataset(root, "train")
-    if not train.classes:
+    if len(train.classes) < 2:
         raise UserError(
-            f"the training images in {root} have no labels, and k-NN, logistic regression and few "
-            f"labels all need them: sort some into train/CLASS/ and val/CLASS/. Without labels "
-            f"there are C's eigenvalues and effective rank (`isofast figures 3 RUN`)"
+            f"the training images in {root} have {'one class' if train.classes else 'no labels'}, "
+            f"and k-NN, logistic regression and few labels all tell classes apart: sort some into "
+            f"train/CLASS/ and val/CLASS/, two classes or more. Without labels there are C's "
+            f"eigenvalues and effective rank (`isofast figures 3 RUN`)"
         )
     if not (root / "val").is_dir():
         raise UserError(

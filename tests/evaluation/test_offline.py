@@ -169,6 +169,8 @@ def test_what_cannot_be_evaluated_is_told(
     unlabelled, no_val = tmp_path / "unlabelled", tmp_path / "no_val"
     shutil.copytree(digits / "train" / "0", unlabelled / "unlabeled")
     shutil.copytree(digits / "train", no_val / "train")
+    for split in ("train", "val"):
+        shutil.copytree(digits / split / "0", tmp_path / "one" / split / "0")
     refused(["evaluate", tmp_path], "is no run")
     refused(["evaluate", young], "no checkpoint yet", "every 22 steps")
     for options, words in (
@@ -176,6 +178,7 @@ def test_what_cannot_be_evaluated_is_told(
         (["--baselines", wide], ["do not fit the encoder", "bn1.bias (4 here, 8 there)"]),
         (["--baselines", bad], ["cannot read the weights"]),
         (["--root", unlabelled], ["no labels", "isofast figures 3"]),
+        (["--root", tmp_path / "one"], ["have one class", "two classes or more"]),
         (["--root", no_val], ["no folder val", "--root"]),
         (["--root", tmp_path / "gone"], ["is not a folder"]),
         (["--train-images", "20"], ["at least one of each class", "--protocol knn"]),
