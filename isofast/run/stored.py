@@ -1,5 +1,6 @@
 """Read runs back from their folders, and name them apart."""
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -108,6 +109,8 @@ def read_run(path: Path) -> Run:
 def labels(runs: Sequence[Run], first: Sequence[str] = ()) -> list[str]:
     """Return a short name for each run: its method and the settings in which it differs.
 
+    Runs of the same settings are told apart by their folders, below the one they share.
+
     Args:
         runs: the runs of one figure.
         first: keys always named, such as optimizer.weight_decay.
@@ -126,7 +129,9 @@ def labels(runs: Sequence[Run], first: Sequence[str] = ()) -> list[str]:
     names = [", ".join(_text(key, setting.get(key)) for key in wanted) for setting in settings]
     if len(set(names)) == len(names):
         return names
-    return [f"{name} ({run.path.name})" for name, run in zip(names, runs, strict=True)]
+    paths = [run.path.absolute() for run in runs]
+    top = os.path.commonpath([path.parent for path in paths])
+    return [f"{name} ({path.relative_to(top)})" for name, path in zip(names, paths, strict=True)]
 
 
 def _text(key: str, value: Any) -> str:

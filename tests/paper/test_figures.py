@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -214,6 +215,8 @@ def test_labels_say_what_differs_and_no_more(spectrum_runs: Runs, tmp_path: Path
     assert labels([ema, no_ema]) == ["IsoLoss, EMA", "IsoLoss, no EMA"]
     assert labels([ema, linear]) == ["IsoLoss", "linear predictor"]
     assert labels([ema, ema]) == ["IsoLoss (ema)", "IsoLoss (ema)"]
+    moved = [replace(ema, path=tmp_path / name) for name in ("a/seed-0", "b/seed-0")]
+    assert labels(moved) == ["IsoLoss (a/seed-0)", "IsoLoss (b/seed-0)"]
     seed = copied(ema.path, tmp_path / "other", seed=3)
     assert labels([ema, seed]) == ["IsoLoss, seed 0", "IsoLoss, seed 3"]
     # a folder's name is no formula
