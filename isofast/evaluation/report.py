@@ -110,6 +110,7 @@ def _page(run: Run, name: str, root: Path, with_pictures: bool) -> dict[str, Any
     places = np.unique(np.linspace(0, len(run.records) - 1, _MOST_ROWS).astype(int))
     return {
         "name": name,
+        "folder": run.path.absolute().name,
         "run": run,
         "summary": summary,
         "verdict": judge(run, summary, val_images, pictures),

@@ -77,9 +77,11 @@ def report(tmp_path: Path, *runs: Path, options: tuple[str, ...] = ()) -> Page:
 
 
 def test_a_run_is_judged_by_what_it_gained(
-    evaluated_run: Path, tmp_path: Path, digits: Path
+    evaluated_run: Path, tmp_path: Path, digits: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    page = report(tmp_path, evaluated_run)
+    # a run is named after its folder, also from inside it
+    monkeypatch.chdir(evaluated_run)
+    page = report(tmp_path, Path())
     records = [json.loads(line) for line in (evaluated_run / "metrics.jsonl").open()]
     before, *_, after = (one["knn_top1"] for one in records if "knn_top1" in one)
     low, high = newcombe(after, before, 355, 355)
