@@ -23,7 +23,8 @@ class EmaTarget(nn.Module):
 
     def __init__(self, online: Branch, base: float) -> None:
         super().__init__()
-        self.branch = copy.deepcopy(online).requires_grad_(False)
+        # an encoder of your own may come in eval mode, whose statistics would stay as they came
+        self.branch = copy.deepcopy(online).requires_grad_(False).train()
         self._base = base
         device = next(online.parameters()).device
         # 1 - tau, because near 1 float32 has few digits left for tau

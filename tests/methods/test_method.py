@@ -118,6 +118,17 @@ def test_the_target_is_a_copy_with_batch_statistics_of_its_own(
         torch.testing.assert_close(t_BD, online.branch(view)[1].detach())
 
 
+def test_the_target_of_an_encoder_that_comes_in_eval_mode_has_batch_statistics(
+    small_config: Callable[..., Config],
+) -> None:
+    online, _, batch = _networks(small_config())
+    online.branch.encoder.eval()
+    target = EmaTarget(online.branch, 0.99)
+    online.train()
+    for view, t_BD in zip(batch.x_NCHW.chunk(2), target(batch), strict=True):
+        torch.testing.assert_close(t_BD, online.branch(view)[1].detach())
+
+
 @pytest.mark.parametrize("name", ["isoloss", "directcopy", "byol", "simsiam", "linear"])
 def test_metrics_of_a_step(small_config: Callable[..., Config], name: str) -> None:
     online, target, batch = _networks(small_config(method={"name": name}))
