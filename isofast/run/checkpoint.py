@@ -71,7 +71,9 @@ def save_checkpoint(
     part = folder / f".{path.name}.part"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(part, ignore_errors=True)
+        # also those of other steps, in which a run was killed
+        for unfinished in folder.glob(".step_*.part"):
+            shutil.rmtree(unfinished, ignore_errors=True)
         part.mkdir()
         torch.save(state, part / _STATE)
         tensors = {k: v.detach().cpu().contiguous() for k, v in encoder.items()}

@@ -95,8 +95,11 @@ def test_an_unfinished_folder_is_no_checkpoint(tmp_path: Path) -> None:
     (tmp_path / "step_notes").mkdir()
     found = newest_checkpoint(tmp_path)
     assert found is not None and found.step == 1
-    # and it does not stand in the way of the same step
+    # it does not stand in the way of the same step, and another one clears it away
     assert _save(tmp_path, 2).exists()
+    (tmp_path / ".step_00000003.part").mkdir()
+    _save(tmp_path, 4)
+    assert not [*tmp_path.glob(".*")]
 
 
 def test_a_full_disk_leaves_the_older_checkpoint(tmp_path: Path) -> None:
