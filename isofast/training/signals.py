@@ -124,10 +124,14 @@ class Signals:
 def stopped(number: signal.Signals, step: int, world: World) -> Stopped:
     """Return what ends a run that has saved ``step``; after SIGUSR1 ask Slurm to run it again."""
     message = f"stopped by {number.name} after step {step}, which is saved; {GOES_ON}"
-    if number == signal.SIGUSR1 and "SLURM_JOB_ID" in os.environ:
-        if world.is_main:
-            subprocess.run(["scontrol", "requeue", os.environ["SLURM_JOB_ID"]], check=False)
-        message += ", and Slurm was asked to give it"
+    if number == signal.SIGUSR1 and "SLURM_JOB_ID" in os.environ and world.is_main:
+        requeue = ["scontrol", "requeue", os.environ["SLURM_JOB_ID"]]
+        try:
+            subprocess.run(requeue, check=True)
+            message += ", and Slurm was asked to give it"
+        # a container may have no scontrol, and a partition no requeueing
+        except (OSError, subprocess.CalledProcessError) as error:
+            message += f". Slurm will not give it by itself ({error})"
     return Stopped(number, message)
 
 

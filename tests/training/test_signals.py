@@ -10,6 +10,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
+
+from isofast.distributed import World
+from isofast.training.signals import stopped
 
 from ..support.runs import assert_same_run, command_of, environment, train
 
@@ -64,6 +68,26 @@ def test_ranks_stop_after_the_same_step(config: Path, tmp_path: Path) -> None:
     _, printed = process.communicate(timeout=60)
     assert printed.count("stopped by SIGTERM after step") == 1 and "Traceback" not in printed
     assert "continuing from" in train(config, tmp_path / "run", ranks=2)
+
+
+@pytest.mark.parametrize(
+    ("scontrol", "words"),
+    [
+        ("exit 0", "Slurm was asked to give it"),
+        ("exit 1", "Slurm will not give it by itself"),
+        (None, "Slurm will not give it by itself"),
+    ],
+)
+def test_what_becomes_of_a_slurm_job_is_told(
+    scontrol: str | None, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if scontrol is not None:
+        (tmp_path / "scontrol").write_text(f"#!/bin/sh\n{scontrol}\n")
+        (tmp_path / "scontrol").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("SLURM_JOB_ID", "17")
+    ended = stopped(signal.SIGUSR1, 3, World(0, 1, 0, torch.device("cpu")))
+    assert ended.exit_code == 0 and words in str(ended)
 
 
 @pytest.mark.slow
