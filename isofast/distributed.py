@@ -46,7 +46,8 @@ def cores_of_rank(world: World) -> int:
     """Return this rank's share of the cores; srun has already bound its processes to theirs."""
     env = os.environ
     known = env.get("LOCAL_WORLD_SIZE") or env.get("LOCAL_SIZE") or world.size
-    sharing = 1 if "SLURM_STEP_NUM_TASKS" in env else int(known)
+    # a task of srun may be a shell or a launcher that starts the ranks
+    sharing = 1 if env.get("SLURM_STEP_NUM_TASKS") == str(world.size) else int(known)
     return max(1, len(os.sched_getaffinity(0)) // sharing)
 
 

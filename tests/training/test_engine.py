@@ -37,6 +37,9 @@ def test_the_rank_is_known_before_the_group_exists(
         ({"LOCAL_WORLD_SIZE": "64"}, 64),
         # Slurm has bound the process to its cores
         ({"SLURM_STEP_NUM_TASKS": "8", "LOCAL_WORLD_SIZE": "8"}, 1),
+        # a shell or a launcher of several ranks, with the cores of them all
+        ({"SLURM_STEP_NUM_TASKS": "1", "LOCAL_SIZE": "8"}, 8),
+        ({"SLURM_STEP_NUM_TASKS": "2", "LOCAL_WORLD_SIZE": "4"}, 4),
     ],
 )
 def test_cores_are_shared_with_the_neighbours(
