@@ -294,6 +294,13 @@ class _Run:
         """Restores the newest whole checkpoint: its step, its totals, notes for the user."""
         notes: list[str] = []
         found = newest_checkpoint(self.run_dir / "checkpoints", notes.append)
+        steps = {*gather_objects(0 if found is None else found.step)}
+        if len(steps) > 1:
+            raise UserError(
+                f"the processes do not find the same checkpoint in {self.run_dir}, but those of "
+                f"steps {', '.join(map(str, sorted(steps)))}; it must be one folder for all "
+                f"machines, on a disk that they share"
+            )
         if found is None:
             if (self.run_dir / "metrics.jsonl").exists():
                 notes.append(f"no checkpoint in {self.run_dir} yet: beginning again at step 0")

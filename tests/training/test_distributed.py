@@ -1,12 +1,17 @@
 """Two processes and one on the same global batch agree, through gloo and the real engine."""
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+
+from isofast.config.load import load_config
+from isofast.errors import UserError
+from isofast.training.loop import fit
 
 from ..support.runs import TORCHRUN, forked, launched, timeless, train
 from ..support.two_ranks import main
@@ -102,3 +107,19 @@ def test_a_run_goes_on_with_another_number_of_processes(
     assert losses[0][:6] == losses[1][:6]
     assert losses[0][6:] != losses[1][6:]
     assert losses[0] == pytest.approx(losses[1], rel=5e-3)
+
+
+@pytest.mark.long
+def test_a_run_dir_that_machines_do_not_share_is_refused(
+    config_file: Callable[..., Path], tmp_path: Path
+) -> None:
+    """The second process would begin at step 0, beside a first that goes on from step 2."""
+    config = config_file(train={"max_steps": 2})
+    train(config, tmp_path / "0")
+    codes = forked(_continue_in_a_folder_of_its_own, config, tmp_path, environments=launched(2))
+    assert codes == [0, 0]
+
+
+def _continue_in_a_folder_of_its_own(config: Path, folder: Path) -> None:
+    with pytest.raises(UserError, match="steps 0, 2; it must be one folder for all machines"):
+        fit(load_config(config, ["train.max_steps=4"]), folder / os.environ["RANK"])
