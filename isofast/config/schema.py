@@ -276,7 +276,8 @@ class TrainConfig(_Section):
     """torch.compile of the networks; auto: on a GPU only."""
     cuda_graph: Literal["auto", "on", "off"] = Field("auto", json_schema_extra=FREE)
     """The whole step as one CUDA graph, in one process. auto: on a GPU, unless method or encoder is
-    your own, whose Python values a graph would freeze."""
+    your own, whose Python values a graph would freeze, or method.alpha takes an eigendecomposition
+    (other than 0.5, 1, 2, and 0.25 with method.eps of 0.1 or more)."""
     on_collapse: Literal["warn", "stop"] = Field("warn", json_schema_extra=FREE)
     """What to do when the embeddings have collapsed."""
 

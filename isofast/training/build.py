@@ -7,12 +7,13 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from isofast.config.schema import Config
+from isofast.config.schema import Config, MethodConfig
 from isofast.data import Batch, ImageFolder, Recipe, TrainLoader, recipe_for
 from isofast.distributed import World, cores_of_rank, gather_objects
 from isofast.errors import UserError
 from isofast.methods import Method, make_method
 from isofast.methods.batch_norm import convert_batch_norm
+from isofast.methods.closed_form import ClosedForm
 from isofast.methods.ema import EmaTarget
 from isofast.methods.networks import Branch
 from isofast.methods.weights import initialise
@@ -22,6 +23,7 @@ from isofast.training.parallel import make_engine, restore_engine
 from isofast.training.parts import part
 from isofast.training.step import Online, StepOutput
 from isofast_kernels.arguments import MAX_FEATURES
+from isofast_kernels.matrix_power import runs_by_products
 
 State = dict[str, Any]
 # of a checkpoint; 3 has no counters of BatchNorm
@@ -242,7 +244,15 @@ def is_graphed(config: Config, world: World) -> bool:
     # a graph keeps the Python values of its capture, and only our own code is known to have none
     ours = ":" not in config.method.name and not _is_a_users_function(config.encoder.name)
     auto = world.device.type == "cuda" and world.size == pieces == 1 and ours
+    auto = auto and not _decomposes(config.method)
     return config.train.cuda_graph == "on" or (config.train.cuda_graph == "auto" and auto)
+
+
+def _decomposes(method: MethodConfig) -> bool:
+    """Whether W takes an eigendecomposition, which waits for the host."""
+    if not isinstance(method, ClosedForm.Config) or method.alpha == 1:
+        return False
+    return not runs_by_products(method.alpha, method.eps, method.normalize)
 
 
 def _is_a_users_function(name: str) -> bool:

@@ -48,6 +48,10 @@ def test_a_graphed_run_is_the_plain_one_also_resumed(
         ("cuda", {"method": {"name": "tests.examples.vicreg:VICReg"}}, False),
         ("cuda", {"encoder": {"name": "my_file:encoder", "width": 64}}, False),
         ("cuda", {"encoder": {"name": "timm:resnet18", "width": 64}}, True),
+        # an eigendecomposition waits for the host, which a capture refuses
+        ("cuda", {"method": {"name": "directpred", "alpha": 0.25}}, False),
+        ("cuda", {"method": {"name": "directpred", "alpha": 0.25, "eps": 0.25}}, True),
+        ("cuda", {"method": {"name": "directcopy", "metric": "euclidean"}}, True),
     ],
 )
 def test_a_graph_is_made_of_what_is_known_to_bear_it(
