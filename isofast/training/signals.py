@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable
 from types import FrameType
 from typing import Any, NamedTuple
@@ -17,6 +18,8 @@ from isofast.errors import GOES_ON, Stopped
 
 # Slurm kills 30 s after SIGTERM by default; a rank that waits for a lost peer would never save
 GRACE_S = 60.0
+# Ctrl-C reaches all processes of a terminal, and a launcher among them sends a SIGTERM after it
+ECHO_S = 3.0
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 # below every signal's number
 _SAVE = 1
@@ -33,7 +36,7 @@ class Signals:
     """Holds the signals back that ask a run to stop; the loop polls between steps.
 
     A process that cannot reach its next step within ``grace_s`` ends there, and so does one that
-    gets a second signal.
+    gets another signal ``ECHO_S`` after the first or later.
 
     Args:
         world: all ranks of it poll after the same steps.
@@ -102,11 +105,12 @@ class Signals:
         while data := os.read(self._reader, 1):
             if data[0] not in _SIGNALS:
                 continue
-            if self._received:
+            if not self._received:
+                self._received, began = data[0], time.monotonic()
+                self.told.set()
+                self._start(self._give_up)
+            elif time.monotonic() - began > ECHO_S:
                 os._exit(128 + data[0])
-            self._received = data[0]
-            self.told.set()
-            self._start(self._give_up)
         os.close(self._reader)
 
     def _start(self, job: Callable[[], None]) -> None:

@@ -1,6 +1,7 @@
 """Runs that are asked to stop: saved at the step, the same exit code whatever the launcher."""
 
 import os
+import re
 import signal
 import stat
 import subprocess
@@ -13,7 +14,8 @@ import pytest
 import torch
 
 from isofast.distributed import World
-from isofast.training.signals import stopped
+from isofast.run.checkpoint import newest_checkpoint
+from isofast.training.signals import ECHO_S, stopped
 
 from ..support.runs import assert_same_run, command_of, environment, train
 
@@ -23,13 +25,16 @@ def config(config_file: Callable[..., Path]) -> Path:
     return config_file(train={"max_steps": 30}, checkpoint={"every_steps": 1000})
 
 
-def start(config: Path, run_dir: Path, ranks: int = 0, **env: str) -> "subprocess.Popen[str]":
+def start(
+    config: Path, run_dir: Path, ranks: int = 0, start_new_session: bool = False, **env: str
+) -> "subprocess.Popen[str]":
     """A run that has taken some steps."""
     process = subprocess.Popen(
         command_of(config, run_dir, ranks=ranks),
         stderr=subprocess.PIPE,
         text=True,
         env=environment(**env),
+        start_new_session=start_new_session,
     )
     deadline = time.monotonic() + 120
     metrics = run_dir / "metrics.jsonl"
@@ -55,6 +60,19 @@ def test_a_stopped_run_has_saved_and_ends_as_one_never_stopped(
     assert not (stopped / "summary.json").exists()
     assert "continuing from" in train(config, stopped)
     assert_same_run(whole, stopped)
+
+
+@pytest.mark.long
+def test_ctrl_c_in_a_terminal_saves_though_the_launcher_adds_a_sigterm(
+    config_file: Callable[..., Path], tmp_path: Path
+) -> None:
+    config = config_file(train={"epochs": 99}, checkpoint={"every_steps": 1000})
+    process = start(config, tmp_path / "run", ranks=1, start_new_session=True)
+    os.killpg(process.pid, signal.SIGINT)
+    _, printed = process.communicate(timeout=60)
+    # whichever of the two comes first
+    assert re.search(r"stopped by SIG(INT|TERM) after step \d+, which is saved", printed)
+    assert newest_checkpoint(tmp_path / "run" / "checkpoints") is not None
 
 
 @pytest.mark.long
@@ -130,7 +148,7 @@ def test_a_run_that_cannot_stop_is_ended(grace_s: float, signals: int) -> None:
     process.stdout.readline()
     for _ in range(signals):
         process.send_signal(signal.SIGTERM)
-        time.sleep(0.2)
+        time.sleep(ECHO_S + 0.2)
     _, printed = process.communicate(timeout=20)
     assert process.returncode == 143
     assert ("nothing is saved" in printed) == (signals == 1)
