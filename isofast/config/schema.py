@@ -381,7 +381,8 @@ class Config(_Section):
             config_class = method_class(tree["name"]).Config
             if data is not None and train is not None:
                 tree = method_preset(data.dataset, train.epochs, tree) | tree
-            return config_class.model_validate(tree)
+            # read as JSON, whose lists are also the tuples of a class of your own
+            return config_class.model_validate_json(json.dumps(tree, default=str))
         return raw
 
     @property

@@ -185,6 +185,22 @@ def test_a_batch_that_does_not_divide_is_refused(world: int, suggestion: str) ->
         validate(DATA).batch_size_per_rank(world)
 
 
+def test_a_stored_method_of_your_own_may_have_tuples(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which JSON has not: config.json holds lists."""
+
+    class Pair(Method):
+        class Config(Method.Config):
+            betas: tuple[float, float] = (0.5, 0.25)
+
+    monkeypatch.setitem(sys.modules, "my_methods", SimpleNamespace(Pair=Pair))
+    config = validate({**DATA, "method": {"name": "my_methods:Pair"}})
+    (tmp_path / "config.json").write_text(to_json(config))
+    assert read_stored(tmp_path / "config.json") == config
+    assert validate({**DATA, "method": {"name": "my_methods:Pair", "betas": [1, 0]}}) != config
+
+
 def test_the_schema_is_fresh() -> None:
     """`make schema` writes it."""
     assert (LAUNCH / "config.schema.json").read_text() == schema_json()
