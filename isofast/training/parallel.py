@@ -138,6 +138,10 @@ def make_engine(module: nn.Module, optimizer: Optimizer, config: Config, world: 
         "timers": {"throughput": {"enabled": False}},
     }
     deepspeed = _import_deepspeed()
+    # its first broadcast takes no scalars, such as a temperature that a method learns
+    scalars = [p for p in module.parameters() if p.ndim == 0]
+    for p in scalars:
+        p.data = p.data.view(1)
     try:
         engine, *_ = deepspeed.initialize(
             model=module, optimizer=optimizer, config=settings, dist_init_required=False
@@ -150,6 +154,8 @@ def make_engine(module: nn.Module, optimizer: Optimizer, config: Config, world: 
             f"DeepSpeed refused its settings; the deepspeed section of the config adds "
             f"{config.deepspeed}. It said: {type(error).__name__}: {error}"
         ) from error
+    for p in scalars:
+        p.data = p.data.view(())
     # one rank has nothing to average, and the engine would copy every gradient twice
     engine.enable_backward_allreduce = world.size > 1
     return engine

@@ -9,10 +9,12 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import Tensor, nn
 
 from isofast.config.load import validate
 from isofast.config.presets import METHODS
-from isofast.config.schema import Config
+from isofast.config.schema import Config, MethodConfig, ProjectorConfig
+from isofast.methods import Method, Views
 from isofast.run.metrics import read_metrics
 
 from ..support.runs import assert_same_run, fit_apart
@@ -39,6 +41,26 @@ def test_a_run_stopped_and_continued_ends_as_one_never_stopped(
     shutil.rmtree(broken / "checkpoints" / "step_00000004")
     fit_apart(settings, broken)
     assert_same_run(whole, broken)
+
+
+class Scaled(Method):
+    """One of your own that learns a scalar."""
+
+    def __init__(self, config: MethodConfig, projector: ProjectorConfig) -> None:
+        super().__init__(config, projector)
+        self.scale = nn.Parameter(torch.tensor(1.0))
+
+    def loss(self, views: Views) -> Tensor:
+        return (self.scale * views.z1_BD - views.t2_BD).square().mean()
+
+
+def test_a_method_of_your_own_may_learn_a_scalar(
+    small: Callable[..., dict[str, Any]], tmp_path: Path
+) -> None:
+    method = {"name": f"{__name__}:Scaled"}
+    fit_apart(small(method=method, train={"max_steps": 2}), tmp_path)
+    state = torch.load(tmp_path / "checkpoints" / "step_00000002" / "state.pt", weights_only=True)
+    assert state["online"]["method.scale"].shape == () and state["online"]["method.scale"] != 1
 
 
 def _check_records(run_dir: Path) -> None:
