@@ -55,9 +55,9 @@ def load_encoder(source: str | PathLike[str]) -> nn.Module:
     """Return a trained encoder, x_BCHW -> h_BF, in eval mode, fp32, on the CPU.
 
     Args:
-        source: a run's folder, for its newest whole checkpoint; encoder.safetensors of a run, or
-            what `isofast export` made of it; a checkpoint of torchvision's resnet18, 34 or 50
-            (.pth, .safetensors); a timm model's with its config.json beside, or their folder.
+        source: a run's folder, for its newest whole checkpoint; encoder.safetensors of a run, or a
+            .safetensors that `isofast export` wrote; a checkpoint of torchvision's resnet18, 34 or
+            50 (.pth, .safetensors); a timm model's with its config.json beside, or their folder.
 
     Raises:
         UserError: there is no encoder, or the file does not say which it is.
