@@ -179,8 +179,7 @@ def test_unreadable_files_are_left_out_and_named(
 
 
 def test_a_link_to_a_folder_that_it_lies_in_is_not_followed(folder: Path, tmp_path: Path) -> None:
-    (folder / "a" / "up").symlink_to("..")
-    (folder / "b" / "above").symlink_to(tmp_path.parent)
+    (folder / "a" / "up").symlink_to(tmp_path)
     # another one is
     (folder / "again").symlink_to("a-b")
     # and two that lead to each other end
