@@ -44,6 +44,7 @@ def _no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
     """No test sees another's process group, nor a launcher that started pytest."""
     names = ["RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "LOCAL_SIZE"]
     names += ["MASTER_ADDR", "MASTER_PORT", "SLURM_STEP_NUM_TASKS", "SLURM_PROCID", "SLURM_LOCALID"]
+    names += ["SLURM_RESTART_COUNT"]
     for name in names:
         # set first, so that what the code under test sets is undone as well
         monkeypatch.setenv(name, "")

@@ -2,6 +2,7 @@
 
 import fcntl
 import json
+import os
 import platform
 import re
 import subprocess
@@ -25,14 +26,19 @@ _PACKAGES = (
 
 
 def choose_run_dir(config_path: Path, run_dir: Path | None, fresh: bool) -> Path:
-    """Return ``run_dir`` or runs/NAME of the config file; if ``fresh``, a new one beside it."""
-    chosen = run_dir or Path("runs") / config_path.stem
-    if not fresh or not chosen.exists():
-        return chosen
-    number = 2
-    while (numbered := chosen.with_name(f"{chosen.name}-{number}")).exists():
+    """Return ``run_dir`` or runs/NAME of the config file; if ``fresh``, a new one beside it.
+
+    A job that Slurm has requeued repeats its command: it goes on in the newest of these.
+    """
+    newest, new = None, run_dir or Path("runs") / config_path.stem
+    if not fresh:
+        return new
+    name, number = new.name, 1
+    while new.exists():
         number += 1
-    return numbered
+        newest, new = new, new.with_name(f"{name}-{number}")
+    requeued = int(os.environ.get("SLURM_RESTART_COUNT", "0")) > 0
+    return newest if requeued and newest is not None else new
 
 
 def open_run_dir(run_dir: Path, config: Config) -> IO[str]:

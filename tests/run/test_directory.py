@@ -23,6 +23,17 @@ def test_run_dirs_are_named_after_the_config(
     assert choose_run_dir(Path("launch/x.json"), Path("y"), fresh=True) == Path("y")
 
 
+def test_a_requeued_job_goes_on_in_the_fresh_folder_that_it_began(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    run = tmp_path / "run"
+    assert choose_run_dir(Path("x.json"), run, fresh=True) == run
+    for taken in (run, tmp_path / "run-2"):
+        taken.mkdir()
+        assert choose_run_dir(Path("x.json"), run, fresh=True) == taken
+
+
 def test_one_run_at_a_time(small_config: Callable[..., Config], tmp_path: Path) -> None:
     for name in (".lock", ".config.json.123.part"):
         (tmp_path / name).touch()
