@@ -21,6 +21,7 @@ from isofast.data.files import sync
 from isofast.errors import RunError, UserError
 
 State = dict[str, Any]
+REMEDY = "The older checkpoints are whole; make room, then give the same command to continue"
 _STATE, _ENCODER, _MANIFEST = "state.pt", "encoder.safetensors", "manifest.json"
 
 
@@ -95,10 +96,7 @@ def save_checkpoint(
     # torch.save and safetensors have their own errors for a full disk
     except Exception as error:
         shutil.rmtree(part, ignore_errors=True)
-        raise RunError(
-            f"could not write the checkpoint {path}: {error}. The older checkpoints are whole; "
-            f"make room, then give the same command to continue"
-        ) from error
+        raise RunError(f"could not write the checkpoint {path}: {error}. {REMEDY}") from error
     older = [old for old in _folders(folder) if _step_of(old) <= step]
     for old in older[keep:]:
         if _step_of(old) != best_step:

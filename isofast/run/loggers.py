@@ -16,6 +16,8 @@ from isofast.data.files import write_atomically
 from isofast.errors import UserError
 
 Record = dict[str, float | int | None]
+# of a picture, whose drawing takes time from training
+_MOST_ROWS = 300
 
 
 class Logger(Protocol):
@@ -28,7 +30,7 @@ class Logger(Protocol):
         """Log a record of metrics.jsonl."""
 
     def flush(self) -> None:
-        """Write what is pending to the disk; called before each checkpoint."""
+        """Write what is pending to the disk; called at each checkpoint."""
 
     def close(self) -> None:
         """End the log."""
@@ -113,8 +115,11 @@ def draw_spectra(step_T: np.ndarray, eigenvalues_TD: np.ndarray) -> Image.Image:
 
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.subplots()
+    last = len(step_T) - 1
+    places = np.unique(np.linspace(0, last, min(last, _MOST_ROWS) + 1).astype(int))
     # zeros have no logarithm
-    axes.plot(step_T, np.where(eigenvalues_TD > 0, eigenvalues_TD, np.nan), linewidth=0.7)
+    shown_TD = np.where(eigenvalues_TD[places] > 0, eigenvalues_TD[places], np.nan)
+    axes.plot(step_T[places], shown_TD, linewidth=0.7)
     axes.set(xlabel="step", ylabel="eigenvalues of C", yscale="log")
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")

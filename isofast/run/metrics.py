@@ -34,7 +34,8 @@ class MetricsWriter:
     Args:
         run_dir: the run's folder.
         step: where the run continues; a new run, at 0, keeps nothing.
-        loggers: receive each record too.
+        loggers: receive each record too; one that cannot write is left out from then on.
+        report: takes a line for the user.
 
     Attributes:
         records: the records kept.
@@ -43,41 +44,66 @@ class MetricsWriter:
         UserError: spectrum.npz cannot be read.
     """
 
-    def __init__(self, run_dir: Path, step: int, loggers: Sequence[Logger] = ()) -> None:
+    def __init__(
+        self,
+        run_dir: Path,
+        step: int,
+        loggers: Sequence[Logger] = (),
+        report: Callable[[str], None] = print,
+    ) -> None:
         path, self._spectrum_path = run_dir / "metrics.jsonl", run_dir / "spectrum.npz"
         self.records = [one for one in read_metrics(path) if step and one["step"] <= step]
         spectra = read_spectra(self._spectrum_path) if step else {}
         self._spectra = {at: spectrum for at, spectrum in spectra.items() if at <= step}
         write_text(path, "".join(json.dumps(record) + "\n" for record in self.records))
-        self._file = path.open("a", encoding="utf-8")
-        self._loggers = loggers
+        self._file = path.open("ab", buffering=0)
+        self._unwritten = b""
+        self._loggers, self._report = [*loggers], report
 
     def write(self, record: Record) -> None:
-        """Append a record; NaN and infinity, which JSON lacks, become null."""
+        """Append a record; NaN and infinity, which JSON lacks, become null.
+
+        On a full disk it waits for ``flush``.
+        """
         clean = {k: v if v is None or np.isfinite(v) else None for k, v in record.items()}
-        self._file.write(json.dumps(clean) + "\n")
-        self._file.flush()
-        for logger in self._loggers:
-            logger.log(record)
+        self._unwritten += json.dumps(clean).encode() + b"\n"
+        with suppress(OSError):
+            self._append()
+        self._tell(lambda logger: logger.log(record))
 
     def spectrum(self, step: int, spectrum: Spectrum) -> None:
         """Keep C's spectrum for ``flush``."""
         self._spectra[step] = spectrum
 
     def flush(self) -> None:
-        """Write spectrum.npz, and bring records and spectra to the disk."""
+        """Write spectrum.npz, and bring records and spectra to the disk.
+
+        Raises:
+            OSError: the disk is full; nothing is lost, and the next flush tries again.
+        """
+        self._append()
         if self._spectra:
             write_atomically(self._spectrum_path, self._save_spectra)
         os.fsync(self._file.fileno())
-        for logger in self._loggers:
-            logger.flush()
+        self._tell(lambda logger: logger.flush())
 
     def close(self) -> None:
         """Flush and close."""
         self.flush()
         self._file.close()
-        for logger in self._loggers:
-            logger.close()
+        self._tell(lambda logger: logger.close())
+
+    def _append(self) -> None:
+        while self._unwritten:
+            self._unwritten = self._unwritten[self._file.write(self._unwritten) :]
+
+    def _tell(self, what: Callable[[Logger], None]) -> None:
+        for logger in [*self._loggers]:
+            try:
+                what(logger)
+            except OSError as error:
+                self._loggers.remove(logger)
+                self._report(f"warning: {type(logger).__name__} gets no more records ({error})")
 
     def _save_spectra(self, path: Path) -> None:
         """Write step (T,), eigenvalues (T, D) and, if any is known, alignment (T, D)."""
@@ -88,8 +114,8 @@ class MetricsWriter:
         if any(alignment_D is not None for alignment_D in alignments):
             unknown_D = np.full_like(eigenvalues_TD[0], np.nan)
             arrays["alignment"] = np.stack([unknown_D if a is None else a for a in alignments])
-        # Through a file, or numpy would add .npz to the name. Not compressed: the loop waits, at
-        # each checkpoint of a long run for thousands of spectra, which zlib makes 10 % smaller.
+        # Through a file, or numpy would add .npz to the name. Not compressed: zlib takes seconds
+        # for the thousands of spectra of a long run and makes them 10 % smaller.
         with path.open("wb") as file:
             np.savez(file, **arrays)
 

@@ -87,7 +87,8 @@ class Recorder:
             write_json(run_dir / "environment.json", environment)
             if step < last_step:
                 (run_dir / "summary.json").unlink(missing_ok=True)
-            self._writer = MetricsWriter(run_dir, step, make_loggers(run_dir, config, step))
+            loggers = make_loggers(run_dir, config, step)
+            self._writer = MetricsWriter(run_dir, step, loggers, self.progress.say)
             for record in self._writer.records:
                 if "embedding_std" in record:
                     self._watch.judge(record)
@@ -177,16 +178,18 @@ class Recorder:
         self._background.wait()
         self.totals.collapse = message
 
-    def flush(self) -> Totals:
-        """Bring all pending records to the disk; return the totals so far."""
+    def flush(self) -> tuple[Totals, "Future[OSError | None]"]:
+        """Return the totals so far, and whether all records before reached the disk."""
         self._background.wait()
-        if self._writer is not None:
-            self._writer.flush()
-        return replace(self.totals, wall_s=self.totals.wall_s + time.perf_counter() - self._began)
+        wall_s = self.totals.wall_s + time.perf_counter() - self._began
+        return replace(self.totals, wall_s=wall_s), self._background.do(self._flush)
 
     def summary(self, step: int, corr_DD: Tensor, dropped: int, failure: str | None) -> Summary:
         """Write summary.json; without ``failure`` the run is completed and its table printed."""
-        totals = asdict(self.flush())
+        so_far, written = self.flush()
+        if (error := written.result()) is not None:
+            raise error
+        totals = asdict(so_far)
         train_s = totals.pop("train_s")
         rank = measure(corr_DD.cpu()).effective_rank
         summary: Summary = {
@@ -214,6 +217,14 @@ class Recorder:
         self._background.close()
         if self._writer is not None:
             self._writer.close()
+
+    def _flush(self) -> OSError | None:
+        try:
+            if self._writer is not None:
+                self._writer.flush()
+        except OSError as error:
+            return error
+        return None
 
     def _epoch(self, step: int) -> float:
         return round(step / self._steps_per_epoch, 4)

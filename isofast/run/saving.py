@@ -13,7 +13,7 @@ from torch import Tensor
 from isofast.config.schema import CheckpointConfig
 from isofast.errors import RunError
 from isofast.run.background import Background, HostCopy
-from isofast.run.checkpoint import State, save_checkpoint
+from isofast.run.checkpoint import REMEDY, State, save_checkpoint
 
 
 class Saver:
@@ -51,9 +51,21 @@ class Saver:
         return due
 
     def save(
-        self, step: int, state: State, encoder: dict[str, Tensor], best_step: int | None = None
+        self,
+        step: int,
+        state: State,
+        encoder: dict[str, Tensor],
+        best_step: int | None = None,
+        records: "Future[OSError | None] | None" = None,
     ) -> None:
         """Save a step, and keep the best; waits only for the checkpoint before.
+
+        Args:
+            step: steps taken.
+            state: what a resume needs.
+            encoder: the backbone's state.
+            best_step: a step whose checkpoint is kept.
+            records: of the steps before, which are to be on the disk first.
 
         Raises:
             RunError: too many in a row could not be written.
@@ -68,7 +80,7 @@ class Saver:
             self._report(f"warning: {error}")
         self._last = time.monotonic()
         copies = _each(_copy, (state, encoder))
-        self._pending = self._background.do(partial(self._write, step, copies, best_step))
+        self._pending = self._background.do(partial(self._write, step, copies, best_step, records))
 
     def wait(self) -> None:
         """Wait until the last checkpoint is on the disk.
@@ -84,13 +96,21 @@ class Saver:
         """Finish what is being written."""
         self._background.close()
 
-    def _write(self, step: int, copies: Any, best_step: int | None) -> RunError | None:
+    def _write(
+        self,
+        step: int,
+        copies: Any,
+        best_step: int | None,
+        records: "Future[OSError | None] | None",
+    ) -> RunError | None:
         state, encoder = _each(_get, copies)
         keep, about = self._config.keep, self._about
+        if records is not None and (error := records.result()) is not None:
+            return RunError(f"could not write the records up to step {step}: {error}. {REMEDY}")
         try:
             save_checkpoint(self._folder, step, state, encoder, keep, about, best_step)
-        except RunError as error:
-            return error
+        except RunError as failure:
+            return failure
         return None
 
     def _result(self) -> RunError | None:

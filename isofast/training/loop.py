@@ -265,12 +265,12 @@ class _Run:
             self._blow_up("a parameter")
         state = self.state.capture()
         if self.world.is_main:
-            # records first: a checkpoint promises them
-            state["totals"] = asdict(self.recorder.flush())
+            totals, records = self.recorder.flush()
+            state["totals"] = asdict(totals)
             state["loader"] = self.loader.state_dict()
             state["images"] = self.fingerprints
             encoder = self.state.online.branch.encoder.state_dict()
-            self.saver.save(self.step, state, encoder, self.recorder.totals.best_step)
+            self.saver.save(self.step, state, encoder, totals.best_step, records)
             if last:
                 self.saver.wait()
         if last:

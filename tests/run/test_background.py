@@ -133,7 +133,7 @@ def test_the_loop_waits_for_no_spectrum_and_records_keep_their_order(
     recorder.evaluation(3, Evaluation(0.5, 0.25))
     assert len(read_metrics(tmp_path / "metrics.jsonl")) <= 1
     gate.set()
-    recorder.flush()
+    recorder.flush()[1].result()
     records = read_metrics(tmp_path / "metrics.jsonl")
     assert [(one["step"], "loss" in one) for one in records] == [
         *((1, True), (2, True), (3, True), (3, False))
@@ -153,9 +153,9 @@ def test_a_collapse_that_recovers_is_forgotten(
         record(recorder, 200, corr_of(1), spread=0.05)
         finding = recorder.finding()
         assert finding is not None and finding.kind == "dimensional"
-        assert recorder.flush().collapse == finding.message
+        assert recorder.flush()[0].collapse == finding.message
         record(recorder, 300, corr_of(8))
-        assert recorder.finding() is None and recorder.flush().collapse is None
+        assert recorder.finding() is None and recorder.flush()[0].collapse is None
         assert recorder.summary(300, corr_of(8), 0, "a full disk")["collapse"] is None
 
 

@@ -1,5 +1,6 @@
 """Faults of the machine, for real: what a run says, and what is left of it."""
 
+import json
 import os
 import shutil
 import signal
@@ -8,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -15,6 +17,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from isofast.run.checkpoint import newest_checkpoint
+from isofast.run.metrics import read_metrics
 
 from ..support.runs import assert_same_run, call, command_of, environment, train
 
@@ -122,6 +125,27 @@ def test_a_disk_that_fills_up(config_file: Write, small_disk: Path) -> None:
     assert newest_checkpoint(run_dir / "checkpoints") is not None
     subprocess.run(["mount", "-o", "remount,size=100m", str(small_disk)], check=True)
     assert "continuing from" in train(config, run_dir)
+
+
+def test_a_full_disk_is_borne_until_there_is_room(config_file: Write, small_disk: Path) -> None:
+    """Not one byte is left for a record while the run goes on; none is missing in the end."""
+    subprocess.run(["mount", "-o", "remount,size=20m", str(small_disk)], check=True)
+    checkpoint = {"every_steps": 2, "max_failures": 1000}
+    config = config_file(train={"max_steps": 200, "epochs": 10}, checkpoint=checkpoint)
+    run_dir, filler = small_disk / "run", small_disk / "filler"
+    process = start(config, run_dir)
+    assert process.stderr is not None
+    with suppress(OSError), filler.open("wb", buffering=0) as file:
+        while True:
+            file.write(bytes(4096))
+    lines = iter(process.stderr.readline, "")
+    assert any("warning: could not write the records up to step" in line for line in lines)
+    filler.unlink()
+    _, printed = process.communicate(timeout=120)
+    assert process.returncode == 0, printed
+    steps = [record["step"] for record in read_metrics(run_dir / "metrics.jsonl")]
+    assert steps == list(range(1, 201))
+    assert json.loads((run_dir / "summary.json").read_text())["completed"]
 
 
 # preloaded, it moves the date by the seconds in a file, at any time; other clocks stay, as they do
