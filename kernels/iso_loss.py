@@ -52,7 +52,9 @@ class IsoLoss(nn.Module):
         gather_distributed: bool = False,
     ) -> None:
         super().__init__()
-        self.register_buffer("corr_DD", torch.zeros(dim, dim))
+        # Lightning makes a module of bf16 where that is the default dtype
+        dtype = torch.promote_types(torch.get_default_dtype(), torch.float32)
+        self.register_buffer("corr_DD", torch.zeros(dim, dim, dtype=dtype))
         self.alpha, self.eps, self.decay = alpha, eps, decay
         self.metric, self.isotropic = metric, isotropic
         self.gather_distributed = gather_distributed

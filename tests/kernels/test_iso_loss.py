@@ -132,6 +132,20 @@ def test_a_model_of_bf16_keeps_c_in_fp32():
     assert model.to("meta").half()["criterion"].corr_DD.device.type == "meta"
 
 
+@pytest.mark.parametrize("default", [torch.bfloat16, torch.float32, torch.float64])
+def test_a_criterion_made_under_another_default_dtype(default):
+    """As Lightning's bf16-true makes what configure_model does."""
+    torch.set_default_dtype(default)
+    try:
+        criterion, encoder = IsoLoss(DIM), nn.Linear(5, DIM)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    x = torch.randn(2, BATCH, 5, dtype=default)
+    criterion(*encoder(x).unbind()).backward()
+    wide = torch.float64 if default == torch.float64 else torch.float32
+    assert criterion.corr_DD.dtype == wide and encoder.weight.grad.dtype == default
+
+
 def test_a_run_resumed_through_state_dict_has_the_losses_of_the_uncut_one(tmp_path):
     def parts():
         encoder, criterion = nn.Linear(5, DIM), IsoLoss(DIM, decay=0.9)
