@@ -100,7 +100,7 @@ def cubic_weights(start_X: Tensor, length_X: Tensor, stored: int, side: int) -> 
     Returns:
         weights_XSL, (X, side, stored), float32.
     """
-    place_S = torch.arange(side, device=start_X.device) + 0.5
+    place_S = torch.arange(side, device=start_X.device, dtype=torch.float32) + 0.5
     pixel_L = torch.arange(stored, device=start_X.device, dtype=torch.float32)
     scale_X1 = length_X[:, None] / side
     filter_scale_X11 = scale_X1.clamp(min=1)[..., None]

@@ -144,6 +144,19 @@ def test_layout_dtype_and_repetition():
         )
 
 
+@pytest.mark.parametrize("default", [torch.bfloat16, torch.float64])
+def test_the_default_dtype_changes_nothing(default):
+    """As within a training_step under Lightning's bf16-true."""
+    images, table = noise(2, 160, 160), random_rows(1, 2, 160, 160, blur=True)
+    expected = augment(images, torch.arange(2), table, 160)
+    torch.set_default_dtype(default)
+    try:
+        got = augment(images, torch.arange(2), table, 160)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(got, expected)
+
+
 def test_without_blur_the_column_is_not_looked_at():
     table = random_rows(1, N, 64, 64, blur=True)
     got = augment(PHOTOS, torch.arange(N), table, 16, blur=False)
