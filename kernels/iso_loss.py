@@ -59,6 +59,10 @@ class IsoLoss(nn.Module):
         self.metric, self.isotropic = metric, isotropic
         self.gather_distributed = gather_distributed
 
+    def reset_parameters(self) -> None:
+        """Set C to 0, also where a module built on the meta device has got its memory."""
+        self.corr_DD.zero_()
+
     def forward(
         self, z1_BD: Tensor, z2_BD: Tensor, t1_BD: Tensor | None = None, t2_BD: Tensor | None = None
     ) -> Tensor:

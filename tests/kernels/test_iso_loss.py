@@ -146,6 +146,19 @@ def test_a_criterion_made_under_another_default_dtype(default):
     assert criterion.corr_DD.dtype == wide and encoder.weight.grad.dtype == default
 
 
+def test_a_criterion_built_on_the_meta_device_starts_at_zero():
+    """As FSDP2's users build a model: sharded without memory, then given some and initialised."""
+    with torch.device("meta"):
+        model = nn.ModuleDict({"encoder": nn.Linear(5, DIM), "criterion": IsoLoss(DIM)})
+    model.to_empty(device="cpu")["criterion"].corr_DD.fill_(torch.nan)
+    for module in (model["encoder"], model["criterion"]):
+        module.reset_parameters()
+    x = torch.randn(2, BATCH, 5)
+    fresh = IsoLoss(DIM)
+    assert torch.equal(*(c(*model["encoder"](x).unbind()) for c in (model["criterion"], fresh)))
+    assert torch.equal(model["criterion"].corr_DD, fresh.corr_DD)
+
+
 def test_a_run_resumed_through_state_dict_has_the_losses_of_the_uncut_one(tmp_path):
     def parts():
         encoder, criterion = nn.Linear(5, DIM), IsoLoss(DIM, decay=0.9)
