@@ -98,6 +98,9 @@ def fit(config: Config, run_dir: str | PathLike[str]) -> Summary:
         except Stopped:
             raise
         except Exception as error:
+            if signals.received and not isinstance(error, UserError | RunError):
+                # sent to the whole group, it also ends a compiler that the step waits for
+                raise stopped(signals.received, run.step, world, error) from error
             run.finish(failure=str(error) or type(error).__name__)
             raise
         return run.finish()

@@ -81,6 +81,11 @@ class Signals:
         for thread in self._threads:
             thread.join()
 
+    @property
+    def received(self) -> signal.Signals | None:
+        """The first signal that asks this process to stop."""
+        return signal.Signals(self._received) if self._received else None
+
     def poll(self, save: bool = False) -> Asked:
         """Exchange what the ranks are asked to do; return the same on all of them.
 
@@ -125,9 +130,15 @@ class Signals:
             os._exit(128 + self._received)
 
 
-def stopped(number: signal.Signals, step: int, world: World) -> Stopped:
-    """Return what ends a run that has saved ``step``; after SIGUSR1 ask Slurm to run it again."""
-    message = f"stopped by {number.name} after step {step}, which is saved; {GOES_ON}"
+def stopped(
+    number: signal.Signals, step: int, world: World, failure: Exception | None = None
+) -> Stopped:
+    """Return what ends a run that has saved ``step``, or whose next step failed.
+
+    After SIGUSR1 Slurm is asked to run it again.
+    """
+    what = "which is saved" if failure is None else f"in a {type(failure).__name__}"
+    message = f"stopped by {number.name} after step {step}, {what}; {GOES_ON}"
     if number == signal.SIGUSR1 and "SLURM_JOB_ID" in os.environ and world.is_main:
         requeue = ["scontrol", "requeue", os.environ["SLURM_JOB_ID"]]
         try:

@@ -75,6 +75,31 @@ def test_ctrl_c_in_a_terminal_saves_though_the_launcher_adds_a_sigterm(
     assert newest_checkpoint(tmp_path / "run" / "checkpoints") is not None
 
 
+COMPILER = """
+import os, signal, time
+from isofast.methods import Method
+
+class Compiles(Method):
+    def loss(self, views):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.5)
+        raise ValueError("the compiler was ended by SIGTERM")
+"""
+
+
+def test_a_signal_that_ends_a_compiler_too_is_no_failure(
+    config_file: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As when a scheduler sends it to all processes of a job in the first step."""
+    (tmp_path / "of_mine.py").write_text(COMPILER)
+    monkeypatch.chdir(tmp_path)
+    config = config_file(method={"name": "of_mine:Compiles"})
+    assert "stopped by SIGTERM after step 0, in a ValueError" in train(
+        config, Path("run"), code=143
+    )
+    assert not Path("run", "summary.json").exists()
+
+
 @pytest.mark.long
 def test_ranks_stop_after_the_same_step(config: Path, tmp_path: Path) -> None:
     """One of them gets the signal."""
