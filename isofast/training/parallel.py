@@ -72,17 +72,21 @@ def init_world() -> World:
     Raises:
         UserError: the launcher started more processes than there are GPUs, or its port is taken.
     """
+    srun = under_srun()
     _fill_launcher_environment()
     cuda = torch.cuda.is_available()
-    local_rank = int(os.environ["LOCAL_RANK"])
+    local_rank = gpu = int(os.environ["LOCAL_RANK"])
     if cuda:
-        if local_rank >= torch.cuda.device_count():
+        if srun and torch.cuda.device_count() == 1:
+            # with --gpus-per-task=1 a task sees its own alone; DeepSpeed counts by LOCAL_RANK
+            gpu, os.environ["LOCAL_RANK"] = 0, "0"
+        if gpu >= torch.cuda.device_count():
             raise RankError(
                 f"process {local_rank} on this machine has no GPU of its own: "
                 f"{torch.cuda.device_count()} visible. Start at most as many processes as GPUs"
             )
-        torch.cuda.set_device(local_rank)
-    device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
+        torch.cuda.set_device(gpu)
+    device = torch.device("cuda", gpu) if cuda else torch.device("cpu")
     if os.environ["WORLD_SIZE"] == "1" and importlib.util.find_spec("deepspeed") is None:
         # enough for a step in a CUDA graph, which takes no engine
         return World(0, 1, local_rank, device)

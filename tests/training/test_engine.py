@@ -1,12 +1,15 @@
 """The launchers' environments, the cores of a rank, BatchNorm across ranks."""
 
 import os
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from isofast.config.load import validate
 from isofast.distributed import World, cores_of_rank, launched_rank, launched_world_size
+from isofast.errors import RankError
+from isofast.training import parallel
 from isofast.training.build import synchronises_batch_norm
 
 
@@ -49,6 +52,36 @@ def test_cores_are_shared_with_the_neighbours(
         monkeypatch.setenv(name, value)
     world = World(rank=0, size=8, local_rank=0, device=torch.device("cpu"))
     assert cores_of_rank(world) == max(1, len(os.sched_getaffinity(0)) // sharing)
+
+
+@pytest.mark.parametrize(
+    ("launched", "visible", "gpu"),
+    [
+        ({"SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "1", "SLURM_LOCALID": "1"}, 2, 1),
+        # --gpus-per-task=1
+        ({"SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "1", "SLURM_LOCALID": "1"}, 1, 0),
+        ({"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1"}, 1, None),
+    ],
+)
+def test_each_task_takes_its_own_gpu(
+    launched: dict[str, str], visible: int, gpu: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    monkeypatch.setattr(os, "environ", {**os.environ, **address, **launched})
+    taken: list[int] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: visible)
+    monkeypatch.setattr(torch.cuda, "set_device", taken.append)
+    engine = SimpleNamespace(init_distributed=lambda **_: None)
+    monkeypatch.setattr(parallel, "_import_deepspeed", lambda: engine)
+    if gpu is None:
+        with pytest.raises(RankError, match="1 visible"):
+            parallel.init_world()
+        return
+    world = parallel.init_world()
+    assert (world.rank, world.local_rank, world.device) == (1, 1, torch.device("cuda", gpu))
+    # DeepSpeed moves the model there
+    assert taken == [gpu] and os.environ["LOCAL_RANK"] == str(gpu)
 
 
 @pytest.mark.parametrize(
