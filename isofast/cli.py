@@ -190,7 +190,15 @@ def _add_doctor(commands: Any) -> None:
 
 
 def _doctor(args: argparse.Namespace) -> None:
-    from isofast.run.doctor import examine
+    try:
+        from isofast.run.doctor import examine
+    # a broken library raises what it likes
+    except Exception as error:
+        verdict = "training cannot run here"
+        problem = f"isofast cannot be imported: {type(error).__name__}: {error}"
+        if args.json:
+            print(json.dumps({"ok": False, "verdict": verdict, "problems": [problem]}))
+        raise RunError(f"{verdict}: {problem}. Install that library again") from error
 
     report = examine()
     _say(json.dumps(asdict(report)) if args.json else str(report))

@@ -70,3 +70,13 @@ def test_what_is_missing_is_named_with_its_remedy(tmp_path: Path) -> None:
         assert words in done.stdout
     assert done.stdout.endswith("training cannot run here\n")
     assert "error: training cannot run here" in done.stderr
+
+
+@pytest.mark.parametrize("library", ["torchvision", "triton"])
+def test_what_isofast_itself_cannot_import_is_named(tmp_path: Path, library: str) -> None:
+    (tmp_path / f"{library}.py").write_text("raise RuntimeError('built for another torch')")
+    path = f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
+    done = call([*DOCTOR, "--json"], code=1, PYTHONPATH=path)
+    report = json.loads(done.stdout)
+    assert report["ok"] is False and "built for another torch" in report["problems"][0]
+    assert "built for another torch" in done.stderr and "Traceback" not in done.stderr
