@@ -69,10 +69,15 @@ def profile_steps(config: Config, output: Path, steps: int = 20) -> Profile:
         steps: to time, and as many again to trace.
 
     Raises:
-        UserError: the configuration or the data does not allow the run.
+        UserError: the configuration or the data does not allow the run, or ``output`` cannot be
+            made.
     """
     if launched_world_size() > 1:
         raise UserError("isofast profile is for one process; start it without a launcher")
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot write to {output}: {error}; name another --output") from None
     train = check_images(config, list_images(config)).train
     world = init_world()
     try:
@@ -116,7 +121,6 @@ def _profile(config: Config, train: ImageFolder, world: World, output: Path, ste
         for step in range(steps):
             state.step(batches[step % 2])
     loader.close()
-    output.mkdir(parents=True, exist_ok=True)
     trace = output / "trace.json"
     profiler.export_chrome_trace(str(trace))
     wait_ms = statistics.median(waits)

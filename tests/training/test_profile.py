@@ -42,3 +42,14 @@ def test_several_processes_are_not_profiled(
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert main(["profile", "--config", str(config_file())]) == 2
     assert "one process" in capsys.readouterr().err
+
+
+def test_a_folder_that_cannot_be_is_refused_before_the_steps(
+    config_file: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "file"
+    output.touch()
+    command = ["profile", "--config", str(config_file()), "--output"]
+    for path in (output, output / "below"):
+        assert main([*command, str(path)]) == 2
+        assert f"cannot write to {path}" in capsys.readouterr().err
