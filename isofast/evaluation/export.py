@@ -39,6 +39,8 @@ def export(source: Path, kind: str, output: Path) -> str:
     check_output(output)
     if kind == "huggingface" and output.exists():
         raise UserError(f"--output {output} exists; huggingface takes the name of a new folder")
+    if kind == "safetensors" and output.suffix != ".safetensors":
+        raise UserError(f"--output {output}: the name has to end in .safetensors, to be read by it")
     encoder = read_encoder(source)
     config = encoder.config
     if kind == "onnx":

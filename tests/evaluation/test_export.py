@@ -143,6 +143,7 @@ def test_what_a_format_cannot_hold_is_said(
         ("onnx", "x.onnx", "needs onnxscript: pip install onnxscript"),
         ("safetensors", "no/x.safetensors", "make it first"),
         ("safetensors", "run", "run is a folder; name one that"),
+        ("safetensors", "x.pth", "has to end in .safetensors"),
     ):
         refused(["export", run, "--format", kind, "--output", tmp_path / output], words)
     assert {path.name for path in tmp_path.iterdir()} == {"run"}
