@@ -106,9 +106,10 @@ def test_what_deepspeed_refuses(config_file: Write, tmp_path: Path, section: Any
 
 
 def test_a_port_that_is_taken(config_file: Write, tmp_path: Path) -> None:
+    command = command_of(config_file(), tmp_path / "run")
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         env = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
         env["MASTER_PORT"] = str(taken.getsockname()[1])
-        assert "--master_port" in train(config_file(), tmp_path / "run", code=2, **env)
+        assert "--master_port" in call(command, code=2, **env).stderr
