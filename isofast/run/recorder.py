@@ -178,7 +178,7 @@ class Recorder:
         self._background.wait()
         self.totals.collapse = message
 
-    def flush(self) -> tuple[Totals, "Future[OSError | None]"]:
+    def flush(self) -> tuple[Totals, Future[OSError | None]]:
         """Return the totals so far, and whether all records before reached the disk."""
         self._background.wait()
         wall_s = self.totals.wall_s + time.perf_counter() - self._began

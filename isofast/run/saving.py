@@ -56,7 +56,7 @@ class Saver:
         state: State,
         encoder: dict[str, Tensor],
         best_step: int | None = None,
-        records: "Future[OSError | None] | None" = None,
+        records: Future[OSError | None] | None = None,
     ) -> None:
         """Save a step, and keep the best; waits only for the checkpoint before.
 
@@ -101,7 +101,7 @@ class Saver:
         step: int,
         copies: Any,
         best_step: int | None,
-        records: "Future[OSError | None] | None",
+        records: Future[OSError | None] | None,
     ) -> RunError | None:
         state, encoder = _each(_get, copies)
         keep, about = self._config.keep, self._about

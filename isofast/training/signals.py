@@ -41,6 +41,9 @@ class Signals:
     Args:
         world: all ranks of it poll after the same steps.
         grace_s: seconds.
+
+    Attributes:
+        told: set once a signal has come.
     """
 
     def __init__(self, world: World, grace_s: float = GRACE_S) -> None:
