@@ -72,6 +72,7 @@ def test_what_is_missing_is_named_with_its_remedy(tmp_path: Path) -> None:
     assert "error: training cannot run here" in done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("library", ["torchvision", "triton"])
 def test_what_isofast_itself_cannot_import_is_named(tmp_path: Path, library: str) -> None:
     (tmp_path / f"{library}.py").write_text("raise RuntimeError('built for another torch')")

@@ -87,6 +87,7 @@ class Compiles(Method):
 """
 
 
+@pytest.mark.slow
 def test_a_signal_that_ends_a_compiler_too_is_no_failure(
     config_file: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
