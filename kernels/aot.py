@@ -1,4 +1,4 @@
-"""Compiles every kernel for given GPUs on a machine without one, and checks what it costs.
+"""Compile every kernel for given GPUs on a machine without one, and checks what it costs.
 
     python -m isofast_kernels.aot [--targets sm_80,sm_90,sm_100] [--only TEXT] [--all-widths]
 
@@ -206,7 +206,7 @@ def _augment_build(stored: int, side: int, blur: bool, dtype: str) -> Build:
 
 
 def compile_for(build: Build, capability: int) -> Any:
-    """Compiles `build` for a compute capability (80, 90, 100), as Triton's compiled kernel."""
+    """Compile `build` for a compute capability (80, 90, 100), as Triton's compiled kernel."""
     kernel = KERNELS[build.name.split()[0]]
     constants = dict.fromkeys(build.constants, "constexpr")
     # ASTSource matches by position
@@ -234,7 +234,7 @@ def compile_for(build: Build, capability: int) -> Any:
 
 
 def measure(build: Build, capability: int) -> Usage:
-    """Compiles `build` and reads what its machine code takes."""
+    """Compile `build` and read what its machine code takes."""
     compiled = compile_for(build, capability)
     with tempfile.TemporaryDirectory() as folder:
         path = os.path.join(folder, "kernel.cubin")
@@ -269,7 +269,7 @@ def _measure_all(pairs: list[tuple[Build, int]], jobs: int) -> Iterator[Usage]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Prints the table; 1 if anything is over budget, 2 if the arguments are wrong."""
+    """Print the table; 1 if anything is over budget, 2 if the arguments are wrong."""
     parser = argparse.ArgumentParser(
         prog="python -m isofast_kernels.aot", description=__doc__.splitlines()[0]
     )

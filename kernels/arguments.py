@@ -13,13 +13,13 @@ MAX_FEATURES = 1024
 
 
 def check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
-    """Refuses a name that is not among ``allowed``."""
+    """Refuse a name that is not among ``allowed``."""
     if value not in allowed:
         raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(map(repr, allowed))}.")
 
 
 def check_same_device(names: str, tensors: Sequence[Tensor]) -> None:
-    """Refuses tensors on different devices."""
+    """Refuse tensors on different devices."""
     devices = {tensor.device for tensor in tensors}
     if len(devices) > 1:
         listed = ", ".join(sorted(map(str, devices)))
@@ -29,7 +29,7 @@ def check_same_device(names: str, tensors: Sequence[Tensor]) -> None:
 
 
 def check_square(name: str, x_DD: Tensor) -> None:
-    """Refuses what is not a matrix (D, D) of a type that C and W may have."""
+    """Refuse what is not a matrix (D, D) of a type that C and W may have."""
     if x_DD.ndim != 2 or x_DD.shape[0] != x_DD.shape[1] or x_DD.shape[0] == 0:
         raise ValueError(
             f"{name} has shape {tuple(x_DD.shape)}; it must be (D, D) with D at least 1."
@@ -47,7 +47,7 @@ def check_square(name: str, x_DD: Tensor) -> None:
 
 
 def check_rows(name: str, x_BD: Tensor) -> None:
-    """Refuses what is not a batch of rows (B, D) of a type that the kernels take."""
+    """Refuse what is not a batch of rows (B, D) of a type that the kernels take."""
     if x_BD.ndim != 2 or 0 in x_BD.shape:
         raise ValueError(
             f"{name} has shape {tuple(x_BD.shape)}; it must be (B, D) with B and D at least 1."
@@ -63,7 +63,7 @@ def check_rows(name: str, x_BD: Tensor) -> None:
 def check_loss_arguments(
     zs: dict[str, Tensor], targets: dict[str, Tensor], w_DD: Tensor, metric: str
 ) -> None:
-    """Refuses embeddings, targets and a W that do not fit each other."""
+    """Refuse embeddings, targets and a W that do not fit each other."""
     check_choice("metric", metric, reference.METRICS)
     check_square("w_DD", w_DD)
     first = next(iter(zs.values()))
@@ -122,7 +122,7 @@ def check_augment_arguments(
     std: Sequence[float],
     dtype: torch.dtype,
 ) -> None:
-    """Refuses what cannot be augmented; the values of indices and parameters are not looked at."""
+    """Refuse what cannot be augmented; the values of indices and parameters are not looked at."""
     if images.ndim != 4 or images.shape[3] != 3 or 0 in images.shape:
         raise ValueError(
             f"images_NHW3 has shape {tuple(images.shape)}; it must be (N, H, W, 3), not empty."

@@ -33,5 +33,5 @@ def runs_triton(*tensors: Tensor) -> bool:
 
 
 def device_of(tensor: Tensor) -> AbstractContextManager[object]:
-    """Makes the tensor's GPU the current one: Triton launches there, wherever its data lie."""
+    """Make the tensor's GPU the current one: Triton launches there, wherever its data lie."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()

@@ -61,7 +61,7 @@ from isofast.training.step import StepOutput, embedding_scalars
 
 
 def fit(config: Config, run_dir: str | PathLike[str]) -> Summary:
-    """Trains ``config`` in ``run_dir``, or continues from its newest whole checkpoint.
+    """Train ``config`` in ``run_dir``, or continue from its newest whole checkpoint.
 
     Called by every process of a launcher's group, or by one alone.
 
@@ -225,7 +225,7 @@ class _Run:
                 raise stopped(asked.stop, self.step, self.world)
 
     def log(self, output: StepOutput, lr: float) -> None:
-        """Records this step; the only place where the loop waits for the GPU."""
+        """Record this step; the only place where the loop waits for the GPU."""
         # of the previous record, so the loop doesn't wait; other ranks learn it with the metrics
         finding = self.recorder.finding()
         scalars = {
@@ -281,20 +281,20 @@ class _Run:
         self.recorder.resume_clock()
 
     def finish(self, failure: str | None = None) -> Summary:
-        """Writes the summary; ``failure`` says why the run could not go on."""
+        """Write the summary; ``failure`` says why the run could not go on."""
         if failure is None and self.config.evaluation.knn_pixels and self.evaluator is not None:
             self.recorder.totals.knn_top1_pixels = self.evaluator.pixels()
         corr_DD = self.state.method.correlation.corr_DD
         return self.recorder.summary(self.step, corr_DD, self.loader.dropped_per_epoch, failure)
 
     def close(self) -> None:
-        """Closes files and the loader."""
+        """Close files and the loader."""
         self.saver.close()
         self.recorder.close()
         self.loader.close()
 
     def _resume(self) -> tuple[int, Totals, list[str]]:
-        """Restores the newest whole checkpoint: its step, its totals, notes for the user."""
+        """Restore the newest whole checkpoint: its step, its totals, notes for the user."""
         notes: list[str] = []
         found = newest_checkpoint(self.run_dir / "checkpoints", notes.append)
         steps = {*gather_objects(0 if found is None else found.step)}
@@ -381,7 +381,7 @@ class _Run:
         raise RunError(message)
 
     def _tell_collapse(self, finding: Finding | None) -> None:
-        """Warns once a kind of collapse, or stops; only the first rank knows which kind."""
+        """Warn once a kind of collapse, or stop; only the first rank knows which kind."""
         message = finding.message if finding else "the first process reports a collapse"
         if self.config.train.on_collapse == "stop":
             self.recorder.note_collapse(message)

@@ -79,7 +79,7 @@ class Evaluator:
 
     @torch.no_grad()
     def __call__(self, online: Online) -> Evaluation:
-        """Evaluates in eval mode and leaves the module in the mode that it had."""
+        """Evaluate in eval mode and leave the module in the mode that it had."""
         with eval_mode(online):
             bank_NF, bank_y_N = self._collect(self._bank, online.branch.features)
             val_MF, val_y_M = self._collect(self._val, online.branch.features)

@@ -142,7 +142,7 @@ def make_optimizer(online: Online, config: Config) -> Optimizer:
 
 
 def load_optimizer_state(optimizer: Optimizer, state: dict[str, Any]) -> None:
-    """Restores what ``state_dict`` gave; the rates stay in the tensors that they are in."""
+    """Restore what ``state_dict`` gave; the rates stay in the tensors that they are in."""
     rates = [group["lr"] for group in optimizer.param_groups]
     optimizer.load_state_dict(state)
     # the fused forms need the strides of the weights, which copies to the CPU may lose
@@ -165,7 +165,7 @@ def lr_at(
 
 
 def set_lr(optimizer: Optimizer, step: int, steps_per_epoch: int, config: Config) -> float:
-    """Gives every group its rate at ``step``, in place and without waiting for the device.
+    """Give every group its rate at ``step``, in place and without waiting for the device.
 
     Returns:
         The first group's rate, the network's.

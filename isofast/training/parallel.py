@@ -36,7 +36,7 @@ _NEVER_PRINT = 2**62
 
 
 def check_pass_through(config: Config) -> None:
-    """Refuses DeepSpeed settings that isofast derives, and ZeRO stages.
+    """Refuse DeepSpeed settings that isofast derives, and ZeRO stages.
 
     Raises:
         UserError: a key is derived, or a ZeRO stage above 0 is asked for.
@@ -115,7 +115,7 @@ def init_world() -> World:
 
 
 def close_world() -> None:
-    """Leaves the process group."""
+    """Leave the process group."""
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 
@@ -166,7 +166,7 @@ def make_engine(module: nn.Module, optimizer: Optimizer, config: Config, world: 
 
 
 def restore_engine(engine: Any, steps: int) -> None:
-    """Tells the engine how many steps were taken before this process."""
+    """Tell the engine how many steps were taken before this process."""
     engine.global_steps = engine.micro_steps = steps
     engine.global_samples = steps * engine.train_batch_size()
 
