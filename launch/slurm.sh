@@ -16,4 +16,5 @@ MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000))
 export MASTER_ADDR MASTER_PORT
 # one process that fails ends them all, instead of leaving the others waiting
-srun --kill-on-bad-exit=1 .venv/bin/python launch/train.py "$@"
+# %a is the task of an array, as in sbatch's own file names
+srun --kill-on-bad-exit=1 .venv/bin/python launch/train.py "${@//%a/${SLURM_ARRAY_TASK_ID-%a}}"

@@ -39,7 +39,7 @@ def test_a_job_that_reaches_its_time_limit_is_requeued_and_goes_on(
     config_file: Callable[..., Path], tmp_path: Path
 ) -> None:
     config = config_file(train={"max_steps": 20}, checkpoint={"every_steps": 1000})
-    whole, job = tmp_path / "whole", tmp_path / "job"
+    whole, job = tmp_path / "whole", tmp_path / "job-7"
     train(config, whole, ranks=2)
     for name, script in (("srun", SRUN), ("scontrol", SCONTROL)):
         (tmp_path / name).write_text(script)
@@ -51,6 +51,7 @@ def test_a_job_that_reaches_its_time_limit_is_requeued_and_goes_on(
         SLURM_SUBMIT_DIR=str(tmp_path),
         SLURM_JOB_ID=str(os.getpid()),
         SLURM_JOB_NODELIST="node1",
+        SLURM_ARRAY_TASK_ID="7",
     )
     command = [
         "bash",
@@ -58,7 +59,7 @@ def test_a_job_that_reaches_its_time_limit_is_requeued_and_goes_on(
         "--config",
         str(config),
         "--run-dir",
-        str(job),
+        str(tmp_path / "job-%a"),
     ]
 
     def submit() -> "subprocess.Popen[str]":
