@@ -1,22 +1,43 @@
-"""A hook of mkdocs: writes the page of every config key from the schema."""
+"""A hook of mkdocs: writes the pages of every config key and every command."""
 
+import argparse
 import json
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from mkdocs.structure.files import File, Files
 
+from isofast.cli import parser_of_all
+
 SCHEMA = Path(__file__).resolve().parent.parent / "launch" / "config.schema.json"
 
 
 def on_files(files: Files, config: Any) -> Files:
-    """Add reference/config.md to the site."""
-    files.append(File.generated(config, "reference/config.md", content=page()))
+    """Add reference/config.md and reference/commands.md to the site."""
+    for name, content in (("config", keys()), ("commands", commands())):
+        files.append(File.generated(config, f"reference/{name}.md", content=content))
     return files
 
 
-def page() -> str:
+def commands() -> str:
+    """What `--help` prints of each command, as Markdown."""
+    helps = (f"## {name}\n\n```\n{text}```\n" for name, text in _helps(parser_of_all()))
+    return "# Every command\n\n" + "\n".join(helps)
+
+
+def _helps(parser: argparse.ArgumentParser) -> Iterator[tuple[str, str]]:
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for command in action.choices.values():
+                yield from _helps(command)
+            return
+    parser.formatter_class = partial(argparse.HelpFormatter, width=90)
+    yield parser.prog, parser.format_help()
+
+
+def keys() -> str:
     """The schema as Markdown, a table a section."""
     schema = json.loads(SCHEMA.read_text(encoding="utf-8"))
     lines = ["# Every key", "", "A config is JSON; `--set key.path=value` sets one of its keys."]
