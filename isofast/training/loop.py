@@ -78,7 +78,8 @@ def fit(config: Config, run_dir: str | PathLike[str]) -> Summary:
     data = config.data
     recipe = recipe_for(data.dataset, crop=data.crop, augmentation=data.augmentation)
     images = list_images(config)
-    with in_words(config), ExitStack() as stack:
+    # with gradients where the caller has switched them off
+    with torch.inference_mode(False), in_words(config), ExitStack() as stack:
         if launched_rank() == 0:
             stack.enter_context(open_run_dir(run_dir, config))
             images = check_images(config, images)

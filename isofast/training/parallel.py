@@ -117,7 +117,8 @@ def init_world() -> World:
 def close_world() -> None:
     """Leave the process group."""
     if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+        # torch's own would leave DeepSpeed its groups, for the next run to take
+        _import_deepspeed().comm.destroy_process_group()
 
 
 def make_engine(module: nn.Module, optimizer: Optimizer, config: Config, world: World) -> Any:

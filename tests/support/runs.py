@@ -27,7 +27,7 @@ Codes = list[int | None]
 TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
 # what a clock decides
 TIMED = ("images_per_s", "data_wait")
-# processes that have imported everything already; DeepSpeed allows one run in each
+# processes that have imported everything already
 _PROCESSES = multiprocessing.get_context("forkserver")
 _PROCESSES.set_forkserver_preload(
     ["isofast.training.loop", "isofast.evaluation.report", "deepspeed"]
@@ -124,15 +124,18 @@ def call(command: list[str], *, code: int = 0, cwd: Path | None = None, **env: s
     return done
 
 
-def fit_apart(settings: dict[str, Any], run_dir: Path) -> None:
-    """``fit`` in its own process."""
-    assert forked(_fit, settings, run_dir, environments=[environment()]) == [0]
+def fit_apart(settings: dict[str, Any], *run_dirs: Path) -> None:
+    """``fit`` in a process of its own, for one run dir after the other."""
+    assert forked(_fit, settings, *run_dirs, environments=[environment()]) == [0]
 
 
-def _fit(settings: dict[str, Any], run_dir: Path) -> None:
+def _fit(settings: dict[str, Any], *run_dirs: Path) -> None:
     from isofast.training.loop import fit
 
-    fit(validate(settings), run_dir)
+    for run_dir in run_dirs:
+        fit(validate(settings), run_dir)
+        # as a notebook does that goes on to evaluate
+        torch.set_grad_enabled(False)
 
 
 def timeless(run_dir: Path) -> list[dict[str, Any]]:

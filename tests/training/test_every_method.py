@@ -43,6 +43,14 @@ def test_a_run_stopped_and_continued_ends_as_one_never_stopped(
     assert_same_run(whole, broken)
 
 
+def test_a_process_trains_one_run_after_the_other(
+    small: Callable[..., dict[str, Any]], tmp_path: Path
+) -> None:
+    runs = tmp_path / "one", tmp_path / "two"
+    fit_apart(small(train={"max_steps": 2}), *runs)
+    assert_same_run(*runs)
+
+
 class Scaled(Method):
     """One of your own that learns a scalar."""
 
