@@ -85,6 +85,8 @@ def save_checkpoint(
             if name.endswith("running_mean")
         }
         save_file(counters | tensors, part / _ENCODER, metadata={"format": "pt", **(about or {})})
+        # save_file's files can be read by their owner alone
+        shutil.copymode(part / _STATE, part / _ENCODER)
         manifest = {name: _fingerprint(part / name) for name in (_STATE, _ENCODER)}
         (part / _MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
         for name in (_STATE, _ENCODER, _MANIFEST):

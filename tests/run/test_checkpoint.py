@@ -127,3 +127,5 @@ def test_the_encoder_loads_into_torchvisions_resnet(tmp_path: Path) -> None:
     assert torch.equal(theirs.eval()(x_BCHW), encoder.eval()(x_BCHW))
     manifest = json.loads((path / "manifest.json").read_text())
     assert manifest.keys() == {"state.pt", "encoder.safetensors"}
+    # whoever may read one may read all
+    assert len({file.stat().st_mode for file in path.iterdir()}) == 1
