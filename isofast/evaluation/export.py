@@ -3,6 +3,7 @@
 import contextlib
 import importlib.util
 import io
+import shutil
 import warnings
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -79,7 +80,10 @@ def _huggingface(encoder: Encoder, output: Path) -> str:
     model.load_state_dict(module.state_dict())
     card: dict[str, Any] = model.pretrained_cfg  # type: ignore[assignment]
     # of timm's own weights
-    for key in ("tag", "license", "origin_url", "paper_ids", "test_input_size", "test_crop_pct"):
+    for key in (
+        *("tag", "license", "origin_url", "url", "hf_hub_id", "paper_ids"),
+        *("test_input_size", "test_crop_pct"),
+    ):
         card.pop(key, None)
     card |= {
         "input_size": (3, recipe.crop, recipe.crop),
@@ -93,6 +97,7 @@ def _huggingface(encoder: Encoder, output: Path) -> str:
         save_for_hf(
             model, str(part), model_config={"pretrained_cfg": card}, safe_serialization=True
         )
+        shutil.copymode(part / "config.json", part / "model.safetensors")
         part.rename(output)
     return f'timm.create_model("local-dir:{output}", pretrained=True, num_classes=0)'
 

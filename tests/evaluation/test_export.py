@@ -85,7 +85,8 @@ def test_a_hugging_face_folder(run_of: Any, tmp_path: Path, encoder: Any) -> Non
     assert images["input_size"] == (3, 32, 32) and images["interpolation"] == "bicubic"
     assert list(images["mean"]) == [0.4914, 0.4822, 0.4465] and images["crop_pct"] == 1
     card = json.loads((folder / "config.json").read_text())["pretrained_cfg"]
-    assert not {"tag", "license", "origin_url"} & card.keys()
+    assert not {"tag", "license", "origin_url", "url", "hf_hub_id"} & card.keys()
+    assert len({file.stat().st_mode for file in folder.iterdir()}) == 1
     assert torch.equal(features(isofast.load_encoder(folder)), features(model))
     # nothing is overwritten
     assert export(run, "huggingface", folder) == 2
