@@ -75,8 +75,8 @@ def read_encoder(source: Path) -> Encoder:
         weights = read_weights(source / "model.safetensors" if source.is_dir() else source)
         config, recipe = encoder_of(weights)
     # the random weights that are replaced must not move the caller's generator
-    with torch.random.fork_rng(devices=[]):
-        module = make_encoder(config)
+    with torch.device("cpu"), torch.random.fork_rng(devices=[]):
+        module = make_encoder(config).float()
     load_weights(module, weights)
     return Encoder(module.eval(), config, recipe)
 
