@@ -6,6 +6,7 @@ import json
 import os
 import shlex
 import sys
+import warnings
 from dataclasses import asdict, fields
 from importlib.metadata import version
 from pathlib import Path
@@ -21,6 +22,8 @@ _PREPARE_INTERRUPTED = (
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; return the exit code."""
     args = parser_of_all().parse_args(arguments)
+    # Pillow takes a large picture for an attack
+    warnings.filterwarnings("ignore", r"Image size \(\d+ pixels\)")
     rank = 0
     if args.command == "train":
         from isofast.distributed import launched_rank

@@ -26,6 +26,8 @@ from isofast_kernels.augment_reference import COLUMNS
 
 CHANNELS = 3
 _DECODED_AT_ONCE = 256
+# longer than so many times its width
+_STRIP = 16
 
 
 class ResidentRenderer:
@@ -98,6 +100,10 @@ class ResidentRenderer:
 
 def clean_image(recipe: Recipe, image_HW3: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
     """Return the clean view of an image, (crop, crop, 3), not normalised."""
+    height, width = image_HW3.shape[:2]
+    # the middle of a strip: one of a pixel's height would be enlarged to gigabytes
+    top, left = (max(0, (side - _STRIP * min(height, width)) // 2) for side in (height, width))
+    image_HW3 = image_HW3[top : height - top, left : width - left]
     image_3HW = torch.from_numpy(image_HW3).permute(2, 0, 1)
     bicubic = functional.InterpolationMode.BICUBIC
     resized = functional.resize(image_3HW, [recipe.resize_short], bicubic, antialias=True)
@@ -195,7 +201,13 @@ def decode_images(
 
 
 def rgb(image: Image.Image) -> npt.NDArray[np.uint8]:
-    """Return an image's pixels, (H, W, 3)."""
+    """Return an image's pixels, (H, W, 3).
+
+    Raises:
+        ValueError: they are 32-bit or floating-point numbers.
+    """
+    if image.mode in ("I", "F"):
+        raise ValueError("32-bit or float pixels, of which no range is agreed; save 8 or 16 bits")
     # Pillow clips 16-bit gray instead of scaling it
     if image.mode.startswith("I"):
         gray = np.rint(np.asarray(image) / 257).astype(np.uint8)

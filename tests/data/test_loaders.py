@@ -17,6 +17,7 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as F
 
 from isofast.data import Batch, ImageFolder, Recipe, open_dataset, recipe_for
+from isofast.data.resident import clean_image
 from isofast.errors import RunError, UserError
 
 from .conftest import MakeLoader, assert_same, checked, eval_loader, levels_of, numbered, take
@@ -157,6 +158,14 @@ def test_clean_images_of_any_size_are_resized_and_cropped(
     resized = F.resize(image, recipe.resize_short, InterpolationMode.BICUBIC)
     theirs = np.asarray(F.center_crop(resized, 56), np.float32)
     assert np.abs(levels_of(x, recipe)[0] - theirs).mean() < 0.5
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+def test_of_a_strip_the_middle_alone_is_resized(axis: int) -> None:
+    """The whole would take 400 GB."""
+    strip = np.repeat(np.arange(3, dtype=np.uint8), 700_001)[None, :, None].repeat(3, 2)
+    clean = clean_image(recipe_for("imagefolder"), strip if axis else strip.swapaxes(0, 1))
+    assert clean.shape == (224, 224, 3) and (clean == 1).all()
 
 
 # 1: fewer batches than are made ahead
