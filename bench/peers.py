@@ -258,7 +258,8 @@ def main() -> int:
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--rounds", type=int, default=9, help="n")
     parser.add_argument("--steps", type=int, default=100 if cuda else 3, help="in a round")
-    parser.add_argument("--only", default="", help="only contenders whose name has this text")
+    names = ("isofast", "solo-learn", "lightly", "fp32", "bf16")
+    parser.add_argument("--only", choices=names, default="", help="only contenders of this name")
     options = parser.parse_args()
     if not importlib.util.find_spec("lightly"):
         print("lightly is not installed (pip install lightly): isofast alone")
