@@ -84,8 +84,14 @@ def method_preset(dataset: str, epochs: int, method: Mapping[str, Any]) -> Tree:
     known = method["name"] in METHODS and method["name"] != "sigreg"
     if not (ours and cosine and directions and known):
         return {}
-    quick = method["name"] in _CLOSED_FORMS and method.get("ema", True)
-    return {"correlation": "directions"} | ({"ema_base": 0.9, "decay": 0.9} if quick else {})
+    preset: Tree = {"correlation": "directions"}
+    if method["name"] in _CLOSED_FORMS:
+        if method.get("ema", True):
+            preset |= {"ema_base": 0.9, "decay": 0.9}
+        elif dataset == "imagefolder":
+            # C of the step's own batch
+            preset |= {"decay": 0.0}
+    return preset
 
 
 def optimizer_preset(method: str, correlation: str, ema: bool, chosen: str) -> Tree:
