@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import shutil
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -57,6 +58,12 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("data") / "digits"
     prepare("digits", root)
     return root
+
+
+@pytest.fixture
+def own_digits(digits: Path, tmp_path: Path) -> Path:
+    """A copy of the digits that a test may spoil."""
+    return shutil.copytree(digits, tmp_path / "digits")
 
 
 @pytest.fixture

@@ -22,6 +22,7 @@ from isofast.data import prepare as module
 from isofast.data.prepare import prepare
 from isofast.errors import UserError
 
+from .conftest import write_images
 from .test_official import tiny_files, write_archive
 
 # seconds that nothing here comes near, unless it hangs
@@ -37,7 +38,7 @@ def without(files: dict[str, bytes], part: str) -> dict[str, bytes]:
     return {name: content for name, content in files.items() if part not in name}
 
 
-def test_digits(tmp_path: Path) -> None:
+def test_digits(digits: Path, tmp_path: Path) -> None:
     counts = prepare("digits", tmp_path / "digits")
     assert (counts.classes, counts.train, counts.val) == (10, 1442, 355)
     train, val = (open_dataset(tmp_path / "digits", split) for split in ("train", "val"))
@@ -51,10 +52,10 @@ def test_digits(tmp_path: Path) -> None:
         first_zero = load_digits().images[0]
         assert image.mode == "L"
         assert np.array_equal(np.asarray(image), np.rint(first_zero * 255 / 16))
-    prepare("digits", tmp_path / "again")
-    assert open_dataset(tmp_path / "again", "train").fingerprint == train.fingerprint
+    # as another call has made them
+    assert open_dataset(digits, "train").fingerprint == train.fingerprint
     images = without(snapshot(tmp_path / "digits"), ".isofast")
-    assert images == without(snapshot(tmp_path / "again"), ".isofast")
+    assert images == without(snapshot(digits), ".isofast")
     # no image is in both splits
     content = Counter(images.values())
     assert max(content.values()) == 1
@@ -161,13 +162,11 @@ def test_impossible_requests_are_refused(tmp_path: Path) -> None:
         prepare("digits", tmp_path / "file" / "root")
 
 
-def test_what_file_managers_leave_changes_nothing(tmp_path: Path) -> None:
-    root = tmp_path / "root"
-    prepare("digits", root)
-    for folder in (root / "train", root / "train" / "3"):
+def test_what_file_managers_leave_changes_nothing(own_digits: Path) -> None:
+    for folder in (own_digits / "train", own_digits / "train" / "3"):
         (folder / ".DS_Store").write_bytes(b"x")
-    (root / "val" / ".thumbnails").mkdir()
-    assert prepare("digits", root).already_there
+    (own_digits / "val" / ".thumbnails").mkdir()
+    assert prepare("digits", own_digits).already_there
 
 
 def test_ctrl_c_says_what_is_kept(
@@ -197,12 +196,10 @@ CHANGES: dict[str, Callable[[Path], object]] = {
 
 
 @pytest.mark.parametrize("place", CHANGES)
-def test_changes_of_a_prepared_root_are_named(tmp_path: Path, place: str) -> None:
-    root = tmp_path / "root"
-    prepare("digits", root)
-    CHANGES[place](root)
+def test_changes_of_a_prepared_root_are_named(own_digits: Path, place: str) -> None:
+    CHANGES[place](own_digits)
     with pytest.raises(UserError, match=rf"has changed .* 1 place\(s\), {place}\. Undo that"):
-        prepare("digits", root)
+        prepare("digits", own_digits)
 
 
 @pytest.mark.parametrize("fails", [False, True])
@@ -214,7 +211,6 @@ def test_a_second_command_waits_for_the_first(
 ) -> None:
     root = tmp_path / "new" / "root"
     building, going_on = threading.Event(), threading.Event()
-    write = module._write_digits
 
     def build(folder: Path) -> None:
         # only the first build is held up
@@ -223,7 +219,8 @@ def test_a_second_command_waits_for_the_first(
             assert going_on.wait(LONG)
             if fails:
                 raise UserError("spoiled")
-        write(folder)
+        for split in ("train", "val"):
+            write_images(folder, split, 3)
 
     monkeypatch.setattr(module, "_write_digits", build)
     with ThreadPoolExecutor(2) as threads:

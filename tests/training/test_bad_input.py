@@ -1,6 +1,5 @@
 """What a user may get wrong: exit code 2, a message with the remedy, nothing lost."""
 
-import shutil
 import socket
 from collections.abc import Callable
 from pathlib import Path
@@ -37,13 +36,6 @@ def refused(
     return run
 
 
-@pytest.fixture
-def root(digits: Path, tmp_path: Path) -> Path:
-    """A copy of the digits that a test may spoil."""
-    shutil.copytree(digits, tmp_path / "digits")
-    return tmp_path / "digits"
-
-
 @pytest.mark.parametrize(
     ("option", "words"),
     [
@@ -64,13 +56,13 @@ def test_settings_that_cannot_be(
     assert all(word in message for word in words)
 
 
-def test_images_that_cannot_be(refused: Callable[..., str], root: Path) -> None:
-    victim = sorted((root / "train" / "5").iterdir())[7]
+def test_images_that_cannot_be(refused: Callable[..., str], own_digits: Path) -> None:
+    victim = sorted((own_digits / "train" / "5").iterdir())[7]
     victim.write_bytes(victim.read_bytes()[:60])
-    assert victim.name in refused(f"data.root={root}")
-    for image in (root / "train" / "3").iterdir():
+    assert victim.name in refused(f"data.root={own_digits}")
+    for image in (own_digits / "train" / "3").iterdir():
         image.unlink()
-    assert str(root / "train" / "3") in refused(f"data.root={root}")
+    assert str(own_digits / "train" / "3") in refused(f"data.root={own_digits}")
 
 
 def test_srun_without_an_address(

@@ -68,21 +68,19 @@ def test_a_rank_that_dies(
     one_message(printed, f"error{survivor}: another process of the run is gone")
 
 
-def test_a_loader_that_hangs(config_file: Write, digits: Path, tmp_path: Path) -> None:
+def test_a_loader_that_hangs(config_file: Write, own_digits: Path, tmp_path: Path) -> None:
     """Opening a named pipe waits for ever, as does reading from a file system that is gone."""
-    root = tmp_path / "digits"
-    shutil.copytree(digits, root)
     config = config_file(
-        data={"root": str(root), "stall_seconds": 3.0},
+        data={"root": str(own_digits), "stall_seconds": 3.0},
         train={"epochs": 50, "max_steps": 1000},
     )
     process = start(config, tmp_path / "run")
-    image = next((root / "train" / "4").iterdir())
-    os.mkfifo(root / "pipe.png")
-    (root / "pipe.png").rename(image)
+    image = next((own_digits / "train" / "4").iterdir())
+    os.mkfifo(own_digits / "pipe.png")
+    (own_digits / "pipe.png").rename(image)
     _, printed = process.communicate(timeout=60)
     assert process.returncode == 1
-    one_message(printed, "no batch of images for 3 s (data.stall_seconds)", str(root))
+    one_message(printed, "no batch of images for 3 s (data.stall_seconds)", str(own_digits))
     assert newest_checkpoint(tmp_path / "run" / "checkpoints") is not None
 
 

@@ -128,11 +128,9 @@ def test_two_processes_continue_as_they_would_have(config_file: Write, tmp_path:
 
 
 def test_lost_data_on_one_rank_is_reported_and_written_down(
-    config_file: Write, digits: Path, tmp_path: Path
+    config_file: Write, own_digits: Path, tmp_path: Path
 ) -> None:
-    root = tmp_path / "digits"
-    shutil.copytree(digits, root)
-    config = config_file(data={"root": str(root)}, train={"max_steps": 40})
+    config = config_file(data={"root": str(own_digits)}, train={"max_steps": 40})
     run_dir = tmp_path / "run"
     process = subprocess.Popen(
         command_of(config, run_dir, ranks=2), stderr=subprocess.PIPE, env=environment(), text=True
@@ -140,7 +138,7 @@ def test_lost_data_on_one_rank_is_reported_and_written_down(
     while not (run_dir / "metrics.jsonl").exists():
         assert process.poll() is None
         time.sleep(0.01)
-    shutil.rmtree(root / "train" / "4")
+    shutil.rmtree(own_digits / "train" / "4")
     _, printed = process.communicate(timeout=300)
     assert process.returncode != 0
     assert "when the run began" in printed
@@ -200,15 +198,14 @@ def test_collapse_stops_a_run_on_request(config_file: Write, tmp_path: Path) -> 
 
 @pytest.mark.parametrize("split", ["train", "val"])
 def test_changed_images_are_noticed_on_resume(
-    config_file: Write, digits: Path, tmp_path: Path, split: str
+    config_file: Write, own_digits: Path, tmp_path: Path, split: str
 ) -> None:
-    root = tmp_path / "digits"
-    shutil.copytree(digits, root)
     evaluation = {"every_epochs": 1, "knn_images": 99}
-    config = config_file(data={"root": str(root)}, train={"max_steps": 2}, evaluation=evaluation)
+    data = {"root": str(own_digits)}
+    config = config_file(data=data, train={"max_steps": 2}, evaluation=evaluation)
     run_dir = tmp_path / "run"
     train(config, run_dir)
-    next((root / split / "0").iterdir()).unlink()
+    next((own_digits / split / "0").iterdir()).unlink()
     printed = train(config, run_dir, "--set", "train.max_steps=4", code=2)
     assert "not those that the run began with" in printed
 
