@@ -19,7 +19,7 @@ from isofast.config.schema import Config
 from isofast.data.prepare import prepare
 from isofast.paper.tables import Request
 
-from .support.runs import ROOT, fit_apart
+from .support.runs import fit_apart
 
 SMALL: dict[str, Any] = {
     "data": {"dataset": "digits", "backend": "dali", "threads": 1},
@@ -164,12 +164,6 @@ def request_of(digits: Path, tmp_path: Path) -> Callable[..., Request]:
         return Request(**(given | {"runs": tmp_path / "runs"} | changes))
 
     return make
-
-
-@pytest.fixture(scope="session")
-def launch() -> ModuleType:
-    """launch/train.py as a module."""
-    return load_script(ROOT / "launch" / "train.py")
 
 
 def load_script(path: Path) -> ModuleType:

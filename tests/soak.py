@@ -22,17 +22,22 @@ from typing import Any
 import psutil
 from safetensors.torch import load_file
 
-from .support.runs import assert_equal_trees, assert_same_run, call, command_of, environment, train
+from isofast.config.presets import merge
 
-SETTINGS: dict[str, Any] = {
-    "data": {"dataset": "digits", "threads": 1},
-    "encoder": {"width": 4},
-    "projector": {"hidden": 32, "output": 16},
-    "optimizer": {"name": "adamw", "lr": 4e-3},
-    "train": {"epochs": 3, "batch_size": 128},
+from .conftest import SMALL
+from .support.runs import (
+    ISOFAST,
+    assert_equal_trees,
+    assert_same_run,
+    call,
+    command_of,
+    environment,
+    train,
+)
+
+CHANGES: dict[str, Any] = {
+    "train": {"epochs": 3, "batch_size": 128, "max_steps": None},
     "evaluation": {"every_epochs": 1, "at_start": True, "knn_images": 200, "metrics_images": 50},
-    "checkpoint": {"every_steps": 2},
-    "logging": {"every_steps": 1, "loggers": []},
 }
 KILLS_A_RUN = 10
 MOMENTS = ("start", "step", "save", "evaluation")
@@ -169,9 +174,9 @@ def main(arguments: list[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        call([sys.executable, "-m", "isofast.cli", "prepare", "digits", "--root", f"{name}/digits"])
-        data = SETTINGS["data"] | {"root": f"{name}/digits"}
-        (folder / "soak.json").write_text(json.dumps(SETTINGS | {"data": data}))
+        call([*ISOFAST, "prepare", "digits", "--root", f"{name}/digits"])
+        settings = merge(merge(SMALL, CHANGES), {"data": {"root": f"{name}/digits"}})
+        (folder / "soak.json").write_text(json.dumps(settings))
         for k, ranks in enumerate(args.ranks):
             kills = args.kills * (k + 1) // len(args.ranks) - args.kills * k // len(args.ranks)
             began = time.monotonic()

@@ -15,7 +15,6 @@ from .support.runs import ROOT, call
 pytestmark = pytest.mark.slow
 
 TRAIN = str(ROOT / "launch" / "train.py")
-ISOFAST = [sys.executable, "-m", "isofast.cli"]
 STEP_KEYS = {
     *("step", "epoch", "loss", "lr", "probe_loss", "probe_top1", "images_per_s", "data_wait"),
     *("effective_rank", "effective_rank_entropy", "embedding_std", "embedding_norm", "mean_share"),
@@ -107,25 +106,6 @@ def test_a_method_in_a_file_of_ones_own(outside: Path) -> None:
     assert any("knn_top1" in line for line in lines)
     wrong = run(outside, *mine[:4], "--set", "method.push=2", code=2)
     assert "method.push" in wrong and "pull" in wrong
-
-
-@pytest.mark.long
-def test_prepare_is_idempotent_and_prints_counts(tmp_path: Path) -> None:
-    command = [*ISOFAST, "prepare", "digits", "--root", "digits"]
-    counts = "10 classes, 1,442 train and 355 val images"
-    assert counts in call(command, cwd=tmp_path).stdout
-    assert counts in call(command, cwd=tmp_path).stdout
-    wrong = [*ISOFAST, "prepare", "cifar10", "--root", "c", "--archive", "no.tar"]
-    call(wrong, cwd=tmp_path, code=2)
-    assert not any((tmp_path / "c").iterdir())
-
-
-def test_theory_prints_json_alone(tmp_path: Path) -> None:
-    command = [*ISOFAST, "theory", "simulate", "--loss", "iso_cosine", "--steps", "5", "--json"]
-    printed = json.loads(call(command, cwd=tmp_path).stdout)
-    assert printed.keys() >= {"loss", "initial", "final", "trace"}
-    assert printed["final"] == sorted(printed["final"], reverse=True)
-    assert len(printed["trace"]) == 2
 
 
 def test_python_names(outside: Path) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from .support.runs import ROOT, call
+from .support.runs import ISOFAST, ROOT, call
 
 pytestmark = pytest.mark.slow
 
@@ -35,7 +35,7 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_train_takes_a_shipped_config_by_name(
     installed: Path, digits: Path, tmp_path: Path
 ) -> None:
-    command = [sys.executable, "-m", "isofast.cli", "train", "--config", "quickstart"]
+    command = [*ISOFAST, "train", "--config", "quickstart"]
     few = ("train.max_steps=2", "encoder.width=4", "evaluation.every_epochs=0")
     settings = (f"data.root={digits}", "data.threads=1", *few)
     command += [word for setting in settings for word in ("--set", setting)]

@@ -10,7 +10,8 @@ from PIL import Image
 from isofast.config.presets import VIEWS_OF_DATASET
 from isofast.data.recipe import recipe_for
 
-from ..conftest import ROOT, load_script
+from ..conftest import load_script
+from ..support.runs import ROOT
 
 CROPS = {recipe_for(name).crop for name in VIEWS_OF_DATASET}
 

@@ -9,8 +9,8 @@ from types import ModuleType
 
 import pytest
 
-from ..conftest import ROOT, load_script
-from ..support.runs import call
+from ..conftest import load_script
+from ..support.runs import ROOT, call
 
 
 @pytest.fixture

@@ -4,13 +4,12 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from ..support.runs import ROOT, assert_same_run, environment, train
+from ..support.runs import ROOT, Process, assert_same_run, environment, train, wait_for_step
 
 pytestmark = pytest.mark.long
 
@@ -53,23 +52,14 @@ def test_a_job_that_reaches_its_time_limit_is_requeued_and_goes_on(
         SLURM_JOB_NODELIST="node1",
         SLURM_ARRAY_TASK_ID="7",
     )
-    command = [
-        "bash",
-        str(ROOT / "launch" / "slurm.sh"),
-        "--config",
-        str(config),
-        "--run-dir",
-        str(tmp_path / "job-%a"),
-    ]
+    script = str(ROOT / "launch" / "slurm.sh")
+    command = ["bash", script, "--config", str(config), "--run-dir", str(tmp_path / "job-%a")]
 
-    def submit() -> "subprocess.Popen[str]":
+    def submit() -> Process:
         return subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True)
 
     process = submit()
-    deadline = time.monotonic() + 120
-    while not ((job / "metrics.jsonl").exists() and (job / "metrics.jsonl").read_text()):
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.05)
+    wait_for_step(1, job, process)
     # as Slurm does two minutes before the end: to the steps, not to the batch script
     (srun,) = subprocess.check_output(["pgrep", "-P", str(process.pid)], text=True).split()
     os.kill(int(srun), signal.SIGUSR1)

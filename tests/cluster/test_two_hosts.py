@@ -16,7 +16,16 @@ import pytest
 
 from isofast.run.metrics import read_metrics
 
-from ..support.runs import ROOT, assert_same_run, command_of, environment, timeless, train
+from ..support.runs import (
+    ROOT,
+    Process,
+    assert_same_run,
+    command_of,
+    environment,
+    timeless,
+    train,
+    wait_for_step,
+)
 
 pytestmark = pytest.mark.long
 
@@ -35,7 +44,7 @@ class Hosts:
 
     names: list[str]
 
-    def start(self, config: Path, run_dir: Path, by: str) -> list["subprocess.Popen[str]"]:
+    def start(self, config: Path, run_dir: Path, by: str) -> list[Process]:
         """A launcher on both, as an administrator without ssh starts it."""
         hostfile = config.with_name("hostfile")
         hostfile.write_text("".join(f"{address} slots=2\n" for address in ADDRESSES))
@@ -98,16 +107,7 @@ def config(config_file: Callable[..., Path]) -> Path:
     )
 
 
-def wait_for_step(step: int, run_dir: Path, processes: list["subprocess.Popen[str]"]) -> None:
-    deadline = time.monotonic() + 200
-    metrics = run_dir / "metrics.jsonl"
-    while not (metrics.exists() and f'"step": {step},' in metrics.read_text()):
-        assert all(process.poll() is None for process in processes), "ended early"
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-
-
-def end_of(processes: list["subprocess.Popen[str]"], within_s: float) -> list[str]:
+def end_of(processes: list[Process], within_s: float) -> list[str]:
     """What each printed, once it has ended."""
     deadline = time.monotonic() + within_s
     try:
@@ -133,7 +133,7 @@ def test_two_hosts_train_as_one_and_outlive_a_cut_cable(
     for launcher in ("deepspeed", "torchrun"):
         cut = tmp_path / launcher
         processes = hosts.start(config, cut, launcher)
-        wait_for_step(8, cut, processes)
+        wait_for_step(8, cut, *processes)
         hosts.pull_the_cable()
         began = time.monotonic()
         printed = end_of(processes, ENDS_WITHIN_S)
@@ -160,7 +160,7 @@ def test_a_rank_that_hangs_ends_the_run(config: Path, tmp_path: Path) -> None:
         )
     try:
         for rank, process in enumerate(started):
-            wait_for_step(3, tmp_path / str(rank), [process])
+            wait_for_step(3, tmp_path / str(rank), process)
             children = psutil.Process(process.pid).children(recursive=True)
             hung += [child for child in children if f"--local_rank={rank}" in child.cmdline()]
             hung[rank].send_signal(signal.SIGSTOP)

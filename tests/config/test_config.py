@@ -147,16 +147,22 @@ def test_runs_of_earlier_versions_stay_readable(
     assert changed_keys(read_stored(file(raw)), now) == changes
 
 
-def test_a_null_of_a_method_of_your_own_is_kept(
+def test_a_stored_method_of_your_own_reads_back_as_itself(
     file: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Also nulls, and tuples, which JSON has not: config.json holds lists."""
+
     class Mine(Method):
         class Config(Method.Config):
             margin: float | None = 1.0
+            betas: tuple[float, float] = (0.5, 0.25)
 
     monkeypatch.setitem(sys.modules, "mine", SimpleNamespace(Mine=Mine))
-    config = validate({**DATA, "method": {"name": "mine:Mine", "margin": None}})
-    assert changed_keys(read_stored(file(to_json(config))), config) == []
+    mine = {"name": "mine:Mine", "margin": None}
+    config = validate({**DATA, "method": mine})
+    stored = read_stored(file(to_json(config)))
+    assert stored == config and changed_keys(stored, config) == []
+    assert validate({**DATA, "method": {**mine, "betas": [1, 0]}}) != config
 
 
 def test_changed_keys_tells_only_what_changes_the_result() -> None:
@@ -183,22 +189,6 @@ def test_the_global_batch_is_shared_out(world: int, share: int) -> None:
 def test_a_batch_that_does_not_divide_is_refused(world: int, suggestion: str) -> None:
     with pytest.raises(UserError, match=f"train.batch_size={suggestion}"):
         validate(DATA).batch_size_per_rank(world)
-
-
-def test_a_stored_method_of_your_own_may_have_tuples(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Which JSON has not: config.json holds lists."""
-
-    class Pair(Method):
-        class Config(Method.Config):
-            betas: tuple[float, float] = (0.5, 0.25)
-
-    monkeypatch.setitem(sys.modules, "my_methods", SimpleNamespace(Pair=Pair))
-    config = validate({**DATA, "method": {"name": "my_methods:Pair"}})
-    (tmp_path / "config.json").write_text(to_json(config))
-    assert read_stored(tmp_path / "config.json") == config
-    assert validate({**DATA, "method": {"name": "my_methods:Pair", "betas": [1, 0]}}) != config
 
 
 def test_the_schema_is_fresh() -> None:

@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 from torchvision.datasets import CIFAR10, CIFAR100, STL10
 
-from isofast.cli import main
 from isofast.data import official
 from isofast.data.prepare import prepare
 from isofast.errors import UserError
@@ -114,15 +113,13 @@ URLS["tinyimagenet"] = f"http://cs231n.stanford.edu/{NAME}"
 
 @pytest.mark.parametrize("name", URLS)
 def test_the_command_names_the_address_and_the_way_out(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refused: Any, name: str
 ) -> None:
     def unreachable(*_: object) -> object:
         raise socket.gaierror(-2, "Name or service not known")
 
     # also where this machine could reach it
     monkeypatch.setattr(socket, "getaddrinfo", unreachable)
-    assert main(["prepare", name, "--root", str(tmp_path / "root")]) == 2
-    message = capsys.readouterr().err
-    assert f"cannot download {URLS[name]}" in message
-    assert "--archive FILE" in message and "Traceback" not in message
+    words = f"cannot download {URLS[name]}", "--archive FILE"
+    refused(["prepare", name, "--root", tmp_path / "root"], *words)
     assert not any((tmp_path / "root").iterdir())

@@ -1,6 +1,5 @@
 """The loaders' promises: who sees which image when, resume, layout, memory, failures."""
 
-import subprocess
 import sys
 from collections import Counter
 from collections.abc import Callable
@@ -20,6 +19,7 @@ from isofast.data import Batch, ImageFolder, Recipe, open_dataset, recipe_for
 from isofast.data.resident import clean_image
 from isofast.errors import RunError, UserError
 
+from ..support.runs import call
 from .conftest import MakeLoader, assert_same, checked, eval_loader, levels_of, numbered, take
 
 BOTH = pytest.mark.parametrize("backend", ["dali", "resident"])
@@ -243,10 +243,8 @@ for step in range(500):
     next(loader)
 print(resident_mb() - before)
 """
-    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
     # the 400 batches after the first 100 are 39 MB of pixels that a leak would keep
-    assert float(result.stdout) < 8
+    assert float(call([sys.executable, "-c", program]).stdout) < 8
 
 
 @BOTH
@@ -292,6 +290,4 @@ for backend, recipe in (("dali", recipe), ("auto", data.recipe_for("digits"))):
 @pytest.mark.slow
 def test_small_sets_train_and_evaluate_without_dali(digits: Path) -> None:
     """What needs DALI is an error with the remedy; nothing imports it."""
-    command = [sys.executable, "-c", WITHOUT_DALI, str(digits)]
-    result = subprocess.run(command, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
+    call([sys.executable, "-c", WITHOUT_DALI, str(digits)])

@@ -2,6 +2,7 @@
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,7 +11,6 @@ from PIL import Image
 from isofast.cli import main
 from isofast.config.presets import VIEWS_OF_DATASET
 from isofast.data.preview import write_preview
-from isofast.errors import UserError
 
 GAP = 4
 
@@ -70,19 +70,19 @@ def test_the_command_prepares_and_draws(tmp_path: Path, capsys: pytest.CaptureFi
 
 
 @pytest.mark.parametrize(
-    ("name", "match"),
+    ("name", "words"),
     [
         ("views.jpg", "must be a .png file"),
-        ("nowhere/views.png", "there is no folder .*nowhere"),
+        ("nowhere/views.png", "there is no folder"),
         ("folder.png", "is a folder"),
     ],
 )
-def test_bad_paths_are_refused_before_the_work(tmp_path: Path, name: str, match: str) -> None:
+def test_bad_paths_are_refused_before_the_work(
+    tmp_path: Path, refused: Any, name: str, words: str
+) -> None:
     (tmp_path / "folder.png").mkdir()
-    root, path = tmp_path / "digits", tmp_path / name
-    assert main(["prepare", "digits", "--root", str(root), "--preview", str(path)]) == 2
-    with pytest.raises(UserError, match=match):
-        write_preview("digits", root, path)
+    root = tmp_path / "digits"
+    refused(["prepare", "digits", "--root", root, "--preview", tmp_path / name], words)
     assert not root.exists()
 
 

@@ -4,7 +4,6 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -78,21 +77,15 @@ def test_pictures_without_any_label_train(
 
 
 def test_without_validation_images_the_way_out_is_said(
-    launch: ModuleType,
-    capsys: pytest.CaptureFixture[str],
-    config_file: Write,
-    half_labelled: Path,
-    tmp_path: Path,
+    config_file: Write, half_labelled: Path, tmp_path: Path, refused: Any
 ) -> None:
     shutil.rmtree(half_labelled / "val")
     config = config_file(data={"root": str(half_labelled)}, evaluation={"every_epochs": 1})
-    arguments = ["--config", str(config), "--run-dir", str(tmp_path / "run")]
-    assert launch.main(arguments) == 2
-    assert "--set evaluation.every_epochs=0" in capsys.readouterr().err
+    command = ["train", "--config", config, "--run-dir", tmp_path / "run"]
+    way_out = ["--set", "evaluation.every_epochs=0"]
+    refused(command, " ".join(way_out))
     # and a bad image stops a run that was not told to skip it
-    assert launch.main([*arguments, "--set", "evaluation.every_epochs=0"]) == 2
-    message = capsys.readouterr().err
-    assert "7-000.png" in message and "data.on_bad_image=skip" in message
+    refused([*command, *way_out], "7-000.png", "data.on_bad_image=skip")
     assert not (tmp_path / "run" / "config.json").exists()
 
 

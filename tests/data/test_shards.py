@@ -87,9 +87,9 @@ def test_shards_have_the_size_asked_for(digits: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("backend", ["dali", "resident"])
+@pytest.mark.parametrize(("backend", "other"), [("dali", "resident"), ("resident", "dali")])
 def test_runs_on_folder_and_tars_are_bitwise_equal(
-    config_file: Write, digits: Path, tmp_path: Path, backend: str
+    config_file: Write, digits: Path, tmp_path: Path, backend: str, other: str
 ) -> None:
     """Also where a run begins on the one and goes on with the other."""
     pack(digits, tmp_path / "packed", shard_mib=1)
@@ -100,7 +100,9 @@ def test_runs_on_folder_and_tars_are_bitwise_equal(
         checkpoint={"every_steps": 10},
     )
     tars = ["--set", f"data.root={tmp_path / 'packed'}"]
-    train(config, tmp_path / "folder")
+    printed = train(config, tmp_path / "folder")
+    resident = "images resident on the device (0.00 GB of 8 x 8 pixels)"
+    assert (resident in printed) == (backend == "resident")
     train(config, tmp_path / "tars", *tars)
     assert_same_run(tmp_path / "folder", tmp_path / "tars")
     # an epoch, after which there is an evaluation anyway
@@ -108,6 +110,10 @@ def test_runs_on_folder_and_tars_are_bitwise_equal(
     printed = train(config, tmp_path / "moved", *tars)
     assert "continuing from" in printed
     assert_same_run(tmp_path / "folder", tmp_path / "moved")
+    more = ("--set", "train.max_steps=27", "--set", f"data.backend={other}")
+    printed = train(config, tmp_path / "moved", *more, code=2)
+    assert f"made by the {backend} backend" in printed
+    assert f"--set data.backend={backend}" in printed
 
 
 LONG = f"{'deep' * 30}/{'x' * 120}.jpg"
@@ -296,9 +302,7 @@ def test_an_interrupted_pack_leaves_nothing_and_a_second_one_changes_nothing(
         pack(digits, output, shard_mib=1)
 
 
-def test_pack_overwrites_nothing(
-    digits: Path, root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_pack_overwrites_nothing(digits: Path, root: Path, tmp_path: Path, refused: Any) -> None:
     pack(digits, tmp_path / "packed", shard_mib=1)
     for source, output, size, match in (
         (root, root, 256, "already holds train and val, not made by `isofast prepare pack`"),
@@ -314,13 +318,8 @@ def test_pack_overwrites_nothing(
         # but for what the check remembers
         after = snapshot(tmp_path)
         assert without(after, "isofast-checked") == without(before, "isofast-checked")
-    for command in (
-        ["pack"],
-        ["digits", "--output", "x"],
-        ["pack", "--output", "x", "--archive=y"],
-    ):
-        assert main(["prepare", command[0], "--root", str(digits), *command[1:]]) == 2
-        assert "takes --root and --output" in capsys.readouterr().err
+    for words in (["pack"], ["digits", "--output", "x"], ["pack", "--output=x", "--archive=y"]):
+        refused(["prepare", *words, "--root", digits], "takes --root and --output")
 
 
 def test_pack_stops_at_unreadable_images_or_leaves_them_out(root: Path, tmp_path: Path) -> None:

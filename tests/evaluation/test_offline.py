@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,7 @@ from isofast.evaluation.offline import GRID_C
 from isofast.methods.networks import make_encoder
 from isofast.run.metrics import read_metrics
 
-from ..support.runs import call
+from ..support.runs import ISOFAST, call
 
 Array = npt.NDArray[Any]
 pytestmark = pytest.mark.slow
@@ -33,10 +32,8 @@ pytestmark = pytest.mark.slow
 @pytest.fixture(scope="module")
 def report(evaluated_run: Path) -> dict[str, Any]:
     """What the command prints, all protocols and both named baselines."""
-    command = [sys.executable, "-m", "isofast.cli", "evaluate", str(evaluated_run)]
-    printed: dict[str, Any] = json.loads(
-        call([*command, "--baselines", "random,pixels", "--json"]).stdout
-    )
+    command = [*ISOFAST, "evaluate", str(evaluated_run), "--baselines", "random,pixels", "--json"]
+    printed: dict[str, Any] = json.loads(call(command).stdout)
     return printed
 
 

@@ -158,13 +158,16 @@ def test_without_labels_it_says_so(
 
 
 def test_a_collapsed_run_says_so_first(config_file: Callable[..., Path], tmp_path: Path) -> None:
-    """With weight decay and nothing else: all embeddings become one point."""
+    """A projector of weight decay alone shrinks to its bias: all embeddings become one."""
     config = config_file(
         optimizer={"name": "sgd", "lr": 1e-9, "weight_decay": 2e9},
         schedule={"warmup_epochs": 0},
         train={"on_collapse": "stop", "max_steps": 20},
     )
-    train(config, tmp_path / "run", code=1, report=True)
+    assert "collapsed" in train(config, tmp_path / "run", code=1, report=True)
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["completed"] is False and "collapsed completely" in summary["failure"]
+    assert summary["collapse"] == summary["failure"]
     for page in (Page(tmp_path / "run" / "report.html"), report(tmp_path, tmp_path / "run")):
         assert page.text.startswith("Run run Collapsed: the embeddings have collapsed completely")
         assert "Try " in page.text

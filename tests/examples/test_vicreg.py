@@ -1,9 +1,7 @@
 """A method of your own: its mathematics, and a run of it from outside the repository."""
 
 import json
-import os
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +13,8 @@ import torch
 from isofast.config.schema import ProjectorConfig
 from isofast.methods import Views
 from isofast.run.metrics import read_metrics
+
+from ..support.runs import call, command_of
 
 HERE = Path(__file__).resolve().parent
 sys.path.append(str(HERE))
@@ -57,23 +57,17 @@ def test_it_trains_resumes_and_is_evaluated(
     del tree["optimizer"]
     (tmp_path / "config.json").write_text(json.dumps(tree))
 
-    def train(*overrides: str) -> "subprocess.CompletedProcess[str]":
-        command = [sys.executable, str(HERE.parents[1] / "launch" / "train.py")]
-        command += ["--config", "config.json", "--run-dir", "run"]
+    def train(*overrides: str, code: int = 0) -> str:
+        command = command_of(Path("config.json"), Path("run"))
         command += [word for override in overrides for word in ("--set", override)]
-        return subprocess.run(
-            command, cwd=tmp_path, env=os.environ.copy(), capture_output=True, text=True
-        )
+        return call(command, cwd=tmp_path, code=code).stderr
 
     mine = ("method.name=my_file:VICReg", "method.covariance=2")
-    wrong = train(*mine, "method.covarianse=1", "method.variance=-1")
-    assert wrong.returncode == 2
-    assert "method.covarianse: unknown key. Did you mean method.covariance?" in wrong.stderr
-    assert "method.variance: got -1; input should be greater than or equal to 0" in wrong.stderr
-    first = train(*mine, "train.max_steps=2")
-    assert first.returncode == 0, first.stderr
-    second = train(*mine, "train.max_steps=4")
-    assert second.returncode == 0 and "continuing from" in second.stderr, second.stderr
+    wrong = train(*mine, "method.covarianse=1", "method.variance=-1", code=2)
+    assert "method.covarianse: unknown key. Did you mean method.covariance?" in wrong
+    assert "method.variance: got -1; input should be greater than or equal to 0" in wrong
+    train(*mine, "train.max_steps=2")
+    assert "continuing from" in train(*mine, "train.max_steps=4")
     stored = json.loads((tmp_path / "run" / "config.json").read_text())
     assert stored["method"]["covariance"] == 2 and stored["method"]["ema"] is False
     # SimSiam's

@@ -7,7 +7,6 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torchvision.models import resnet18
 
 from isofast.config.schema import EncoderConfig, ProjectorConfig
 from isofast.data import Batch
@@ -103,13 +102,6 @@ def test_a_branch_stacks_views_and_a_target_does() -> None:
         torch.testing.assert_close(h_BF, other_h_BF, rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(z_BD, other_z_BD, rtol=1e-5, atol=1e-6)
     assert branches[0].state_dict().keys() == branches[1].state_dict().keys()
-
-
-def test_weights_load_into_torchvision() -> None:
-    encoder = convert_batch_norm(make_encoder(EncoderConfig()), views=2, synchronised=False)
-    theirs = resnet18()
-    theirs.fc = nn.Identity()
-    theirs.load_state_dict({name: value.clone() for name, value in encoder.state_dict().items()})
 
 
 def test_a_batchnorm_with_an_activation_stays() -> None:

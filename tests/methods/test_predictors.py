@@ -12,6 +12,7 @@ from isofast.methods import Views, make_method
 from isofast.methods.ema import EmaTarget
 from isofast.methods.networks import Branch
 from isofast.training.step import Online
+from isofast_kernels.reference import losses_reference
 
 BATCH, DIM = 12, 16
 
@@ -44,13 +45,6 @@ def _by_hand(z_BD: Tensor, weights: dict[str, Tensor]) -> Tensor:
     return a_BH * (a_BH > 0) @ weights["3.weight"].T + weights["3.bias"]
 
 
-def _loss_by_hand(p_BD: Tensor, t_BD: Tensor, metric: str) -> Tensor:
-    if metric == "euclidean":
-        return ((p_BD - t_BD) ** 2).sum() / 2 / BATCH
-    cosine_B = (p_BD * t_BD).sum(1) / (p_BD**2).sum(1) ** 0.5 / (t_BD**2).sum(1) ** 0.5
-    return -cosine_B.sum() / BATCH
-
-
 @pytest.mark.parametrize("metric", ["cosine", "euclidean"])
 @pytest.mark.parametrize(
     ("name", "ema"), [("byol", True), ("byol", False), ("simsiam", False), ("linear", True)]
@@ -73,15 +67,16 @@ def test_gradients_of_embeddings_and_predictor_are_autograds(
     z1, z2 = (z.detach().double().requires_grad_() for z in (z1_BD, z2_BD))
     ours = dict(method.named_parameters())
     weights = {key: p.detach().double().requires_grad_() for key, p in ours.items()}
-    p1, p2 = _by_hand(z1, weights), _by_hand(z2, weights)
-    t1, t2 = t1_BD.double(), t2_BD.double()
-    loss = 2 * (_loss_by_hand(p1, t2, metric) + _loss_by_hand(p2, t1, metric))
+    pairs = ((_by_hand(z1, weights), t2_BD.double()), (_by_hand(z2, weights), t1_BD.double()))
+    kind = {"metric": metric, "isotropic": False}
+    w_DD = torch.eye(DIM, dtype=torch.float64)
+    loss = 2 * sum(losses_reference(p, t, w_DD, **kind).mean() for p, t in pairs)
     loss.backward()
     torch.testing.assert_close(value.double(), loss, rtol=1e-5, atol=1e-6)
-    pairs = {"z1": (z1_BD, z1), "z2": (z2_BD, z2)}
-    pairs |= {key: (p, weights[key]) for key, p in ours.items()}
-    largest = max(p.grad.abs().max().item() for _, p in pairs.values() if p.grad is not None)
-    for key, (mine, theirs) in pairs.items():
+    leaves = {"z1": (z1_BD, z1), "z2": (z2_BD, z2)}
+    leaves |= {key: (p, weights[key]) for key, p in ours.items()}
+    largest = max(p.grad.abs().max().item() for _, p in leaves.values() if p.grad is not None)
+    for key, (mine, theirs) in leaves.items():
         assert mine.grad is not None and theirs.grad is not None
         # a bias before BatchNorm has no gradient but what rounding leaves of the others
         atol = max(1e-4 * theirs.grad.abs().max().item(), 1e-6 * largest)

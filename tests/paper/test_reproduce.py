@@ -17,9 +17,8 @@ from isofast.cli import main, parser_of_all
 from isofast.config.load import load_config
 from isofast.errors import UserError
 from isofast.paper.tables import TABLES, Request
-from isofast.run.metrics import read_metrics
 
-from ..support.runs import call, environment
+from ..support.runs import ISOFAST, Process, call, environment, wait_for_step
 
 pytestmark = pytest.mark.slow
 
@@ -38,10 +37,10 @@ def command(root: Path, runs: Path, *more: str, seeds: int = 1) -> list[str]:
     return ["reproduce", "table2", *where, "--seeds", str(seeds), *settings, *more]
 
 
-def start(arguments: list[str]) -> "subprocess.Popen[str]":
+def start(arguments: list[str]) -> Process:
     """In a process group of its own, on the CPU."""
     return subprocess.Popen(
-        [sys.executable, "-m", "isofast.cli", *arguments],
+        [*ISOFAST, *arguments],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -58,14 +57,8 @@ def _hear_signals() -> None:
 
 
 def run(arguments: list[str], *, code: int = 0) -> tuple[str, str]:
-    done = call([sys.executable, "-m", "isofast.cli", *arguments], code=code)
+    done = call([*ISOFAST, *arguments], code=code)
     return done.stdout, done.stderr
-
-
-def wait_until(holds: Callable[[], Any], process: "subprocess.Popen[str]") -> None:
-    while not holds():
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.02)
 
 
 @pytest.mark.long
@@ -73,7 +66,7 @@ def test_a_killed_table_continues_and_is_printed(digits: Path, tmp_path: Path) -
     arguments = command(digits, tmp_path, "--methods", "simsiam", "--epochs", "2", seeds=2)
     first = tmp_path / "table2" / "digits" / "simsiam" / "seed-0"
     victim = start(arguments)
-    wait_until(lambda: len(read_metrics(first / "metrics.jsonl")) > 5, victim)
+    wait_for_step(6, first, victim)
     table = psutil.Process(victim.pid)
     for process in [table, *table.children(recursive=True)]:
         process.kill()
@@ -299,7 +292,9 @@ def test_an_interruption_leaves_nothing_running(
     script.write_text(LAUNCHER)
     launcher = f"{sys.executable} {script} launcher {child} {session}"
     process = start(command(digits, tmp_path, "--launcher", launcher))
-    wait_until(note.exists, process)
+    while not note.exists():
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.02)
     pid = int(note.read_text())
     # an impatient user: the second and third lead to SIGTERM and SIGKILL at once
     for _ in range(3 if child == "deaf" else 1):

@@ -2,7 +2,6 @@
 
 import json
 import os
-import sys
 from importlib.metadata import version
 from pathlib import Path
 
@@ -13,9 +12,9 @@ from torch import Tensor
 from isofast.run import doctor
 from isofast.run.doctor import kernel_errors
 
-from ..support.runs import call
+from ..support.runs import ISOFAST, call
 
-DOCTOR = [sys.executable, "-m", "isofast.cli", "doctor"]
+DOCTOR = [*ISOFAST, "doctor"]
 
 
 def test_the_errors_are_those_of_fp32(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,6 +7,7 @@ import runpy
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,9 @@ from isofast.run.metrics import read_metrics
 from .launcher import free_port, launcher_of
 
 ROOT = Path(__file__).resolve().parents[2]
+ISOFAST = [sys.executable, "-m", "isofast.cli"]
 Done = subprocess.CompletedProcess[str]
+Process = subprocess.Popen[str]
 Codes = list[int | None]
 TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
 # what a clock decides
@@ -44,6 +47,40 @@ def command_of(config: Path, run_dir: Path, *options: str, ranks: int = 0) -> li
     launcher = launcher_of(ranks) if ranks else []
     program = [str(ROOT / "launch" / "train.py"), "--config", str(config)]
     return [sys.executable, *launcher, *program, "--run-dir", str(run_dir), *options]
+
+
+def started(
+    config: Path,
+    run_dir: Path,
+    *options: str,
+    ranks: int = 0,
+    step: int = 1,
+    start_new_session: bool = False,
+    **env: str,
+) -> Process:
+    """A run in processes of its own that has recorded ``step``."""
+    process = subprocess.Popen(
+        command_of(config, run_dir, *options, ranks=ranks),
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment(**env),
+        start_new_session=start_new_session,
+    )
+    wait_for_step(step, run_dir, process)
+    return process
+
+
+def wait_for_step(step: int, run_dir: Path, *processes: Process) -> None:
+    """Wait until a run has recorded a step; its processes may not end before."""
+    deadline = time.monotonic() + 200
+    while True:
+        records = read_metrics(run_dir / "metrics.jsonl")
+        if records and records[-1]["step"] >= step:
+            return
+        for process in processes:
+            assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
 
 
 def launched(ranks: int, names: Sequence[str] = TORCHRUN) -> list[dict[str, str]]:

@@ -76,7 +76,8 @@ ALONE = World(0, 1, 0, torch.device("cpu"))
 def evaluator_of(config: Config) -> tuple[Evaluator, Images, Recipe]:
     images = check_images(config, list_images(config))
     assert images.val is not None
-    recipe, watch = recipe_for("digits"), StallWatch(config.data, 0)
+    recipe = recipe_for("digits", augmentation=config.data.augmentation)
+    watch = StallWatch(config.data, 0)
     evaluator = Evaluator(config, images.train, images.val, recipe, ALONE, watch, backend="dali")
     return evaluator, images, recipe
 
@@ -131,11 +132,7 @@ def test_views_are_of_the_recipes_first_view(small_config: Callable[..., Config]
         evaluation={"every_epochs": 1},
         train={"cuda_graph": "on"},
     )
-    images = check_images(config, list_images(config))
-    assert images.val is not None
-    recipe = recipe_for("digits", augmentation=config.data.augmentation)
-    watch = StallWatch(config.data, 0)
-    evaluator = Evaluator(config, images.train, images.val, recipe, ALONE, watch, backend="dali")
+    evaluator, _, _ = evaluator_of(config)
     found = evaluator(build(config, ALONE, 10).online).label_free()
     assert found["view_alignment"] == pytest.approx(0, abs=1e-10)
     assert found["uniformity"] < -1e-3

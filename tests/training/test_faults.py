@@ -19,29 +19,11 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from isofast.run.checkpoint import newest_checkpoint
 from isofast.run.metrics import read_metrics
 
-from ..support.runs import assert_same_run, call, command_of, environment, train
+from ..support.runs import assert_same_run, call, started, train
 
 pytestmark = pytest.mark.slow
 
 Write = Callable[..., Path]
-
-
-def start(
-    config: Path, run_dir: Path, *options: str, ranks: int = 0, **env: str
-) -> "subprocess.Popen[str]":
-    """A run that has taken its first step."""
-    process = subprocess.Popen(
-        command_of(config, run_dir, *options, ranks=ranks),
-        stderr=subprocess.PIPE,
-        text=True,
-        env=environment(**env),
-    )
-    deadline = time.monotonic() + 120
-    metrics = run_dir / "metrics.jsonl"
-    while not (metrics.exists() and metrics.read_text()):
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.02)
-    return process
 
 
 def one_message(printed: str, *words: str) -> None:
@@ -58,7 +40,7 @@ def test_a_rank_that_dies(
 ) -> None:
     """By the kernel for its memory, or by a crash of a thread that decodes images."""
     config = config_file(train={"max_steps": 30})
-    process = start(config, tmp_path / "run", ranks=2)
+    process = started(config, tmp_path / "run", ranks=2)
     tree = psutil.Process(process.pid).children(recursive=True)
     (victim,) = [child for child in tree if f"--local_rank={rank}" in child.cmdline()]
     victim.send_signal(number)
@@ -74,7 +56,7 @@ def test_a_loader_that_hangs(config_file: Write, own_digits: Path, tmp_path: Pat
         data={"root": str(own_digits), "stall_seconds": 3.0},
         train={"epochs": 50, "max_steps": 1000},
     )
-    process = start(config, tmp_path / "run")
+    process = started(config, tmp_path / "run")
     image = next((own_digits / "train" / "4").iterdir())
     os.mkfifo(own_digits / "pipe.png")
     (own_digits / "pipe.png").rename(image)
@@ -131,7 +113,7 @@ def test_a_full_disk_is_borne_until_there_is_room(config_file: Write, small_disk
     checkpoint = {"every_steps": 2, "max_failures": 1000}
     config = config_file(train={"max_steps": 200, "epochs": 10}, checkpoint=checkpoint)
     run_dir, filler = small_disk / "run", small_disk / "filler"
-    process = start(config, run_dir)
+    process = started(config, run_dir)
     assert process.stderr is not None
     with suppress(OSError), filler.open("wb", buffering=0) as file:
         while True:
@@ -197,7 +179,7 @@ def test_a_clock_that_jumps(config_file: Write, tmp_path: Path) -> None:
     config = config_file(train={"max_steps": 24, "epochs": 2}, logging={"loggers": ["tensorboard"]})
     whole, jumped = tmp_path / "whole", tmp_path / "jumped"
     train(config, whole, ranks=2)
-    process = start(config, jumped, ranks=2, **env)
+    process = started(config, jumped, ranks=2, **env)
     for days in (365, -365):
         with shift.open("r+b") as file:
             file.write(struct.pack("q", days * 86_400))

@@ -1,15 +1,13 @@
 """`isofast profile`: where the time of a step goes."""
 
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from isofast.cli import main
-
-from ..support.runs import call
+from ..support.runs import ISOFAST, call
 
 
 @pytest.mark.slow
@@ -18,7 +16,7 @@ def test_a_profile_says_where_the_time_goes(
 ) -> None:
     config = config_file(method={"ema": True}, train={"precision": "fp32"})
     output = tmp_path / "profile"
-    command = [sys.executable, "-m", "isofast.cli", "profile", "--config", str(config)]
+    command = [*ISOFAST, "profile", "--config", str(config)]
     done = call([*command, "--steps", "2", "--output", str(output)])
     words = (
         "images/s",
@@ -34,22 +32,12 @@ def test_a_profile_says_where_the_time_goes(
     assert [path.name for path in output.iterdir()] == ["trace.json"]
 
 
-def test_several_processes_are_not_profiled(
-    config_file: Callable[..., Path],
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+def test_what_cannot_be_is_refused_before_the_steps(
+    config_file: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refused: Any
 ) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    assert main(["profile", "--config", str(config_file())]) == 2
-    assert "one process" in capsys.readouterr().err
-
-
-def test_a_folder_that_cannot_be_is_refused_before_the_steps(
-    config_file: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    output = tmp_path / "file"
+    command, output = ["profile", "--config", config_file()], tmp_path / "file"
     output.touch()
-    command = ["profile", "--config", str(config_file()), "--output"]
     for path in (output, output / "below"):
-        assert main([*command, str(path)]) == 2
-        assert f"cannot write to {path}" in capsys.readouterr().err
+        refused([*command, "--output", path], f"cannot write to {path}")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    refused(command, "one process")

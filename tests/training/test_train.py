@@ -2,9 +2,6 @@
 
 import json
 import shutil
-import signal
-import subprocess
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,7 +14,7 @@ from isofast.run.checkpoint import newest_checkpoint
 from isofast.run.directory import cpu_has_bf16
 from isofast.run.metrics import read_metrics
 
-from ..support.runs import ROOT, assert_same_run, command_of, environment, timeless, train
+from ..support.runs import ROOT, assert_same_run, started, timeless, train
 
 pytestmark = pytest.mark.slow
 
@@ -41,11 +38,8 @@ def test_a_killed_run_ends_as_one_never_killed(config: Path, tmp_path: Path) -> 
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     printed = train(config, whole)
     for kill_after in (10, 24):
-        victim = subprocess.Popen(
-            command_of(config, broken), stderr=subprocess.PIPE, env=environment()
-        )
-        _wait_for_step(broken, kill_after, victim)
-        victim.send_signal(signal.SIGKILL)
+        victim = started(config, broken, step=kill_after)
+        victim.kill()
         victim.communicate()
         assert not (broken / "summary.json").exists()
         # nor may an older summary speak for a run that goes on
@@ -62,15 +56,6 @@ def test_a_killed_run_ends_as_one_never_killed(config: Path, tmp_path: Path) -> 
     before = (whole / "metrics.jsonl").read_text()
     assert "completed" in train(config, whole)
     assert (whole / "metrics.jsonl").read_text() == before
-
-
-def _wait_for_step(run_dir: Path, step: int, process: subprocess.Popen[bytes]) -> None:
-    while True:
-        assert process.poll() is None, process.communicate()
-        records = read_metrics(run_dir / "metrics.jsonl")
-        if records and records[-1]["step"] >= step:
-            return
-        time.sleep(0.002)
 
 
 def _check_run_dir(run_dir: Path, printed: str) -> None:
@@ -132,12 +117,7 @@ def test_lost_data_on_one_rank_is_reported_and_written_down(
 ) -> None:
     config = config_file(data={"root": str(own_digits)}, train={"max_steps": 40})
     run_dir = tmp_path / "run"
-    process = subprocess.Popen(
-        command_of(config, run_dir, ranks=2), stderr=subprocess.PIPE, env=environment(), text=True
-    )
-    while not (run_dir / "metrics.jsonl").exists():
-        assert process.poll() is None
-        time.sleep(0.01)
+    process = started(config, run_dir, ranks=2)
     shutil.rmtree(own_digits / "train" / "4")
     _, printed = process.communicate(timeout=300)
     assert process.returncode != 0
@@ -182,20 +162,6 @@ def test_a_loss_that_blows_up_ends_the_run_and_keeps_the_checkpoint(
     assert all(torch.isfinite(value).all() for value in online.values())
 
 
-def test_collapse_stops_a_run_on_request(config_file: Write, tmp_path: Path) -> None:
-    # a projector of weight decay alone shrinks to its bias: all embeddings become one
-    config = config_file(
-        optimizer={"name": "sgd", "lr": 1e-9, "weight_decay": 2e9},
-        schedule={"warmup_epochs": 0},
-        train={"on_collapse": "stop", "max_steps": 20},
-        checkpoint={"every_steps": 100},
-    )
-    assert "collapsed" in train(config, tmp_path / "run", code=1)
-    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
-    assert summary["completed"] is False and "collapsed completely" in summary["failure"]
-    assert summary["collapse"] == summary["failure"]
-
-
 @pytest.mark.parametrize("split", ["train", "val"])
 def test_changed_images_are_noticed_on_resume(
     config_file: Write, own_digits: Path, tmp_path: Path, split: str
@@ -208,22 +174,3 @@ def test_changed_images_are_noticed_on_resume(
     next((own_digits / split / "0").iterdir()).unlink()
     printed = train(config, run_dir, "--set", "train.max_steps=4", code=2)
     assert "not those that the run began with" in printed
-
-
-@pytest.mark.long
-def test_a_run_on_resident_images_continues_bit_for_bit(config_file: Write, tmp_path: Path) -> None:
-    config = config_file(
-        data={"dataset": "cifar10", "crop": 16, "backend": "resident"},
-        train={"max_steps": 6},
-        checkpoint={"every_steps": 3},
-    )
-    whole, parted = tmp_path / "whole", tmp_path / "parted"
-    assert "images resident on the device (0.00 GB of 8 x 8 pixels)" in train(config, whole)
-    for steps in (3, 6):
-        train(config, parted, "--set", f"train.max_steps={steps}")
-    assert_same_run(whole, parted)
-
-    more = ("--set", "train.max_steps=7", "--set", "data.backend=dali")
-    printed = train(config, parted, *more, code=2)
-    assert "made by the resident backend" in printed
-    assert "--set data.backend=resident" in printed
