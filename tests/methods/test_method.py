@@ -75,27 +75,21 @@ def test_the_target_takes_no_gradient(small_config: Callable[..., Config]) -> No
     assert all(p.grad is not None for p in online.parameters())
 
 
+@pytest.mark.parametrize("mode", [True, False], ids=["train", "eval"])
 def test_the_target_is_a_copy_with_batch_statistics_of_its_own(
-    small_config: Callable[..., Config],
+    small_config: Callable[..., Config], mode: bool
 ) -> None:
-    online, target, batch = _networks(small_config())
+    """In whichever mode the encoder comes."""
+    online, _, batch = _networks(small_config())
+    online.branch.encoder.train(mode)
+    target = EmaTarget(online.branch, 0.99)
+    online.train()
     before = online.branch.encoder.bn1.running_mean.clone()
     targets = target(batch)
     assert not torch.equal(target.branch.encoder.bn1.running_mean, before)
     assert torch.equal(online.branch.encoder.bn1.running_mean, before)
     # a fresh target equals the online network, in train mode too
     for view, t_BD in zip(batch.x_NCHW.chunk(2), targets, strict=True):
-        torch.testing.assert_close(t_BD, online.branch(view)[1].detach())
-
-
-def test_the_target_of_an_encoder_that_comes_in_eval_mode_has_batch_statistics(
-    small_config: Callable[..., Config],
-) -> None:
-    online, _, batch = _networks(small_config())
-    online.branch.encoder.eval()
-    target = EmaTarget(online.branch, 0.99)
-    online.train()
-    for view, t_BD in zip(batch.x_NCHW.chunk(2), target(batch), strict=True):
         torch.testing.assert_close(t_BD, online.branch(view)[1].detach())
 
 

@@ -112,6 +112,7 @@ def test_predictions_follow_the_networks_precision(
     assert isinstance(norm, nn.BatchNorm1d) and norm.num_batches_tracked == 2
 
 
+@pytest.mark.slow
 def test_the_predictor_is_one_graph_for_the_compiler(
     small_config: Callable[..., Config],
 ) -> None:

@@ -73,6 +73,7 @@ def _numbers(row: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+@pytest.mark.slow
 def test_records_config_and_spectrum_and_one_run_for_both_processes(
     tmp_path: Path, small_config: Callable[..., Config]
 ) -> None:
