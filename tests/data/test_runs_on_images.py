@@ -11,6 +11,7 @@ import pytest
 from isofast.config.load import load_config, validate
 from isofast.config.schema import changed_keys
 from isofast.data.images import data_set_notes
+from isofast.run.metrics import read_metrics
 
 from ..support.runs import train
 
@@ -33,12 +34,6 @@ def half_labelled(own_digits: Path) -> Path:
     return root
 
 
-def records_of(run_dir: Path) -> tuple[list[Any], Any]:
-    """The records and the summary of a run."""
-    records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    return records, json.loads((run_dir / "summary.json").read_text())
-
-
 @pytest.mark.long
 def test_half_labelled_digits_train_on_two_ranks(
     config_file: Write, half_labelled: Path, tmp_path: Path
@@ -49,7 +44,8 @@ def test_half_labelled_digits_train_on_two_ranks(
         evaluation={"every_epochs": 1, "knn_images": 2000},
     )
     printed = train(config, tmp_path / "run", ranks=2)
-    records, summary = records_of(tmp_path / "run")
+    records = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert printed.count("1 of 1442 train images cannot be read: unlabeled/7-000.png") == 1
     val = len(list((half_labelled / "val").glob("?/*.png")))
     assert printed.count(f"1 of {val} val images cannot be read: val/3/004.png") == 1
@@ -69,7 +65,8 @@ def test_pictures_without_any_label_train(
         shutil.rmtree(half_labelled / split)
     config = config_file(data={"root": str(half_labelled)})
     printed = train(config, tmp_path / "run")
-    records, summary = records_of(tmp_path / "run")
+    records = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert "images without labels" in printed
     assert summary["completed"] is True and summary["val_top1"] is None
     assert [record["probe_loss"] for record in records] == [0.0] * 6

@@ -68,7 +68,6 @@ def test_a_host_copy_is_of_its_moment() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_a_host_copy_of_a_gpu_tensor_is_of_its_moment_and_is_not_waited_for() -> None:
     tensor = torch.ones(256, 256, device="cuda")
     HostCopy(tensor).get()

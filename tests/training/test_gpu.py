@@ -25,10 +25,7 @@ from isofast.run.metrics import read_metrics
 
 from ..support.runs import call, command_of, train
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-]
+pytestmark = pytest.mark.gpu
 
 
 @pytest.fixture

@@ -108,7 +108,6 @@ def test_compiled_networks_train_as_eager_ones_in_one_graph_each(small_config: S
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("optimizer", ["lars", "sgd", "adamw"])
 @pytest.mark.parametrize("method", ["isoloss", "byol"])
 def test_a_replayed_step_is_the_eager_one(

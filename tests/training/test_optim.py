@@ -18,11 +18,8 @@ from isofast.methods.networks import Branch
 from isofast.training.optim import LARS, load_optimizer_state, lr_at, make_optimizer, set_lr
 from isofast.training.step import Online
 
-GPU = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
-]
-on_devices = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=GPU)])
+GPU = pytest.param("cuda", marks=pytest.mark.gpu)
+on_devices = pytest.mark.parametrize("device", ["cpu", GPU])
 OPTIMIZERS = ("lars", "sgd", "adamw")
 
 
@@ -224,7 +221,6 @@ def test_the_rate_counts_that_the_tensor_holds(name: str) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("name", ["lars", "sgd"])
 def test_a_captured_step_follows_the_rates(name: str) -> None:
     torch.manual_seed(0)
