@@ -4,6 +4,7 @@ import json
 import shutil
 import sys
 import zipfile
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -56,3 +57,31 @@ def test_train_takes_a_shipped_config_by_name(
     assert "no config file imagenet" in wrong and "tinyimagenet" in wrong
     where = "import isofast; print(isofast.__file__)"
     assert str(installed) in call([sys.executable, "-c", where], cwd=tmp_path, **path).stdout
+
+
+IMPORT = """
+import importlib.util, sys
+if sys.argv[2] == "without":
+    sys.modules["triton"] = None
+    find_spec = importlib.util.find_spec
+    importlib.util.find_spec = lambda name, *a: None if name == "triton" else find_spec(name, *a)
+else:
+    import triton
+import torch
+before = {name.partition(".")[0] for name in sys.modules}
+import isofast_kernels
+new = {name.partition(".")[0] for name in sys.modules} - before - set(sys.stdlib_module_names)
+assert new == {"isofast_kernels"}, new
+assert isofast_kernels.__file__.startswith(sys.argv[1]), isofast_kernels.__file__
+z = torch.randn(2, 8, 4, requires_grad=True)
+isofast_kernels.IsoLoss(4)(*z).backward()
+assert z.grad.isfinite().all()
+"""
+
+
+def test_the_kernels_need_torch_and_on_a_gpu_triton(installed: Path, tmp_path: Path) -> None:
+    (found,) = metadata.distributions(name="isofast_kernels", path=[str(installed)])
+    assert sorted(need.partition(">")[0] for need in found.requires or ()) == ["torch", "triton"]
+    for triton in ("with", "without"):
+        command = [sys.executable, "-c", IMPORT, str(installed), triton]
+        call(command, cwd=tmp_path, PYTHONPATH=str(installed))

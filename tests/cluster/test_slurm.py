@@ -1,5 +1,6 @@
 """launch/slurm.sh under a stand-in for Slurm, which does not run here."""
 
+import json
 import os
 import signal
 import subprocess
@@ -37,9 +38,14 @@ esac
 def test_a_job_that_reaches_its_time_limit_is_requeued_and_goes_on(
     config_file: Callable[..., Path], tmp_path: Path
 ) -> None:
-    config = config_file(train={"max_steps": 20}, checkpoint={"every_steps": 1000})
+    config = config_file(
+        train={"max_steps": 20},
+        evaluation={"every_epochs": 1, "knn_images": 99},
+        checkpoint={"every_steps": 1000},
+    )
     whole, job = tmp_path / "whole", tmp_path / "job-7"
-    train(config, whole, ranks=2)
+    assert "2 process(es), BatchNorm statistics synchronised" in train(config, whole, ranks=2)
+    assert json.loads((whole / "environment.json").read_text())["batch_norm"] == "synchronised"
     for name, script in (("srun", SRUN), ("scontrol", SCONTROL)):
         (tmp_path / name).write_text(script)
         (tmp_path / name).chmod(0o755)

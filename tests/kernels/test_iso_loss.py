@@ -1,11 +1,8 @@
 """The loss as a module: what it computes, when C moves, one process against two."""
 
 import os
-import shutil
 import subprocess
 import sys
-import zipfile
-from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -17,7 +14,6 @@ from isofast_kernels import IsoLoss, reference
 from ..support.runs import assert_equal_trees
 from . import iso_loss_ranks
 
-ROOT = Path(__file__).resolve().parents[2]
 DIM, BATCH = 6, 8
 
 
@@ -243,47 +239,3 @@ def test_two_ranks_are_one_process_on_the_whole_batch(tmp_path):
             torch.testing.assert_close(
                 first[case][name], tensor, rtol=1e-10, atol=1e-12, msg=f"{case}: {name}"
             )
-
-
-IMPORT = """
-import importlib.util, sys
-if sys.argv[2] == "without":
-    sys.modules["triton"] = None
-    find_spec = importlib.util.find_spec
-    importlib.util.find_spec = lambda name, *a: None if name == "triton" else find_spec(name, *a)
-else:
-    import triton
-import torch
-before = {name.partition(".")[0] for name in sys.modules}
-import isofast_kernels
-new = {name.partition(".")[0] for name in sys.modules} - before - set(sys.stdlib_module_names)
-assert new == {"isofast_kernels"}, new
-assert isofast_kernels.__file__.startswith(sys.argv[1]), isofast_kernels.__file__
-z = torch.randn(2, 8, 4, requires_grad=True)
-isofast_kernels.IsoLoss(4)(*z).backward()
-assert z.grad.isfinite().all()
-"""
-
-
-@pytest.mark.slow
-def test_the_wheel_needs_torch_and_on_a_gpu_triton(tmp_path: Path) -> None:
-    pip = [sys.executable, "-m", "pip", "--quiet"]
-    options = ["--no-deps", "--no-build-isolation", "--wheel-dir", str(tmp_path)]
-    source = tmp_path / "kernels"
-    # a copy: a build leaves folders beside what it builds
-    skipped = shutil.ignore_patterns("*.egg-info", "build", "__pycache__")
-    shutil.copytree(ROOT / "kernels", source, ignore=skipped)
-    subprocess.run([*pip, "wheel", *options, str(source)], check=True)
-    (wheel,) = tmp_path.glob("isofast_kernels-*.whl")
-    target = tmp_path / "site"
-    with zipfile.ZipFile(wheel) as archive:
-        archive.extractall(target)
-    (found,) = metadata.distributions(name="isofast_kernels", path=[str(target)])
-    assert sorted(need.partition(">")[0] for need in found.requires) == ["torch", "triton"]
-    for triton in ("with", "without"):
-        subprocess.run(
-            [sys.executable, "-c", IMPORT, str(target), triton],
-            check=True,
-            cwd=tmp_path,
-            env=os.environ | {"PYTHONPATH": str(target)},
-        )

@@ -14,7 +14,7 @@ from isofast.run.checkpoint import newest_checkpoint
 from isofast.run.directory import cpu_has_bf16
 from isofast.run.metrics import read_metrics
 
-from ..support.runs import ROOT, assert_same_run, started, timeless, train
+from ..support.runs import ROOT, assert_same_run, started, train
 
 pytestmark = pytest.mark.slow
 
@@ -96,20 +96,6 @@ def _check_run_dir(run_dir: Path, printed: str) -> None:
     assert list((run_dir / "tensorboard").iterdir())
     for text in (f"{summary['knn_top1']:.3f}", str(run_dir / "metrics.jsonl"), "one process"):
         assert text in printed
-
-
-@pytest.mark.long
-def test_two_processes_continue_as_they_would_have(config_file: Write, tmp_path: Path) -> None:
-    config = config_file(train={"max_steps": 4}, evaluation={"every_epochs": 1, "knn_images": 99})
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
-    assert "2 process(es), BatchNorm statistics synchronised" in train(config, whole, ranks=2)
-    assert json.loads((whole / "environment.json").read_text())["batch_norm"] == "synchronised"
-    train(config, parts, "--set", "train.max_steps=2", ranks=2)
-    train(config, parts, ranks=2)
-    # the shorter run was evaluated at its end, too
-    extra = [r for r in timeless(parts) if r["step"] == 2 and "knn_top1" in r]
-    assert len(extra) == 1
-    assert [record for record in timeless(parts) if record not in extra] == timeless(whole)
 
 
 def test_lost_data_on_one_rank_is_reported_and_written_down(
