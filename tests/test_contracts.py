@@ -41,7 +41,7 @@ def run(folder: Path, *options: str, code: int = 0) -> str:
 
 
 @pytest.mark.long
-def test_a_run_and_its_folder(outside: Path) -> None:
+def test_a_run_and_its_folder(outside):
     run(outside)
     folder = outside / "runs" / "tiny"
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
@@ -72,7 +72,7 @@ def test_a_run_and_its_folder(outside: Path) -> None:
     assert json.loads((folder / "summary.json").read_text())["steps"] == 6
 
 
-def test_python_names(outside: Path) -> None:
+def test_python_names(outside):
     code = """
 import isofast, torch
 from pathlib import Path

@@ -6,7 +6,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def test_every_fault_is_shown_by_a_test_that_exists() -> None:
+def test_every_fault_is_shown_by_a_test_that_exists():
     text = (ROOT / "docs" / "guide" / "faults.md").read_text()
     rows = [line.split("|")[-2] for line in text.splitlines() if line.startswith("| ")][1:]
     named = [re.findall(r"`(test_\w+)`", row) for row in rows]

@@ -50,7 +50,7 @@ NOT_FOR_KERNELS = ("isofast", "pydantic", "torchvision", "sklearn", "numpy")
         *((package, ("kernels",), set()) for package in NOT_FOR_KERNELS),
     ],
 )
-def test_who_imports(module: str, within: tuple[str, ...], allowed: set[str]) -> None:
+def test_who_imports(module, within, allowed):
     importers = _importers(module, within)
     # the scripts of bench/ share a harness
     assert {path for path in importers if not path.startswith(f"{module}/")} == allowed
@@ -64,7 +64,7 @@ LEVELS = {
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "isofast").rglob("*.py")), ids=lambda p: p.stem)
-def test_packages_import_downwards(path: Path) -> None:
+def test_packages_import_downwards(path):
     own = path.relative_to(ROOT / "isofast").parts[0].removesuffix(".py")
     if own == "__init__":
         return
@@ -74,7 +74,7 @@ def test_packages_import_downwards(path: Path) -> None:
             assert other == own or LEVELS[other] < LEVELS[own], name
 
 
-def test_no_modules_import_in_a_circle() -> None:
+def test_no_modules_import_in_a_circle():
     modules = {
         ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
         for path in sorted((ROOT / "isofast").rglob("*.py"))
@@ -88,6 +88,6 @@ def test_no_modules_import_in_a_circle() -> None:
     assert len([*graphlib.TopologicalSorter(graph).static_order()]) == len(modules)
 
 
-def test_few_modules_stand_beside_the_packages() -> None:
+def test_few_modules_stand_beside_the_packages():
     beside = {path.name for path in (ROOT / "isofast").glob("*.py")} - {"__init__.py"}
     assert beside == {"cli.py", "distributed.py", "errors.py"}

@@ -33,9 +33,7 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.long
-def test_train_takes_a_shipped_config_by_name(
-    installed: Path, digits: Path, tmp_path: Path
-) -> None:
+def test_train_takes_a_shipped_config_by_name(installed, digits, tmp_path):
     command = [*ISOFAST, "train", "--config", "quickstart"]
     few = ("train.max_steps=2", "encoder.width=4", "evaluation.every_epochs=0")
     settings = (f"data.root={digits}", "data.threads=1", *few)
@@ -79,7 +77,7 @@ assert z.grad.isfinite().all()
 """
 
 
-def test_the_kernels_need_torch_and_on_a_gpu_triton(installed: Path, tmp_path: Path) -> None:
+def test_the_kernels_need_torch_and_on_a_gpu_triton(installed, tmp_path):
     (found,) = metadata.distributions(name="isofast_kernels", path=[str(installed)])
     assert sorted(need.partition(">")[0] for need in found.requires or ()) == ["torch", "triton"]
     for triton in ("with", "without"):

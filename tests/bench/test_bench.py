@@ -1,7 +1,6 @@
 """The benchmarks refuse what they cannot time fairly, keep earlier results, and pair ratios."""
 
 import importlib
-from pathlib import Path
 from types import ModuleType
 
 import pytest
@@ -28,9 +27,7 @@ def harness() -> ModuleType:
 
 
 @pytest.mark.parametrize("name", ["kernels", "data"])
-def test_the_interpreter_is_not_timed(
-    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_interpreter_is_not_timed(name, monkeypatch, capsys):
     script = load_script(ROOT / "bench" / f"{name}.py")
     monkeypatch.setattr(script, "INTERPRET", True)
     with pytest.raises(SystemExit, match="2"):
@@ -38,17 +35,15 @@ def test_the_interpreter_is_not_timed(
     assert "TRITON_INTERPRET" in capsys.readouterr().err
 
 
-def test_without_git_the_commit_is_unknown(
-    harness: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_without_git_the_commit_is_unknown(harness, tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     assert harness.environment()["commit"] == "unknown"
 
 
 @pytest.mark.slow
 def test_only_questions_with_green_tests_are_timed_and_no_result_is_overwritten(
-    harness: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+    harness, tmp_path, capsys
+):
     file = tmp_path / "test_both.py"
     file.write_text("def test_good():\n    pass\n\ndef test_bad():\n    assert False\n")
     called = set()
@@ -78,7 +73,7 @@ def test_only_questions_with_green_tests_are_timed_and_no_result_is_overwritten(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("side", sorted(CROPS | {600}))
-def test_pictures_are_made_in_the_size_of_every_recipe(tmp_path: Path, side: int) -> None:
+def test_pictures_are_made_in_the_size_of_every_recipe(tmp_path, side):
     """Also where the photographs, 640 x 427 pixels, have no four times larger square, or none."""
     bench = load_script(ROOT / "bench" / "data.py")
     bench.generate(tmp_path, side, 20)
@@ -89,7 +84,7 @@ def test_pictures_are_made_in_the_size_of_every_recipe(tmp_path: Path, side: int
             assert image.size == (side, side)
 
 
-def test_the_notes_have_the_paired_ratio() -> None:
+def test_the_notes_have_the_paired_ratio():
     """When rounds slow down together, the ratio of medians is not the median of ratios."""
     bench = load_script(ROOT / "bench" / "data.py")
     first, second = (

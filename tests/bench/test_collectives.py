@@ -3,7 +3,6 @@
 import csv
 import re
 import sys
-from pathlib import Path
 
 import pytest
 from torch import nn
@@ -25,7 +24,7 @@ BUDGET = {
 
 
 @pytest.mark.long
-def test_a_step_keeps_to_its_collectives(tmp_path: Path) -> None:
+def test_a_step_keeps_to_its_collectives(tmp_path):
     small = ["--presets", "cifar10 with EMA", "--width", "4", "--ranks", "1", "2", "64"]
     program = [sys.executable, str(ROOT / "bench" / "collectives.py"), *small, "--gloo", "2"]
     printed = call(program, BENCH_RESULTS=str(tmp_path)).stdout
@@ -52,7 +51,7 @@ def test_a_step_keeps_to_its_collectives(tmp_path: Path) -> None:
 
 
 @pytest.mark.long
-def test_ranks_are_timed_side_by_side(tmp_path: Path) -> None:
+def test_ranks_are_timed_side_by_side(tmp_path):
     small = ["--ranks", "1", "2", "--batch", "8", "--width", "4", "--rounds", "2", "--steps", "1"]
     program = [sys.executable, str(ROOT / "bench" / "ranks.py"), *small]
     printed = call(program, BENCH_RESULTS=str(tmp_path)).stdout

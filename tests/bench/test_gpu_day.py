@@ -19,9 +19,7 @@ def day(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return load_script(ROOT / "bench" / "gpu_day.py")
 
 
-def test_a_day_goes_on_after_failures_and_is_taken_up_again(
-    day: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_day_goes_on_after_failures_and_is_taken_up_again(day, tmp_path, monkeypatch):
     """The stage that hangs does not listen, and has a child."""
     monkeypatch.setattr(day, "GRACE_S", 0.5)
     done, mended = tmp_path / "done", tmp_path / "mended"
@@ -71,9 +69,7 @@ def test_a_day_goes_on_after_failures_and_is_taken_up_again(
 
 
 @pytest.mark.slow
-def test_errors_of_kernel_tests_are_listed_beside_their_budgets(
-    day: ModuleType, tmp_path: Path
-) -> None:
+def test_errors_of_kernel_tests_are_listed_beside_their_budgets(day, tmp_path):
     chosen = ["-m", "", "-k", "test_loss_pair and 3x17-fp32-iso_cosine"]
     log = tmp_path / "log"
     with log.open("w") as file:
@@ -87,13 +83,13 @@ def test_errors_of_kernel_tests_are_listed_beside_their_budgets(
 
 
 @pytest.mark.slow
-def test_sizes_are_not_measured_without_a_gpu(tmp_path: Path) -> None:
+def test_sizes_are_not_measured_without_a_gpu(tmp_path):
     printed = call([sys.executable, "bench/gpu_day.py"], code=2, cwd=ROOT).stderr
     assert "--dry-run" in printed
 
 
 @pytest.mark.long
-def test_a_dry_run_of_everything(tmp_path: Path) -> None:
+def test_a_dry_run_of_everything(tmp_path):
     output = tmp_path / "day"
     # limits for a busy machine
     options = ["--dry-run", "--output", str(output), "--minutes", "240"]

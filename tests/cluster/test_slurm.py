@@ -5,8 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 
@@ -35,9 +33,7 @@ esac
 """
 
 
-def test_a_job_that_reaches_its_time_limit_is_requeued_and_goes_on(
-    config_file: Callable[..., Path], tmp_path: Path
-) -> None:
+def test_a_job_that_reaches_its_time_limit_is_requeued_and_goes_on(config_file, tmp_path):
     config = config_file(
         train={"max_steps": 20},
         evaluation={"every_epochs": 1, "knn_images": 99},

@@ -120,9 +120,7 @@ def end_of(processes: list[Process], within_s: float) -> list[str]:
                 process.kill()
 
 
-def test_two_hosts_train_as_one_and_outlive_a_cut_cable(
-    hosts: Hosts, config: Path, tmp_path: Path
-) -> None:
+def test_two_hosts_train_as_one_and_outlive_a_cut_cable(hosts, config, tmp_path):
     single, whole = tmp_path / "one-process", tmp_path / "one-host"
     train(config, whole, ranks=4)
     train(config, single)
@@ -150,7 +148,7 @@ def test_two_hosts_train_as_one_and_outlive_a_cut_cable(
         assert_same_run(whole, cut)
 
 
-def test_a_rank_that_hangs_ends_the_run(config: Path, tmp_path: Path) -> None:
+def test_a_rank_that_hangs_ends_the_run(config, tmp_path):
     """The one that keeps the ranks' addresses, or another; two runs side by side."""
     hung, started = [], []
     for rank in (0, 1):

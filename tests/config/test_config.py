@@ -73,7 +73,7 @@ WRONG_METHODS: list[tuple[dict[str, Any], list[str]]] = [
     ],
     ids=lambda value: "-".join(value) if isinstance(value, list) else "",
 )
-def test_errors_name_the_key_and_the_remedy(raw: dict[str, Any], words: list[str]) -> None:
+def test_errors_name_the_key_and_the_remedy(raw, words):
     with pytest.raises(UserError) as caught:
         validate(raw)
     for word in words:
@@ -82,14 +82,14 @@ def test_errors_name_the_key_and_the_remedy(raw: dict[str, Any], words: list[str
     assert str(caught.value).count("\n") == 1
 
 
-def test_all_errors_come_at_once() -> None:
+def test_all_errors_come_at_once():
     with pytest.raises(UserError) as caught:
         validate({**DATA, "train": {"epochs": 0, "batch_size": 1}, "seed": -1})
     for key in ("train.epochs", "train.batch_size", "seed"):
         assert key in str(caught.value)
 
 
-def test_overrides_reach_nested_keys_as_json_or_text(file: Callable[..., Path]) -> None:
+def test_overrides_reach_nested_keys_as_json_or_text(file):
     overrides = ["method.ema=false", "optimizer.lr=0.5", "data.root=/a b", "method.name=directpred"]
     config = load_config(file({}), overrides)
     assert (config.method.name, config.method.ema) == ("directpred", False)
@@ -105,20 +105,18 @@ def test_overrides_reach_nested_keys_as_json_or_text(file: Callable[..., Path]) 
         *(("{", [], "line 1"), ("[1]", [], "JSON object"), ("\xff", [], "as JSON")),
     ],
 )
-def test_malformed_files_and_overrides_are_refused(
-    file: Callable[..., Path], content: Any, overrides: list[str], words: str
-) -> None:
+def test_malformed_files_and_overrides_are_refused(file, content, overrides, words):
     with pytest.raises(UserError, match=words):
         load_config(file(content), overrides)
 
 
-def test_a_missing_file_names_its_neighbours(file: Callable[..., Path]) -> None:
+def test_a_missing_file_names_its_neighbours(file):
     with pytest.raises(UserError, match=r"c\.json"):
         load_config(file({}).with_name("d.json"))
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_the_resolved_config_reads_back_as_itself(name: str) -> None:
+def test_the_resolved_config_reads_back_as_itself(name):
     metric = {} if name == "sigreg" else {"metric": "euclidean"}
     config = validate({**DATA, "method": {"name": name, "ema": False, **metric}})
     again = validate(json.loads(to_json(config)))
@@ -135,9 +133,7 @@ def test_the_resolved_config_reads_back_as_itself(name: str) -> None:
     ],
     ids=["directcopy", "byol", "isoloss"],
 )
-def test_runs_of_earlier_versions_stay_readable(
-    file: Callable[..., Path], dataset: str, method: dict[str, Any], changes: list[str]
-) -> None:
+def test_runs_of_earlier_versions_stay_readable(file, dataset, method, changes):
     data = {"data": {"dataset": dataset, "root": "x"}}
     now = validate({**data, "method": {"name": method["name"]}})
     raw = json.loads(to_json(now))
@@ -147,9 +143,7 @@ def test_runs_of_earlier_versions_stay_readable(
     assert changed_keys(read_stored(file(raw)), now) == changes
 
 
-def test_a_stored_method_of_your_own_reads_back_as_itself(
-    file: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_stored_method_of_your_own_reads_back_as_itself(file, monkeypatch):
     """Also nulls, and tuples, which JSON has not: config.json holds lists."""
 
     class Mine(Method):
@@ -165,7 +159,7 @@ def test_a_stored_method_of_your_own_reads_back_as_itself(
     assert validate({**DATA, "method": {**mine, "betas": [1, 0]}}) != config
 
 
-def test_changed_keys_tells_only_what_changes_the_result() -> None:
+def test_changed_keys_tells_only_what_changes_the_result():
     changes = {
         "seed": 1,
         "data": {"dataset": "cifar10", "root": "elsewhere", "threads": 3},
@@ -181,29 +175,29 @@ def test_changed_keys_tells_only_what_changes_the_result() -> None:
 
 
 @pytest.mark.parametrize(("world", "share"), [(1, 256), (2, 128), (8, 32)])
-def test_the_global_batch_is_shared_out(world: int, share: int) -> None:
+def test_the_global_batch_is_shared_out(world, share):
     assert validate(DATA).batch_size_per_rank(world) == share
 
 
 @pytest.mark.parametrize(("world", "suggestion"), [(3, "255"), (7, "259"), (256, "512")])
-def test_a_batch_that_does_not_divide_is_refused(world: int, suggestion: str) -> None:
+def test_a_batch_that_does_not_divide_is_refused(world, suggestion):
     with pytest.raises(UserError, match=f"train.batch_size={suggestion}"):
         validate(DATA).batch_size_per_rank(world)
 
 
-def test_the_schema_is_fresh() -> None:
+def test_the_schema_is_fresh():
     """`make schema` writes it."""
     assert (LAUNCH / "config.schema.json").read_text() == schema_json()
 
 
-def test_every_key_is_documented() -> None:
+def test_every_key_is_documented():
     for name, section in json.loads(schema_json())["$defs"].items():
         for key, field in section["properties"].items():
             assert field.get("description"), f"{name}.{key}"
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.name)
-def test_shipped_configs_spell_out_nothing_implied(path: Path) -> None:
+def test_shipped_configs_spell_out_nothing_implied(path):
     """But for the method's name, which a reader changes, and the optimizer's, beside its rate."""
     assert load_config(path).data.root
     raw = json.loads(path.read_text())

@@ -32,9 +32,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         ({"ema": False, "decay": 0.9, "eps": 0.1}, {"decay": 0.9, "eps": 0.1}),
     ],
 )
-def test_presets_fill_in_and_the_user_wins(
-    method: dict[str, Any], expected: dict[str, Any]
-) -> None:
+def test_presets_fill_in_and_the_user_wins(method, expected):
     config = validate({**DATA, "method": method})
     assert config.method.model_dump(include=set(expected)) == expected
 
@@ -50,8 +48,8 @@ def test_presets_fill_in_and_the_user_wins(
 )
 @pytest.mark.parametrize("name", PRESETS)
 def test_short_runs_and_other_pictures_have_settings_of_ours(
-    name: str, dataset: str, epochs: int, papers: bool, without_ema: bool, given: dict[str, str]
-) -> None:
+    name, dataset, epochs, papers, without_ema, given
+):
     method = {"name": name, **given} | ({"ema": False} if without_ema else {})
     data = {"dataset": dataset, "root": "somewhere"}
     config = validate({"data": data, "train": {"epochs": epochs}, "method": method})
@@ -74,7 +72,7 @@ def test_short_runs_and_other_pictures_have_settings_of_ours(
     assert optimizer.weight_decay == (1e-5 if name in ("byol", "simsiam") else 1e-4)
 
 
-def test_the_user_wins_over_every_preset() -> None:
+def test_the_user_wins_over_every_preset():
     method = {"name": "byol", "metric": "euclidean", "decay": 0.9, "ema": False, "ema_base": 0.5}
     optimizer = {"name": "lars", "lr": 0.3, "weight_decay": 1e-6}
     config = validate({**DATA, "method": method, "optimizer": optimizer})
@@ -84,7 +82,7 @@ def test_the_user_wins_over_every_preset() -> None:
 
 @pytest.mark.parametrize(("name", "lr"), [("lars", 1.0), ("sgd", 0.1), ("adamw", 1e-3)])
 @pytest.mark.parametrize("ema", [True, False])
-def test_the_learning_rate_is_the_named_optimizers(name: str, lr: float, ema: bool) -> None:
+def test_the_learning_rate_is_the_named_optimizers(name, lr, ema):
     config = validate({**DATA, "method": {"ema": ema}, "optimizer": {"name": name}})
     assert (config.optimizer.name, config.optimizer.lr) == (name, lr)
 
@@ -93,7 +91,7 @@ def test_the_learning_rate_is_the_named_optimizers(name: str, lr: float, ema: bo
     ("crop", "stem"),
     [(32, "cifar"), (48, "tiny"), (64, "tiny"), (96, "imagenet"), (None, "imagenet")],
 )
-def test_a_folder_has_the_stem_of_its_crop(crop: int | None, stem: str) -> None:
+def test_a_folder_has_the_stem_of_its_crop(crop, stem):
     data = {"dataset": "imagefolder", "root": "x", "crop": crop}
     assert validate({"data": data}).encoder.stem == stem
     assert validate({"data": data, "encoder": {"stem": "imagenet"}}).encoder.stem == "imagenet"
@@ -102,7 +100,7 @@ def test_a_folder_has_the_stem_of_its_crop(crop: int | None, stem: str) -> None:
 @pytest.mark.parametrize(
     ("epochs", "given", "expected"), [(1000, None, 10), (30, None, 3), (30, 5.0, 5)]
 )
-def test_warmup_shrinks_with_a_short_run(epochs: int, given: float | None, expected: float) -> None:
+def test_warmup_shrinks_with_a_short_run(epochs, given, expected):
     raw = {**DATA, "train": {"epochs": epochs}, "schedule": {"warmup_epochs": given}}
     assert validate(raw).warmup_epochs == expected
 
@@ -111,7 +109,7 @@ def test_warmup_shrinks_with_a_short_run(epochs: int, given: float | None, expec
     ("dataset", "stem"),
     [("cifar10", "cifar"), ("cifar100", "cifar"), ("stl10", "imagenet"), ("tinyimagenet", "tiny")],
 )
-def test_each_data_set_has_the_papers_run(dataset: str, stem: str) -> None:
+def test_each_data_set_has_the_papers_run(dataset, stem):
     config = load_config(LAUNCH / f"{dataset}.json")
     assert config.data.dataset == dataset and config.encoder.name == "resnet18"
     assert (config.encoder.stem, config.encoder.stem_padding) == (stem, 1)

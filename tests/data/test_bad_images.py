@@ -42,9 +42,7 @@ def two_epochs(make_loader: MakeLoader) -> Train:
 @pytest.mark.parametrize(
     ("backend", "check"), [("dali", "full"), ("dali", "headers"), ("resident", "headers")]
 )
-def test_the_culprit_is_named_and_can_be_skipped(
-    root: Path, culprit: Path, two_epochs: Train, backend: str, check: Any
-) -> None:
+def test_the_culprit_is_named_and_can_be_skipped(root, culprit, two_epochs, backend, check):
     """As where a GPU's decoder refuses what a check has let pass."""
     if backend == "resident":
         culprit.write_bytes(PNG[: len(PNG) // 2])
@@ -65,9 +63,7 @@ def test_the_culprit_is_named_and_can_be_skipped(
     two_epochs(again, backend=backend)
 
 
-def test_the_one_named_is_remembered_though_threads_fail_together(
-    root: Path, two_epochs: Train
-) -> None:
+def test_the_one_named_is_remembered_though_threads_fail_together(root, two_epochs):
     culprits = {f"train/{group}/{k}.png" for group in "ab" for k in range(16)}
     for name in culprits:
         (root / name).write_bytes(PNG[: len(PNG) // 2])
@@ -81,9 +77,7 @@ def test_the_one_named_is_remembered_though_threads_fail_together(
 
 
 @pytest.mark.parametrize("length", [len(PNG) // 2, len(PNG) - 12])
-def test_an_unchecked_png_that_ends_early_is_named(
-    root: Path, two_epochs: Train, length: int
-) -> None:
+def test_an_unchecked_png_that_ends_early_is_named(root, two_epochs, length):
     """DALI itself would end the process, in three runs of four."""
     path = root / "train" / "b" / "17.png"
     path.write_bytes(PNG[:length])
@@ -94,9 +88,7 @@ def test_an_unchecked_png_that_ends_early_is_named(
 
 @pytest.mark.parametrize("backend", ["dali", "resident"])
 @pytest.mark.parametrize("content", [b"", b"no picture", None], ids=["empty", "text", "gone"])
-def test_without_a_check_a_file_without_a_header_is_named(
-    root: Path, two_epochs: Train, backend: str, content: bytes | None
-) -> None:
+def test_without_a_check_a_file_without_a_header_is_named(root, two_epochs, backend, content):
     dataset = checked(root, check="off")
     path = root / "train" / "b" / "17.png"
     path.unlink() if content is None else path.write_bytes(content)
@@ -104,7 +96,7 @@ def test_without_a_check_a_file_without_a_header_is_named(
         two_epochs(dataset, backend=backend)
 
 
-def test_a_validation_image_need_not_end_the_run(root: Path, culprit: Path) -> None:
+def test_a_validation_image_need_not_end_the_run(root, culprit):
     (root / "train").rename(root / "val")
     dataset = checked(root, "val", decoder="pillow")
     loader = eval_loader(dataset, RECIPE, range(64), batch_size=16)
@@ -112,7 +104,7 @@ def test_a_validation_image_need_not_end_the_run(root: Path, culprit: Path) -> N
         list(loader)
 
 
-def test_where_no_file_is_to_blame_none_is_named(root: Path, two_epochs: Train) -> None:
+def test_where_no_file_is_to_blame_none_is_named(root, two_epochs):
     """The window of a recipe for larger pictures lies outside of these."""
     dataset = checked(root)
     with pytest.raises(RunError, match="no single one is to blame"):
@@ -120,9 +112,7 @@ def test_where_no_file_is_to_blame_none_is_named(root: Path, two_epochs: Train) 
     assert len(check_folder(dataset, on_bad="skip")) == 64
 
 
-def test_a_decoder_that_fails_at_everything_makes_no_file_bad(
-    root: Path, culprit: Path, two_epochs: Train
-) -> None:
+def test_a_decoder_that_fails_at_everything_makes_no_file_bad(root, culprit, two_epochs):
     for path in (root / "train").glob("*/*.png"):
         path.write_bytes(culprit.read_bytes())
     dataset = checked(root, check="headers")

@@ -19,7 +19,7 @@ from isofast.data.dali import SingleDecoder
 from isofast.data.folder import read_sizes
 from isofast.errors import UserError
 
-from .conftest import MakeLoader, checked, eval_loader, levels_of, take, write_copies
+from .conftest import checked, eval_loader, levels_of, take, write_copies
 
 DECODERS = ("dali", "pillow")
 BOTH = pytest.mark.parametrize("decoder", DECODERS)
@@ -98,7 +98,7 @@ def keep_stamp(path: Path, content: bytes) -> None:
 
 @BOTH
 @pytest.mark.parametrize("kind", BAD)
-def test_a_bad_file_is_named_and_can_be_skipped(root: Path, kind: str, decoder: str) -> None:
+def test_a_bad_file_is_named_and_can_be_skipped(root, kind, decoder):
     content, refused_by, by_headers = BAD[kind]
     path = root / "train" / "a" / "01.png"
     path.write_bytes(content)
@@ -124,9 +124,7 @@ def test_a_bad_file_is_named_and_can_be_skipped(root: Path, kind: str, decoder: 
     assert check(root, decoder=decoder).fingerprint == kept.fingerprint
 
 
-def test_no_file_is_to_blame_where_dali_decodes_nothing(
-    root: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_no_file_is_to_blame_where_dali_decodes_nothing(root, monkeypatch):
     # after which nothing is left to remember
     check(root, decoder="pillow")
     with monkeypatch.context() as broken:
@@ -136,7 +134,7 @@ def test_no_file_is_to_blame_where_dali_decodes_nothing(
     assert len(check(root, "skip", decoder="dali")) == 6
 
 
-def test_who_stops_a_check_does_not_wait_for_its_end(tmp_path: Path) -> None:
+def test_who_stops_a_check_does_not_wait_for_its_end(tmp_path):
     folder = tmp_path / "train" / "a"
     folder.mkdir(parents=True)
     Image.fromarray(RNG.integers(0, 256, (1000, 1000, 3), dtype=np.uint8)).save(folder / "00.png")
@@ -158,14 +156,14 @@ def test_who_stops_a_check_does_not_wait_for_its_end(tmp_path: Path) -> None:
     assert time.monotonic() - start < 5
 
 
-def test_many_bad_files_are_counted(root: Path) -> None:
+def test_many_bad_files_are_counted(root):
     for k in range(7):
         (root / "train" / "b" / f"bad{k}.png").write_text("no picture")
     with pytest.raises(UserError, match=r"7 of 13.*cannot identify.*and 2 more"):
         check(root)
 
 
-def test_a_class_without_readable_images_is_an_error(root: Path) -> None:
+def test_a_class_without_readable_images_is_an_error(root):
     for path in (root / "train" / "b").iterdir():
         path.write_text("no picture")
     with pytest.raises(UserError, match=r"3 of 6 train images.*no image of the class b"):
@@ -173,7 +171,7 @@ def test_a_class_without_readable_images_is_an_error(root: Path) -> None:
 
 
 @BOTH
-def test_what_was_checked_is_not_read_again(root: Path, decoder: str) -> None:
+def test_what_was_checked_is_not_read_again(root, decoder):
     first = check(root, decoder=decoder)
     good, bad = root / "train" / "a" / "00.png", root / "train" / "b" / "00.png"
     # damage that looks like no change stays unseen
@@ -192,7 +190,7 @@ def test_what_was_checked_is_not_read_again(root: Path, decoder: str) -> None:
     assert changed.sizes[changed.paths.index("train/b/00.png")].tolist() == [7, 9]
 
 
-def test_one_decoder_does_not_answer_for_the_other(root: Path) -> None:
+def test_one_decoder_does_not_answer_for_the_other(root):
     path = root / "train" / "a" / "01.png"
     path.write_bytes(SHORT_PNG)
     assert len(check(root, decoder="pillow")) == 6
@@ -210,7 +208,7 @@ def test_one_decoder_does_not_answer_for_the_other(root: Path) -> None:
 
 
 @pytest.mark.parametrize("memory", ["{", '{"format": 4}', '{"format": 6, "files": ["a"]}'])
-def test_a_damaged_memory_is_written_anew(root: Path, memory: str) -> None:
+def test_a_damaged_memory_is_written_anew(root, memory):
     path = root / ".isofast-checked-train.json"
     path.write_text(memory)
     assert len(check(root, decoder="dali")) == 6
@@ -218,13 +216,13 @@ def test_a_damaged_memory_is_written_anew(root: Path, memory: str) -> None:
     assert not list(root.glob(".*.part"))
 
 
-def test_a_root_that_cannot_be_written_is_checked_all_the_same(root: Path) -> None:
+def test_a_root_that_cannot_be_written_is_checked_all_the_same(root):
     # a folder in the place of the file, which stops even those whom no permission stops
     (root / ".isofast-checked-train.json").mkdir()
     assert len(check(root)) == 6
 
 
-def test_a_file_that_cannot_be_read_now_is_tried_again(root: Path) -> None:
+def test_a_file_that_cannot_be_read_now_is_tried_again(root):
     """A file of the kernel's, which nobody can read from its start, not even root."""
     (root / "train" / "a" / "closed.png").symlink_to("/proc/self/mem")
     with pytest.raises(UserError, match=r"closed\.png \(Input/output error\)"):
@@ -234,7 +232,7 @@ def test_a_file_that_cannot_be_read_now_is_tried_again(root: Path) -> None:
     assert len(files) == 6 and "train/a/closed.png" not in files
 
 
-def test_broken_links_are_named_and_links_to_no_files_ignored(root: Path, tmp_path: Path) -> None:
+def test_broken_links_are_named_and_links_to_no_files_ignored(root, tmp_path):
     os.mkfifo(tmp_path / "pipe")
     (root / "train" / "a" / "z.png").symlink_to(tmp_path / "pipe")
     (root / "train" / "b" / "folder.jpg").symlink_to(tmp_path)
@@ -246,7 +244,7 @@ def test_broken_links_are_named_and_links_to_no_files_ignored(root: Path, tmp_pa
 
 
 @BOTH
-def test_unusual_images_are_read_as_pillow_reads_them(tmp_path: Path, decoder: str) -> None:
+def test_unusual_images_are_read_as_pillow_reads_them(tmp_path, decoder):
     folder = tmp_path / "val" / "a"
     folder.mkdir(parents=True)
     coarse = np.random.default_rng(0).integers(0, 256, (6, 6, 3), dtype=np.uint8)
@@ -275,9 +273,7 @@ def test_unusual_images_are_read_as_pillow_reads_them(tmp_path: Path, decoder: s
 
 
 @pytest.mark.parametrize("size", [(1, 1), (4000, 10), (10, 4000)], ids=str)
-def test_images_of_odd_sizes_are_trained_and_evaluated_on(
-    tmp_path: Path, make_loader: MakeLoader, size: tuple[int, int]
-) -> None:
+def test_images_of_odd_sizes_are_trained_and_evaluated_on(tmp_path, make_loader, size):
     for split in ("train", "val"):
         (tmp_path / split / "a").mkdir(parents=True)
         Image.new("RGB", size, (200, 100, 50)).save(tmp_path / split / "a" / "x.png")

@@ -6,7 +6,6 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 from torchvision.datasets import CIFAR10, CIFAR100, STL10
@@ -63,7 +62,7 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
         thread.join()
 
 
-def test_a_data_set_is_downloaded_and_made(tmp_path: Path, server: Server) -> None:
+def test_a_data_set_is_downloaded_and_made(tmp_path, server):
     root = tmp_path / "root"
     # a killed command left half of it
     (root / ".download").mkdir(parents=True)
@@ -88,9 +87,7 @@ def test_a_data_set_is_downloaded_and_made(tmp_path: Path, server: Server) -> No
     ],
     ids=str,
 )
-def test_a_failed_download_leaves_nothing(
-    tmp_path: Path, server: Server, monkeypatch: pytest.MonkeyPatch, change: Any, match: str
-) -> None:
+def test_a_failed_download_leaves_nothing(tmp_path, server, monkeypatch, change, match):
     monkeypatch.setattr(official, "_SILENCE_S", 0.3)
     whole, root = vars(server).copy(), tmp_path / "root"
     vars(server).update(change)
@@ -102,7 +99,7 @@ def test_a_failed_download_leaves_nothing(
     assert prepare("tinyimagenet", root).train == 6
 
 
-def test_an_archive_beside_the_data_is_used_and_kept(tmp_path: Path, server: Server) -> None:
+def test_an_archive_beside_the_data_is_used_and_kept(tmp_path, server):
     assert prepare("tinyimagenet", tmp_path).train == 6
     assert server.requests == 0 and (tmp_path / NAME).exists()
 
@@ -112,9 +109,7 @@ URLS["tinyimagenet"] = f"http://cs231n.stanford.edu/{NAME}"
 
 
 @pytest.mark.parametrize("name", URLS)
-def test_the_command_names_the_address_and_the_way_out(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refused: Any, name: str
-) -> None:
+def test_the_command_names_the_address_and_the_way_out(tmp_path, monkeypatch, refused, name):
     def unreachable(*_: object) -> object:
         raise socket.gaierror(-2, "Name or service not known")
 

@@ -31,14 +31,14 @@ P = 1e-3
     ],
     ids=["zeros", "ones", "pi"],
 )
-def test_philox_gives_the_published_answers(counter: str, key: str, expected: str) -> None:
+def test_philox_gives_the_published_answers(counter, key, expected):
     words = np.array([int(word, 16) for word in counter.split()], dtype=np.uint64)
     low, high = (int(word, 16) for word in key.split())
     result = philox(words, low | high << 32)
     assert [f"{int(word):08x}" for word in result] == expected.split()
 
 
-def test_orders_are_permutations_that_differ_by_epoch_and_seed() -> None:
+def test_orders_are_permutations_that_differ_by_epoch_and_seed():
     orders = [epoch_order(1000, seed=s, epoch=e) for s, e in ((0, 0), (0, 1), (1, 0))]
     for order in orders:
         assert np.array_equal(np.sort(order), np.arange(1000))
@@ -48,7 +48,7 @@ def test_orders_are_permutations_that_differ_by_epoch_and_seed() -> None:
     assert np.array_equal(orders[0], epoch_order(1000, seed=0, epoch=0))
 
 
-def test_an_image_draws_the_same_in_any_batch() -> None:
+def test_an_image_draws_the_same_in_any_batch():
     recipe = recipe_for("stl10")
     sizes = np.random.default_rng(0).integers(20, 300, (64, 2))
     together = draw(recipe, 2, sizes, np.arange(64), seed=3, epoch=7)
@@ -59,7 +59,7 @@ def test_an_image_draws_the_same_in_any_batch() -> None:
 
 
 @pytest.mark.parametrize("changed", ["view", "seed", "epoch"])
-def test_views_seeds_and_epochs_draw_independently(changed: str) -> None:
+def test_views_seeds_and_epochs_draw_independently(changed):
     n = 4000
     row = ViewConfig(jitter_p=1.0)
     recipe, sizes = replace(recipe_for("stl10"), view1=row, view2=row), np.full((n, 2), 96)
@@ -71,7 +71,7 @@ def test_views_seeds_and_epochs_draw_independently(changed: str) -> None:
     assert stats.pearsonr(brightness(), other).pvalue > P
 
 
-def test_parameters_have_the_distributions_of_the_table() -> None:
+def test_parameters_have_the_distributions_of_the_table():
     n = 20_000
     row = ViewConfig(blur_p=0.3, solarize_p=0.2, degrees=10, translate=0.1)
     recipe = replace(recipe_for("stl10"), view1=row)
@@ -102,7 +102,7 @@ def test_parameters_have_the_distributions_of_the_table() -> None:
 
 
 @pytest.mark.parametrize("size", [(64, 64), (48, 200)], ids=str)
-def test_crop_windows_follow_torchvision(size: tuple[int, int]) -> None:
+def test_crop_windows_follow_torchvision(size):
     n = 3000
     recipe = recipe_for("tinyimagenet")
     view = draw(recipe, 1, np.tile(size, (n, 1)), np.arange(n), seed=0, epoch=0)
@@ -120,7 +120,7 @@ def test_crop_windows_follow_torchvision(size: tuple[int, int]) -> None:
         assert stats.ks_2samp(*values).pvalue > P
 
 
-def test_jitter_follows_torchvision() -> None:
+def test_jitter_follows_torchvision():
     """Factors and the order of the operations, by torchvision's own draw."""
     n = 6000
     row = ViewConfig(jitter_p=1.0)
@@ -150,7 +150,7 @@ def test_jitter_follows_torchvision() -> None:
         assert stats.chi2_contingency([np.bincount(first[flag == x]) for x in (0, 1)]).pvalue > P
 
 
-def test_no_number_has_moved() -> None:
+def test_no_number_has_moved():
     """What an image went through once, it goes through again in the next release."""
     view = draw(recipe_for("stl10"), 2, np.array([[96, 96]]), np.array([1234]), seed=7, epoch=3)
     assert view.window_N4.tolist() == [[1, 6, 92, 89]]
@@ -166,7 +166,7 @@ def test_no_number_has_moved() -> None:
 
 
 @pytest.mark.parametrize("size", [(10, 4000), (4000, 10), (1, 1), (1, 50)], ids=str)
-def test_thin_images_get_the_central_window(size: tuple[int, int]) -> None:
+def test_thin_images_get_the_central_window(size):
     recipe = recipe_for("imagefolder")
     recipe = replace(recipe, view1=ViewConfig(crop_scale=(0.5, 1.0)))
     view = draw(recipe, 1, np.array([size]), np.array([0]), seed=0, epoch=0)
@@ -181,7 +181,7 @@ def test_thin_images_get_the_central_window(size: tuple[int, int]) -> None:
     "size", [(64, 64), (64, 67), (300, 200), (231, 500), (10, 4000), (3, 5)], ids=str
 )
 @pytest.mark.parametrize("name", ["tinyimagenet", "imagefolder"])
-def test_clean_windows_are_resize_and_center_crop(name: str, size: tuple[int, int]) -> None:
+def test_clean_windows_are_resize_and_center_crop(name, size):
     """Against torchvision's own arithmetic, on an image whose pixels say where they are."""
     recipe = recipe_for(name)
     start, end = clean_windows(recipe, np.array([size]))
@@ -196,7 +196,7 @@ def test_clean_windows_are_resize_and_center_crop(name: str, size: tuple[int, in
         )
 
 
-def test_colour_matrices_keep_white_and_gray() -> None:
+def test_colour_matrices_keep_white_and_gray():
     recipe = recipe_for("tinyimagenet")
     view = draw(recipe, 1, np.full((500, 2), 64), np.arange(500), seed=0, epoch=0)
     colour, of_mean = colour_matrices(view)

@@ -19,10 +19,10 @@ from isofast.errors import RunError, UserError
 
 from ..support.launcher import UNPRIVILEGED
 from ..support.runs import ISOFAST, call
-from .conftest import MakeLoader, checked
+from .conftest import checked
 
 
-def test_listing(pictures: Path) -> None:
+def test_listing(pictures):
     train = open_dataset(pictures, "train")
     assert train.classes == ("class0", "class1", "class2")
     assert len(train) == len(train.paths) == 51
@@ -38,7 +38,7 @@ def test_listing(pictures: Path) -> None:
             assert (height, width) == (image.height, image.width)
 
 
-def test_fingerprint_changes_with_names_labels_and_sizes(root: Path) -> None:
+def test_fingerprint_changes_with_names_labels_and_sizes(root):
     first = open_dataset(root, "train").fingerprint
     assert open_dataset(str(root), "train").fingerprint == first
     path = root / "train" / "class0" / "000.jpg"
@@ -55,7 +55,7 @@ def test_fingerprint_changes_with_names_labels_and_sizes(root: Path) -> None:
         seen.add(fingerprint)
 
 
-def test_missing_folders_are_explained(tmp_path: Path, root: Path) -> None:
+def test_missing_folders_are_explained(tmp_path, root):
     with pytest.raises(UserError, match=r"nowhere is not a folder.*isofast prepare"):
         open_dataset(tmp_path / "nowhere", "train")
     (root / "train" / "class1" / "sub").mkdir()
@@ -75,21 +75,19 @@ def test_missing_folders_are_explained(tmp_path: Path, root: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["train/class3", "unlabeled"])
-def test_a_folder_that_is_a_broken_link_is_refused(root: Path, name: str) -> None:
+def test_a_folder_that_is_a_broken_link_is_refused(root, name):
     (root / name).symlink_to(root / "unmounted")
     with pytest.raises(UserError, match=rf"{name}.* is a broken link to .*unmounted"):
         open_dataset(root, "train")
 
 
-def test_a_link_to_a_folder_is_a_class(root: Path, tmp_path: Path) -> None:
+def test_a_link_to_a_folder_is_a_class(root, tmp_path):
     (root / "train" / "class1").rename(tmp_path / "elsewhere")
     (root / "train" / "class1").symlink_to(tmp_path / "elsewhere")
     assert len(open_dataset(root, "train")) == 51
 
 
-def test_pictures_that_are_not_used_are_counted(
-    root: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_pictures_that_are_not_used_are_counted(root, capsys):
     assert notes_on([open_dataset(root, "train")]) == []
     folder = root / "train" / "class0"
     ignored = ("a.webp", "b.BMP", "more/c.png", "more/deep/d.gif", "../stray.png")
@@ -121,7 +119,7 @@ def add_unlabeled(root: Path, count: int) -> None:
         Image.new("RGB", (24, 24), (40 * k, 90, 160)).save(root / "unlabeled" / f"{k}.png")
 
 
-def test_unlabeled_pictures_are_trained_on(root: Path, make_loader: MakeLoader) -> None:
+def test_unlabeled_pictures_are_trained_on(root, make_loader):
     before = open_dataset(root, "train")
     add_unlabeled(root, 5)
     train, val = open_dataset(root, "train"), open_dataset(root, "val")
@@ -137,7 +135,7 @@ def test_unlabeled_pictures_are_trained_on(root: Path, make_loader: MakeLoader) 
     assert "56 train (5 without a label) and 15 val" in str(counts)
 
 
-def test_pictures_alone_are_a_data_set(tmp_path: Path, pictures: Path) -> None:
+def test_pictures_alone_are_a_data_set(tmp_path, pictures):
     add_unlabeled(tmp_path, 4)
     train = open_dataset(tmp_path, "train")
     assert train.classes == () and train.labels.tolist() == [-1] * 4
@@ -157,9 +155,7 @@ def test_pictures_alone_are_a_data_set(tmp_path: Path, pictures: Path) -> None:
         open_dataset(tmp_path, "train")
 
 
-def test_names_that_are_not_utf8_are_taken_and_printed(
-    root: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_names_that_are_not_utf8_are_taken_and_printed(root, capsys):
     """Of files that are left out or ignored, and of the root."""
     for name in (b"/\xff.png", b"/\xff.gif"):
         Path(os.fsdecode(os.fsencode(root / "train" / "class0") + name)).write_text("no picture")
@@ -172,7 +168,7 @@ def test_names_that_are_not_utf8_are_taken_and_printed(
     assert r"not used: train/class0/\udcff.gif" in printed
 
 
-def test_only_the_files_that_were_checked_are_read(root: Path) -> None:
+def test_only_the_files_that_were_checked_are_read(root):
     dataset = checked(root, "val")
     paths = [root / path for path in dataset.paths]
     assert read_files(dataset, [2, 0]) == [paths[2].read_bytes(), paths[0].read_bytes()]
@@ -199,9 +195,7 @@ def test_only_the_files_that_were_checked_are_read(root: Path) -> None:
         ("out", 0o600, "out/views.png"),
     ],
 )
-def test_what_may_not_be_read_is_named(
-    forbidden: str, mode: int, named: str, pictures: Path, tmp_path: Path
-) -> None:
+def test_what_may_not_be_read_is_named(forbidden, mode, named, pictures, tmp_path):
     place = tmp_path / "place"
     (place / "out").mkdir(parents=True)
     shutil.copytree(pictures, place / "root", ignore=shutil.ignore_patterns(".isofast*"))

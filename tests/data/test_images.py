@@ -144,13 +144,13 @@ CASES: dict[str, tuple[ViewConfig, ViewDraw, float]] = {
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_distance_to_torchvision(photos: ImageFolder, name: str) -> None:
+def test_distance_to_torchvision(photos, name):
     row, drawn, allowed = CASES[name]
     theirs = through_pillow(photos, affine if name == "affine" else by_torchvision(drawn))
     assert np.abs(through_dali(photos, row, drawn) - theirs).mean() <= allowed
 
 
-def test_one_map_stands_for_any_order_of_jitter_without_hue(photos: ImageFolder) -> None:
+def test_one_map_stands_for_any_order_of_jitter_without_hue(photos):
     """Against torchvision in floating point, which does not truncate after each operation."""
     ours = through_dali(photos, ViewConfig(), neutral(**COLOUR))
     differences = []
@@ -165,7 +165,7 @@ def test_one_map_stands_for_any_order_of_jitter_without_hue(photos: ImageFolder)
     assert np.mean(differences) <= 0.8  # measured 0.66
 
 
-def test_view_of_everything_in_the_stated_order(photos: ImageFolder) -> None:
+def test_view_of_everything_in_the_stated_order(photos):
     gray, solarize, flip = (np.random.default_rng(s).random(N) < 0.5 for s in range(3))
     row = ViewConfig(blur_p=0.5, solarize_p=0.5)
     drawn = neutral(
@@ -191,9 +191,7 @@ def test_view_of_everything_in_the_stated_order(photos: ImageFolder) -> None:
     # measured 2.99, 2.85, 1.38, 1.37
     [(1, True, 3.1), (2, True, 3.0), (1, False, 1.5), (2, False, 1.5)],
 )
-def test_distance_of_the_whole_recipe(
-    photos: ImageFolder, view: int, hue: bool, allowed: float
-) -> None:
+def test_distance_of_the_whole_recipe(photos, view, hue, allowed):
     """What training sees: the preset's own draws for 1,000 pictures, with the drawn order."""
     everyone = np.arange(len(photos))
     assert photos.sizes is not None

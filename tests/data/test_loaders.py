@@ -2,11 +2,9 @@
 
 import sys
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -15,19 +13,17 @@ from PIL import Image
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as F
 
-from isofast.data import Batch, ImageFolder, Recipe, open_dataset, recipe_for
+from isofast.data import Batch, open_dataset, recipe_for
 from isofast.data.resident import clean_image
 from isofast.errors import RunError, UserError
 
 from ..support.runs import call
-from .conftest import MakeLoader, assert_same, checked, eval_loader, levels_of, numbered, take
+from .conftest import assert_same, checked, eval_loader, levels_of, numbered, take
 
 BOTH = pytest.mark.parametrize("backend", ["dali", "resident"])
 
 
-def test_every_image_at_most_once_an_epoch_over_three_ranks(
-    train_set: ImageFolder, make_loader: MakeLoader
-) -> None:
+def test_every_image_at_most_once_an_epoch_over_three_ranks(train_set, make_loader):
     loaders = [make_loader(numbered(train_set), rank=rank, world_size=3) for rank in range(3)]
     steps = loaders[0].steps_per_epoch
     assert (len(train_set), steps) == (51, 4)
@@ -45,9 +41,7 @@ def test_every_image_at_most_once_an_epoch_over_three_ranks(
 
 
 @BOTH
-def test_streams_are_equal_by_seed_and_differ_by_seed(
-    make_loader: MakeLoader, backend: str
-) -> None:
+def test_streams_are_equal_by_seed_and_differ_by_seed(make_loader, backend):
     first, again, other = (
         take(make_loader(backend=backend, seed=s, threads=t), 3)
         for s, t in ((5, 1), (5, 2), (6, 2))
@@ -58,7 +52,7 @@ def test_streams_are_equal_by_seed_and_differ_by_seed(
 
 @BOTH
 @pytest.mark.parametrize("k", [1, 11, 12, 17])
-def test_resume_is_bit_exact(make_loader: MakeLoader, backend: str, k: int) -> None:
+def test_resume_is_bit_exact(make_loader, backend, k):
     """12 steps an epoch: resumed within an epoch, before, at and after its end."""
     whole = make_loader(backend=backend)
     assert whole.steps_per_epoch == 12
@@ -71,9 +65,7 @@ def test_resume_is_bit_exact(make_loader: MakeLoader, backend: str, k: int) -> N
 
 
 @BOTH
-def test_a_global_batch_does_not_depend_on_the_number_of_ranks(
-    make_loader: MakeLoader, backend: str
-) -> None:
+def test_a_global_batch_does_not_depend_on_the_number_of_ranks(make_loader, backend):
     one = make_loader(backend=backend, batch_size=8)
     two = [make_loader(backend=backend, batch_size=4, rank=rank, world_size=2) for rank in range(2)]
     # 6 steps an epoch, so the epoch's end is crossed
@@ -88,9 +80,7 @@ def test_a_global_batch_does_not_depend_on_the_number_of_ranks(
 
 
 @BOTH
-def test_batches_have_the_promised_layout_and_dtype(
-    make_loader: MakeLoader, recipe: Recipe, backend: str
-) -> None:
+def test_batches_have_the_promised_layout_and_dtype(make_loader, recipe, backend):
     """16-bit views are the float32 views of the same step, rounded once by DALI."""
     whole = take(make_loader(backend=backend), 3)
     assert not torch.equal(whole[0].x1_BCHW, whole[0].x2_BCHW)
@@ -106,7 +96,7 @@ def test_batches_have_the_promised_layout_and_dtype(
 
 
 @BOTH
-def test_kept_batches_stay_as_they_were(make_loader: MakeLoader, backend: str) -> None:
+def test_kept_batches_stay_as_they_were(make_loader, backend):
     """Neither later batches nor closing the loader write into them."""
     loader = make_loader(backend=backend)
     kept = take(loader, 14)
@@ -120,7 +110,7 @@ def test_kept_batches_stay_as_they_were(make_loader: MakeLoader, backend: str) -
 
 
 @BOTH
-def test_clean_images_are_exactly_the_files(tmp_path: Path, backend: str) -> None:
+def test_clean_images_are_exactly_the_files(tmp_path, backend):
     """PNGs of the recipe's size: the loader's values are (p / 255 - mean) / std, nothing else."""
     recipe = recipe_for("cifar10")
     pixels = np.random.default_rng(0).integers(0, 256, (7, 32, 32, 3), dtype=np.uint8)
@@ -146,9 +136,7 @@ def test_clean_images_are_exactly_the_files(tmp_path: Path, backend: str) -> Non
 
 @BOTH
 @pytest.mark.parametrize("size", [(300, 200), (90, 131), (40, 40), (20, 900)], ids=str)
-def test_clean_images_of_any_size_are_resized_and_cropped(
-    tmp_path: Path, size: tuple[int, int], backend: str
-) -> None:
+def test_clean_images_of_any_size_are_resized_and_cropped(tmp_path, size, backend):
     coarse = np.random.default_rng(1).integers(0, 256, (6, 6, 3), dtype=np.uint8)
     image = Image.fromarray(coarse).resize((size[1], size[0]), Image.Resampling.BICUBIC)
     (tmp_path / "val" / "a").mkdir(parents=True)
@@ -171,9 +159,7 @@ def test_of_a_strip_the_middle_alone_is_resized(axis: int) -> None:
 # 1: fewer batches than are made ahead
 @BOTH
 @pytest.mark.parametrize("count", [15, 1])
-def test_evaluation_starts_again_after_a_break(
-    val_set: ImageFolder, recipe: Recipe, backend: str, count: int
-) -> None:
+def test_evaluation_starts_again_after_a_break(val_set, recipe, backend, count):
     loader = eval_loader(val_set, recipe, range(count), backend=backend)
     whole = list(loader)
     assert sum(len(y) for _, y in whole) == count
@@ -186,7 +172,7 @@ def test_evaluation_starts_again_after_a_break(
             assert torch.equal(x, x_again) and torch.equal(y, y_again)
 
 
-def test_digits_views_are_affine_and_unmirrored(digits: Path, make_loader: MakeLoader) -> None:
+def test_digits_views_are_affine_and_unmirrored(digits, make_loader):
     """Identity parameters, drawn from a recipe of no strength, give the resized digit itself."""
     recipe = recipe_for("digits")
     assert recipe.view1.flip_p == 0 and recipe.view1.has_affine
@@ -205,9 +191,7 @@ def test_digits_views_are_affine_and_unmirrored(digits: Path, make_loader: MakeL
     [Path.unlink, lambda path: path.write_bytes(path.read_bytes()[:-30])],
     ids=["deleted", "cut"],
 )
-def test_a_file_spoiled_during_the_run_is_named(
-    root: Path, make_loader: MakeLoader, recipe: Recipe, spoil: Callable[[Path], None]
-) -> None:
+def test_a_file_spoiled_during_the_run_is_named(root, make_loader, recipe, spoil):
     """And DALI never sees it, whose decoder can take the whole process down."""
     dataset = checked(root)
     loader = make_loader(dataset, batch_size=51)
@@ -223,7 +207,7 @@ def test_a_file_spoiled_during_the_run_is_named(
 
 
 @pytest.mark.slow
-def test_memory_stays_flat(pictures: Path) -> None:
+def test_memory_stays_flat(pictures):
     """In a process of its own, where nothing else comes and goes."""
     program = f"""
 import torch
@@ -248,15 +232,13 @@ print(resident_mb() - before)
 
 
 @BOTH
-def test_too_few_images_are_refused(make_loader: MakeLoader, backend: str) -> None:
+def test_too_few_images_are_refused(make_loader, backend):
     with pytest.raises(UserError, match=r"51 images, fewer than one global batch of 60"):
         make_loader(backend=backend, batch_size=30, world_size=2)
 
 
 @pytest.mark.parametrize("check", ["full", "headers", "off"])
-def test_views_do_not_depend_on_the_check(
-    pictures: Path, train_set: ImageFolder, make_loader: MakeLoader, check: Any
-) -> None:
+def test_views_do_not_depend_on_the_check(pictures, train_set, make_loader, check):
     """Without one, sizes come from the headers of a batch's files."""
     dataset = checked(pictures, check=check)
     assert (dataset.sizes is None) is (check == "off")
@@ -288,6 +270,6 @@ for backend, recipe in (("dali", recipe), ("auto", data.recipe_for("digits"))):
 
 
 @pytest.mark.slow
-def test_small_sets_train_and_evaluate_without_dali(digits: Path) -> None:
+def test_small_sets_train_and_evaluate_without_dali(digits):
     """What needs DALI is an error with the remedy; nothing imports it."""
     call([sys.executable, "-c", WITHOUT_DALI, str(digits)])

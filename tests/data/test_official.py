@@ -135,9 +135,7 @@ def assert_same_images(root: Path, split: str, pixels_NHWC: np.ndarray, names: l
 
 
 @pytest.mark.parametrize("suffix", ["tar.gz", "zip"])
-def test_cifar100_is_torchvisions(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str
-) -> None:
+def test_cifar100_is_torchvisions(tmp_path, monkeypatch, suffix):
     files, root = cifar100_files(), tmp_path / "root"
     certify(monkeypatch, theirs.CIFAR100, files)
     archive = write_archive(tmp_path / f"any.{suffix}", files)
@@ -151,7 +149,7 @@ def test_cifar100_is_torchvisions(
         assert list(open_dataset(root, split).classes) == reader.classes
 
 
-def test_stl10_is_torchvisions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stl10_is_torchvisions(tmp_path, monkeypatch):
     files, root = stl10_files(), tmp_path / "root"
     certify(monkeypatch, theirs.STL10, files)
     archive = write_archive(tmp_path / "stl.tar.gz", files)
@@ -174,7 +172,7 @@ def test_stl10_is_torchvisions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 
 @pytest.mark.parametrize("suffix", ["zip", "tar.gz"])
-def test_tinyimagenet_layout(tmp_path: Path, suffix: str) -> None:
+def test_tinyimagenet_layout(tmp_path, suffix):
     files, root = tiny_files(), tmp_path / "root"
     counts = prepare("tinyimagenet", root, write_archive(tmp_path / f"tiny.{suffix}", files))
     assert (counts.classes, counts.train, counts.val) == (2, 6, 4)
@@ -205,13 +203,13 @@ SPOILED_TINY: dict[str, tuple[dict[str, bytes | None], str]] = {
 
 
 @pytest.mark.parametrize("name", SPOILED_TINY)
-def test_spoiled_tinyimagenet_is_refused(tmp_path: Path, name: str) -> None:
+def test_spoiled_tinyimagenet_is_refused(tmp_path, name):
     changes, match = SPOILED_TINY[name]
     files = {k: v for k, v in (tiny_files() | changes).items() if v is not None}
     refuse("tinyimagenet", write_archive(tmp_path / "tiny.zip", files), match)
 
 
-def test_a_spoiled_image_can_be_left_out(tmp_path: Path) -> None:
+def test_a_spoiled_image_can_be_left_out(tmp_path):
     files, archive = tiny_files(), tmp_path / "tiny.zip"
     files[f"{TOP}/train/n001/images/n001_1.JPEG"] = b"text"
     write_archive(archive, files)
@@ -232,9 +230,7 @@ def test_a_spoiled_image_can_be_left_out(tmp_path: Path) -> None:
         prepare("tinyimagenet", tmp_path / "other", archive, on_bad="skip")
 
 
-def test_archives_of_something_else_are_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_archives_of_something_else_are_refused(tmp_path, monkeypatch):
     files = cifar100_files()
     certify(monkeypatch, theirs.CIFAR100, files)
     whole = write_archive(tmp_path / "cifar.tar", files)
@@ -245,7 +241,7 @@ def test_archives_of_something_else_are_refused(
     refuse("cifar100", lacking, "missing or has another md5. Download it again")
 
 
-def test_archives_that_are_not_whole_or_not_safe_are_refused(tmp_path: Path) -> None:
+def test_archives_that_are_not_whole_or_not_safe_are_refused(tmp_path):
     zipped = write_archive(tmp_path / "whole.zip", tiny_files()).read_bytes()
     packed = write_archive(tmp_path / "whole.tar.gz", tiny_files()).read_bytes()
     # inside the packed bytes of an image, so only its checksum tells

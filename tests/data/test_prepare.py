@@ -38,7 +38,7 @@ def without(files: dict[str, bytes], part: str) -> dict[str, bytes]:
     return {name: content for name, content in files.items() if part not in name}
 
 
-def test_digits(digits: Path, tmp_path: Path) -> None:
+def test_digits(digits, tmp_path):
     counts = prepare("digits", tmp_path / "digits")
     assert (counts.classes, counts.train, counts.val) == (10, 1442, 355)
     train, val = (open_dataset(tmp_path / "digits", split) for split in ("train", "val"))
@@ -61,7 +61,7 @@ def test_digits(digits: Path, tmp_path: Path) -> None:
     assert max(content.values()) == 1
 
 
-def test_a_second_call_checks_and_changes_nothing(tmp_path: Path) -> None:
+def test_a_second_call_checks_and_changes_nothing(tmp_path):
     archive = write_archive(tmp_path / "tiny.zip", tiny_files())
     first = prepare("tinyimagenet", tmp_path / "root", archive)
     before = snapshot(tmp_path / "root")
@@ -82,9 +82,7 @@ def test_a_second_call_checks_and_changes_nothing(tmp_path: Path) -> None:
         prepare("tinyimagenet", tmp_path / "root")
 
 
-def test_an_interrupted_build_starts_over_and_an_interrupted_move_goes_on(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_interrupted_build_starts_over_and_an_interrupted_move_goes_on(tmp_path, monkeypatch):
     root = tmp_path / "root"
     # killed while building: the partial folder stays, without its manifest
     (root / ".partial" / "train" / "n009").mkdir(parents=True)
@@ -116,7 +114,7 @@ def test_an_interrupted_build_starts_over_and_an_interrupted_move_goes_on(
 
 
 @pytest.mark.slow
-def test_a_really_full_disk_is_a_users_error(tmp_path: Path) -> None:
+def test_a_really_full_disk_is_a_users_error(tmp_path):
     """1 MB, in which the digits do not fit, in a mount namespace that ends with the command."""
     disk = tmp_path / "disk"
     disk.mkdir()
@@ -134,7 +132,7 @@ def test_a_really_full_disk_is_a_users_error(tmp_path: Path) -> None:
     assert done.stdout == ""
 
 
-def test_other_peoples_folders_are_left_alone(tmp_path: Path, pictures: Path) -> None:
+def test_other_peoples_folders_are_left_alone(tmp_path, pictures):
     shutil.copytree(pictures, tmp_path / "mine")
     before = snapshot(tmp_path / "mine")
     with pytest.raises(
@@ -149,7 +147,7 @@ def test_other_peoples_folders_are_left_alone(tmp_path: Path, pictures: Path) ->
         prepare("imagefolder", tmp_path / "mine")
 
 
-def test_impossible_requests_are_refused(tmp_path: Path) -> None:
+def test_impossible_requests_are_refused(tmp_path):
     names = "digits, cifar10, cifar100, stl10, tinyimagenet, imagefolder"
     with pytest.raises(UserError, match=f"no data set 'mnist'.*{names}"):
         prepare("mnist", tmp_path)
@@ -162,16 +160,14 @@ def test_impossible_requests_are_refused(tmp_path: Path) -> None:
         prepare("digits", tmp_path / "file" / "root")
 
 
-def test_what_file_managers_leave_changes_nothing(own_digits: Path) -> None:
+def test_what_file_managers_leave_changes_nothing(own_digits):
     for folder in (own_digits / "train", own_digits / "train" / "3"):
         (folder / ".DS_Store").write_bytes(b"x")
     (own_digits / "val" / ".thumbnails").mkdir()
     assert prepare("digits", own_digits).already_there
 
 
-def test_ctrl_c_says_what_is_kept(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_ctrl_c_says_what_is_kept(tmp_path, monkeypatch, capsys):
     def stop(folder: Path) -> None:
         (folder / "train").mkdir()
         raise KeyboardInterrupt
@@ -196,19 +192,14 @@ CHANGES: dict[str, Callable[[Path], object]] = {
 
 
 @pytest.mark.parametrize("place", CHANGES)
-def test_changes_of_a_prepared_root_are_named(own_digits: Path, place: str) -> None:
+def test_changes_of_a_prepared_root_are_named(own_digits, place):
     CHANGES[place](own_digits)
     with pytest.raises(UserError, match=rf"has changed .* 1 place\(s\), {place}\. Undo that"):
         prepare("digits", own_digits)
 
 
 @pytest.mark.parametrize("fails", [False, True])
-def test_a_second_command_waits_for_the_first(
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    fails: bool,
-) -> None:
+def test_a_second_command_waits_for_the_first(tmp_path, monkeypatch, capsys, fails):
     root = tmp_path / "new" / "root"
     building, going_on = threading.Event(), threading.Event()
 

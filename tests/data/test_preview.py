@@ -2,7 +2,6 @@
 
 import shutil
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -25,7 +24,7 @@ def tiles(path: Path, side: int = 96) -> list[list[np.ndarray]]:
 
 
 @pytest.mark.parametrize("name", VIEWS_OF_DATASET)
-def test_every_recipe_is_drawn(tmp_path: Path, pictures: Path, name: str) -> None:
+def test_every_recipe_is_drawn(tmp_path, pictures, name):
     path = tmp_path / "views.png"
     write_preview(name, pictures, path)
     side = {"tinyimagenet": 128, "imagefolder": 224}.get(name, 96)
@@ -35,9 +34,7 @@ def test_every_recipe_is_drawn(tmp_path: Path, pictures: Path, name: str) -> Non
     assert [path.name for path in tmp_path.iterdir()] == ["views.png"]
 
 
-def test_views_are_of_the_images_beside_them(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_views_are_of_the_images_beside_them(tmp_path, monkeypatch):
     """Plain colours: without jitter every view of an image has that image's colour."""
     colours = [(30 * k + 10, 200 - 20 * k, 90) for k in range(7)]
     plain = [Image.new("RGB", (40, 50), colour) for colour in colours]
@@ -58,7 +55,7 @@ def test_views_are_of_the_images_beside_them(
             assert np.abs(view.astype(int) - colour).max() <= 1
 
 
-def test_the_command_prepares_and_draws(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_prepares_and_draws(tmp_path, capsys):
     path = tmp_path / "digits.png"
     command = ["prepare", "digits", "--root", str(tmp_path / "digits"), "--preview", str(path)]
     assert main(command) == 0
@@ -77,16 +74,14 @@ def test_the_command_prepares_and_draws(tmp_path: Path, capsys: pytest.CaptureFi
         ("folder.png", "is a folder"),
     ],
 )
-def test_bad_paths_are_refused_before_the_work(
-    tmp_path: Path, refused: Any, name: str, words: str
-) -> None:
+def test_bad_paths_are_refused_before_the_work(tmp_path, refused, name, words):
     (tmp_path / "folder.png").mkdir()
     root = tmp_path / "digits"
     refused(["prepare", "digits", "--root", root, "--preview", tmp_path / name], words)
     assert not root.exists()
 
 
-def test_few_images_without_labels_one_of_them_spoiled(tmp_path: Path, pictures: Path) -> None:
+def test_few_images_without_labels_one_of_them_spoiled(tmp_path, pictures):
     root, path = tmp_path / "root", tmp_path / "views.png"
     (root / "unlabeled").mkdir(parents=True)
     for k in range(3):

@@ -62,14 +62,14 @@ TABLE = {
 
 
 @pytest.mark.parametrize("name", TABLE)
-def test_presets_are_the_papers(name: str) -> None:
+def test_presets_are_the_papers(name):
     keys = ("name", "crop", "resize_short", "mean", "std", "view1", "view2")
     recipe = recipe_for(name)
     views = {"view1": recipe.view1.model_dump(), "view2": recipe.view2.model_dump()}
     assert vars(recipe) | views == dict(zip(keys, (name, *TABLE[name]), strict=True))
 
 
-def test_a_run_can_set_every_strength() -> None:
+def test_a_run_can_set_every_strength():
     raw = {"data": {"dataset": "stl10", "root": "x"}}
     overrides = ["data.augmentation.view1.jitter_p=0.5", "data.augmentation.view2.scale=[0.5, 2]"]
     data = resolve(raw, overrides).data
@@ -93,12 +93,12 @@ def test_a_run_can_set_every_strength() -> None:
         ("view3={}", "view3: unknown key. Did you mean data.augmentation.view"),
     ],
 )
-def test_an_impossible_strength_is_refused_by_its_key(override: str, words: str) -> None:
+def test_an_impossible_strength_is_refused_by_its_key(override, words):
     with pytest.raises(UserError, match=words):
         resolve({"data": {"root": "x"}}, [f"data.augmentation.{override}"])
 
 
-def test_crops_and_unknown_names() -> None:
+def test_crops_and_unknown_names():
     recipe = recipe_for("imagefolder", crop=112)
     assert (recipe.crop, recipe.resize_short) == (112, 128)
     with pytest.raises(UserError, match="'mnist'; allowed are digits, cifar10"):

@@ -2,28 +2,25 @@
 
 import shutil
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 from isofast.config.schema import ViewConfig
-from isofast.data import ImageFolder, recipe_for, resolve_backend
+from isofast.data import recipe_for, resolve_backend
 from isofast.data.draw import draw
 from isofast.data.resident import parameter_rows, resident_gb
 from isofast.errors import UserError
 from isofast_kernels.augment_reference import COLUMNS
 
-from .conftest import CPU, MakeLoader, assert_same, checked, numbered, take
+from .conftest import CPU, assert_same, checked, numbered, take
 
 GPU = torch.device("cuda")
 COUNT, HEIGHT, WIDTH = 51, 28, 22
 
 
-def test_files_do_not_matter_once_they_are_decoded(
-    tmp_path: Path, photo_set: ImageFolder, make_loader: MakeLoader
-) -> None:
+def test_files_do_not_matter_once_they_are_decoded(tmp_path, photo_set, make_loader):
     shutil.copytree(photo_set.root, tmp_path / "data")
     dataset = checked(tmp_path / "data")
     loader = make_loader(dataset, backend="resident")
@@ -35,9 +32,7 @@ def test_files_do_not_matter_once_they_are_decoded(
 ALIKE = ViewConfig(jitter_p=0.0, blur_p=0.5, solarize_p=0.2)
 
 
-def test_dali_sees_the_same_images_with_the_same_parameters(
-    photo_set: ImageFolder, make_loader: MakeLoader
-) -> None:
+def test_dali_sees_the_same_images_with_the_same_parameters(photo_set, make_loader):
     recipe = replace(recipe_for("tinyimagenet", crop=24), view1=ALIKE, view2=ALIKE)
     loaders = [
         make_loader(numbered(photo_set), recipe, backend=backend, batch_size=17)
@@ -58,7 +53,7 @@ def test_dali_sees_the_same_images_with_the_same_parameters(
 
 
 @pytest.mark.parametrize("blurred", ["view1", "view2"])
-def test_a_blur_of_one_view_alone_is_done(make_loader: MakeLoader, blurred: str) -> None:
+def test_a_blur_of_one_view_alone_is_done(make_loader, blurred):
     sharp = recipe_for("tinyimagenet", crop=24)
     soft = replace(sharp, **{blurred: getattr(sharp, blurred).model_copy(update={"blur_p": 1.0})})
     (a,), (b,) = (take(make_loader(row=row, backend="resident"), 1) for row in (sharp, soft))
@@ -66,7 +61,7 @@ def test_a_blur_of_one_view_alone_is_done(make_loader: MakeLoader, blurred: str)
     assert torch.equal(a.x2_BCHW, b.x2_BCHW) is (blurred == "view1")
 
 
-def test_rows_hold_what_was_drawn() -> None:
+def test_rows_hold_what_was_drawn():
     recipe = recipe_for("stl10")
     sizes, indices = np.full((500, 2), 96), np.arange(500)
     drawn = [draw(recipe, v, sizes, indices, seed=0, epoch=0) for v in (1, 2)]
@@ -82,9 +77,7 @@ def test_rows_hold_what_was_drawn() -> None:
         assert set(column["solarize_from"]) <= {128, 256}
 
 
-def test_auto_takes_resident_on_a_gpu_where_set_and_recipe_allow_it(
-    photo_set: ImageFolder, train_set: ImageFolder
-) -> None:
+def test_auto_takes_resident_on_a_gpu_where_set_and_recipe_allow_it(photo_set, train_set):
     recipe = recipe_for("cifar10")
     gb = resident_gb(COUNT, HEIGHT, WIDTH)
     assert gb == COUNT * HEIGHT * WIDTH * 3 / 1e9
@@ -106,14 +99,7 @@ def test_auto_takes_resident_on_a_gpu_where_set_and_recipe_allow_it(
         ("sizes", None, 8.0, "51 .* have 12 sizes, from 24 x 24 to 28 x 33 pixels.*or use 'dali'"),
     ],
 )
-def test_resident_says_why_it_cannot(
-    photo_set: ImageFolder,
-    train_set: ImageFolder,
-    name: str,
-    crop: int | None,
-    limit: float,
-    message: str,
-) -> None:
+def test_resident_says_why_it_cannot(photo_set, train_set, name, crop, limit, message):
     dataset, name = (train_set, "cifar10") if name == "sizes" else (photo_set, name)
     with pytest.raises(UserError, match=message):
         resolve_backend("resident", dataset, recipe_for(name, crop=crop), CPU, limit)

@@ -2,9 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -16,8 +14,6 @@ from isofast.run.metrics import read_metrics
 from ..support.runs import train
 
 pytestmark = pytest.mark.slow
-
-Write = Callable[..., Path]
 
 
 @pytest.fixture
@@ -35,9 +31,7 @@ def half_labelled(own_digits: Path) -> Path:
 
 
 @pytest.mark.long
-def test_half_labelled_digits_train_on_two_ranks(
-    config_file: Write, half_labelled: Path, tmp_path: Path
-) -> None:
+def test_half_labelled_digits_train_on_two_ranks(config_file, half_labelled, tmp_path):
     (half_labelled / "val" / "3" / "004.png").write_text("no picture")
     config = config_file(
         data={"root": str(half_labelled), "on_bad_image": "skip"},
@@ -57,9 +51,7 @@ def test_half_labelled_digits_train_on_two_ranks(
     assert all(record["probe_loss"] > 0 for record in records if "probe_loss" in record)
 
 
-def test_pictures_without_any_label_train(
-    config_file: Write, half_labelled: Path, tmp_path: Path
-) -> None:
+def test_pictures_without_any_label_train(config_file, half_labelled, tmp_path):
     (half_labelled / "unlabeled" / "7-000.png").unlink()
     for split in ("train", "val"):
         shutil.rmtree(half_labelled / split)
@@ -74,8 +66,8 @@ def test_pictures_without_any_label_train(
 
 
 def test_without_validation_images_the_way_out_is_said(
-    config_file: Write, half_labelled: Path, tmp_path: Path, refused: Any
-) -> None:
+    config_file, half_labelled, tmp_path, refused
+):
     shutil.rmtree(half_labelled / "val")
     config = config_file(data={"root": str(half_labelled)}, evaluation={"every_epochs": 1})
     command = ["train", "--config", config, "--run-dir", tmp_path / "run"]
@@ -86,9 +78,7 @@ def test_without_validation_images_the_way_out_is_said(
     assert not (tmp_path / "run" / "config.json").exists()
 
 
-def test_a_root_of_another_data_set_is_noted(
-    digits: Path, config_file: Write, tmp_path: Path
-) -> None:
+def test_a_root_of_another_data_set_is_noted(digits, config_file, tmp_path):
     """Said and not refused: a recipe may be tried on other images."""
     other = load_config(config_file(data={"dataset": "cifar10", "crop": 16}), [])
     (note,) = data_set_notes(other)
@@ -104,6 +94,6 @@ def test_a_root_of_another_data_set_is_noted(
     assert printed.count(note) == 1
 
 
-def test_what_is_done_about_bad_images_belongs_to_the_result() -> None:
+def test_what_is_done_about_bad_images_belongs_to_the_result():
     stop, skip = (validate({"data": {"root": "x", "on_bad_image": w}}) for w in ("stop", "skip"))
     assert changed_keys(stop, skip) == ["data.on_bad_image: 'stop' -> 'skip'"]

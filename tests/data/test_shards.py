@@ -8,7 +8,6 @@ import subprocess
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -23,12 +22,10 @@ from isofast.data.preview import write_preview
 from isofast.errors import RunError, UserError
 
 from ..support.runs import assert_same_run, train
-from .conftest import MakeLoader, checked, take, write_tar
+from .conftest import checked, take, write_tar
 from .test_check import BAD, PNG
 from .test_folder import add_unlabeled
 from .test_prepare import snapshot, without
-
-Write = Callable[..., Path]
 
 
 def assert_same_images(ours: ImageFolder, theirs: ImageFolder) -> None:
@@ -55,9 +52,7 @@ def packed(root: Path, tmp_path: Path) -> Path:
     return tmp_path / "packed"
 
 
-def test_tars_hold_the_images_of_the_folder(
-    root: Path, packed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_tars_hold_the_images_of_the_folder(root, packed, tmp_path, capsys):
     for split in ("train", "val"):
         assert_same_images(checked(packed, split), checked(root, split))
         assert_same_images(checked(packed, split, check="headers"), checked(root, split))
@@ -77,7 +72,7 @@ def test_tars_hold_the_images_of_the_folder(
         assert files_of(tmp_path / "out", top) == files_of(root, top)
 
 
-def test_shards_have_the_size_asked_for(digits: Path, tmp_path: Path) -> None:
+def test_shards_have_the_size_asked_for(digits, tmp_path):
     counts = pack(digits, tmp_path / "packed", shard_mib=1)
     assert (counts.name, counts.train, counts.val) == ("digits", 1442, 355)
     sizes = [path.stat().st_size for path in sorted((tmp_path / "packed/train").glob("*.tar"))]
@@ -88,9 +83,7 @@ def test_shards_have_the_size_asked_for(digits: Path, tmp_path: Path) -> None:
 
 @pytest.mark.long
 @pytest.mark.parametrize(("backend", "other"), [("dali", "resident"), ("resident", "dali")])
-def test_runs_on_folder_and_tars_are_bitwise_equal(
-    config_file: Write, digits: Path, tmp_path: Path, backend: str, other: str
-) -> None:
+def test_runs_on_folder_and_tars_are_bitwise_equal(config_file, digits, tmp_path, backend, other):
     """Also where a run begins on the one and goes on with the other."""
     pack(digits, tmp_path / "packed", shard_mib=1)
     config = config_file(
@@ -120,7 +113,7 @@ LONG = f"{'deep' * 30}/{'x' * 120}.jpg"
 
 
 @pytest.mark.parametrize("writer", ["GNU_FORMAT", "PAX_FORMAT", "tar", "two of each"])
-def test_tars_of_others_are_read(root: Path, tmp_path: Path, writer: str) -> None:
+def test_tars_of_others_are_read(root, tmp_path, writer):
     """With long names, names that are no UTF-8, hidden files, and pictures that are not used."""
     add_unlabeled(root, 3)
     for name in (LONG, "class0/é.png", "class0/.hidden.png", "class1/a.webp", "top.png"):
@@ -144,7 +137,7 @@ def test_tars_of_others_are_read(root: Path, tmp_path: Path, writer: str) -> Non
     assert "train/top.png" in note
 
 
-def test_samples_of_webdataset_have_their_class_from_cls(tmp_path: Path) -> None:
+def test_samples_of_webdataset_have_their_class_from_cls(tmp_path):
     files = {}
     for k in range(6):
         sample = {"cls": f"{k % 2 * 9}\n".encode(), "jpg": PNG, "json": b"{}"}
@@ -172,7 +165,7 @@ def test_samples_of_webdataset_have_their_class_from_cls(tmp_path: Path) -> None
     assert checked(tmp_path).paths == ("unlabeled/1.jpg",)
 
 
-def test_a_folder_beside_tars_is_what_counts(root: Path) -> None:
+def test_a_folder_beside_tars_is_what_counts(root):
     """As ImageNet is unpacked, with an archive left beside each class or above them."""
     before = open_dataset(root, "train").fingerprint
     write_tar(root / "train" / "class0.tar", {"class0/new.png": PNG})
@@ -198,7 +191,7 @@ def overwritten(content: bytes, place: int) -> bytes:
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
-def test_a_damaged_tar_is_refused_by_name(packed: Path, damage: str) -> None:
+def test_a_damaged_tar_is_refused_by_name(packed, damage):
     path = packed / "train" / "train-000000.tar"
     with tarfile.open(path) as tar:
         second = tar.getmembers()[1].offset
@@ -207,7 +200,7 @@ def test_a_damaged_tar_is_refused_by_name(packed: Path, damage: str) -> None:
         open_dataset(packed, "train")
 
 
-def test_links_and_pictures_that_two_tars_hold_are_refused(packed: Path) -> None:
+def test_links_and_pictures_that_two_tars_hold_are_refused(packed):
     path = packed / "train" / "train-000000.tar"
     shutil.copy(path, path.with_name("z.tar"))
     with pytest.raises(UserError, match=rf"{path} and .*z\.tar both hold class"):
@@ -221,9 +214,7 @@ def test_links_and_pictures_that_two_tars_hold_are_refused(packed: Path) -> None
 
 
 @pytest.mark.parametrize("check", ["full", "off"])
-def test_a_tar_that_changes_during_a_run_ends_it(
-    packed: Path, make_loader: MakeLoader, check: Any
-) -> None:
+def test_a_tar_that_changes_during_a_run_ends_it(packed, make_loader, check):
     loader = make_loader(checked(packed, check=check))
     next(loader)
     os.utime(packed / "train" / "train-000000.tar", ns=(1, 1))
@@ -234,7 +225,7 @@ def test_a_tar_that_changes_during_a_run_ends_it(
     assert len(checked(packed)) == 56
 
 
-def test_another_tar_is_indexed_and_checked_anew(root: Path, packed: Path) -> None:
+def test_another_tar_is_indexed_and_checked_anew(root, packed):
     before = checked(packed)
     files = files_of(root, "train")
     files["class1/001.png"] = BAD["text"][0]
@@ -247,7 +238,7 @@ def test_another_tar_is_indexed_and_checked_anew(root: Path, packed: Path) -> No
     assert_same_images(kept, checked(root, on_bad="skip"))
 
 
-def test_headers_are_read_once(packed: Path) -> None:
+def test_headers_are_read_once(packed):
     first = open_dataset(packed, "train")
     tar, index = packed / "train" / "train-000000.tar", packed / "train" / ".isofast-index.npz"
     stamp = tar.stat().st_mtime_ns
@@ -265,8 +256,8 @@ def test_headers_are_read_once(packed: Path) -> None:
 
 
 def test_an_interrupted_pack_leaves_nothing_and_a_second_one_changes_nothing(
-    digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    digits, tmp_path, monkeypatch
+):
     output = tmp_path / "packed"
 
     def stop(path: Path) -> None:
@@ -302,7 +293,7 @@ def test_an_interrupted_pack_leaves_nothing_and_a_second_one_changes_nothing(
         pack(digits, output, shard_mib=1)
 
 
-def test_pack_overwrites_nothing(digits: Path, root: Path, tmp_path: Path, refused: Any) -> None:
+def test_pack_overwrites_nothing(digits, root, tmp_path, refused):
     pack(digits, tmp_path / "packed", shard_mib=1)
     for source, output, size, match in (
         (root, root, 256, "already holds train and val, not made by `isofast prepare pack`"),
@@ -322,7 +313,7 @@ def test_pack_overwrites_nothing(digits: Path, root: Path, tmp_path: Path, refus
         refused(["prepare", *words, "--root", digits], "takes --root and --output")
 
 
-def test_pack_stops_at_unreadable_images_or_leaves_them_out(root: Path, tmp_path: Path) -> None:
+def test_pack_stops_at_unreadable_images_or_leaves_them_out(root, tmp_path):
     (root / "val" / "class1" / "001.png").write_bytes(BAD["half a JPEG"][0])
     with pytest.raises(UserError, match="1 of 15 val images cannot be read"):
         pack(root, tmp_path / "packed", shard_mib=256)

@@ -76,9 +76,7 @@ def embed(source: Path, folder: Path, output: Path, *options: str) -> int:
     return main(["embed", str(source), "--images", str(folder), "--output", str(output), *options])
 
 
-def test_tars_stand_for_their_pictures(
-    run_dir: Path, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_tars_stand_for_their_pictures(run_dir, folder, tmp_path, capsys):
     tars = tmp_path / "tars"
     for top in ("a", "b"):
         (tars / top).mkdir(parents=True)
@@ -99,7 +97,7 @@ def test_tars_stand_for_their_pictures(
     assert "old/*.tar: " in capsys.readouterr().err
 
 
-def test_the_same_numbers_in_every_format(run_dir: Path, folder: Path, tmp_path: Path) -> None:
+def test_the_same_numbers_in_every_format(run_dir, folder, tmp_path):
     names = sorted(IMAGES)
     encoder = isofast.load_encoder(run_dir)
     with torch.no_grad():
@@ -126,7 +124,7 @@ def test_the_same_numbers_in_every_format(run_dir: Path, folder: Path, tmp_path:
     assert not list(tmp_path.glob(".*.part"))
 
 
-def test_they_are_those_of_the_evaluation(run_dir: Path, digits: Path, tmp_path: Path) -> None:
+def test_they_are_those_of_the_evaluation(run_dir, digits, tmp_path):
     """More than a batch; the evaluation's loader of resident images makes the same pixels."""
     assert embed(run_dir, digits / "val", tmp_path / "out.npz") == 0
     images = check_folder(open_dataset(digits, "val"))
@@ -139,7 +137,7 @@ def test_they_are_those_of_the_evaluation(run_dir: Path, digits: Path, tmp_path:
         np.testing.assert_allclose(stored["embeddings"], expected, rtol=1e-5, atol=1e-5)
 
 
-def test_weights_of_torchvision_embed_as_there(folder: Path, tmp_path: Path) -> None:
+def test_weights_of_torchvision_embed_as_there(folder, tmp_path):
     """On images of ImageNet's size."""
     theirs = resnet18().eval()
     torch.save(theirs.state_dict(), tmp_path / "resnet18.pth")
@@ -153,13 +151,7 @@ def test_weights_of_torchvision_embed_as_there(folder: Path, tmp_path: Path) -> 
 
 
 @pytest.mark.filterwarnings("error::PIL.Image.DecompressionBombWarning")
-def test_unreadable_files_are_left_out_and_named(
-    run_dir: Path,
-    folder: Path,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_unreadable_files_are_left_out_and_named(run_dir, folder, tmp_path, capsys, monkeypatch):
     # some are large to Pillow, which is no fault of theirs
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 2000)
     assert embed(run_dir, folder, tmp_path / "before.npz") == 0
@@ -183,7 +175,7 @@ def test_unreadable_files_are_left_out_and_named(
         np.testing.assert_allclose(one["embeddings"], other["embeddings"], rtol=1e-6)
 
 
-def test_a_link_to_a_folder_that_it_lies_in_is_not_followed(folder: Path, tmp_path: Path) -> None:
+def test_a_link_to_a_folder_that_it_lies_in_is_not_followed(folder, tmp_path):
     (folder / "a" / "up").symlink_to(tmp_path)
     # another one is
     (folder / "again").symlink_to("a-b")
@@ -198,9 +190,7 @@ def test_a_link_to_a_folder_that_it_lies_in_is_not_followed(folder: Path, tmp_pa
 
 @pytest.mark.slow
 @pytest.mark.skipif(os.getuid() == 0 and not shutil.which("setpriv"), reason="needs setpriv")
-def test_a_folder_that_may_not_be_read_is_named(
-    run_dir: Path, folder: Path, tmp_path: Path
-) -> None:
+def test_a_folder_that_may_not_be_read_is_named(run_dir, folder, tmp_path):
     (folder / "a" / "deep").chmod(0o000)
     command = ["embed", str(run_dir), "--images", str(folder), "--output", str(tmp_path / "o.pt")]
     try:
@@ -211,9 +201,7 @@ def test_a_folder_that_may_not_be_read_is_named(
     assert "a/deep: [Errno 13] Permission denied" in done.stderr
 
 
-def test_mistakes_exit_with_2_and_lose_nothing(
-    run_dir: Path, folder: Path, tmp_path: Path, refused: Any
-) -> None:
+def test_mistakes_exit_with_2_and_lose_nothing(run_dir, folder, tmp_path, refused):
     bad, none, kept = tmp_path / "bad", tmp_path / "none", tmp_path / "kept.npz"
     bad.mkdir()
     none.mkdir()

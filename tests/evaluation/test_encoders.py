@@ -2,9 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import timm
@@ -58,9 +56,7 @@ def moved(net: nn.Module) -> nn.Module:
     ],
     ids=lambda encoder: encoder.get("name", "resnet18"),
 )
-def test_a_run_and_its_file(
-    small: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, encoder: Any
-) -> None:
+def test_a_run_and_its_file(small, tmp_path, monkeypatch, encoder):
     (tmp_path / "my_encoder.py").write_text(MINE)
     monkeypatch.chdir(tmp_path)
     settings = small()
@@ -91,7 +87,7 @@ def test_a_run_and_its_file(
     assert sizes[0] == sizes[1] == (16, 16, (0.305,) * 3, (0.376,) * 3)
 
 
-def test_the_newest_whole_checkpoint_counts(small: Callable[..., Any], tmp_path: Path) -> None:
+def test_the_newest_whole_checkpoint_counts(small, tmp_path):
     first = write_run(tmp_path, small(), step=1)
     second = write_run(tmp_path, small(), step=2)
     assert_same_features(isofast.load_encoder(tmp_path), second)
@@ -102,7 +98,7 @@ def test_the_newest_whole_checkpoint_counts(small: Callable[..., Any], tmp_path:
         isofast.load_encoder(tmp_path)
 
 
-def test_checkpoints_of_torchvision_and_timm(tmp_path: Path) -> None:
+def test_checkpoints_of_torchvision_and_timm(tmp_path):
     theirs = moved(resnet18())
     torch.save(theirs.state_dict(), tmp_path / "plain.pth")
     wrapped = {f"module.{name}": tensor for name, tensor in theirs.state_dict().items()}
@@ -133,7 +129,7 @@ def test_checkpoints_of_torchvision_and_timm(tmp_path: Path) -> None:
     assert_same_features(isofast.load_encoder(tmp_path / "arch.pth"), model)
 
 
-def test_files_that_hold_no_encoder_are_refused(tmp_path: Path) -> None:
+def test_files_that_hold_no_encoder_are_refused(tmp_path):
     def refused(name: str, words: str) -> None:
         with pytest.raises(UserError, match=words):
             isofast.load_encoder(tmp_path / name)
@@ -158,7 +154,7 @@ def test_files_that_hold_no_encoder_are_refused(tmp_path: Path) -> None:
     refused("damaged.safetensors", "says of its encoder is damaged: .*stem")
 
 
-def test_initial_weights_are_the_files(tmp_path: Path) -> None:
+def test_initial_weights_are_the_files(tmp_path):
     theirs = resnet18()
     path = tmp_path / "theirs.pth"
     torch.save(theirs.state_dict(), path)

@@ -53,9 +53,7 @@ def run_of(small: Callable[..., Any], tmp_path: Path) -> Callable[..., tuple[Pat
     ],
     ids=["imagenet", "cifar", "narrow-tiny", "narrow-imagenet"],
 )
-def test_the_printed_lines_build_torchvisions_network(
-    run_of: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], encoder: Any, file: str
-) -> None:
+def test_the_printed_lines_build_torchvisions_network(run_of, tmp_path, capsys, encoder, file):
     run, expected = run_of(**encoder)
     assert export(run, "torchvision", tmp_path / file) == 0
     names: dict[str, Any] = {}
@@ -65,7 +63,7 @@ def test_the_printed_lines_build_torchvisions_network(
 
 
 @pytest.mark.parametrize("file", ["net.pth", "net.safetensors"])
-def test_a_timm_checkpoint(run_of: Any, tmp_path: Path, file: str) -> None:
+def test_a_timm_checkpoint(run_of, tmp_path, file):
     run, expected = run_of(stem="imagenet")
     assert export(run, "timm", tmp_path / file) == 0
     # loads strictly
@@ -74,7 +72,7 @@ def test_a_timm_checkpoint(run_of: Any, tmp_path: Path, file: str) -> None:
 
 
 @pytest.mark.parametrize("encoder", [{"stem": "imagenet"}, {"name": "timm:resnet10t"}])
-def test_a_hugging_face_folder(run_of: Any, tmp_path: Path, encoder: Any) -> None:
+def test_a_hugging_face_folder(run_of, tmp_path, encoder):
     run, expected = run_of(**encoder)
     folder = tmp_path / "hub"
     assert export(run, "huggingface", folder) == 0
@@ -92,7 +90,7 @@ def test_a_hugging_face_folder(run_of: Any, tmp_path: Path, encoder: Any) -> Non
     assert export(run, "huggingface", folder) == 2
 
 
-def test_safetensors_come_back(run_of: Any, tmp_path: Path) -> None:
+def test_safetensors_come_back(run_of, tmp_path):
     run, expected = run_of(stem="tiny", width=4)
     assert export(run, "safetensors", tmp_path / "one.safetensors") == 0
     assert export(tmp_path / "one.safetensors", "safetensors", tmp_path / "two.safetensors") == 0
@@ -100,9 +98,7 @@ def test_safetensors_come_back(run_of: Any, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("encoder", [{"stem": "cifar", "width": 4}, {"name": "timm:resnet10t"}])
-def test_onnx_of_any_batch(
-    run_of: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], encoder: Any
-) -> None:
+def test_onnx_of_any_batch(run_of, tmp_path, capsys, encoder):
     import onnxruntime
 
     run, expected = run_of(**encoder)
@@ -120,9 +116,7 @@ def test_onnx_of_any_batch(
     assert {p.name for p in tmp_path.iterdir()} == {"run", "net.onnx"}
 
 
-def test_onnx_that_computes_something_else_is_not_written(
-    run_of: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_onnx_that_computes_something_else_is_not_written(run_of, tmp_path, monkeypatch):
     run, _ = run_of(stem="cifar", width=4)
     monkeypatch.setattr("isofast.evaluation.export._ONNX_TOLERANCE", 0.0)
     (tmp_path / "net.onnx").write_bytes(b"earlier")
@@ -130,9 +124,7 @@ def test_onnx_that_computes_something_else_is_not_written(
     assert (tmp_path / "net.onnx").read_bytes() == b"earlier"
 
 
-def test_what_a_format_cannot_hold_is_said(
-    run_of: Any, tmp_path: Path, refused: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_a_format_cannot_hold_is_said(run_of, tmp_path, refused, monkeypatch):
     run, _ = run_of(name="timm:resnet10t")
     net = tmp_path / "net.pth"
     refused(["export", run, "--format", "torchvision", "--output", net], "not one of torchvision's")

@@ -60,7 +60,7 @@ def features(evaluated_run: Path, digits: Path) -> tuple[Array, Array, Array, Ar
     return splits[0], splits[1], splits[2], splits[3]
 
 
-def test_knn_is_scikit_learns(report: dict[str, Any], features: tuple[Array, ...]) -> None:
+def test_knn_is_scikit_learns(report, features):
     train_NF, train_y_N, val_MF, val_y_M = features
     for k, result in zip((20, 200), results(report, None, "knn"), strict=True):
         vote = KNeighborsClassifier(
@@ -71,9 +71,7 @@ def test_knn_is_scikit_learns(report: dict[str, Any], features: tuple[Array, ...
         assert result["value"] == pytest.approx(want, abs=1 / 355)
 
 
-def test_the_linear_probe_is_scikit_learns(
-    report: dict[str, Any], features: tuple[Array, ...]
-) -> None:
+def test_the_linear_probe_is_scikit_learns(report, features):
     train_NF, train_y_N, val_MF, val_y_M = features
 
     def probe(c: float) -> Any:
@@ -89,9 +87,7 @@ def test_the_linear_probe_is_scikit_learns(
     assert result["value"] == pytest.approx(want, abs=1 / 355)
 
 
-def test_few_labels_are_drawn_for_each_seed(
-    report: dict[str, Any], features: tuple[Array, ...]
-) -> None:
+def test_few_labels_are_drawn_for_each_seed(report, features):
     """A mean over five draws, like that of five hundred by hand within their spread."""
     train_NF, train_y_N, val_MF, val_y_M = features
     scaler = StandardScaler().fit(train_NF)
@@ -112,9 +108,7 @@ def test_few_labels_are_drawn_for_each_seed(
         assert row["value"] == pytest.approx(np.mean(scores), abs=3 * np.std(scores) / 5**0.5)
 
 
-def test_baselines_and_the_run_are_what_training_knew(
-    report: dict[str, Any], evaluated_run: Path
-) -> None:
+def test_baselines_and_the_run_are_what_training_knew(report, evaluated_run):
     """The same network before and after training, voted on by the same 200 neighbours."""
     records = [r for r in read_metrics(evaluated_run / "metrics.jsonl") if "knn_top1" in r]
     known = {"random": records[0]["knn_top1"], None: records[-1]["knn_top1"], "pixels": 0.972}
@@ -123,7 +117,7 @@ def test_baselines_and_the_run_are_what_training_knew(
     assert report["step"] == records[-1]["step"] == 44
 
 
-def test_everything_is_in_the_json(report: dict[str, Any], evaluated_run: Path) -> None:
+def test_everything_is_in_the_json(report, evaluated_run):
     assert (report["classes"], report["train_images"], report["val_images"]) == (10, 1442, 355)
     assert report["run"] == str(evaluated_run) and report["notes"] == []
     assert len(report["results"]) == 3 * (2 + 1 + 3)
@@ -137,9 +131,7 @@ def test_everything_is_in_the_json(report: dict[str, Any], evaluated_run: Path) 
         assert given - {"baseline"} == always | own[result["protocol"]]
 
 
-def test_a_file_of_weights_is_a_baseline(
-    evaluated_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_file_of_weights_is_a_baseline(evaluated_run, tmp_path, capsys):
     """The first checkpoint, with a classifier as torchvision's files have; in 80 columns."""
     path = tmp_path / f"{'long-' * 20}name.safetensors"
     (early,) = evaluated_run.glob("checkpoints/step_*22/encoder.safetensors")
@@ -155,9 +147,7 @@ def test_a_file_of_weights_is_a_baseline(
     assert sum("...name.safetensors"[-14:] in line for line in lines) == 2
 
 
-def test_what_cannot_be_evaluated_is_told(
-    evaluated_run: Path, digits: Path, tmp_path: Path, refused: Any
-) -> None:
+def test_what_cannot_be_evaluated_is_told(evaluated_run, digits, tmp_path, refused):
     young, wide, bad = (tmp_path / name for name in ("young", "wide.safetensors", "bad.pth"))
     young.mkdir()
     shutil.copy(evaluated_run / "config.json", young)
@@ -184,9 +174,7 @@ def test_what_cannot_be_evaluated_is_told(
         assert refused(["evaluate", evaluated_run, *options], *words) == ""
 
 
-def test_too_few_labels_are_left_out_and_noted(
-    evaluated_run: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_too_few_labels_are_left_out_and_noted(evaluated_run, capsys):
     options = ["--protocol", "few", "--train-images", "110", "--json"]
     assert main(["evaluate", str(evaluated_run), *options]) == 0
     report = json.loads(capsys.readouterr().out)

@@ -4,10 +4,8 @@ import json
 import re
 import shutil
 import subprocess
-from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -76,9 +74,7 @@ def report(tmp_path: Path, *runs: Path, options: tuple[str, ...] = ()) -> Page:
     return Page(output)
 
 
-def test_a_run_is_judged_by_what_it_gained(
-    evaluated_run: Path, tmp_path: Path, digits: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_is_judged_by_what_it_gained(evaluated_run, tmp_path, digits, monkeypatch):
     # a run is named after its folder, also from inside it
     monkeypatch.chdir(evaluated_run)
     page = report(tmp_path, Path())
@@ -93,7 +89,7 @@ def test_a_run_is_judged_by_what_it_gained(
     assert len(page.images) == 8 * 7 + 1
 
 
-def test_neighbours_are_scikit_learns(evaluated_run: Path, digits: Path, tmp_path: Path) -> None:
+def test_neighbours_are_scikit_learns(evaluated_run, digits, tmp_path):
     config = validate(json.loads((evaluated_run / "config.json").read_text()))
     found = {}
     for split in ("train", "val"):
@@ -116,12 +112,7 @@ def test_neighbours_are_scikit_learns(evaluated_run: Path, digits: Path, tmp_pat
         assert [thumb.agrees for thumb in near] == [t.caption == query.caption for t in near]
 
 
-def test_runs_stand_side_by_side_and_need_no_data(
-    spectrum_runs: dict[str, tuple[dict[str, Any], Path]],
-    evaluated_run: Path,
-    digits: Path,
-    tmp_path: Path,
-) -> None:
+def test_runs_stand_side_by_side_and_need_no_data(spectrum_runs, evaluated_run, digits, tmp_path):
     moved = tmp_path / "<b>moved"
     shutil.copytree(evaluated_run, moved)
     text = (moved / "config.json").read_text()
@@ -138,9 +129,7 @@ def test_runs_stand_side_by_side_and_need_no_data(
     assert "No pictures" not in page.text and "by 355 images" in page.text
 
 
-def test_without_labels_it_says_so(
-    config_file: Callable[..., Path], digits: Path, tmp_path: Path
-) -> None:
+def test_without_labels_it_says_so(config_file, digits, tmp_path):
     """The run's own report, in its folder, without any validation images."""
     root = tmp_path / "pictures"
     (root / "unlabeled").mkdir(parents=True)
@@ -157,7 +146,7 @@ def test_without_labels_it_says_so(
         assert len({one["alt"].split(",")[0] for one in queried}) == 7  # type: ignore[union-attr]
 
 
-def test_a_collapsed_run_says_so_first(config_file: Callable[..., Path], tmp_path: Path) -> None:
+def test_a_collapsed_run_says_so_first(config_file, tmp_path):
     """A projector of weight decay alone shrinks to its bias: all embeddings become one."""
     config = config_file(
         optimizer={"name": "sgd", "lr": 1e-9, "weight_decay": 2e9},
@@ -173,7 +162,7 @@ def test_a_collapsed_run_says_so_first(config_file: Callable[..., Path], tmp_pat
         assert "Try " in page.text
 
 
-def test_what_has_no_report_is_told(evaluated_run: Path, tmp_path: Path, refused: Any) -> None:
+def test_what_has_no_report_is_told(evaluated_run, tmp_path, refused):
     young = tmp_path / "young"
     young.mkdir()
     shutil.copy(evaluated_run / "config.json", young)
@@ -185,9 +174,7 @@ def test_what_has_no_report_is_told(evaluated_run: Path, tmp_path: Path, refused
 
 @pytest.mark.skipif(CHROMIUM is None, reason="there is no chromium on PATH")
 @pytest.mark.parametrize("width", [390, 1280])
-def test_a_browser_asks_for_nothing_and_cuts_nothing_off(
-    evaluated_run: Path, tmp_path: Path, width: int
-) -> None:
+def test_a_browser_asks_for_nothing_and_cuts_nothing_off(evaluated_run, tmp_path, width):
     report(tmp_path, evaluated_run, evaluated_run.parent / "evaluated")
     page = tmp_path / "report.html"
     # measures the page inside the frame of a phone, which headless Chromium's window cannot be

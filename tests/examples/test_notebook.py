@@ -12,9 +12,7 @@ from ..support.runs import ROOT
 
 
 @pytest.mark.long
-def test_the_notebook_runs_and_its_encoder_knows_digits(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_notebook_runs_and_its_encoder_knows_digits(tmp_path, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     # for its commands, as an activated environment does
     monkeypatch.setenv("PATH", str(Path(sys.executable).parent), prepend=os.pathsep)

@@ -40,7 +40,7 @@ def _check(before: float, after: float, criterion: IsoLoss) -> None:
     assert effective_rank(eigenvalues) > 3
 
 
-def test_plain_torch(tmp_path: Path) -> None:
+def test_plain_torch(tmp_path):
     torch.manual_seed(1)
     views = plain_torch.views(_pixels()[:, None])
     before = _alignment(*plain_torch.main(steps=1), views)
@@ -50,7 +50,7 @@ def test_plain_torch(tmp_path: Path) -> None:
     assert torch.equal(saved["criterion"]["corr_DD"], criterion.corr_DD)
 
 
-def test_solo_learn_style() -> None:
+def test_solo_learn_style():
     torch.manual_seed(1)
     views = _pixels().flatten(1) + 0.1 * torch.randn(2, 256, 64)
     found = []
@@ -65,7 +65,7 @@ def test_solo_learn_style() -> None:
 
 
 @pytest.mark.slow
-def test_lightning_with_lightly(tmp_path: Path) -> None:
+def test_lightning_with_lightly(tmp_path):
     import lightning_lightly
 
     views = next(iter(lightning_lightly.loader(batch_size=128)))

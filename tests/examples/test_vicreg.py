@@ -3,9 +3,7 @@
 import json
 import shutil
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -21,14 +19,14 @@ sys.path.append(str(HERE))
 from vicreg import VICReg  # noqa: E402
 
 
-def test_the_loss_is_zero_where_there_is_nothing_to_improve() -> None:
+def test_the_loss_is_zero_where_there_is_nothing_to_improve():
     method = VICReg(VICReg.Config(name="vicreg:VICReg"), ProjectorConfig(output=3))
     # equal views, uncorrelated dimensions, standard deviations above 1
     z_BD = torch.tensor([[2.0, 2, 2], [2, -2, -2], [-2, 2, -2], [-2, -2, 2]])
     assert method.loss(Views(z_BD, z_BD, z_BD, z_BD)).item() == 0.0
 
 
-def test_each_term_is_the_papers() -> None:
+def test_each_term_is_the_papers():
     torch.manual_seed(0)
     z1, z2 = torch.randn(2, 32, 6, dtype=torch.float64)
     for key in ("invariance", "variance", "covariance"):
@@ -49,9 +47,7 @@ def test_each_term_is_the_papers() -> None:
 
 
 @pytest.mark.long
-def test_it_trains_resumes_and_is_evaluated(
-    tmp_path: Path, small: Callable[..., dict[str, Any]]
-) -> None:
+def test_it_trains_resumes_and_is_evaluated(tmp_path, small):
     shutil.copy(HERE / "vicreg.py", tmp_path / "my_file.py")
     tree = small(evaluation={"every_epochs": 1}, logging={"every_steps": 1})
     del tree["optimizer"]

@@ -1,7 +1,6 @@
 """BatchNorm by view: equal to a call a view, on one rank and on several, eager and compiled."""
 
 import copy
-from pathlib import Path
 
 import pytest
 import torch
@@ -60,7 +59,7 @@ def assert_equal(ours: dict[str, Tensor], theirs: dict[str, Tensor], budget: flo
 @pytest.mark.parametrize("dtype", BUDGET, ids=str)
 @pytest.mark.parametrize("stem", STEMS)
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
-def test_one_call_equals_a_call_a_view(stem: str, dtype: torch.dtype, training: bool) -> None:
+def test_one_call_equals_a_call_a_view(stem, dtype, training):
     theirs = network(stem, dtype).train(training)
     ours = convert_batch_norm(copy.deepcopy(theirs), views=2, synchronised=False)
     x_VBCHW = images(STEMS[stem], dtype)
@@ -68,7 +67,7 @@ def test_one_call_equals_a_call_a_view(stem: str, dtype: torch.dtype, training: 
     assert_equal(results(ours, ours(x_VBCHW.flatten(0, 1))), expected, BUDGET[dtype])
 
 
-def test_the_order_of_the_views_matters() -> None:
+def test_the_order_of_the_views_matters():
     first, second = (ViewBatchNorm(3) for _ in range(2))
     x_VBCHW = images(4, torch.float32)
     first(x_VBCHW.flatten(0, 1))
@@ -76,13 +75,13 @@ def test_the_order_of_the_views_matters() -> None:
     assert not torch.equal(first.running_mean, second.running_mean)
 
 
-def test_a_view_more_or_less() -> None:
+def test_a_view_more_or_less():
     with pytest.raises(ValueError, match="7 rows do not hold 2 views"):
         ViewBatchNorm(3)(torch.randn(7, 3))
 
 
 @pytest.mark.slow
-def test_compiled_without_a_graph_break() -> None:
+def test_compiled_without_a_graph_break():
     ours = convert_batch_norm(network("cifar", torch.float32), views=2, synchronised=False)
     compiled = torch.compile(copy.deepcopy(ours), backend="aot_eager", fullgraph=True)
     x_NCHW = images(16, torch.float32).flatten(0, 1)
@@ -90,7 +89,7 @@ def test_compiled_without_a_graph_break() -> None:
     assert_equal(compiled_results, results(ours, ours(x_NCHW)), 1e-5)
 
 
-def test_a_branch_stacks_views_and_a_target_does() -> None:
+def test_a_branch_stacks_views_and_a_target_does():
     batch = Batch(images(16, torch.float32).flatten(0, 1), torch.zeros(8))
     branches = []
     for stacked in (True, False):
@@ -104,7 +103,7 @@ def test_a_branch_stacks_views_and_a_target_does() -> None:
     assert branches[0].state_dict().keys() == branches[1].state_dict().keys()
 
 
-def test_a_batchnorm_with_an_activation_stays() -> None:
+def test_a_batchnorm_with_an_activation_stays():
     config = EncoderConfig(name="timm:efficientnet_lite0")
     branch = Branch(config, ProjectorConfig(), torch.float32, 32, stacked=True)
     assert not branch.stacked
@@ -136,7 +135,7 @@ def _rank(compiled: bool, folder: str) -> None:
 
 @pytest.mark.long
 @pytest.mark.parametrize(("size", "compiled"), [(2, False), (2, True), (4, False)])
-def test_ranks_equal_one_process(size: int, compiled: bool, tmp_path: Path) -> None:
+def test_ranks_equal_one_process(size, compiled, tmp_path):
     codes = forked(_rank, compiled, str(tmp_path), environments=launched(size))
     assert codes == [0] * size
     ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(size)]

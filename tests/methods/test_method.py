@@ -1,7 +1,5 @@
 """The step against the specification, put together here in float64, by autograd."""
 
-from collections.abc import Callable
-
 import numpy as np
 import pytest
 import torch
@@ -23,9 +21,7 @@ from isofast_kernels import reference
     [("cosine", "embeddings"), ("cosine", "directions"), ("euclidean", "embeddings")],
 )
 @pytest.mark.parametrize("name", ["isoloss", "directpred", "directcopy"])
-def test_a_step_is_the_specifications(
-    small_config: Callable[..., Config], name: str, metric: str, of: str, ema: bool
-) -> None:
+def test_a_step_is_the_specifications(small_config, name, metric, of, ema):
     """C before W, each view at the other's target, both ways twice."""
     method = {"name": name, "metric": metric, "ema": ema, "decay": 0.5, "correlation": of}
     config = small_config(method=method)
@@ -67,7 +63,7 @@ def _networks(config: Config) -> tuple[Online, EmaTarget, Batch]:
     return online, EmaTarget(branch, 0.99), Batch(torch.randn(16, 3, 16, 16), torch.arange(8))
 
 
-def test_the_target_takes_no_gradient(small_config: Callable[..., Config]) -> None:
+def test_the_target_takes_no_gradient(small_config):
     online, target, batch = _networks(small_config())
     output = online(batch, target(batch))
     (output.loss + output.probe.loss).backward()
@@ -76,9 +72,7 @@ def test_the_target_takes_no_gradient(small_config: Callable[..., Config]) -> No
 
 
 @pytest.mark.parametrize("mode", [True, False], ids=["train", "eval"])
-def test_the_target_is_a_copy_with_batch_statistics_of_its_own(
-    small_config: Callable[..., Config], mode: bool
-) -> None:
+def test_the_target_is_a_copy_with_batch_statistics_of_its_own(small_config, mode):
     """In whichever mode the encoder comes."""
     online, _, batch = _networks(small_config())
     online.branch.encoder.train(mode)
@@ -94,7 +88,7 @@ def test_the_target_is_a_copy_with_batch_statistics_of_its_own(
 
 
 @pytest.mark.parametrize("name", ["isoloss", "directcopy", "byol", "simsiam", "linear"])
-def test_metrics_of_a_step(small_config: Callable[..., Config], name: str) -> None:
+def test_metrics_of_a_step(small_config, name):
     online, target, batch = _networks(small_config(method={"name": name}))
     _, t2_BD = targets = target(batch)
     output = online(batch, targets)
@@ -126,7 +120,7 @@ def test_metrics_of_a_step(small_config: Callable[..., Config], name: str) -> No
     assert torch.equal(corr_DD, corr_DD.T)
 
 
-def test_without_targets_the_other_view_is_one(small_config: Callable[..., Config]) -> None:
+def test_without_targets_the_other_view_is_one(small_config):
     online, _, batch = _networks(small_config(method={"ema": False}))
     output = online(batch)
     z1_BD, z2_BD = (online.branch(view)[1] for view in (batch.x1_BCHW, batch.x2_BCHW))
@@ -135,9 +129,7 @@ def test_without_targets_the_other_view_is_one(small_config: Callable[..., Confi
 
 
 @pytest.mark.parametrize("name", ["isoloss", "linear"])
-def test_a_collapsed_batch_gives_finite_numbers(
-    small_config: Callable[..., Config], name: str
-) -> None:
+def test_a_collapsed_batch_gives_finite_numbers(small_config, name):
     config = small_config(method={"name": name})
     z1_BD, z2_BD = (torch.zeros(6, 16, requires_grad=True) for _ in range(2))
     method = make_method(config.method, config.projector)
@@ -151,9 +143,7 @@ def test_a_collapsed_batch_gives_finite_numbers(
         assert value is not None and torch.isfinite(value).all()
 
 
-def test_unlabelled_images_are_left_out_of_the_probe(
-    small_config: Callable[..., Config],
-) -> None:
+def test_unlabelled_images_are_left_out_of_the_probe(small_config):
     online, _, batch = _networks(small_config(method={"ema": False}))
     output = online(batch._replace(y_B=torch.full((8,), -1)))
     assert output.probe.loss.item() == 0.0 and output.probe.top1.item() == 0.0

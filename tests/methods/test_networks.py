@@ -1,7 +1,6 @@
 """Stems, widths and names of the networks."""
 
 import sys
-from collections.abc import Callable
 from types import SimpleNamespace
 
 import pytest
@@ -22,7 +21,7 @@ from isofast.training.step import Online
     ("stem", "padding", "size", "expected"),
     [("cifar", 1, 32, 32), ("cifar", 2, 32, 34), ("tiny", 1, 64, 32), ("imagenet", 1, 96, 24)],
 )
-def test_stem_resolution(stem: str, padding: int, size: int, expected: int) -> None:
+def test_stem_resolution(stem, padding, size, expected):
     encoder = make_encoder(EncoderConfig(stem=stem, stem_padding=padding))
     x_BCHW = torch.zeros(2, 3, size, size)
     maps = encoder.maxpool(encoder.relu(encoder.bn1(encoder.conv1(x_BCHW))))
@@ -30,7 +29,7 @@ def test_stem_resolution(stem: str, padding: int, size: int, expected: int) -> N
 
 
 @pytest.mark.parametrize("width", [4, 16, 64])
-def test_features_have_the_promised_size(width: int) -> None:
+def test_features_have_the_promised_size(width):
     encoder = make_encoder(EncoderConfig(stem="cifar", width=width))
     h_BF = encoder(torch.randn(2, 3, 16, 16))
     assert h_BF.shape == (2, feature_dim(encoder, 16)) == (2, 8 * width)
@@ -38,7 +37,7 @@ def test_features_have_the_promised_size(width: int) -> None:
 
 
 @pytest.mark.parametrize("theirs", [resnet18, resnet50], ids=lambda make: make.__name__)
-def test_names_and_shapes_are_torchvisions(theirs: Callable[[], nn.Module]) -> None:
+def test_names_and_shapes_are_torchvisions(theirs):
     def shapes(module: nn.Module) -> dict[str, torch.Size]:
         state = module.state_dict()
         return {name: value.shape for name, value in state.items() if name[:3] != "fc."}
@@ -48,7 +47,7 @@ def test_names_and_shapes_are_torchvisions(theirs: Callable[[], nn.Module]) -> N
         assert shapes(make_encoder(EncoderConfig(width=8))).keys() == shapes(theirs()).keys()
 
 
-def test_narrow_convolutions_keep_torchvisions_initialisation() -> None:
+def test_narrow_convolutions_keep_torchvisions_initialisation():
     torch.manual_seed(0)
     conv = make_encoder(EncoderConfig(width=32)).layer4[1].conv2
     expected = (2 / (conv.out_channels * 9)) ** 0.5
@@ -67,7 +66,7 @@ def _online(branch: Branch) -> Online:
     return Online(branch, nn.Linear(32, 3), method)
 
 
-def test_each_view_has_its_own_batch_statistics() -> None:
+def test_each_view_has_its_own_batch_statistics():
     branch = _branch()
     x1, x2 = torch.randn(8, 3, 16, 16), 5 + 3 * torch.randn(8, 3, 16, 16)
     output = _online(branch)(Batch(torch.cat([x1, x2]), torch.zeros(8, dtype=torch.long)))
@@ -78,7 +77,7 @@ def test_each_view_has_its_own_batch_statistics() -> None:
     torch.testing.assert_close(branch.encoder.bn1.running_mean, alone.encoder.bn1.running_mean)
 
 
-def test_the_probe_sends_no_gradient_to_the_encoder() -> None:
+def test_the_probe_sends_no_gradient_to_the_encoder():
     online = _online(_branch())
     output = online(Batch(torch.randn(8, 3, 16, 16), torch.arange(4) % 3))
     output.probe.loss.backward()
@@ -87,7 +86,7 @@ def test_the_probe_sends_no_gradient_to_the_encoder() -> None:
 
 
 @pytest.mark.slow
-def test_the_branch_is_one_graph_for_the_compiler() -> None:
+def test_the_branch_is_one_graph_for_the_compiler():
     x_BCHW = torch.randn(4, 3, 16, 16)
     expected = _branch()(x_BCHW)
     branch = _branch()
@@ -98,7 +97,7 @@ def test_the_branch_is_one_graph_for_the_compiler() -> None:
     assert set(branch.state_dict()) == names
 
 
-def test_bf16_autocast_keeps_parameters_and_batchnorm_in_fp32() -> None:
+def test_bf16_autocast_keeps_parameters_and_batchnorm_in_fp32():
     branch = _branch(torch.bfloat16)
     _, z_BD = branch(torch.randn(4, 3, 16, 16))
     assert z_BD.dtype == torch.bfloat16
@@ -107,7 +106,7 @@ def test_bf16_autocast_keeps_parameters_and_batchnorm_in_fp32() -> None:
     assert branch.features(torch.randn(4, 3, 16, 16)).dtype == torch.float32
 
 
-def test_an_encoder_of_timm_is_timms() -> None:
+def test_an_encoder_of_timm_is_timms():
     branch = Branch(EncoderConfig(name="timm:resnet10t"), ProjectorConfig(output=8), torch.float32)
     theirs = timm.create_model("resnet10t", num_classes=0)
     theirs.load_state_dict(dict(branch.encoder.state_dict()))
@@ -115,7 +114,7 @@ def test_an_encoder_of_timm_is_timms() -> None:
     assert h_BF.shape == (2, theirs.num_features) and z_BD.shape == (2, 8)
 
 
-def test_an_encoder_of_your_own(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_encoder_of_your_own(monkeypatch):
     pooled = nn.Sequential(nn.Conv2d(3, 5, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
     mine = SimpleNamespace(tiny=lambda: pooled, maps=lambda: nn.Conv2d(3, 5, 3), number=lambda: 3)
     monkeypatch.setitem(sys.modules, "my_encoders", mine)
@@ -131,12 +130,12 @@ def test_an_encoder_of_your_own(monkeypatch: pytest.MonkeyPatch) -> None:
     ("name", "words"),
     [("timm:resnet10tt", "resnet10tt"), ("my_encoder:make", "No module named 'my_encoder'")],
 )
-def test_encoders_that_do_not_exist_are_refused(name: str, words: str) -> None:
+def test_encoders_that_do_not_exist_are_refused(name, words):
     with pytest.raises(UserError, match=words):
         make_encoder(EncoderConfig(name=name))
 
 
-def test_an_encoder_for_another_size_names_the_key() -> None:
+def test_an_encoder_for_another_size_names_the_key():
     vit = make_encoder(EncoderConfig(name="timm:vit_tiny_patch16_224"))
     assert feature_dim(vit, 224) == 192
     with pytest.raises(UserError, match=r"32 x 32 pixels .* set data\.crop"):

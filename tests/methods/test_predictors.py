@@ -1,7 +1,5 @@
 """Trained predictors: their layers, their gradients against autograd in float64."""
 
-from collections.abc import Callable
-
 import pytest
 import torch
 from torch import Tensor, nn
@@ -25,9 +23,7 @@ BATCH, DIM = 12, 16
         ("linear", [(16, 16)]),
     ],
 )
-def test_each_predictor_has_its_layers(
-    small_config: Callable[..., Config], name: str, shapes: list[tuple[int, ...]]
-) -> None:
+def test_each_predictor_has_its_layers(small_config, name, shapes):
     config = small_config(method={"name": name})
     method = make_method(config.method, config.projector)
     assert [tuple(p.shape) for p in method.parameters()] == shapes
@@ -49,9 +45,7 @@ def _by_hand(z_BD: Tensor, weights: dict[str, Tensor]) -> Tensor:
 @pytest.mark.parametrize(
     ("name", "ema"), [("byol", True), ("byol", False), ("simsiam", False), ("linear", True)]
 )
-def test_gradients_of_embeddings_and_predictor_are_autograds(
-    small_config: Callable[..., Config], name: str, ema: bool, metric: str
-) -> None:
+def test_gradients_of_embeddings_and_predictor_are_autograds(small_config, name, ema, metric):
     config = small_config(method={"name": name, "metric": metric, "ema": ema})
     torch.manual_seed(1)
     method = make_method(config.method, config.projector)
@@ -91,9 +85,7 @@ def _online(config: Config, precision: torch.dtype) -> tuple[Online, Batch]:
 
 
 @pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
-def test_predictions_follow_the_networks_precision(
-    small_config: Callable[..., Config], precision: torch.dtype
-) -> None:
+def test_predictions_follow_the_networks_precision(small_config, precision):
     online, batch = _online(small_config(method={"name": "byol"}), precision)
     predictor, seen = online.get_submodule("method.predictor"), []
     predictor.register_forward_hook(lambda module, args, p_BD: seen.append(p_BD.dtype))
@@ -113,9 +105,7 @@ def test_predictions_follow_the_networks_precision(
 
 
 @pytest.mark.slow
-def test_the_predictor_is_one_graph_for_the_compiler(
-    small_config: Callable[..., Config],
-) -> None:
+def test_the_predictor_is_one_graph_for_the_compiler(small_config):
     config = small_config(method={"name": "byol"})
     online, batch = _online(config, torch.bfloat16)
     names = list(online.state_dict())

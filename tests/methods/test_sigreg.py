@@ -1,7 +1,5 @@
 """SIGReg against the integral written with complex numbers, in float64; its directions; a run."""
 
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -40,7 +38,7 @@ def _expected(z_VBD: torch.Tensor, a_AD: torch.Tensor, weight: float, knots: int
 
 
 @pytest.mark.parametrize("weight", [0.0, 0.05, 1.0])
-def test_loss_and_gradient_are_the_integrals(weight: float) -> None:
+def test_loss_and_gradient_are_the_integrals(weight):
     method = _method(weight=weight)
     z_VBD = 1.5 * torch.randn(2, 20, 6) + 0.3
     ours = z_VBD.clone().requires_grad_()
@@ -60,7 +58,7 @@ def test_loss_and_gradient_are_the_integrals(weight: float) -> None:
     assert scalars["alignment"] == pytest.approx(cosines.mean().item(), rel=1e-5)
 
 
-def test_the_knots_are_enough() -> None:
+def test_the_knots_are_enough():
     """Of the integral itself, by adaptive quadrature, and the gradient by differences."""
     method = _method()
     x = np.random.default_rng(0).standard_t(3, size=40)
@@ -76,7 +74,7 @@ def test_the_knots_are_enough() -> None:
 
 
 @pytest.mark.parametrize("rows", [8, 256])
-def test_a_normal_has_the_expected_value(rows: int) -> None:
+def test_a_normal_has_the_expected_value(rows):
     """E |mean exp(i t x) - exp(-t^2/2)|^2 = (1 - exp(-t^2)) / N, whatever the directions."""
     method = _method(dim=16)
     torch.manual_seed(0)
@@ -88,7 +86,7 @@ def test_a_normal_has_the_expected_value(rows: int) -> None:
     assert collapsed.item() > 0.2 * rows
 
 
-def test_directions_are_uniform_and_a_function_of_seed_and_step() -> None:
+def test_directions_are_uniform_and_a_function_of_seed_and_step():
     seed, step = torch.tensor(11), torch.tensor(5)
     a_AD = directions(seed, step, 20_000, 3)
     torch.testing.assert_close(a_AD.norm(dim=1), torch.ones(20_000))
@@ -102,13 +100,13 @@ def test_directions_are_uniform_and_a_function_of_seed_and_step() -> None:
     assert torch.equal(directions(seed, step, 20_000, 3), a_AD)
 
 
-def test_the_hash_is_splitmix64() -> None:
+def test_the_hash_is_splitmix64():
     # first outputs of the published generator at seed 0
     published = [0xE220A8397B1DCDAF, 0x6E789E6AA1B965F4, 0x06C45D188009454F]
     assert [int(x) % 2**64 for x in _mix(torch.arange(1, 4))] == published
 
 
-def test_each_step_has_its_directions_and_a_resumed_one_too() -> None:
+def test_each_step_has_its_directions_and_a_resumed_one_too():
     z_VBD = torch.randn(2, 20, 6)
     views = Views(*z_VBD, *z_VBD)
     whole, first = _method(), _method()
@@ -122,7 +120,7 @@ def test_each_step_has_its_directions_and_a_resumed_one_too() -> None:
 
 
 @pytest.mark.slow
-def test_it_trains(tmp_path: Path, small: Callable[..., dict[str, Any]]) -> None:
+def test_it_trains(tmp_path, small):
     settings = small(method={"name": "sigreg"}, train={"max_steps": 40, "epochs": 10})
     # the rest is the preset's
     settings["optimizer"] = {"lr": 0.008}

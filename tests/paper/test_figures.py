@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,9 +21,6 @@ from isofast.paper.figures import figure3, figure4, figure7, figure8
 from isofast.run.stored import Run, labels, read_run
 
 pytestmark = pytest.mark.slow
-
-Runs = dict[str, tuple[dict[str, Any], Path]]
-Draw = Callable[[Sequence[Run]], Figure]
 
 
 def copied(
@@ -57,9 +54,7 @@ def accuracies_of(figure: Figure) -> Axes:
 @pytest.mark.parametrize(
     "what", ["3 ema no-ema linear", "4 linear", "7 no-ema ema", "8 ema linear"]
 )
-def test_a_figure_is_drawn_as_png_and_svg(
-    what: str, spectrum_runs: Runs, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_figure_is_drawn_as_png_and_svg(what, spectrum_runs, tmp_path, capsys):
     number, *names = what.split()
     folders = [str(run) for name in names for _, run in spectrum_runs.values() if run.name == name]
     output = tmp_path / "new" / "folder"
@@ -83,13 +78,8 @@ def test_a_figure_is_drawn_as_png_and_svg(
     ],
 )
 def test_panels_show_their_runs_in_order_on_one_scale(
-    draw: Draw,
-    names: list[str],
-    titles: list[str],
-    scales: tuple[float, float],
-    spectrum_runs: Runs,
-    tmp_path: Path,
-) -> None:
+    draw, names, titles, scales, spectrum_runs, tmp_path
+):
     """The effective rank is (sum of eigenvalues)^2 over that of squares: n for n that are equal."""
     ranks, top1 = (5, 3), ((0.31, 0.52, 0.78), (0.2, 0.4, 0.3))
     runs = []
@@ -114,7 +104,7 @@ def test_panels_show_their_runs_in_order_on_one_scale(
         assert line.get_marker() == "o"
 
 
-def test_two_evaluations_of_one_run_are_no_curve(spectrum_runs: Runs, tmp_path: Path) -> None:
+def test_two_evaluations_of_one_run_are_no_curve(spectrum_runs, tmp_path):
     three, two = {"top1": (0.31, 0.52, 0.78)}, {"top1": (0.2, 0.4)}
     runs = [copied(spectrum_runs["ema"][1], tmp_path / "ema", **three)]
     runs.append(copied(spectrum_runs["no ema"][1], tmp_path / "no ema", **two))
@@ -124,7 +114,7 @@ def test_two_evaluations_of_one_run_are_no_curve(spectrum_runs: Runs, tmp_path: 
         assert line.get_ydata() == pytest.approx([r["probe_top1"] for r in run.records])
 
 
-def test_figure_4_shows_the_alignment(spectrum_runs: Runs) -> None:
+def test_figure_4_shows_the_alignment(spectrum_runs):
     run = read_run(spectrum_runs["linear"][1])
     assert run.alignment_TD is not None
     above = figure4([run]).axes[0]
@@ -133,7 +123,7 @@ def test_figure_4_shows_the_alignment(spectrum_runs: Runs) -> None:
     assert above.lines[0].get_ydata()[[1, 3, 5]] == pytest.approx(known, rel=1e-4)
 
 
-def test_eigenvalues_are_drawn_down_to_rounding(spectrum_runs: Runs, tmp_path: Path) -> None:
+def test_eigenvalues_are_drawn_down_to_rounding(spectrum_runs, tmp_path):
     ema = spectrum_runs["ema"][1]
     values_TD = np.float32(np.geomspace([3, 5], [3e-7, 1e-7], 16, axis=1))
     run = copied(ema, tmp_path / "run", eigenvalues=values_TD)
@@ -147,7 +137,7 @@ def test_eigenvalues_are_drawn_down_to_rounding(spectrum_runs: Runs, tmp_path: P
     assert len(panel.collections[0].get_segments()[-1]) == 0 and panel.get_ylim()[0] > 1e-8
 
 
-def test_figure_7_pairs_what_differs_only_in_ema(spectrum_runs: Runs, tmp_path: Path) -> None:
+def test_figure_7_pairs_what_differs_only_in_ema(spectrum_runs, tmp_path):
     ema, no_ema = (spectrum_runs[name][1] for name in ("ema", "no ema"))
     both = [read_run(ema), read_run(no_ema)]
     # the presets choose these by EMA
@@ -183,9 +173,7 @@ def test_figure_7_pairs_what_differs_only_in_ema(spectrum_runs: Runs, tmp_path: 
 
 
 @pytest.mark.parametrize("draw", [figure3, figure4])
-def test_a_run_that_blew_up_says_so_on_the_same_epochs(
-    draw: Draw, spectrum_runs: Runs, tmp_path: Path
-) -> None:
+def test_a_run_that_blew_up_says_so_on_the_same_epochs(draw, spectrum_runs, tmp_path):
     sound = read_run(spectrum_runs["linear"][1])
     values_TD, alignment_TD = sound.eigenvalues_TD.copy(), np.copy(sound.alignment_TD)
     values_TD[2:] = alignment_TD[2:] = np.nan
@@ -202,14 +190,14 @@ def test_a_run_that_blew_up_says_so_on_the_same_epochs(
 @pytest.mark.parametrize("number", ["3", "4"])
 @pytest.mark.filterwarnings("error")
 def test_a_run_without_one_sound_number_is_drawn_without_warnings(
-    number: str, value: float, spectrum_runs: Runs, tmp_path: Path
-) -> None:
+    number, value, spectrum_runs, tmp_path
+):
     lost = {"eigenvalues": np.full((5, 16), value), "alignment": np.full((5, 16), np.nan)}
     run = copied(spectrum_runs["linear"][1], tmp_path / "run", **lost).path
     assert main(["figures", number, str(run), "--output", str(tmp_path)]) == 0
 
 
-def test_labels_say_what_differs_and_no_more(spectrum_runs: Runs, tmp_path: Path) -> None:
+def test_labels_say_what_differs_and_no_more(spectrum_runs, tmp_path):
     ema, no_ema, linear = (read_run(spectrum_runs[n][1]) for n in ("ema", "no ema", "linear"))
     assert labels([ema]) == ["IsoLoss"]
     assert labels([ema, no_ema]) == ["IsoLoss, EMA", "IsoLoss, no EMA"]
@@ -227,7 +215,7 @@ def test_labels_say_what_differs_and_no_more(spectrum_runs: Runs, tmp_path: Path
     assert main(["figures", "3", *folders, "--output", str(tmp_path)]) == 0
 
 
-def test_what_cannot_be_drawn_is_refused(spectrum_runs: Runs, tmp_path: Path, refused: Any) -> None:
+def test_what_cannot_be_drawn_is_refused(spectrum_runs, tmp_path, refused):
     ema, no_ema, linear = (str(spectrum_runs[name][1]) for name in ("ema", "no ema", "linear"))
     empty = tmp_path / "empty"
     empty.mkdir()

@@ -20,7 +20,7 @@ def z_BD() -> torch.Tensor:
     return z_BD
 
 
-def test_long_embeddings_own_c_and_shorten_the_others(z_BD: torch.Tensor) -> None:
+def test_long_embeddings_own_c_and_shorten_the_others(z_BD):
     w_DD = matrix_power(second_moment(z_BD), 0.5)
     short = math.sqrt(MANY / FEW) / LONG
     norms_B = (z_BD @ w_DD).norm(dim=1) / z_BD.norm(dim=1)
@@ -33,14 +33,14 @@ def test_long_embeddings_own_c_and_shorten_the_others(z_BD: torch.Tensor) -> Non
     assert value == pytest.approx(-1 / (2 * short), rel=1e-3)
 
 
-def test_in_c_of_directions_every_image_counts_the_same(z_BD: torch.Tensor) -> None:
+def test_in_c_of_directions_every_image_counts_the_same(z_BD):
     w_DD = matrix_power(second_moment(functional.normalize(z_BD, dim=1)), 0.5)
     norms_B = (z_BD @ w_DD).norm(dim=1) / z_BD.norm(dim=1)
     assert norms_B[0].item() == pytest.approx(math.sqrt(FEW / MANY), abs=1e-3)
     assert norms_B[-1].item() == pytest.approx(1, abs=1e-3)
 
 
-def test_the_isotropic_gradient_goes_with_the_inverse_of_the_prediction() -> None:
+def test_the_isotropic_gradient_goes_with_the_inverse_of_the_prediction():
     """|z| |g| = sin(p, t) |z| / |p| of each image."""
     torch.manual_seed(0)
     z_BD, t_BD = torch.randn(2, 32, 8, dtype=torch.float64)

@@ -3,7 +3,6 @@
 import csv
 import json
 import shutil
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,7 +21,7 @@ def rows_of(*pairs: tuple[float | None, float]) -> list[dict[str, Any]]:
     return [{"m": value, "knn_top1": accuracy} for value, accuracy in pairs]
 
 
-def test_spearman_is_the_correlation_of_ranks() -> None:
+def test_spearman_is_the_correlation_of_ranks():
     random = np.random.default_rng(0)
     values, accuracies = random.exponential(size=(2, 30))
     ranks = values.argsort().argsort(), accuracies.argsort().argsort()
@@ -35,9 +34,7 @@ def test_spearman_is_the_correlation_of_ranks() -> None:
 
 
 @pytest.mark.slow
-def test_metrics_of_two_runs(
-    evaluated_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_metrics_of_two_runs(evaluated_run, tmp_path, capsys):
     # the same run as one of an earlier version, which knew no metrics
     old = tmp_path / "old"
     shutil.copytree(evaluated_run, old)
@@ -76,9 +73,7 @@ def test_metrics_of_two_runs(
 
 
 @pytest.mark.slow
-def test_runs_without_evaluations_are_told(
-    spectrum_runs: Any, tmp_path: Path, refused: Any
-) -> None:
+def test_runs_without_evaluations_are_told(spectrum_runs, tmp_path, refused):
     command = ["figures", "metrics", spectrum_runs["ema"][1], "--output", tmp_path / "o"]
     refused(command, "evaluation.every_epochs=1")
     assert not (tmp_path / "o").exists()

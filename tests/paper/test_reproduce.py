@@ -6,9 +6,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import psutil
 import pytest
@@ -16,7 +14,7 @@ import pytest
 from isofast.cli import main, parser_of_all
 from isofast.config.load import load_config
 from isofast.errors import UserError
-from isofast.paper.tables import TABLES, Request
+from isofast.paper.tables import TABLES
 
 from ..support.runs import ISOFAST, Process, call, environment, wait_for_step
 
@@ -62,7 +60,7 @@ def run(arguments: list[str], *, code: int = 0) -> tuple[str, str]:
 
 
 @pytest.mark.long
-def test_a_killed_table_continues_and_is_printed(digits: Path, tmp_path: Path) -> None:
+def test_a_killed_table_continues_and_is_printed(digits, tmp_path):
     arguments = command(digits, tmp_path, "--methods", "simsiam", "--epochs", "2", seeds=2)
     first = tmp_path / "table2" / "digits" / "simsiam" / "seed-0"
     victim = start(arguments)
@@ -100,9 +98,7 @@ def test_a_killed_table_continues_and_is_printed(digits: Path, tmp_path: Path) -
 
 
 @pytest.mark.long
-def test_the_small_scale_shows_before_and_after_and_draws_its_figures(
-    digits: Path, tmp_path: Path
-) -> None:
+def test_the_small_scale_shows_before_and_after_and_draws_its_figures(digits, tmp_path):
     arguments = command(digits, tmp_path, "--scale", "small", "--methods", "isoloss")
     out, _ = run([*arguments, "--epochs", "1"])
     folder = tmp_path / "table2-small"
@@ -132,9 +128,7 @@ def test_the_small_scale_shows_before_and_after_and_draws_its_figures(
     ],
     ids=["record", "checkpoint"],
 )
-def test_a_run_that_blows_up_is_a_result(
-    found_first: list[str], what: str, digits: Path, tmp_path: Path
-) -> None:
+def test_a_run_that_blows_up_is_a_result(found_first, what, digits, tmp_path):
     blown = ("optimizer.name=sgd", "optimizer.lr=1e30", "schedule.warmup_epochs=0")
     more = [word for setting in (*blown, *found_first) for word in ("--set", setting)]
     arguments = command(digits, tmp_path, *more, "--methods", "simsiam")
@@ -149,9 +143,7 @@ def test_a_run_that_blows_up_is_a_result(
     ("code", "says"),
     [(3, "exit code 3\n"), (0, "exit code 0, before its run ended: use srun")],
 )
-def test_failed_runs_do_not_stop_the_others(
-    code: int, says: str, digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_failed_runs_do_not_stop_the_others(code, says, digits, tmp_path, capsys):
     launcher = f"{sys.executable} -c 'import sys; sys.exit({code})'"
     assert main(command(digits, tmp_path, "--launcher", launcher)) == 1
     out, err = capsys.readouterr()
@@ -160,7 +152,7 @@ def test_failed_runs_do_not_stop_the_others(
     assert "6 of 6 runs failed" in err
 
 
-def test_the_plan_is_the_table(request_of: Callable[..., Request]) -> None:
+def test_the_plan_is_the_table(request_of):
     datasets = ["cifar10", "cifar100", "stl10", "tinyimagenet"]
     runs = request_of(datasets=[], epochs=7, launcher=["deepspeed", "-x"]).plan()
     assert list(dict.fromkeys(run.dataset for run in runs)) == datasets
@@ -187,9 +179,7 @@ def test_the_plan_is_the_table(request_of: Callable[..., Request]) -> None:
         assert small.config.evaluation.at_start
 
 
-def test_a_dry_run_prints_commands_that_work(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_dry_run_prints_commands_that_work(tmp_path, capsys):
     given = ["reproduce", "table3", "--datasets", "cifar10,digits", "--seeds", "1", "--dry-run"]
     runs = tmp_path / "runs"
     more = ["--root", "data", "--runs", str(runs), "--methods", "isoloss"]
@@ -225,9 +215,7 @@ def test_a_dry_run_prints_commands_that_work(
         (["--seeds", "0"], ["argument --seeds: expected a whole number of at least 1, got '0'"]),
     ],
 )
-def test_mistakes_are_refused_before_anything_runs(
-    arguments: list[str], words: list[str], digits: Path, tmp_path: Path, refused: Any
-) -> None:
+def test_mistakes_are_refused_before_anything_runs(arguments, words, digits, tmp_path, refused):
     for split in ("train", "val"):
         (tmp_path / f"only-{split}" / "digits" / split).mkdir(parents=True)
     given = [word.replace("HERE", str(tmp_path)) for word in arguments]
@@ -245,9 +233,7 @@ def test_mistakes_are_refused_before_anything_runs(
         ('data={"dataset": "digits", "root": "/other"}', "data.root"),
     ],
 )
-def test_the_table_fixes_its_keys(
-    override: str, key: str, request_of: Callable[..., Request]
-) -> None:
+def test_the_table_fixes_its_keys(override, key, request_of):
     with pytest.raises(UserError, match=rf"--set {key} is fixed by the table"):
         request_of(methods=["isoloss"], overrides=[override]).plan()
     # a section that agrees with the table is accepted
@@ -285,9 +271,7 @@ except KeyboardInterrupt:
         (signal.SIGHUP, "polite", "same-session"),
     ],
 )
-def test_an_interruption_leaves_nothing_running(
-    number: signal.Signals, child: str, session: str, digits: Path, tmp_path: Path
-) -> None:
+def test_an_interruption_leaves_nothing_running(number, child, session, digits, tmp_path):
     script, note = tmp_path / "launcher.py", tmp_path / "pid"
     script.write_text(LAUNCHER)
     launcher = f"{sys.executable} {script} launcher {child} {session}"

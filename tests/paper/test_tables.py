@@ -1,11 +1,10 @@
 """The table of `isofast reproduce` for runs that finished, failed or crashed."""
 
 import json
-from collections.abc import Callable
 from typing import Any
 
 from isofast.paper.reproduce import render
-from isofast.paper.tables import DATASETS, TABLES, PlannedRun, Request
+from isofast.paper.tables import DATASETS, TABLES, PlannedRun
 
 # by method and EMA: CIFAR-10, CIFAR-100, STL-10 and TinyImageNet
 PAPER = """
@@ -22,7 +21,7 @@ table3 isoloss False 91.4 63.0 86.9 38.5
 """
 
 
-def test_every_number_is_the_papers() -> None:
+def test_every_number_is_the_papers():
     lines = PAPER.splitlines()[1:]
     for table, row in ((name, row) for name, rows in TABLES.items() for row in rows):
         reported = [row.reported[name] for name in ("cifar10", "cifar100", "stl10", "tinyimagenet")]
@@ -30,7 +29,7 @@ def test_every_number_is_the_papers() -> None:
     assert lines == []
 
 
-def test_a_part_of_the_table_has_its_own_file(request_of: Callable[..., Request]) -> None:
+def test_a_part_of_the_table_has_its_own_file(request_of):
     paper = [*DATASETS]
     for changes, name in (
         ({"datasets": paper[::-1]}, "table.md"),
@@ -42,9 +41,7 @@ def test_a_part_of_the_table_has_its_own_file(request_of: Callable[..., Request]
         assert request.table_path == request.folder / name
 
 
-def test_a_dataset_has_a_section_with_the_papers_numbers(
-    request_of: Callable[..., Request],
-) -> None:
+def test_a_dataset_has_a_section_with_the_papers_numbers(request_of):
     request = request_of(datasets=["cifar100", "digits"], methods=["directpred"])
     lines = render(request, request.plan()).splitlines()
     assert lines[0] == "# Table 2"
@@ -56,9 +53,7 @@ def test_a_dataset_has_a_section_with_the_papers_numbers(
         assert without == f"| DirectPred | 0.5 | no | {nothing} | {papers[1]} |"
 
 
-def test_notes_tell_how_long_and_where_the_runs_were_made(
-    request_of: Callable[..., Request],
-) -> None:
+def test_notes_tell_how_long_and_where_the_runs_were_made(request_of):
     request = request_of(seeds=2, epochs=2, methods=["byol"])
     runs = request.plan()
     bare = render(request, runs)
@@ -72,14 +67,14 @@ def test_notes_tell_how_long_and_where_the_runs_were_made(
     assert lines[-2:] == [f"Made on CPU, {of_two}", f"Made on H100, {of_two}"]
 
 
-def test_only_short_runs_warn_of_a_comparison(request_of: Callable[..., Request]) -> None:
+def test_only_short_runs_warn_of_a_comparison(request_of):
     for dataset, epochs, warns in (("cifar10", None, False), ("cifar10", 9, True)):
         request = request_of(datasets=[dataset], epochs=epochs, seeds=1)
         table = render(request, request.plan())
         assert ("--set method.correlation=embeddings uses the paper's" in table) == warns
 
 
-def test_a_cell_is_the_mean_of_the_seeds_that_ended(request_of: Callable[..., Request]) -> None:
+def test_a_cell_is_the_mean_of_the_seeds_that_ended(request_of):
     request = request_of(seeds=4, methods=["directpred"])
     runs = request.plan()
     with_ema, without = runs[:4], runs[4:]
@@ -97,9 +92,7 @@ def test_a_cell_is_the_mean_of_the_seeds_that_ended(request_of: Callable[..., Re
     assert "| DirectPred | 0.5 | no | - | 20.0 | 20.0 +- 14.1 | 1.5 | 2 of 2 | - |" in table
 
 
-def test_a_run_that_fails_after_a_warning_has_not_crashed(
-    request_of: Callable[..., Request],
-) -> None:
+def test_a_run_that_fails_after_a_warning_has_not_crashed(request_of):
     """on_collapse=warn keeps the last warning, whatever ends the run."""
     runs = request_of(seeds=1, methods=["directpred"]).plan()
     few = "the embeddings have collapsed to few dimensions"
@@ -108,7 +101,7 @@ def test_a_run_that_fails_after_a_warning_has_not_crashed(
     assert [planned.state() for planned in runs] == ["stopped", "crashed"]
 
 
-def test_more_steps_are_trained(request_of: Callable[..., Request]) -> None:
+def test_more_steps_are_trained(request_of):
     methods = ["simsiam"]
     (short,) = request_of(seeds=1, methods=methods, overrides=["train.max_steps=5"]).plan()
     _leave(short, val_top1=0.2)

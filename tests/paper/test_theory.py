@@ -51,14 +51,14 @@ def rates_of_modes(toy: Toy, v_SMN: Tensor) -> Array:
 
 
 @pytest.mark.parametrize("name", EUCLIDEAN)
-def test_a_euclidean_mode_starts_at_the_rate_of_its_equation(name: str) -> None:
+def test_a_euclidean_mode_starts_at_the_rate_of_its_equation(name):
     lr = 1e-7
     start, after = spectra(changed(EUCLIDEAN[name], steps=1, lr=lr))
     np.testing.assert_allclose((after - start) / lr, RATES[name](start), rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.parametrize("name", EUCLIDEAN)
-def test_a_euclidean_mode_follows_its_equation_to_the_end(name: str) -> None:
+def test_a_euclidean_mode_follows_its_equation_to_the_end(name):
     """The solution of lambda' against gradient descent on V, whose own error is of order lr."""
     lr, steps = 1e-3, 4000
     found = spectra(changed(EUCLIDEAN[name], steps=steps, lr=lr), records=5)
@@ -69,7 +69,7 @@ def test_a_euclidean_mode_follows_its_equation_to_the_end(name: str) -> None:
 
 
 @pytest.mark.parametrize(("name", "power"), [("euclidean", 1), ("iso_euclidean", 0)])
-def test_an_embedding_moves_at_the_papers_rate(name: str, power: int) -> None:
+def test_an_embedding_moves_at_the_papers_rate(name, power):
     """z' = eta lambda (1 - lambda) z, IsoLoss eta (1 - lambda) z: half lambda's relative rate."""
     values, lr = [1.6, 0.7, 0.02], 1e-7
     toy = changed(EUCLIDEAN[name], inputs=5, outputs=3, steps=1, lr=lr)
@@ -80,7 +80,7 @@ def test_an_embedding_moves_at_the_papers_rate(name: str, power: int) -> None:
     np.testing.assert_allclose((after - z) / lr / z, modes**power * (1 - modes), rtol=1e-5)
 
 
-def test_a_small_mode_waits_for_the_plain_loss_and_not_for_iso_loss() -> None:
+def test_a_small_mode_waits_for_the_plain_loss_and_not_for_iso_loss():
     start = diagonal_weights([1.0, 0.02], 3)
     sizes = {"inputs": 3, "outputs": 2}
     plain, iso = (
@@ -95,14 +95,14 @@ def test_a_small_mode_waits_for_the_plain_loss_and_not_for_iso_loss() -> None:
     [("cosine", 2500, 0.996, 1.004), ("iso_cosine", 1500, 1.1, 1.5)],
 )
 def test_cosine_equalises_at_the_trace_it_started_with_and_iso_loss_at_a_larger_one(
-    name: str, steps: int, low: float, high: float
-) -> None:
+    name, steps, low, high
+):
     start, end = spectra(changed(COSINE[name], steps=steps, samples=400))
     assert low < end.sum() / start.sum() < high
     np.testing.assert_allclose(end, end.mean(), rtol=5e-3)
 
 
-def test_iso_cosine_recruits_small_modes_at_homogeneous_rates() -> None:
+def test_iso_cosine_recruits_small_modes_at_homogeneous_rates():
     """Relative rates of the modes below half the mean, 0.33, 0.084 and 0.043, slowest over fastest.
 
     0.75 for IsoLoss and 0.18 for the plain loss, which multiplies each by its eigenvalue.
@@ -122,7 +122,7 @@ def test_iso_cosine_recruits_small_modes_at_homogeneous_rates() -> None:
 
 
 @pytest.mark.parametrize("name", COSINE)
-def test_whether_a_cosine_gradient_leaves_the_trace_alone(name: str) -> None:
+def test_whether_a_cosine_gradient_leaves_the_trace_alone(name):
     """Exactly, on any samples, where it is a gradient: the loss ignores lengths."""
     change = rates_of_modes(COSINE[name], initial_weights(Toy())).sum()
     if name in ("iso_cosine", "cosine_paper_gradient"):
@@ -131,14 +131,14 @@ def test_whether_a_cosine_gradient_leaves_the_trace_alone(name: str) -> None:
         assert abs(change) < 1e-12
 
 
-def test_cosine_without_predictor_keeps_the_trace_and_narrows_slowly() -> None:
+def test_cosine_without_predictor_keeps_the_trace_and_narrows_slowly():
     start, end = spectra(changed(COSINE["cosine_no_predictor"], steps=1500))
     assert end.sum() == pytest.approx(start.sum(), rel=1e-3)
     assert 0.95 * start[0] < end[0] < 0.99 * start[0]
     assert 1.05 * start[-1] < end[-1] < 2 * start[-1]
 
 
-def test_cosine_without_stop_gradient_collapses_dimensions_and_the_papers_form_diverges() -> None:
+def test_cosine_without_stop_gradient_collapses_dimensions_and_the_papers_form_diverges():
     start, true = spectra(changed(COSINE["cosine_no_stop_gradient"], samples=400))
     assert true.sum() == pytest.approx(start.sum(), rel=1e-2)
     assert np.median(true) < 1e-3 and true[0] > 1.2 * start[0]
@@ -146,14 +146,14 @@ def test_cosine_without_stop_gradient_collapses_dimensions_and_the_papers_form_d
     assert paper.sum() > 20 * start.sum()
 
 
-def test_relu_networks_keep_their_dimensions_and_lose_them_without_stop_gradient() -> None:
+def test_relu_networks_keep_their_dimensions_and_lose_them_without_stop_gradient():
     kept = spectra(Toy(loss="iso_euclidean", relu=True, samples=200))
     assert kept[-1].min() > 3 * kept[0].min()
     lost = spectra(Toy(loss="euclidean", stop_gradient=False, relu=True, samples=200))
     assert lost[-1].sum() < 0.02 * lost[0].sum()
 
 
-def test_the_relu_iso_cosine_of_two_outputs_ends_alike_on_any_samples() -> None:
+def test_the_relu_iso_cosine_of_two_outputs_ends_alike_on_any_samples():
     """From one V, its end trace over four draws of the samples is the same to 2 %.
 
     Its mean gradient exists by the bound on lengths alone: without it single samples decide.

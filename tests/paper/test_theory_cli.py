@@ -3,7 +3,6 @@
 import json
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,7 +23,7 @@ def simulate_json(capsys: Capture, *arguments: str) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("loss", ["euclidean", "iso_euclidean", "cosine", "iso_cosine"])
-def test_json_holds_the_spectrum_at_both_ends(capsys: Capture, loss: str) -> None:
+def test_json_holds_the_spectrum_at_both_ends(capsys, loss):
     found = simulate_json(capsys, "--loss", loss, *SHORT)
     assert list(found) == ["loss", "matrix", "initial", "final", "trace"]
     assert found["loss"] == loss and found["matrix"] == "V V^T"
@@ -34,7 +33,7 @@ def test_json_holds_the_spectrum_at_both_ends(capsys: Capture, loss: str) -> Non
     np.testing.assert_allclose(found["trace"], [initial.sum(), final.sum()], rtol=1e-12)
 
 
-def test_every_ablation_has_its_own_end(capsys: Capture) -> None:
+def test_every_ablation_has_its_own_end(capsys):
     sizes = ("--loss", "cosine", "--inputs", "6", "--outputs", "3", "--lr", "0.2", *SHORT)
     stop = "--no-stop-gradient"
     ablations = ("", stop, f"{stop} --paper-gradient", "--no-predictor")
@@ -48,7 +47,7 @@ def test_every_ablation_has_its_own_end(capsys: Capture) -> None:
     assert relu["trace"][0] == pytest.approx(found[0]["trace"][0] / 2)
 
 
-def test_the_table_says_what_was_run(capsys: Capture) -> None:
+def test_the_table_says_what_was_run(capsys):
     command = ["theory", "simulate", "--loss", "euclidean", "--no-stop-gradient", "--outputs", "3"]
     assert main([*command, "--steps", "0", "--seed", "4"]) == 0
     lines = capsys.readouterr().out.splitlines()
@@ -79,22 +78,20 @@ def test_the_table_says_what_was_run(capsys: Capture) -> None:
         ("figure5 --output new --samples 0", "samples: got 0"),
     ],
 )
-def test_bad_values_are_refused(
-    refused: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: str, message: str
-) -> None:
+def test_bad_values_are_refused(refused, tmp_path, monkeypatch, arguments, message):
     monkeypatch.chdir(tmp_path)
     assert refused(["theory", *arguments.split()], message) == ""
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_simulation_that_diverges_ends_with_exit_code_1(capsys: Capture) -> None:
+def test_a_simulation_that_diverges_ends_with_exit_code_1(capsys):
     given = ["--loss", "euclidean", "--lr", "5", "--steps", "50"]
     assert main(["theory", "simulate", *given]) == 1
     shown = capsys.readouterr().err
     assert "not finite at step 50: lr 5 is too large; give a smaller --lr" in shown
 
 
-def test_version_and_help_are_quick() -> None:
+def test_version_and_help_are_quick():
     code = (
         "import contextlib, sys; from isofast.cli import main\n"
         "for option in ('--version', '--help'):\n"

@@ -28,7 +28,7 @@ def _one_thread() -> None:
     torch.set_num_threads(1)
 
 
-def test_relu_correlation_is_the_mean_outer_product() -> None:
+def test_relu_correlation_is_the_mean_outer_product():
     toy = Toy(relu=True)
     v_SMN = initial_weights(toy)
     rounds = [embed(toy, randn((5000, 15), stream(seed, 9)), v_SMN)[0] for seed in range(40)]
@@ -37,7 +37,7 @@ def test_relu_correlation_is_the_mean_outer_product() -> None:
     assert ((means.mean(0) - correlation(toy, v_SMN)[0]).abs() < 5 * error).all()
 
 
-def test_the_relu_networks_drift_without_predictor_is_the_populations() -> None:
+def test_the_relu_networks_drift_without_predictor_is_the_populations():
     """By quadrature over u = v.x1 of unit variance; the mean over the noise is the textbook's."""
     u = np.linspace(0, 9, 200_001)
     density = np.exp(-(u**2) / 2) / np.sqrt(2 * np.pi)
@@ -52,7 +52,7 @@ def test_the_relu_networks_drift_without_predictor_is_the_populations() -> None:
     assert (sampled - found).abs().max() < 3e-3
 
 
-def test_what_the_relu_iso_cosine_leaves_out_does_not_hang_on_the_scale() -> None:
+def test_what_the_relu_iso_cosine_leaves_out_does_not_hang_on_the_scale():
     """g is homogeneous of degree -3 in V, as W = V V^T; an absolute bound would end that."""
     toy = Toy(loss="iso_cosine", relu=True, inputs=6, outputs=2)
     v_SMN = initial_weights(toy)
@@ -60,7 +60,7 @@ def test_what_the_relu_iso_cosine_leaves_out_does_not_hang_on_the_scale() -> Non
     torch.testing.assert_close(small, 1e6 * large, rtol=1e-9, atol=0)
 
 
-def test_a_row_of_zeros_is_no_trouble() -> None:
+def test_a_row_of_zeros_is_no_trouble():
     v_SMN = torch.zeros(1, 2, 3, dtype=torch.float64)
     for toy in (Toy(relu=True), Toy(loss="cosine", relu=True), Toy(loss="cosine")):
         sizes = changed(toy, inputs=3, outputs=2, steps=3, samples=10)
@@ -69,9 +69,7 @@ def test_a_row_of_zeros_is_no_trouble() -> None:
 
 @pytest.mark.parametrize("name", COSINE)
 @pytest.mark.parametrize("short_side", ["prediction", "target"])
-def test_a_relu_sample_with_one_side_below_the_norm_floor_moves_nothing(
-    short_side: str, name: str
-) -> None:
+def test_a_relu_sample_with_one_side_below_the_norm_floor_moves_nothing(short_side, name):
     """V takes the only pair of views to embeddings of length 1 and 1e-12.
 
     The short one would otherwise move V by 1e8, along itself.
@@ -91,7 +89,7 @@ def test_a_relu_sample_with_one_side_below_the_norm_floor_moves_nothing(
 
 
 @pytest.mark.parametrize("name", EUCLIDEAN)
-def test_the_closed_form_is_the_mean_of_the_samples(name: str) -> None:
+def test_the_closed_form_is_the_mean_of_the_samples(name):
     toy = changed(EUCLIDEAN[name], samples=4000)
     v_SMN = initial_weights(toy)
     generator = stream(0, 1)
@@ -127,7 +125,7 @@ def definition(toy: Toy, z_BM: Tensor, t_BM: Tensor, w_MM: Tensor) -> Tensor:
         if not toy.paper_gradient
     ],
 )
-def test_the_sampled_gradient_is_autograds_with_the_predictor_held(toy: Toy, relu: bool) -> None:
+def test_the_sampled_gradient_is_autograds_with_the_predictor_held(toy, relu):
     toy = changed(toy, relu=relu, samples=50)
     found = sampled_gradient(toy, initial_weights(toy), stream(3, 1))[0]
     generator = stream(3, 1)
@@ -140,7 +138,7 @@ def test_the_sampled_gradient_is_autograds_with_the_predictor_held(toy: Toy, rel
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
 
 
-def test_a_seed_gives_one_result_and_another_seed_another() -> None:
+def test_a_seed_gives_one_result_and_another_seed_another():
     toy = Toy(loss="cosine", steps=30, samples=50)
     other = changed(toy, seed=1)
     first, again, elsewhere = (simulate(one).eigenvalues for one in (toy, toy, other))
@@ -151,7 +149,7 @@ def test_a_seed_gives_one_result_and_another_seed_another() -> None:
     assert not np.array_equal(drawn[1], first[1]), "the samples have the seed too"
 
 
-def test_no_two_streams_have_anything_to_do_with_each_other() -> None:
+def test_no_two_streams_have_anything_to_do_with_each_other():
     """Of 10,000 numbers each; by chance a correlation is 0.01."""
     places = [(seed, index) for seed in range(3) for index in range(4)]
     drawn = np.stack([randn((10_000,), stream(*place)).numpy() for place in places])
@@ -160,7 +158,7 @@ def test_no_two_streams_have_anything_to_do_with_each_other() -> None:
         assert np.array_equal(randn((10_000,), stream(*place)).numpy(), numbers)
 
 
-def test_records_are_spread_from_the_first_step_to_the_last() -> None:
+def test_records_are_spread_from_the_first_step_to_the_last():
     toy = Toy(steps=10)
     assert simulate(toy, records=3).steps.tolist() == [0, 5, 10]
     track = simulate(toy, records=100)

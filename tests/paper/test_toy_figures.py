@@ -114,9 +114,7 @@ def assert_spectrum(axes: Axes, values_TM: NDArray[Any]) -> None:
 
 
 @pytest.mark.parametrize(("figure", "seed"), [("figure2", 1), ("figure6", 0)])
-def test_every_panel_shows_the_loss_its_title_and_row_name(
-    drawn: Any, figure: str, seed: int
-) -> None:
+def test_every_panel_shows_the_loss_its_title_and_row_name(drawn, figure, seed):
     axes, arrays = drawn(figure, seed=seed)
     relu = figure == "figure6"
     ends: dict[tuple[str, str], NDArray[Any]] = {}
@@ -152,7 +150,7 @@ def test_every_panel_shows_the_loss_its_title_and_row_name(
 
 
 @pytest.mark.parametrize("seed", [0, 1])
-def test_figure5_shows_each_start_in_its_column_and_its_colour(drawn: Any, seed: int) -> None:
+def test_figure5_shows_each_start_in_its_column_and_its_colour(drawn, seed):
     axes, arrays = drawn("figure5", seed=seed)
     v0 = initial_weights(Toy(inputs=6, outputs=2, seed=seed))
     starts = {"V0": v0, "2 V0": 2 * v0, "randn / 2": randn((1, 2, 6), stream(seed, 3)) / 2}
@@ -180,7 +178,7 @@ def test_figure5_shows_each_start_in_its_column_and_its_colour(drawn: Any, seed:
     assert not arrays
 
 
-def test_what_diverges_has_its_own_scale_and_the_others_share_theirs(drawn: Any) -> None:
+def test_what_diverges_has_its_own_scale_and_the_others_share_theirs(drawn):
     """Of this seed's few samples the paper's derivative leaves both scales within 140 steps."""
     axes, _ = drawn("figure2", seed=6, steps=140, samples=1)
     limits = {}
@@ -204,12 +202,12 @@ def test_what_diverges_has_its_own_scale_and_the_others_share_theirs(drawn: Any)
 
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("figure", ["figure2", "figure5"])
-def test_figures_of_no_step_are_drawn_without_warnings(drawn: Any, figure: str) -> None:
+def test_figures_of_no_step_are_drawn_without_warnings(drawn, figure):
     _, arrays = drawn(figure, steps=0, samples=5)
     assert all(arrays[name].tolist() == [0] for name in arrays if name.endswith("_steps"))
 
 
-def test_figures_follow_the_papers_settings() -> None:
+def test_figures_follow_the_papers_settings():
     toys = {panel.name: panel.toy for panel in panels_of("figure2")}
     assert toys["cosine_plain_plane"].samples == 10_000
     assert toys["cosine_plain_spectrum"].default_lr == 0.1
@@ -222,8 +220,8 @@ def test_figures_follow_the_papers_settings() -> None:
 @pytest.mark.skipif(not Path("/proc/self").exists(), reason="no /proc: not Linux")
 @pytest.mark.parametrize("output", ["file", "/proc"])
 def test_an_output_that_takes_no_file_is_refused_before_anything_is_simulated(
-    output: str, tmp_path: Path, refused: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    output, tmp_path, refused, monkeypatch
+):
     """Even root makes no file in /proc."""
     (tmp_path / "file").write_text("here")
     monkeypatch.setattr("isofast.paper.toy_figures.simulate", None)

@@ -32,9 +32,7 @@ def gate() -> Iterator[threading.Event]:
     event.set()
 
 
-def test_jobs_run_in_order_and_a_caller_far_ahead_waits(
-    background: Background, gate: threading.Event
-) -> None:
+def test_jobs_run_in_order_and_a_caller_far_ahead_waits(background, gate):
     done: list[int] = []
     background.do(gate.wait)
     futures = [background.do(lambda n=n: done.append(n)) for n in range(5)]
@@ -52,7 +50,7 @@ def test_jobs_run_in_order_and_a_caller_far_ahead_waits(
 
 
 @pytest.mark.parametrize("by", ["the next job", "waiting"])
-def test_an_error_is_raised_once(background: Background, by: str) -> None:
+def test_an_error_is_raised_once(background, by):
     failed = background.do(lambda: 1 / 0)
     assert isinstance(failed.exception(timeout=30), ZeroDivisionError)
     with pytest.raises(ZeroDivisionError):
@@ -60,7 +58,7 @@ def test_an_error_is_raised_once(background: Background, by: str) -> None:
     assert background.do(lambda: 4).result() == 4
 
 
-def test_a_host_copy_is_of_its_moment() -> None:
+def test_a_host_copy_is_of_its_moment():
     tensor = torch.ones(3)
     copy = HostCopy(tensor)
     tensor.zero_()
@@ -68,7 +66,7 @@ def test_a_host_copy_is_of_its_moment() -> None:
 
 
 @pytest.mark.gpu
-def test_a_host_copy_of_a_gpu_tensor_is_of_its_moment_and_is_not_waited_for() -> None:
+def test_a_host_copy_of_a_gpu_tensor_is_of_its_moment_and_is_not_waited_for():
     tensor = torch.ones(256, 256, device="cuda")
     HostCopy(tensor).get()
     torch.cuda.synchronize()
@@ -111,11 +109,8 @@ def corr_of(dimensions: int) -> torch.Tensor:
 
 
 def test_the_loop_waits_for_no_spectrum_and_records_keep_their_order(
-    make_recorder: Callable[..., Recorder],
-    gate: threading.Event,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+    make_recorder, gate, tmp_path, monkeypatch
+):
     class Gated:
         """A logger held up at its first record."""
 
@@ -144,9 +139,7 @@ def test_the_loop_waits_for_no_spectrum_and_records_keep_their_order(
     recorder.close()
 
 
-def test_a_collapse_that_recovers_is_forgotten(
-    make_recorder: Callable[..., Recorder], tmp_path: Path
-) -> None:
+def test_a_collapse_that_recovers_is_forgotten(make_recorder, tmp_path):
     with closing(make_recorder(0)) as recorder:
         record(recorder, 100, corr_of(8))
         record(recorder, 200, corr_of(1), spread=0.05)
@@ -158,9 +151,7 @@ def test_a_collapse_that_recovers_is_forgotten(
         assert recorder.summary(300, corr_of(8), 0, "a full disk")["collapse"] is None
 
 
-def test_a_continued_run_is_judged_by_its_earlier_records(
-    make_recorder: Callable[..., Recorder],
-) -> None:
+def test_a_continued_run_is_judged_by_its_earlier_records(make_recorder):
     with closing(make_recorder(0)) as first:
         record(first, 100, corr_of(8), spread=0.06)
         record(first, 120, corr_of(8), spread=0.06)

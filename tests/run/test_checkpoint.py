@@ -2,7 +2,6 @@
 
 import resource
 import signal
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -18,7 +17,7 @@ def _save(folder: Path, step: int, keep: int = 3) -> Path:
     return save_checkpoint(folder, step, state, nn.Linear(2, 2).state_dict(), keep)
 
 
-def test_the_newest_is_found_and_old_ones_go(tmp_path: Path) -> None:
+def test_the_newest_is_found_and_old_ones_go(tmp_path):
     assert newest_checkpoint(tmp_path / "none") is None
     for step in (9, 10, 100):
         _save(tmp_path, step, keep=2)
@@ -30,7 +29,7 @@ def test_the_newest_is_found_and_old_ones_go(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step_00000010", "step_00000100"]
 
 
-def test_the_best_is_kept_however_old(tmp_path: Path) -> None:
+def test_the_best_is_kept_however_old(tmp_path):
     for step, best in ((1, 1), (2, 2), (3, 2), (4, 2), (5, 5), (6, 5)):
         save_checkpoint(tmp_path, step, {}, nn.Linear(2, 2).state_dict(), 1, best_step=best)
     assert sorted(path.name[-1] for path in tmp_path.iterdir()) == ["5", "6"]
@@ -49,9 +48,7 @@ def test_the_best_is_kept_however_old(tmp_path: Path) -> None:
         ("manifest.json", None),
     ],
 )
-def test_a_damaged_one_is_passed_over_and_named(
-    tmp_path: Path, name: str, damage: Callable[[bytes], bytes] | None
-) -> None:
+def test_a_damaged_one_is_passed_over_and_named(tmp_path, name, damage):
     _save(tmp_path, 1)
     file = _save(tmp_path, 2) / name
     if damage is None:
@@ -64,7 +61,7 @@ def test_a_damaged_one_is_passed_over_and_named(
     assert len(said) == 1 and "step_00000002 is not whole" in said[0]
 
 
-def test_continuing_from_an_older_one_keeps_and_replaces(tmp_path: Path) -> None:
+def test_continuing_from_an_older_one_keeps_and_replaces(tmp_path):
     for step in (2, 4, 6):
         _save(tmp_path, step)
     (tmp_path / "step_00000006" / "state.pt").write_bytes(b"damaged")
@@ -79,14 +76,14 @@ def test_continuing_from_an_older_one_keeps_and_replaces(tmp_path: Path) -> None
     assert found is not None and torch.equal(found.load()["value"], torch.full((1000,), 6.0))
 
 
-def test_none_whole_is_an_error_and_not_a_new_beginning(tmp_path: Path) -> None:
+def test_none_whole_is_an_error_and_not_a_new_beginning(tmp_path):
     for step in (1, 2):
         (_save(tmp_path, step) / "state.pt").unlink()
     with pytest.raises(UserError, match=r"none of the 2 checkpoint.*--fresh"):
         newest_checkpoint(tmp_path)
 
 
-def test_an_unfinished_folder_is_no_checkpoint(tmp_path: Path) -> None:
+def test_an_unfinished_folder_is_no_checkpoint(tmp_path):
     _save(tmp_path, 1)
     (tmp_path / ".step_00000002.part").mkdir()
     (tmp_path / ".step_00000002.part" / "state.pt").write_bytes(b"half")
@@ -100,7 +97,7 @@ def test_an_unfinished_folder_is_no_checkpoint(tmp_path: Path) -> None:
     assert not [*tmp_path.glob(".*")]
 
 
-def test_a_full_disk_leaves_the_older_checkpoint(tmp_path: Path) -> None:
+def test_a_full_disk_leaves_the_older_checkpoint(tmp_path):
     _save(tmp_path, 1)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)

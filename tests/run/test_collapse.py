@@ -78,7 +78,7 @@ MISSED = {
 
 
 @pytest.mark.parametrize("run", RUNS, ids=name_of)
-def test_recorded_runs_are_judged_by_what_became_of_them(run: dict[str, Any]) -> None:
+def test_recorded_runs_are_judged_by_what_became_of_them(run):
     found = findings(run)
     gained = run["knn_top1"][-1][1] - run["knn_top1"][0][1]
     expected = WARNED.get(name_of(run))
@@ -123,12 +123,7 @@ LONG_RUN = [at(10, **LONG), at(20), at(30, **LONG), at(40, **LONG)]
         ({}, [at(1), at(2, None)], [None, "blow-up"]),
     ],
 )
-def test_each_kind_of_collapse_is_told_from_a_healthy_run(
-    method: dict[str, Any],
-    records: list[Record],
-    expected: list[str | None],
-    config: Callable[..., Config],
-) -> None:
+def test_each_kind_of_collapse_is_told_from_a_healthy_run(method, records, expected, config):
     watch = CollapseWatch(config(**method), steps_per_epoch=22)
     found = [watch.judge(record) for record in records]
     assert [finding and finding.kind for finding in found] == expected
@@ -150,9 +145,7 @@ def test_each_kind_of_collapse_is_told_from_a_healthy_run(
         ({}, "blow-up", ["optimizer.lr below 0.008", "a longer"]),
     ],
 )
-def test_what_to_try_fits_the_method(
-    method: dict[str, Any], kind: Any, expected: list[str], config: Callable[..., Config]
-) -> None:
+def test_what_to_try_fits_the_method(method, kind, expected, config):
     tries = remedies(config(**method), kind)
     assert len(tries) == len(expected)
     assert all(text.startswith(first) for text, first in zip(tries, expected, strict=True))

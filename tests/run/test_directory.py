@@ -1,18 +1,14 @@
 """Run dirs: chosen, locked, cleared of what an interruption left."""
 
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from isofast.config.schema import Config
 from isofast.errors import UserError
 from isofast.run.directory import choose_run_dir, open_run_dir
 
 
-def test_run_dirs_are_named_after_the_config(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_run_dirs_are_named_after_the_config(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for fresh in (False, True):
         assert choose_run_dir(Path("launch/x.json"), None, fresh) == Path("runs/x")
@@ -23,9 +19,7 @@ def test_run_dirs_are_named_after_the_config(
     assert choose_run_dir(Path("launch/x.json"), Path("y"), fresh=True) == Path("y")
 
 
-def test_a_requeued_job_goes_on_in_the_fresh_folder_that_it_began(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_requeued_job_goes_on_in_the_fresh_folder_that_it_began(tmp_path, monkeypatch):
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
     run = tmp_path / "run"
     assert choose_run_dir(Path("x.json"), run, fresh=True) == run
@@ -34,7 +28,7 @@ def test_a_requeued_job_goes_on_in_the_fresh_folder_that_it_began(
         assert choose_run_dir(Path("x.json"), run, fresh=True) == taken
 
 
-def test_one_run_at_a_time(small_config: Callable[..., Config], tmp_path: Path) -> None:
+def test_one_run_at_a_time(small_config, tmp_path):
     for name in (".lock", ".config.json.123.part"):
         (tmp_path / name).touch()
     with open_run_dir(tmp_path, small_config()):

@@ -3,7 +3,6 @@
 import json
 import os
 from importlib.metadata import version
-from pathlib import Path
 
 import pytest
 import torch
@@ -17,7 +16,7 @@ from ..support.runs import ISOFAST, call
 DOCTOR = [*ISOFAST, "doctor"]
 
 
-def test_the_errors_are_those_of_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_errors_are_those_of_fp32(monkeypatch):
     cpu = torch.device("cpu")
     errors = kernel_errors(cpu)
     assert errors.keys() == {"loss", "gradient", "root"}
@@ -34,7 +33,7 @@ def test_the_errors_are_those_of_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.slow
-def test_this_machine_can_train(tmp_path: Path) -> None:
+def test_this_machine_can_train(tmp_path):
     report = json.loads(call([*DOCTOR, "--json"], cwd=tmp_path).stdout)
     assert report["ok"] is True and report["problems"] == []
     versions = {package["name"]: package["version"] for package in report["packages"]}
@@ -47,13 +46,13 @@ def test_this_machine_can_train(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("cuda", [False, True])
-def test_one_process_on_a_gpu_needs_no_deepspeed(cuda: bool) -> None:
+def test_one_process_on_a_gpu_needs_no_deepspeed(cuda):
     required = {package.name: package.required for package in doctor._packages(cuda)}
     assert required["deepspeed"] is not cuda and required["triton"] is cuda
 
 
 @pytest.mark.slow
-def test_what_is_missing_is_named_with_its_remedy(tmp_path: Path) -> None:
+def test_what_is_missing_is_named_with_its_remedy(tmp_path):
     # found before the installed ones
     (tmp_path / "deepspeed.py").write_text("raise ImportError('libmpi.so.40: cannot open')")
     (tmp_path / "nvidia.py").write_text("")
@@ -73,7 +72,7 @@ def test_what_is_missing_is_named_with_its_remedy(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("library", ["torchvision", "triton"])
-def test_what_isofast_itself_cannot_import_is_named(tmp_path: Path, library: str) -> None:
+def test_what_isofast_itself_cannot_import_is_named(tmp_path, library):
     (tmp_path / f"{library}.py").write_text("raise RuntimeError('built for another torch')")
     path = f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
     done = call([*DOCTOR, "--json"], code=1, PYTHONPATH=path)

@@ -35,7 +35,7 @@ def smooth_rank(values: Array) -> float:
 
 
 @SHAPES
-def test_rankme_is_garridos(shape: tuple[int, int]) -> None:
+def test_rankme_is_garridos(shape):
     z_NF = embeddings(*shape)
     sigma = np.sqrt(np.clip(np.linalg.eigvalsh(z_NF @ z_NF.T), 0, None))
     want = smooth_rank(np.sort(sigma)[::-1][: min(shape)])
@@ -44,7 +44,7 @@ def test_rankme_is_garridos(shape: tuple[int, int]) -> None:
     assert rankme(tensor(z_NF) + 5) != pytest.approx(want, rel=0.05)
 
 
-def test_rankme_of_known_spectra() -> None:
+def test_rankme_of_known_spectra():
     # eps adds 1e-7 D log D
     assert rankme(torch.eye(50)) == pytest.approx(50, rel=1e-4)
     assert rankme(torch.outer(torch.arange(1, 31.0), torch.ones(7))) == pytest.approx(1, rel=1e-4)
@@ -57,7 +57,7 @@ def test_rankme_of_known_spectra() -> None:
 
 
 @pytest.mark.parametrize("shape", [(30, 10, 6), (5, 3, 20)], ids=str)
-def test_lidar_is_thilaks(shape: tuple[int, int, int]) -> None:
+def test_lidar_is_thilaks(shape):
     images, views, dim = shape
     e_NVF = embeddings(*shape) + embeddings(images, 1, dim, seed=1)
     means = [sample.mean(0) for sample in e_NVF]
@@ -73,7 +73,7 @@ def test_lidar_is_thilaks(shape: tuple[int, int, int]) -> None:
     assert lidar(tensor(e_NVF + 7)) == pytest.approx(want, rel=1e-6)
 
 
-def test_lidar_counts_what_outlasts_the_views() -> None:
+def test_lidar_counts_what_outlasts_the_views():
     """RankMe sees dimensions in use, LiDAR only those in which images differ from their views."""
     random = np.random.default_rng(0)
     noise = 0.01 * random.normal(size=(200, 20, 40))
@@ -89,7 +89,7 @@ def test_lidar_counts_what_outlasts_the_views() -> None:
 
 
 @pytest.mark.parametrize("alpha", [0.5, 1.0, 2.3])
-def test_alpha_req_of_a_power_law(alpha: float) -> None:
+def test_alpha_req_of_a_power_law(alpha):
     eigenvalues = np.arange(1, 151.0) ** -alpha
     centred = np.random.default_rng(0).normal(size=(400, 150))
     basis = np.linalg.qr(centred - centred.mean(0))[0]
@@ -104,7 +104,7 @@ def test_alpha_req_of_a_power_law(alpha: float) -> None:
     assert of(bent) == pytest.approx(alpha, rel=1e-6)
 
 
-def test_alpha_req_is_polyfits() -> None:
+def test_alpha_req_is_polyfits():
     z_NF = embeddings(30, 60)
     eigenvalues = np.linalg.eigvalsh(np.cov(z_NF.T))[::-1]
     # 30 images about their mean have 29
@@ -112,7 +112,7 @@ def test_alpha_req_is_polyfits() -> None:
     assert alpha_req(tensor(z_NF)) == pytest.approx(want, rel=1e-6)
 
 
-def test_alignment_and_uniformity_are_wang_and_isolas() -> None:
+def test_alignment_and_uniformity_are_wang_and_isolas():
     e_NVF, z_NF = embeddings(9, 4, 5), embeddings(20, 5)
     u = e_NVF / np.linalg.norm(e_NVF, axis=2, keepdims=True)
     pairs = [((u[:, a] - u[:, b]) ** 2).sum(1) for a in range(4) for b in range(a)]
@@ -124,7 +124,7 @@ def test_alignment_and_uniformity_are_wang_and_isolas() -> None:
     )
 
 
-def test_alignment_and_uniformity_of_known_points() -> None:
+def test_alignment_and_uniformity_of_known_points():
     opposite, orthogonal_pair = torch.tensor([[1.0, 0], [-3, 0]]), torch.tensor([[2.0, 0], [0, 1]])
     assert alignment(opposite[None]) == pytest.approx(4)
     assert alignment(orthogonal_pair[None]) == pytest.approx(2)
@@ -136,20 +136,20 @@ def test_alignment_and_uniformity_of_known_points() -> None:
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf], ids=str)
-def test_lost_embeddings_give_nan(value: float) -> None:
+def test_lost_embeddings_give_nan(value):
     z_NF, e_NVF = torch.randn(20, 8), torch.randn(10, 3, 8)
     z_NF[3, 2] = e_NVF[3, 2, 1] = value
     found = label_free(z_NF, e_NVF)
     assert len(found) == 5 and all(math.isnan(number) for number in found.values())
 
 
-def test_collapsed_embeddings_give_no_error() -> None:
+def test_collapsed_embeddings_give_no_error():
     found = label_free(torch.ones(20, 8), torch.ones(10, 3, 8))
     assert found["rankme"] == pytest.approx(1, rel=1e-4)
     assert [found["uniformity"], found["view_alignment"]] == pytest.approx([0, 0], abs=1e-12)
     assert math.isnan(found["lidar"]) and math.isnan(found["alpha_req"])
 
 
-def test_half_precision_is_widened() -> None:
+def test_half_precision_is_widened():
     z_NF, e_NVF = tensor(embeddings(40, 9)).bfloat16(), tensor(embeddings(9, 4, 9)).bfloat16()
     assert label_free(z_NF, e_NVF) == label_free(z_NF.double(), e_NVF.double())

@@ -3,7 +3,6 @@
 import json
 import sys
 import types
-from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 from typing import Any, ClassVar
@@ -26,7 +25,7 @@ def _write(run_dir: Path, start: int, steps: range) -> None:
             writer.spectrum(step, Spectrum(np.float32([2, 1, 0]) * step))
 
 
-def test_a_resumed_run_drops_what_was_written_after_its_checkpoint(tmp_path: Path) -> None:
+def test_a_resumed_run_drops_what_was_written_after_its_checkpoint(tmp_path):
     _write(tmp_path, 0, range(1, 6))
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 3, "lo')
@@ -41,14 +40,14 @@ def test_a_resumed_run_drops_what_was_written_after_its_checkpoint(tmp_path: Pat
     assert len(read_metrics(tmp_path / "metrics.jsonl")) == 1
 
 
-def test_a_long_run_waits_for_the_disk_and_not_for_zlib(tmp_path: Path) -> None:
+def test_a_long_run_waits_for_the_disk_and_not_for_zlib(tmp_path):
     _write(tmp_path, 0, range(1, 3))
     with ZipFile(tmp_path / "spectrum.npz") as archive:
         assert {member.compress_type for member in archive.infolist()} == {ZIP_STORED}
 
 
 @pytest.mark.parametrize("content", [b"", b"no archive", b"PK\x03\x04cut"])
-def test_a_damaged_spectrum_is_named_and_left_alone(tmp_path: Path, content: bytes) -> None:
+def test_a_damaged_spectrum_is_named_and_left_alone(tmp_path, content):
     _write(tmp_path, 0, range(1, 5))
     (tmp_path / "spectrum.npz").write_bytes(content)
     with pytest.raises(UserError, match=r"spectrum\.npz.*move it away"):
@@ -58,7 +57,7 @@ def test_a_damaged_spectrum_is_named_and_left_alone(tmp_path: Path, content: byt
     _write(tmp_path, 0, range(1, 2))
 
 
-def test_nan_becomes_null(tmp_path: Path) -> None:
+def test_nan_becomes_null(tmp_path):
     with closing(MetricsWriter(tmp_path, 0)) as writer:
         writer.write({"step": 1, "loss": float("nan"), "lr": float("inf")})
     assert read_metrics(tmp_path / "metrics.jsonl") == [{"step": 1, "loss": None, "lr": None}]
@@ -82,9 +81,7 @@ class Recording:
         self.seen.append("close")
 
 
-def test_a_logger_of_your_own_gets_every_record(
-    tmp_path: Path, small_config: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_logger_of_your_own_gets_every_record(tmp_path, small_config, monkeypatch):
     monkeypatch.setitem(sys.modules, "my_loggers", types.SimpleNamespace(Recording=Recording))
     config = small_config(logging={"loggers": ["my_loggers:Recording", "tensorboard"]}, seed=3)
     with closing(MetricsWriter(tmp_path, 2, make_loggers(tmp_path, config, 2))) as writer:
@@ -93,9 +90,7 @@ def test_a_logger_of_your_own_gets_every_record(
     assert list((tmp_path / "tensorboard").iterdir())
 
 
-def test_a_logger_that_does_not_start_is_named(
-    tmp_path: Path, small_config: Callable[..., Config]
-) -> None:
+def test_a_logger_that_does_not_start_is_named(tmp_path, small_config):
     config = small_config(logging={"loggers": ["no_logger:Here"]})
     with pytest.raises(UserError, match=r"cannot start 'no_logger:Here'.*No module named"):
         make_loggers(tmp_path, config, 0)

@@ -1,8 +1,5 @@
 """Checkpoints that are written while training goes on."""
 
-from collections.abc import Callable
-from pathlib import Path
-
 import pytest
 import torch
 
@@ -14,7 +11,7 @@ from isofast.run.saving import Saver
 from ..support.runs import train
 
 
-def test_a_checkpoint_holds_what_there_was_when_it_was_asked_for(tmp_path: Path) -> None:
+def test_a_checkpoint_holds_what_there_was_when_it_was_asked_for(tmp_path):
     saver = Saver(tmp_path, CheckpointConfig(max_failures=0), print)
     module = torch.nn.Linear(1000, 1000)
     for step in (1, 2):
@@ -32,7 +29,7 @@ def test_a_checkpoint_holds_what_there_was_when_it_was_asked_for(tmp_path: Path)
     assert state._metadata == module.state_dict()._metadata
 
 
-def test_a_disk_that_fails_is_borne_for_a_while(tmp_path: Path) -> None:
+def test_a_disk_that_fails_is_borne_for_a_while(tmp_path):
     said: list[str] = []
     folder = tmp_path / "checkpoints"
     saver = Saver(folder, CheckpointConfig(max_failures=2), said.append)
@@ -63,7 +60,7 @@ def test_a_disk_that_fails_is_borne_for_a_while(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_run_saves_by_the_clock_too(config_file: Callable[..., Path], tmp_path: Path) -> None:
+def test_a_run_saves_by_the_clock_too(config_file, tmp_path):
     config = config_file(checkpoint={"every_steps": 1000, "every_minutes": 1e-9, "keep": 10})
     train(config, tmp_path / "run")
     assert len(list((tmp_path / "run" / "checkpoints").iterdir())) == 6

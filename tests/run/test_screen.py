@@ -1,7 +1,6 @@
 """What is printed: durations, the table of results."""
 
 import time
-from pathlib import Path
 
 import pytest
 
@@ -27,11 +26,11 @@ ENVIRONMENT = {"device": "a machine", "ranks": 2, "batch_norm": "local"}
 @pytest.mark.parametrize(
     ("seconds", "text"), [(0, "0:00"), (65.4, "1:05"), (3725, "1:02:05"), (90061, "25:01:01")]
 )
-def test_duration(seconds: float, text: str) -> None:
+def test_duration(seconds, text):
     assert duration(seconds) == text
 
 
-def test_a_long_wait_is_not_silent(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_long_wait_is_not_silent(capsys):
     progress = Progress(10, 0, speak=True, line_every_s=0.05)
     with progress.waiting("compiling"):
         time.sleep(0.3)
@@ -40,7 +39,7 @@ def test_a_long_wait_is_not_silent(capsys: pytest.CaptureFixture[str]) -> None:
     assert 2 <= len(shown) <= 6 and set(shown) == {"compiling, 0:00"}
 
 
-def test_the_table_shows_what_there_is(tmp_path: Path) -> None:
+def test_the_table_shows_what_there_is(tmp_path):
     checkpoint = tmp_path / "checkpoints" / "step_00000660"
     checkpoint.mkdir(parents=True)
     (checkpoint / "encoder.safetensors").touch()

@@ -1,10 +1,7 @@
 """Spectra: what they measure, and which of them a run keeps."""
 
 import math
-from collections.abc import Callable
 from contextlib import closing
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -35,15 +32,13 @@ def symmetric(u_DD: torch.Tensor, values_D: torch.Tensor) -> torch.Tensor:
         ([2.0, 1.0], 9 / 5, 3 / 4 ** (1 / 3)),
     ],
 )
-def test_both_ranks_count_the_dimensions_in_use(
-    eigenvalues: list[float], ratio: float, entropy: float
-) -> None:
+def test_both_ranks_count_the_dimensions_in_use(eigenvalues, ratio, entropy):
     spectrum = Spectrum(np.array(eigenvalues, np.float32))
     assert spectrum.effective_rank == pytest.approx(ratio)
     assert spectrum.effective_rank_entropy == pytest.approx(entropy)
 
 
-def test_eigenvalues_come_in_descending_order_without_rounding_below_zero() -> None:
+def test_eigenvalues_come_in_descending_order_without_rounding_below_zero():
     values_D = torch.linspace(0, 5, DIM).clamp(min=1)
     values_D[:9] = 0
     spectrum = measure(symmetric(basis(1), values_D).float())
@@ -61,16 +56,14 @@ def test_eigenvalues_come_in_descending_order_without_rounding_below_zero() -> N
         (lambda c: torch.zeros(DIM, DIM), 0),
     ],
 )
-def test_functions_of_c_are_aligned_with_it(
-    function: Callable[[torch.Tensor], torch.Tensor], expected: int
-) -> None:
+def test_functions_of_c_are_aligned_with_it(function, expected):
     corr_DD = symmetric(basis(2), torch.linspace(0.5, 2, DIM))
     spectrum = measure(corr_DD, function(corr_DD))
     assert spectrum.alignment_D == pytest.approx(np.full(DIM, expected), abs=1e-6)
     assert spectrum.predictor_alignment == pytest.approx(expected, abs=1e-6)
 
 
-def test_alignment_follows_the_order_of_the_eigenvalues() -> None:
+def test_alignment_follows_the_order_of_the_eigenvalues():
     u_DD = basis(3, 4)
     corr_DD = symmetric(u_DD, torch.tensor([4.0, 3.0, 2.0, 1.0]))
     # keeps u_0, turns u_1 by 60 degrees towards u_3, takes u_2 to u_3, and u_3 to -u_3
@@ -81,7 +74,7 @@ def test_alignment_follows_the_order_of_the_eigenvalues() -> None:
     assert spectrum.predictor_alignment == pytest.approx((4 + 1.5 + 0 - 1) / 10, abs=1e-6)
 
 
-def test_a_random_predictor_is_not_aligned() -> None:
+def test_a_random_predictor_is_not_aligned():
     dim = 400
     w_DD = torch.randn(dim, dim, generator=torch.Generator().manual_seed(4)).double()
     corr_DD = symmetric(basis(5, dim), torch.linspace(1, 2, dim))
@@ -90,13 +83,13 @@ def test_a_random_predictor_is_not_aligned() -> None:
     assert np.sqrt(np.square(cos_D).mean()) == pytest.approx(1 / math.sqrt(dim), rel=0.15)
 
 
-def test_a_matrix_that_is_lost_gives_nan_and_no_error() -> None:
+def test_a_matrix_that_is_lost_gives_nan_and_no_error():
     spectrum = measure(torch.full((3, 3), torch.nan), torch.eye(3))
     assert np.isnan(spectrum.eigenvalues_D).all() and np.isnan(spectrum.alignment_D).all()
     assert math.isnan(spectrum.effective_rank) and math.isnan(spectrum.effective_rank_entropy)
 
 
-def test_files_without_alignment_stay_readable(tmp_path: Path) -> None:
+def test_files_without_alignment_stay_readable(tmp_path):
     path = tmp_path / "spectrum.npz"
     np.savez(path, step=np.array([1, 2]), eigenvalues=np.ones((2, 3), np.float32))
     with closing(MetricsWriter(tmp_path, 2)) as writer:
@@ -107,9 +100,7 @@ def test_files_without_alignment_stay_readable(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_run_keeps_spectra_at_records_ends_of_epochs_and_where_asked(
-    spectrum_runs: dict[str, tuple[dict[str, Any], Path]],
-) -> None:
+def test_a_run_keeps_spectra_at_records_ends_of_epochs_and_where_asked(spectrum_runs):
     _, run_dir = spectrum_runs["linear"]
     with np.load(run_dir / "spectrum.npz") as stored:
         # every 8, each record's (every 10 and the last), the end of the epoch

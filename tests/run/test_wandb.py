@@ -3,7 +3,7 @@
 import json
 import struct
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,6 @@ import pytest
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from isofast.config.schema import Config
 from isofast.errors import UserError
 from isofast.run.loggers import make_loggers
 from isofast.run.metrics import MetricsWriter, read_metrics
@@ -74,9 +73,7 @@ def _numbers(row: dict[str, Any]) -> dict[str, Any]:
 
 
 @pytest.mark.slow
-def test_records_config_and_spectrum_and_one_run_for_both_processes(
-    tmp_path: Path, small_config: Callable[..., Config]
-) -> None:
+def test_records_config_and_spectrum_and_one_run_for_both_processes(tmp_path, small_config):
     config = small_config(logging={"loggers": ["wandb", "tensorboard"]}, seed=7)
     for start, steps in ((0, (1, 2, 3)), (2, (3, 4))):
         writer = MetricsWriter(tmp_path, start, make_loggers(tmp_path, config, start))
@@ -106,9 +103,7 @@ def test_records_config_and_spectrum_and_one_run_for_both_processes(
 
 
 @pytest.mark.long
-def test_a_run_is_in_it_under_tensorboards_names(
-    tmp_path: Path, config_file: Callable[..., Path]
-) -> None:
+def test_a_run_is_in_it_under_tensorboards_names(tmp_path, config_file):
     config = config_file(logging={"loggers": ["wandb", "tensorboard"]})
     for steps in (2, 4):
         train(config, tmp_path / "run", "--set", f"train.max_steps={steps}")
@@ -125,9 +120,7 @@ def test_a_run_is_in_it_under_tensorboards_names(
         assert {*row} == {*board.Tags()["scalars"]}
 
 
-def test_without_the_package_the_error_says_how_to_get_it(
-    tmp_path: Path, small_config: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_without_the_package_the_error_says_how_to_get_it(tmp_path, small_config, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     config = small_config(logging={"loggers": ["wandb"]})
     with pytest.raises(UserError, match=r"not installed\. pip install wandb"):

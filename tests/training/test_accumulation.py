@@ -1,7 +1,6 @@
 """A batch in pieces: what must equal the whole batch does, in less memory."""
 
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
@@ -55,9 +54,7 @@ def repeated_batch(pieces: int) -> Batch:
 
 @pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.long)])
 @pytest.mark.parametrize("stacked", [False, True])
-def test_pieces_equal_the_whole_batch(
-    small_config: MakeConfig, stacked: bool, compiled: bool
-) -> None:
+def test_pieces_equal_the_whole_batch(small_config, stacked, compiled):
     """Loss, gradients, C and target; running statistics move once a piece. The whole is eager."""
     batch = repeated_batch(2)
     found: list[dict[str, Tensor]] = []
@@ -92,7 +89,7 @@ def test_pieces_equal_the_whole_batch(
         torch.testing.assert_close(parts[name], expected, rtol=1e-5, atol=1e-7, msg=name)
 
 
-def test_activations_of_pieces_are_not_held(small_config: MakeConfig) -> None:
+def test_activations_of_pieces_are_not_held(small_config):
     batch = repeated_batch(4)
     held = []
     for pieces in (1, 4):
@@ -109,7 +106,7 @@ def test_activations_of_pieces_are_not_held(small_config: MakeConfig) -> None:
     assert held[1] < held[0] / 5
 
 
-def test_a_batch_that_does_not_divide_is_refused(small_config: MakeConfig) -> None:
+def test_a_batch_that_does_not_divide_is_refused(small_config):
     config = small_config(train={"batch_size": 12, "accumulation": 4})
     with pytest.raises(UserError, match=r"processes times train\.accumulation=4.*batch_size=16"):
         config.batch_size_per_rank(2)
@@ -119,7 +116,7 @@ def test_a_batch_that_does_not_divide_is_refused(small_config: MakeConfig) -> No
 
 
 @pytest.mark.long
-def test_a_run_in_pieces_goes_on_bitwise(config_file: Callable[..., Path], tmp_path: Path) -> None:
+def test_a_run_in_pieces_goes_on_bitwise(config_file, tmp_path):
     config = config_file(train={"accumulation": 2}, method={"ema": True})
     train(config, tmp_path / "whole")
     train(config, tmp_path / "parts", "--set", "train.max_steps=3")

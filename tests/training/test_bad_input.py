@@ -40,11 +40,11 @@ def refuses(refused: Any, config_file: Write, tmp_path: Path) -> Callable[..., N
         ('deepspeed={"zero_optimization": {"stage": 1}}', ["stage must be 0"]),
     ],
 )
-def test_settings_that_cannot_be(refuses: Any, setting: str, words: list[str]) -> None:
+def test_settings_that_cannot_be(refuses, setting, words):
     refuses(*words, setting=setting)
 
 
-def test_images_that_cannot_be(refuses: Any, own_digits: Path) -> None:
+def test_images_that_cannot_be(refuses, own_digits):
     victim = sorted((own_digits / "train" / "5").iterdir())[7]
     victim.write_bytes(victim.read_bytes()[:60])
     refuses(victim.name, setting=f"data.root={own_digits}")
@@ -53,13 +53,13 @@ def test_images_that_cannot_be(refuses: Any, own_digits: Path) -> None:
     refuses(str(own_digits / "train" / "3"), setting=f"data.root={own_digits}")
 
 
-def test_srun_without_an_address(refuses: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_srun_without_an_address(refuses, monkeypatch):
     for name, value in (("STEP_NUM_TASKS", "4"), ("PROCID", "0"), ("LOCALID", "0")):
         monkeypatch.setenv(f"SLURM_{name}", value)
     refuses("export MASTER_ADDR=")
 
 
-def test_the_launcher_passes_the_exit_code_on(config_file: Write, tmp_path: Path) -> None:
+def test_the_launcher_passes_the_exit_code_on(config_file, tmp_path):
     option = ("--set", "train.batch_size=63")
     command = command_of(config_file(), tmp_path / "run", *option, ranks=2)
     printed = call(command, code=2).stderr
@@ -67,7 +67,7 @@ def test_the_launcher_passes_the_exit_code_on(config_file: Write, tmp_path: Path
     assert not (tmp_path / "run").exists()
 
 
-def test_a_run_dir_that_is_something_else(refuses: Any, tmp_path: Path) -> None:
+def test_a_run_dir_that_is_something_else(refuses, tmp_path):
     folder = tmp_path / "holiday"
     folder.mkdir()
     (folder / "photo.jpg").write_bytes(b"x")
@@ -78,12 +78,12 @@ def test_a_run_dir_that_is_something_else(refuses: Any, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("section", [{"flops_profiler": 3}, {"communication_data_type": "xyz"}])
-def test_what_deepspeed_refuses(config_file: Write, tmp_path: Path, section: Any) -> None:
+def test_what_deepspeed_refuses(config_file, tmp_path, section):
     printed = train(config_file(deepspeed=section), tmp_path / "run", code=2)
     assert "DeepSpeed refused" in printed and str(section) in printed
 
 
-def test_a_port_that_is_taken(config_file: Write, tmp_path: Path) -> None:
+def test_a_port_that_is_taken(config_file, tmp_path):
     command = command_of(config_file(), tmp_path / "run")
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))

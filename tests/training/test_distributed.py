@@ -56,7 +56,7 @@ def results(
 
 
 @pytest.mark.parametrize("step", [0, 1])
-def test_loss_correlation_and_gradients_agree(results: Results, step: int) -> None:
+def test_loss_correlation_and_gradients_agree(results, step):
     one, two = results(1), results(2)
     names = [name for name in one if name.startswith((f"loss{step}", f"corr{step}", f"grad{step}"))]
     assert len(names) > 60
@@ -72,14 +72,14 @@ def test_loss_correlation_and_gradients_agree(results: Results, step: int) -> No
         assert one[name].abs().max() > 0, name
 
 
-def test_buffers_rows_and_objects_are_exchanged(results: Results) -> None:
+def test_buffers_rows_and_objects_are_exchanged(results):
     two = results(2)
     assert torch.equal(two["buffers"], torch.full_like(two["buffers"], 0.5))
     assert two["rows"].tolist() == [[0.0, 0.0], [1.0, 1.0], [1.0, 1.0]]
     assert two["objects"] == [0, 1]
 
 
-def test_ranks_agree_on_their_images_or_stop_together(results: Results) -> None:
+def test_ranks_agree_on_their_images_or_stop_together(results):
     first, last = results(2)["refused"]
     assert first[0] == last[0] == ""
     assert all("same images" in told for told in (*first[1:], last[1]))
@@ -88,15 +88,13 @@ def test_ranks_agree_on_their_images_or_stop_together(results: Results) -> None:
     assert results(1)["refused"] == [["", "", ""]]
 
 
-def test_state_in_a_group_of_one(results: Results) -> None:
+def test_state_in_a_group_of_one(results):
     assert results(1)["steps restored"] == 3
     assert "was on a cuda and is on a cpu" in results(1)["another device"]
 
 
 @pytest.mark.long
-def test_a_run_goes_on_with_another_number_of_processes(
-    config_file: Callable[..., Path], tmp_path: Path
-) -> None:
+def test_a_run_goes_on_with_another_number_of_processes(config_file, tmp_path):
     config = config_file(train={"max_steps": 12, "precision": "fp32"})
     whole, grown = tmp_path / "whole", tmp_path / "grown"
     train(config, whole)
@@ -110,9 +108,7 @@ def test_a_run_goes_on_with_another_number_of_processes(
 
 
 @pytest.mark.long
-def test_a_run_dir_that_machines_do_not_share_is_refused(
-    config_file: Callable[..., Path], tmp_path: Path
-) -> None:
+def test_a_run_dir_that_machines_do_not_share_is_refused(config_file, tmp_path):
     """The second process would begin at step 0, beside a first that goes on from step 2."""
     config = config_file(train={"max_steps": 2})
     train(config, tmp_path / "0")

@@ -23,9 +23,7 @@ from isofast.training.build import synchronises_batch_norm
         ({"SLURM_NTASKS": "4", "SLURM_PROCID": "0"}, (0, 1)),
     ],
 )
-def test_the_rank_is_known_before_the_group_exists(
-    launched: dict[str, str], expected: tuple[int, int], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_rank_is_known_before_the_group_exists(launched, expected, monkeypatch):
     for name, value in launched.items():
         monkeypatch.setenv(name, value)
     assert (launched_rank(), launched_world_size()) == expected
@@ -45,9 +43,7 @@ def test_the_rank_is_known_before_the_group_exists(
         ({"SLURM_STEP_NUM_TASKS": "2", "LOCAL_WORLD_SIZE": "4"}, 4),
     ],
 )
-def test_cores_are_shared_with_the_neighbours(
-    launched: dict[str, str], sharing: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_cores_are_shared_with_the_neighbours(launched, sharing, monkeypatch):
     for name, value in launched.items():
         monkeypatch.setenv(name, value)
     world = World(rank=0, size=8, local_rank=0, device=torch.device("cpu"))
@@ -63,9 +59,7 @@ def test_cores_are_shared_with_the_neighbours(
         ({"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1"}, 1, None),
     ],
 )
-def test_each_task_takes_its_own_gpu(
-    launched: dict[str, str], visible: int, gpu: int | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_each_task_takes_its_own_gpu(launched, visible, gpu, monkeypatch):
     address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
     monkeypatch.setattr(os, "environ", {**os.environ, **address, **launched})
     taken: list[int] = []
@@ -88,7 +82,7 @@ def test_each_task_takes_its_own_gpu(
     ("asked", "size", "expected"),
     [("auto", 1, False), ("auto", 2, True), ("synchronised", 1, False), ("local", 2, False)],
 )
-def test_batchnorm_across_ranks(asked: str, size: int, expected: bool) -> None:
+def test_batchnorm_across_ranks(asked, size, expected):
     config = validate({"data": {"root": "x"}, "train": {"batch_norm": asked}})
     world = World(0, size, 0, torch.device("cpu"))
     assert synchronises_batch_norm(config, world) == expected

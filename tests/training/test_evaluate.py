@@ -1,9 +1,6 @@
 """k-NN against scikit-learn's, evaluation in eval mode, metrics without labels beside it."""
 
 import json
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -25,7 +22,7 @@ from ..support.runs import fit_apart
 
 
 @pytest.mark.parametrize("k", [1, 7, 200], ids=lambda k: f"k{k}")
-def test_knn_is_a_weighted_vote(k: int) -> None:
+def test_knn_is_a_weighted_vote(k):
     torch.manual_seed(0)
     bank, bank_y = torch.randn(60, 8), torch.randint(5, (60,))
     query, query_y = torch.randn(40, 8), torch.randint(5, (40,))
@@ -35,7 +32,7 @@ def test_knn_is_a_weighted_vote(k: int) -> None:
     assert got == pytest.approx(expected)
 
 
-def test_knn_votes_do_not_overflow_at_low_temperatures() -> None:
+def test_knn_votes_do_not_overflow_at_low_temperatures():
     bank, bank_y = torch.tensor([[1.0, 0.0], [0.9, 0.436]]), torch.tensor([1, 0])
     query = torch.tensor([[1.0, 0.0]])
     for temperature in (0.02, 0.01, 0.001):
@@ -43,14 +40,14 @@ def test_knn_votes_do_not_overflow_at_low_temperatures() -> None:
         assert got == 1.0
 
 
-def test_knn_in_pieces_counts_every_query() -> None:
+def test_knn_in_pieces_counts_every_query():
     bank = torch.eye(4)
     query_y = torch.arange(2500) % 4
     assert knn_top1(bank, torch.arange(4), bank[query_y], query_y, classes=4, k=1) == 1.0
     assert knn_top1(bank, torch.arange(4), bank[query_y], (query_y + 1) % 4, classes=4, k=1) == 0.0
 
 
-def test_eval_mode_gives_back_the_mode_it_found() -> None:
+def test_eval_mode_gives_back_the_mode_it_found():
     module = nn.BatchNorm1d(3)
     with pytest.raises(RuntimeError), eval_mode(module):
         assert not module.training
@@ -74,7 +71,7 @@ def evaluator_of(config: Config) -> tuple[Evaluator, Images, Recipe]:
     return evaluator, images, recipe
 
 
-def test_metrics_without_labels_are_of_a_fixed_sample(small_config: Callable[..., Config]) -> None:
+def test_metrics_without_labels_are_of_a_fixed_sample(small_config):
     """Features and embeddings of all 355 validation images, here; no random number is drawn."""
 
     def config(**evaluation: int) -> Config:
@@ -115,7 +112,7 @@ def test_metrics_without_labels_are_of_a_fixed_sample(small_config: Callable[...
     assert accuracies[0] == accuracies[1]
 
 
-def test_views_are_of_the_recipes_first_view(small_config: Callable[..., Config]) -> None:
+def test_views_are_of_the_recipes_first_view(small_config):
     """With a first view that changes nothing, the views of an image are one point."""
     still = {"crop_scale": [1.0, 1.0], "crop_ratio": [1.0, 1.0], "jitter_p": 0.0, "gray_p": 0.0}
     still |= {"degrees": 0.0, "translate": 0.0, "scale": [1.0, 1.0], "shear": 0.0, "flip_p": 0.0}
@@ -131,9 +128,7 @@ def test_views_are_of_the_recipes_first_view(small_config: Callable[..., Config]
 
 
 @pytest.mark.slow
-def test_the_best_of_a_run_that_gets_worse_is_kept(
-    small: Callable[..., dict[str, Any]], tmp_path: Path
-) -> None:
+def test_the_best_of_a_run_that_gets_worse_is_kept(small, tmp_path):
     settings = small(
         method={"name": "simsiam"},
         optimizer={"name": "sgd", "lr": 3.0},

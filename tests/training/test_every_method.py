@@ -1,9 +1,7 @@
 """Every method from its preset: real runs of a few steps, continued, and what they leave."""
 
 import shutil
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -25,9 +23,7 @@ TRAINED = ("byol", "simsiam", "linear")
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_a_run_stopped_and_continued_ends_as_one_never_stopped(
-    name: str, small: Callable[..., dict[str, Any]], tmp_path: Path
-) -> None:
+def test_a_run_stopped_and_continued_ends_as_one_never_stopped(name, small, tmp_path):
     settings = small(method={"name": name}, train={"max_steps": 4})
     # the optimizer is the preset's
     del settings["optimizer"]
@@ -62,9 +58,7 @@ class Scaled(Method):
         return (self.scale * views.z1_BD - views.t2_BD).square().mean()
 
 
-def test_a_method_of_your_own_may_learn_a_scalar(
-    small: Callable[..., dict[str, Any]], tmp_path: Path
-) -> None:
+def test_a_method_of_your_own_may_learn_a_scalar(small, tmp_path):
     method = {"name": f"{__name__}:Scaled"}
     fit_apart(small(method=method, train={"max_steps": 2}), tmp_path)
     state = torch.load(tmp_path / "checkpoints" / "step_00000002" / "state.pt", weights_only=True)

@@ -8,7 +8,7 @@ import struct
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -23,8 +23,6 @@ from ..support.runs import assert_same_run, call, started, train
 
 pytestmark = pytest.mark.slow
 
-Write = Callable[..., Path]
-
 
 def one_message(printed: str, *words: str) -> None:
     assert "Traceback" not in printed, printed
@@ -35,9 +33,7 @@ def one_message(printed: str, *words: str) -> None:
 @pytest.mark.parametrize(
     ("number", "rank"), [(signal.SIGKILL, 1), (signal.SIGSEGV, 0)], ids=["SIGKILL", "SIGSEGV"]
 )
-def test_a_rank_that_dies(
-    number: signal.Signals, rank: int, config_file: Write, tmp_path: Path
-) -> None:
+def test_a_rank_that_dies(number, rank, config_file, tmp_path):
     """By the kernel for its memory, or by a crash of a thread that decodes images."""
     config = config_file(train={"max_steps": 30})
     process = started(config, tmp_path / "run", ranks=2)
@@ -50,7 +46,7 @@ def test_a_rank_that_dies(
     one_message(printed, f"error{survivor}: another process of the run is gone")
 
 
-def test_a_loader_that_hangs(config_file: Write, own_digits: Path, tmp_path: Path) -> None:
+def test_a_loader_that_hangs(config_file, own_digits, tmp_path):
     """Opening a named pipe waits for ever, as does reading from a file system that is gone."""
     config = config_file(
         data={"root": str(own_digits), "stall_seconds": 3.0},
@@ -76,7 +72,7 @@ sys.exit(cli.main(["train", *sys.argv[1:]]))
 """
 
 
-def test_a_machine_without_memory(config_file: Write, tmp_path: Path) -> None:
+def test_a_machine_without_memory(config_file, tmp_path):
     config = config_file(projector={"hidden": 100_000}, train={"batch_size": 1400})
     arguments = ["--config", str(config), "--run-dir", str(tmp_path / "run")]
     printed = call([sys.executable, "-c", LIMITED, *arguments], code=1).stderr
@@ -96,7 +92,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
 
-def test_a_disk_that_fills_up(config_file: Write, small_disk: Path) -> None:
+def test_a_disk_that_fills_up(config_file, small_disk):
     config = config_file(train={"max_steps": 30})
     run_dir = small_disk / "run"
     printed = train(config, run_dir, code=1)
@@ -107,7 +103,7 @@ def test_a_disk_that_fills_up(config_file: Write, small_disk: Path) -> None:
     assert "continuing from" in train(config, run_dir)
 
 
-def test_a_full_disk_is_borne_until_there_is_room(config_file: Write, small_disk: Path) -> None:
+def test_a_full_disk_is_borne_until_there_is_room(config_file, small_disk):
     """Not one byte is left for a record while the run goes on; none is missing in the end."""
     subprocess.run(["mount", "-o", "remount,size=20m", str(small_disk)], check=True)
     checkpoint = {"every_steps": 2, "max_failures": 1000}
@@ -167,7 +163,7 @@ time_t time(time_t *now) {
 
 
 @pytest.mark.long
-def test_a_clock_that_jumps(config_file: Write, tmp_path: Path) -> None:
+def test_a_clock_that_jumps(config_file, tmp_path):
     """The clock of two ranks and their launcher, forth and back while they train."""
     if not shutil.which("gcc"):
         pytest.skip("needs gcc")
@@ -196,7 +192,7 @@ def test_a_clock_that_jumps(config_file: Write, tmp_path: Path) -> None:
 
 @pytest.mark.long
 @pytest.mark.parametrize("days", [-365, 365])
-def test_files_of_another_time(days: int, config_file: Write, tmp_path: Path) -> None:
+def test_files_of_another_time(days, config_file, tmp_path):
     """Files of the run from the future, or all of them equally old."""
     config = config_file(train={"max_steps": 12})
     whole, jumped = tmp_path / "whole", tmp_path / "jumped"

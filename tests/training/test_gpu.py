@@ -2,7 +2,7 @@
 
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +46,7 @@ def differences(on_cpu: Batch, on_gpu: Batch, recipe: Recipe) -> Sequence[torch.
     return ((on_cpu.x_NCHW - on_gpu.x_NCHW.cpu()).abs() * levels).chunk(2)
 
 
-def test_dali_makes_the_same_views_on_both_devices(images: ImageFolder) -> None:
+def test_dali_makes_the_same_views_on_both_devices(images):
     pytest.importorskip("nvidia.dali")
     recipe = recipe_for("digits")
     loaders = [loader_on(device, "dali", images, recipe) for device in ("cpu", "cuda")]
@@ -58,7 +58,7 @@ def test_dali_makes_the_same_views_on_both_devices(images: ImageFolder) -> None:
         loader.close()
 
 
-def test_dali_decodes_jpegs_as_on_the_cpu(tmp_path: Path) -> None:
+def test_dali_decodes_jpegs_as_on_the_cpu(tmp_path):
     """Sharp colours with halved chroma; clean images are decoded and resized alone."""
     pytest.importorskip("nvidia.dali")
     generator = np.random.default_rng(0)
@@ -83,7 +83,7 @@ def test_dali_decodes_jpegs_as_on_the_cpu(tmp_path: Path) -> None:
     assert torch.equal(on_gpu, again)
 
 
-def test_resident_views_are_the_cpu_s_reference(images: ImageFolder) -> None:
+def test_resident_views_are_the_cpu_s_reference(images):
     """Stored 8 x 8 digits under the CIFAR-10 recipe; auto takes the resident backend here."""
     recipe = recipe_for("cifar10", crop=24)
     kinds = (("cpu", "resident"), ("cuda", "auto"))
@@ -98,7 +98,7 @@ def test_resident_views_are_the_cpu_s_reference(images: ImageFolder) -> None:
         loader.close()
 
 
-def test_making_resident_batches_waits_for_nothing(images: ImageFolder) -> None:
+def test_making_resident_batches_waits_for_nothing(images):
     loader = loader_on("cuda", "resident", images, recipe_for("cifar10", crop=24))
     next(loader)
     torch.cuda.set_sync_debug_mode("error")
@@ -120,7 +120,7 @@ STILL = {
 RESIDENT = {"backend": "resident", "augmentation": {"view1": STILL, "view2": STILL}}
 
 
-def test_a_run_from_end_to_end(config_file: Callable[..., Path], tmp_path: Path) -> None:
+def test_a_run_from_end_to_end(config_file, tmp_path):
     config = config_file(
         data=RESIDENT,
         train={"max_steps": 12, "compile": "off"},
@@ -135,9 +135,7 @@ def test_a_run_from_end_to_end(config_file: Callable[..., Path], tmp_path: Path)
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
-def test_a_run_goes_to_the_gpu_and_back(
-    config_file: Callable[..., Path], tmp_path: Path, optimizer: str
-) -> None:
+def test_a_run_goes_to_the_gpu_and_back(config_file, tmp_path, optimizer):
     config = config_file(
         data=RESIDENT,
         optimizer={"name": optimizer},
@@ -159,7 +157,7 @@ def test_a_run_goes_to_the_gpu_and_back(
         assert b["loss"] == pytest.approx(a["loss"], rel=0.02)
 
 
-def test_a_gpu_without_memory(config_file: Callable[..., Path], tmp_path: Path) -> None:
+def test_a_gpu_without_memory(config_file, tmp_path):
     """A limit of torch's own, as a GPU that others use."""
     limited = "import sys, torch; from isofast import cli; "
     limited += "torch.cuda.set_per_process_memory_fraction(1e-4); "

@@ -1,9 +1,6 @@
 """The step as a CUDA graph, through its eager calls on a CPU, and torch.compile against eager."""
 
 import sys
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -21,14 +18,11 @@ from isofast.training.optim import set_lr
 from ..support.runs import assert_same_run, train
 
 CPU = World(0, 1, 0, torch.device("cpu"))
-Settings = Callable[..., Config]
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("method", ["isoloss", "byol"])
-def test_a_graphed_run_is_the_plain_one_also_resumed(
-    method: str, config_file: Callable[..., Path], tmp_path: Path
-) -> None:
+def test_a_graphed_run_is_the_plain_one_also_resumed(method, config_file, tmp_path):
     """One goes through DeepSpeed's engine, the other around it."""
     config = config_file(method={"name": method, "ema": True})
     plain, graphed = tmp_path / "plain", tmp_path / "graphed"
@@ -54,16 +48,14 @@ def test_a_graphed_run_is_the_plain_one_also_resumed(
         ("cuda", {"method": {"name": "directcopy", "metric": "euclidean"}}, True),
     ],
 )
-def test_a_graph_is_made_of_what_is_known_to_bear_it(
-    device: str, sections: dict[str, Any], graphed: bool, small_config: Settings
-) -> None:
+def test_a_graph_is_made_of_what_is_known_to_bear_it(device, sections, graphed, small_config):
     config = small_config(**sections)
     assert is_graphed(config, World(0, 1, 0, torch.device(device))) is graphed
     if graphed:
         assert not is_graphed(config, World(0, 2, 0, torch.device(device)))
 
 
-def test_a_graph_of_several_processes_is_refused(small_config: Settings) -> None:
+def test_a_graph_of_several_processes_is_refused(small_config):
     with pytest.raises(UserError, match="for one process and whole batches, and there are 2"):
         is_graphed(small_config(train={"cuda_graph": "on"}), World(0, 2, 0, torch.device("cpu")))
 
@@ -83,7 +75,7 @@ def steps(state: TrainState, config: Config, numbers: range) -> list[float]:
 
 
 @pytest.mark.long
-def test_compiled_networks_train_as_eager_ones_in_one_graph_each(small_config: Settings) -> None:
+def test_compiled_networks_train_as_eager_ones_in_one_graph_each(small_config):
     """20 steps with an evaluation's forward between; online and target compile once."""
     losses = {}
     for mode in ("off", "on"):
@@ -110,9 +102,7 @@ def test_compiled_networks_train_as_eager_ones_in_one_graph_each(small_config: S
 @pytest.mark.gpu
 @pytest.mark.parametrize("optimizer", ["lars", "sgd", "adamw"])
 @pytest.mark.parametrize("method", ["isoloss", "byol"])
-def test_a_replayed_step_is_the_eager_one(
-    optimizer: str, method: str, small_config: Settings
-) -> None:
+def test_a_replayed_step_is_the_eager_one(optimizer, method, small_config):
     device = torch.device("cuda", torch.cuda.current_device())
     losses = {}
     for mode in ("on", "off"):
@@ -133,9 +123,7 @@ def test_a_replayed_step_is_the_eager_one(
     assert losses["on"] == losses["off"]
 
 
-def test_a_graphed_run_needs_no_deepspeed(
-    small_config: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_graphed_run_needs_no_deepspeed(small_config, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "deepspeed", None)
     summary = fit(small_config(train={"cuda_graph": "on"}), tmp_path / "run")
     assert summary["completed"] and summary["steps"] == 6

@@ -1,15 +1,11 @@
 """encoder.init: a run that begins with another's weights."""
 
 import json
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from isofast.config.schema import Config
 from isofast.distributed import World
 from isofast.run.metrics import read_metrics
 from isofast.training.build import build
@@ -18,9 +14,7 @@ from ..support.encoders import write_run
 from ..support.runs import train
 
 
-def test_encoder_and_target_begin_with_the_file(
-    small: Callable[..., Any], small_config: Callable[..., Config], tmp_path: Path
-) -> None:
+def test_encoder_and_target_begin_with_the_file(small, small_config, tmp_path):
     write_run(tmp_path / "run", small())
     (path,) = tmp_path.glob("run/checkpoints/*/encoder.safetensors")
     # without DeepSpeed's process group
@@ -40,9 +34,7 @@ def test_encoder_and_target_begin_with_the_file(
 
 
 @pytest.mark.long
-def test_a_run_goes_on_from_another_and_needs_the_file_once(
-    config_file: Callable[..., Path], tmp_path: Path
-) -> None:
+def test_a_run_goes_on_from_another_and_needs_the_file_once(config_file, tmp_path):
     evaluated = {"every_epochs": 1, "at_start": True, "knn_images": 200}
     config = config_file(evaluation=evaluated)
     first, second = tmp_path / "first", tmp_path / "second"

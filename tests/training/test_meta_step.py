@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 from isofast.config.load import validate
 from isofast.data import Batch
 from isofast.distributed import World
-from isofast.methods import Method, Views
+from isofast.methods import Views
 from isofast.methods.closed_form import IsoLoss
 from isofast.methods.networks import Branch
 from isofast.training.build import build
@@ -97,14 +97,14 @@ def step_of(name: str) -> Counting:
 
 
 @pytest.mark.parametrize("name", BUDGET)
-def test_a_step_keeps_within_its_operations_and_bytes(name: str) -> None:
+def test_a_step_keeps_within_its_operations_and_bytes(name):
     counting = step_of(name)
     assert dict(counting.operations) == {part: n for part, (n, _) in BUDGET[name].items()}
     for part, (_, megabytes) in BUDGET[name].items():
         assert counting.bytes[part] <= megabytes * 10**6, part
 
 
-def test_both_views_in_one_call_save_operations(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_both_views_in_one_call_save_operations(monkeypatch):
     def separate(*arguments: Any, **options: Any) -> Branch:
         return Branch(*arguments, **(options | {"stacked": False}))
 
@@ -130,9 +130,7 @@ class Strays(IsoLoss):
 @pytest.mark.parametrize(
     ("method", "message"), [(Reads, r"item\(\)|meta"), (Strays, "a tensor of cpu on the way")]
 )
-def test_what_waits_for_the_device_is_found(
-    method: type[Method], message: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_waits_for_the_device_is_found(method, message, monkeypatch):
     monkeypatch.setattr("isofast.training.build.make_method", method)
     with pytest.raises((RuntimeError, AssertionError), match=message):
         step_of("isoloss")

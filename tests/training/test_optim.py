@@ -24,7 +24,7 @@ OPTIMIZERS = ("lars", "sgd", "adamw")
 
 
 @pytest.mark.parametrize("one_pass", [True, False], ids=["as on CPUs", "as on GPUs"])
-def test_both_forms_of_an_update_follow_its_formula(one_pass: bool) -> None:
+def test_both_forms_of_an_update_follow_its_formula(one_pass):
     torch.manual_seed(0)
     start, others = ([torch.randn(3), torch.randn(2, 5)] for _ in range(2))
     added, moved = ([t.clone() for t in start] for _ in range(2))
@@ -52,7 +52,7 @@ def _lars_by_hand(
 @on_devices
 @pytest.mark.parametrize("kind", [float, torch.tensor], ids=["number", "tensor"])
 @pytest.mark.parametrize("lr", [1.0, 0.003], ids=["trust-limited", "clipped"])
-def test_lars_follows_its_formula(lr: float, kind: type, device: str) -> None:
+def test_lars_follows_its_formula(lr, kind, device):
     torch.manual_seed(0)
     start = [torch.randn(5, 3), torch.zeros(4, 2), torch.randn(2, 3, 3, 3) * 10]
     grads = [[torch.randn_like(p) for p in start] for _ in range(4)]
@@ -75,7 +75,7 @@ def test_lars_follows_its_formula(lr: float, kind: type, device: str) -> None:
     assert (without == 1).all()
 
 
-def test_lars_without_adaptation_is_momentum_sgd() -> None:
+def test_lars_without_adaptation_is_momentum_sgd():
     torch.manual_seed(0)
     ours, theirs = (nn.Parameter(torch.arange(4.0)) for _ in range(2))
     lars = LARS([{"params": [ours], "adapt": False}], lr=0.1, weight_decay=0.01)
@@ -105,7 +105,7 @@ def _online(method: str = "isoloss") -> Online:
 
 @pytest.mark.parametrize("method", ["isoloss", "byol", "linear"])
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_groups_cover_every_parameter_once_with_every_setting(name: str, method: str) -> None:
+def test_groups_cover_every_parameter_once_with_every_setting(name, method):
     online = _online(method)
     optimizer = make_optimizer(online, _config(name))
     listed = [p for group in optimizer.param_groups for p in group["params"]]
@@ -123,7 +123,7 @@ def test_groups_cover_every_parameter_once_with_every_setting(name: str, method:
             assert group.get("adapt") == (p.ndim > 1 if name == "lars" else None)
 
 
-def test_learning_rate_at_its_corners() -> None:
+def test_learning_rate_at_its_corners():
     def at(step: int) -> float:
         return lr_at(step, 2.0, total_steps=100, warmup_steps=10, warmup_start=0.5)
 
@@ -135,7 +135,7 @@ def test_learning_rate_at_its_corners() -> None:
     assert at(100) == at(101) == 0.0
 
 
-def test_every_group_follows_the_schedule() -> None:
+def test_every_group_follows_the_schedule():
     optimizer = make_optimizer(_online(), _config("lars"))
     assert set_lr(optimizer, 0, 10, _config("lars")) == pytest.approx(3e-5)
     set_lr(optimizer, 100, 10, _config("lars"))
@@ -143,7 +143,7 @@ def test_every_group_follows_the_schedule() -> None:
     assert rates == pytest.approx([1.0, 1.0, 0.1])
 
 
-def test_target_decay_at_its_corners() -> None:
+def test_target_decay_at_its_corners():
     assert all(ema_decay(0.0, base) == base for base in (0.5, 0.9, 0.97, 0.99, 0.996, 0.999, 1.0))
     assert ema_decay(0.5, 0.99) == pytest.approx(0.995)
     assert ema_decay(1.0, 0.99) == 1.0
@@ -153,7 +153,7 @@ def test_target_decay_at_its_corners() -> None:
 
 
 @on_devices
-def test_target_moves_parameters_and_not_buffers(device: str) -> None:
+def test_target_moves_parameters_and_not_buffers(device):
     online = _online().branch.to(device)
     target = EmaTarget(online, base=0.75)
     before = [p.clone() for p in target.parameters()]
@@ -179,14 +179,14 @@ class _NoSync(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_the_watch_for_host_reads_sees_one() -> None:
+def test_the_watch_for_host_reads_sees_one():
     with _NoSync(), pytest.raises(AssertionError):
         torch.ones(()).item()
 
 
 @on_devices
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_a_step_reads_no_tensor_on_the_host(name: str, device: str) -> None:
+def test_a_step_reads_no_tensor_on_the_host(name, device):
     online = _online().to(device)
     optimizer = make_optimizer(online, _config(name))
     for p in online.parameters():
@@ -200,7 +200,7 @@ def test_a_step_reads_no_tensor_on_the_host(name: str, device: str) -> None:
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_the_rate_counts_that_the_tensor_holds(name: str) -> None:
+def test_the_rate_counts_that_the_tensor_holds(name):
     """A step replayed by a CUDA graph sees new rates only through the tensors it was given."""
     online = _online()
     optimizer = make_optimizer(online, _config(name))
@@ -222,7 +222,7 @@ def test_the_rate_counts_that_the_tensor_holds(name: str) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", ["lars", "sgd"])
-def test_a_captured_step_follows_the_rates(name: str) -> None:
+def test_a_captured_step_follows_the_rates(name):
     torch.manual_seed(0)
     config, replayed, eager = _config(name), _online().cuda(), _online().cuda()
     eager.load_state_dict(replayed.state_dict())
@@ -253,7 +253,7 @@ def test_a_captured_step_follows_the_rates(name: str) -> None:
             torch.testing.assert_close(p, q)
 
 
-def test_restored_momentum_has_the_strides_of_the_weights() -> None:
+def test_restored_momentum_has_the_strides_of_the_weights():
     """As torch's fused SGD and AdamW ask for on a GPU."""
     weight = nn.Parameter(torch.randn(4, 3, 3, 3).to(memory_format=torch.channels_last))
     optimizer = SGD([weight], lr=0.1, momentum=0.9)

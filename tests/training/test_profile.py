@@ -1,9 +1,6 @@
 """`isofast profile`: where the time of a step goes."""
 
 import json
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -11,9 +8,7 @@ from ..support.runs import ISOFAST, call
 
 
 @pytest.mark.slow
-def test_a_profile_says_where_the_time_goes(
-    config_file: Callable[..., Path], tmp_path: Path
-) -> None:
+def test_a_profile_says_where_the_time_goes(config_file, tmp_path):
     config = config_file(method={"ema": True}, train={"precision": "fp32"})
     output = tmp_path / "profile"
     command = [*ISOFAST, "profile", "--config", str(config)]
@@ -32,9 +27,7 @@ def test_a_profile_says_where_the_time_goes(
     assert [path.name for path in output.iterdir()] == ["trace.json"]
 
 
-def test_what_cannot_be_is_refused_before_the_steps(
-    config_file: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refused: Any
-) -> None:
+def test_what_cannot_be_is_refused_before_the_steps(config_file, tmp_path, monkeypatch, refused):
     command, output = ["profile", "--config", config_file()], tmp_path / "file"
     output.touch()
     for path in (output, output / "below"):

@@ -26,9 +26,7 @@ def config(config_file: Callable[..., Path]) -> Path:
 
 @pytest.mark.long
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_stopped_run_has_saved_and_ends_as_one_never_stopped(
-    number: signal.Signals, code: int, config: Path, tmp_path: Path
-) -> None:
+def test_a_stopped_run_has_saved_and_ends_as_one_never_stopped(number, code, config, tmp_path):
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     train(config, whole)
     process = started(config, stopped, step=3)
@@ -43,9 +41,7 @@ def test_a_stopped_run_has_saved_and_ends_as_one_never_stopped(
 
 
 @pytest.mark.long
-def test_ctrl_c_in_a_terminal_saves_though_the_launcher_adds_a_sigterm(
-    config_file: Callable[..., Path], tmp_path: Path
-) -> None:
+def test_ctrl_c_in_a_terminal_saves_though_the_launcher_adds_a_sigterm(config_file, tmp_path):
     config = config_file(train={"epochs": 99}, checkpoint={"every_steps": 1000})
     process = started(config, tmp_path / "run", ranks=1, step=3, start_new_session=True)
     os.killpg(process.pid, signal.SIGINT)
@@ -68,9 +64,7 @@ class Compiles(Method):
 
 
 @pytest.mark.slow
-def test_a_signal_that_ends_a_compiler_too_is_no_failure(
-    config_file: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_signal_that_ends_a_compiler_too_is_no_failure(config_file, tmp_path, monkeypatch):
     """As when a scheduler sends it to all processes of a job in the first step."""
     (tmp_path / "of_mine.py").write_text(COMPILER)
     monkeypatch.chdir(tmp_path)
@@ -82,7 +76,7 @@ def test_a_signal_that_ends_a_compiler_too_is_no_failure(
 
 
 @pytest.mark.long
-def test_ranks_stop_after_the_same_step(config: Path, tmp_path: Path) -> None:
+def test_ranks_stop_after_the_same_step(config, tmp_path):
     """One of them gets the signal."""
     process = started(config, tmp_path / "run", ranks=2, step=3)
     children = subprocess.run(
@@ -102,9 +96,7 @@ def test_ranks_stop_after_the_same_step(config: Path, tmp_path: Path) -> None:
         (None, "Slurm will not give it by itself"),
     ],
 )
-def test_what_becomes_of_a_slurm_job_is_told(
-    scontrol: str | None, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_becomes_of_a_slurm_job_is_told(scontrol, words, tmp_path, monkeypatch):
     if scontrol is not None:
         (tmp_path / "scontrol").write_text(f"#!/bin/sh\n{scontrol}\n")
         (tmp_path / "scontrol").chmod(0o755)
@@ -128,7 +120,7 @@ with Signals(World(0, 1, 0, torch.device("cpu")), grace_s=float(sys.argv[1])):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("grace_s", "signals"), [(0.5, 1), (60, 2)])
-def test_a_run_that_cannot_stop_is_ended(grace_s: float, signals: int) -> None:
+def test_a_run_that_cannot_stop_is_ended(grace_s, signals):
     process = subprocess.Popen(
         [sys.executable, "-c", STUCK, str(grace_s)],
         stdout=subprocess.PIPE,

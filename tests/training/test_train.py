@@ -34,7 +34,7 @@ def config(config_file: Write) -> Path:
 
 
 @pytest.mark.long
-def test_a_killed_run_ends_as_one_never_killed(config: Path, tmp_path: Path) -> None:
+def test_a_killed_run_ends_as_one_never_killed(config, tmp_path):
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     printed = train(config, whole)
     for kill_after in (10, 24):
@@ -98,9 +98,7 @@ def _check_run_dir(run_dir: Path, printed: str) -> None:
         assert text in printed
 
 
-def test_lost_data_on_one_rank_is_reported_and_written_down(
-    config_file: Write, own_digits: Path, tmp_path: Path
-) -> None:
+def test_lost_data_on_one_rank_is_reported_and_written_down(config_file, own_digits, tmp_path):
     config = config_file(data={"root": str(own_digits)}, train={"max_steps": 40})
     run_dir = tmp_path / "run"
     process = started(config, run_dir, ranks=2)
@@ -114,7 +112,7 @@ def test_lost_data_on_one_rank_is_reported_and_written_down(
 
 @pytest.mark.long
 @pytest.mark.skipif(not TINY.exists(), reason=f"{TINY} is missing")
-def test_tinyimagenet_trains_as_shipped(tmp_path: Path) -> None:
+def test_tinyimagenet_trains_as_shipped(tmp_path):
     """The paper's network and recipe, full width, on real pictures, through the launcher."""
     root = tmp_path / "tinyimagenet"
     counts = prepare("tinyimagenet", root, TINY)
@@ -127,9 +125,7 @@ def test_tinyimagenet_trains_as_shipped(tmp_path: Path) -> None:
     assert len(losses) == 2 and all(-4 < loss < 0 for loss in losses)
 
 
-def test_a_loss_that_blows_up_ends_the_run_and_keeps_the_checkpoint(
-    config_file: Write, tmp_path: Path
-) -> None:
+def test_a_loss_that_blows_up_ends_the_run_and_keeps_the_checkpoint(config_file, tmp_path):
     config = config_file(
         method={"ema": False, "metric": "euclidean", "name": "directpred"},
         optimizer={"name": "sgd", "lr": 1e12},
@@ -149,9 +145,7 @@ def test_a_loss_that_blows_up_ends_the_run_and_keeps_the_checkpoint(
 
 
 @pytest.mark.parametrize("split", ["train", "val"])
-def test_changed_images_are_noticed_on_resume(
-    config_file: Write, own_digits: Path, tmp_path: Path, split: str
-) -> None:
+def test_changed_images_are_noticed_on_resume(config_file, own_digits, tmp_path, split):
     evaluation = {"every_epochs": 1, "knn_images": 99}
     data = {"root": str(own_digits)}
     config = config_file(data=data, train={"max_steps": 2}, evaluation=evaluation)
