@@ -1,4 +1,4 @@
-"""Checkpoints: whole or not at all, the newest whole one used, readable by others."""
+"""Checkpoints: whole or not at all, the newest whole one used."""
 
 import resource
 import signal

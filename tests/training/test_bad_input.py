@@ -18,13 +18,13 @@ Write = Callable[..., Path]
 def refuses(refused: Any, config_file: Write, tmp_path: Path) -> Callable[..., None]:
     """Trains with a run dir or a setting that must be refused with these words."""
 
-    def train(*words: str, setting: str = "seed=0", run_dir: Path | None = None) -> None:
+    def check(*words: str, setting: str = "seed=0", run_dir: Path | None = None) -> None:
         where = ["--config", config_file(), "--run-dir", run_dir or tmp_path / "run"]
         refused(["train", *where, "--set", setting], *words)
         # nothing was begun, so that the corrected command is not refused
         assert not (tmp_path / "run" / "config.json").exists()
 
-    return train
+    return check
 
 
 @pytest.mark.parametrize(
