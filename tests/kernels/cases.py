@@ -10,10 +10,7 @@ DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRET else "cpu"
 TRITON = INTERPRET or DEVICE == "cuda"
 ON_DEVICE = [pytest.mark.gpu] if DEVICE == "cuda" else []
 KERNELS_ONLY = pytest.mark.skipif(not TRITON, reason="no GPU; make interpret runs it without one")
-CUDA_ONLY = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(DEVICE != "cuda", reason="needs a CUDA device"),
-]
+CUDA_ONLY = [pytest.mark.gpu, pytest.mark.skipif(DEVICE != "cuda", reason="needs a CUDA device")]
 
 LOSSES = [
     pytest.param("cosine", False, id="cosine"),

@@ -27,10 +27,7 @@ BUDGET = 5e-4
 
 MINIMAX = runpy.run_path(str(Path(__file__).resolve().parents[2] / "bench" / "minimax.py"))
 FEATURES = 256
-PRODUCTS = [
-    pytest.param(torch.matmul, id="fp32"),
-    pytest.param(product_3xtf32, id="3xtf32"),
-]
+PRODUCTS = [pytest.param(torch.matmul, id="fp32"), pytest.param(product_3xtf32, id="3xtf32")]
 
 
 PLACE = torch.arange(FEATURES, dtype=torch.float64)

@@ -119,12 +119,7 @@ def _call(
 
 
 def train(
-    config: Path,
-    run_dir: Path,
-    *options: str,
-    ranks: int = 1,
-    code: int = 0,
-    report: bool = False,
+    config: Path, run_dir: Path, *options: str, ranks: int = 1, code: int = 0, report: bool = False
 ) -> str:
     """Run launch/train.py to its end, with exit code ``code``; return what it printed.
 
