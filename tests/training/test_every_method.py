@@ -39,9 +39,7 @@ def test_a_run_stopped_and_continued_ends_as_one_never_stopped(name, small, tmp_
     assert_same_run(whole, broken)
 
 
-def test_a_process_trains_one_run_after_the_other(
-    small: Callable[..., dict[str, Any]], tmp_path: Path
-) -> None:
+def test_a_process_trains_one_run_after_the_other(small, tmp_path):
     runs = tmp_path / "one", tmp_path / "two"
     fit_apart(small(train={"max_steps": 2}), *runs)
     assert_same_run(*runs)
