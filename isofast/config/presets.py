@@ -88,9 +88,9 @@ def method_preset(dataset: str, epochs: int, method: Mapping[str, Any]) -> Tree:
     if method["name"] in _CLOSED_FORMS:
         if method.get("ema", True):
             preset |= {"ema_base": 0.9, "decay": 0.9}
-        elif dataset == "imagefolder":
+        if dataset == "imagefolder":
             # C of the step's own batch
-            preset |= {"decay": 0.0}
+            preset["decay"] = 0.0
     return preset
 
 

@@ -24,8 +24,8 @@ class ClosedForm(PredictorMethod):
             default_factory=lambda data: 0.998 if data.get("ema", True) else 0.5, ge=0, lt=1
         )
         """Weight kept by the moving average C each step. Preset: 0.998 with EMA, as in the paper,
-        and 0.9 with method.correlation directions; without EMA 0.5, as in the released code, and 0
-        (C of the batch alone) with directions of an image folder."""
+        0.5 without, as in the released code. With method.correlation directions it is 0.9 with EMA,
+        and for image folders 0, C of the batch alone."""
         alpha: float = Field(0.5, gt=0)
         """Power of the correlation matrix."""
         normalize: Literal["spectral", "none"] = Field(
