@@ -1,4 +1,4 @@
-"""Compile every kernel for given GPUs on a machine without one, and checks what it costs.
+"""Compiles every kernel for given GPUs on a machine without one, and checks what it costs.
 
     python -m isofast_kernels.aot [--targets sm_80,sm_90,sm_100] [--only TEXT] [--all-widths]
 
