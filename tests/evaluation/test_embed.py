@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import timm
 import torch
 from PIL import Image
 from torch import nn
@@ -137,17 +138,20 @@ def test_they_are_those_of_the_evaluation(run_dir, digits, tmp_path):
         np.testing.assert_allclose(stored["embeddings"], expected, rtol=1e-5, atol=1e-5)
 
 
-def test_weights_of_torchvision_embed_as_there(folder, tmp_path):
-    """On images of ImageNet's size."""
+def test_torchvision_timm_and_ours_agree(folder, tmp_path):
+    """A resnet18 that both libraries save and load, on images of ImageNet's size."""
     theirs = resnet18().eval()
     torch.save(theirs.state_dict(), tmp_path / "resnet18.pth")
     assert embed(tmp_path / "resnet18.pth", folder, tmp_path / "out.npz") == 0
+    model = timm.create_model("resnet18", checkpoint_path=tmp_path / "resnet18.pth")
+    model.reset_classifier(0)
     theirs.fc = nn.Identity()
     name = "b/one.jpg"
+    x = by_hand(folder / name, IMAGENET)
     with np.load(tmp_path / "out.npz") as stored, torch.no_grad():
         ours = stored["embeddings"][stored["filenames"].tolist().index(name)]
-        expected = theirs(by_hand(folder / name, IMAGENET))[0].numpy()
-    np.testing.assert_allclose(ours, expected, rtol=1e-5, atol=1e-5)
+        for net in (theirs, model.eval()):
+            np.testing.assert_allclose(ours, net(x)[0].numpy(), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.filterwarnings("error::PIL.Image.DecompressionBombWarning")
