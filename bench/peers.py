@@ -259,7 +259,9 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=9, help="n")
     parser.add_argument("--steps", type=int, default=100 if cuda else 3, help="in a round")
     names = ("isofast", "solo-learn", "lightly", "fp32", "bf16")
-    parser.add_argument("--only", choices=names, default="", help="only those with this in their name")
+    parser.add_argument(
+        "--only", choices=names, default="", help="only those with this in their name"
+    )
     options = parser.parse_args()
     if not importlib.util.find_spec("lightly"):
         print("lightly is not installed (pip install lightly): isofast alone")
