@@ -242,7 +242,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4, 8, 64])
     parser.add_argument("--gloo", type=int, nargs="*", default=[2, 4], help="ranks to measure")
-    parser.add_argument("--presets", nargs="+", default=PRESETS, metavar="DATASET[ with EMA]")
+    parser.add_argument("--presets", nargs="+", choices=PRESETS, default=PRESETS)
     parser.add_argument("--width", type=int, default=64)
     parser.add_argument("--step-ms", type=float, default=10.0, help="a step without collectives")
     args = parser.parse_args()

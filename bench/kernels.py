@@ -209,6 +209,8 @@ def main(arguments: list[str] | None = None) -> int:
         for name, (question, contenders_of) in QUESTIONS.items()
         if options.only in name
     ]
+    if not questions:
+        parser.error(f"no operation has {options.only!r} in its name: {', '.join(QUESTIONS)}")
     return harness.run("kernels", questions, options.rounds, cold=options.cold)
 
 
