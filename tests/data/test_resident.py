@@ -33,6 +33,7 @@ ALIKE = ViewConfig(jitter_p=0.0, blur_p=0.5, solarize_p=0.2)
 
 
 def test_dali_sees_the_same_images_with_the_same_parameters(photo_set, make_loader):
+    pytest.importorskip("nvidia.dali")
     recipe = replace(recipe_for("tinyimagenet", crop=24), view1=ALIKE, view2=ALIKE)
     loaders = [
         make_loader(numbered(photo_set), recipe, backend=backend, batch_size=17)
@@ -78,6 +79,7 @@ def test_rows_hold_what_was_drawn():
 
 
 def test_auto_takes_resident_on_a_gpu_where_set_and_recipe_allow_it(photo_set, train_set):
+    pytest.importorskip("nvidia.dali")
     recipe = recipe_for("cifar10")
     gb = resident_gb(COUNT, HEIGHT, WIDTH)
     assert gb == COUNT * HEIGHT * WIDTH * 3 / 1e9
