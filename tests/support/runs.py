@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
@@ -97,8 +98,10 @@ def forked(target: Callable[..., None], *args: Any, environments: list[dict[str,
     """
     everything = [(env, os.getcwd(), target, args) for env in environments]
     processes = [_PROCESSES.Process(target=_call, args=arguments) for arguments in everything]
-    for process in processes:
-        process.start()
+    # what is imported beforehand settles on a device, too
+    with mock.patch.dict(os.environ, environment()):
+        for process in processes:
+            process.start()
     for process in processes:
         process.join(timeout=400)
         process.kill()
