@@ -161,19 +161,18 @@ def _power_builds(features: int) -> Iterator[Build]:
         own = {"SQUARES": squares, "BLOCK_S": triton.next_power_of_2(squares + 1)}
         yield _build(
             f"shift{words} D={features}",
-            {**pointers("corr", "m", "trace", "sums", "out", "r"), "eps": "fp32"},
+            {**pointers("corr", "trace", "sums", "out", "r"), "eps": "fp32"},
             {
                 "D": features,
                 "SPECTRAL": spectral,
                 "BOUNDED": bounded,
                 **sums,
                 **own,
-                **side,
                 "BLOCK": options["BLOCK"],
                 "num_warps": options["num_warps"],
             },
         )
-    types = pointers("x1", "y1", "x2", "y2", "out", "m", "n", "corr", "trace")
+    types = pointers("x1", "y1", "x2", "y2", "out", "m", "n", "corr", "trace", "sums")
     types |= dict.fromkeys("abc", "fp32") | {"products": "i32", "index": "i32"}
     for name in (
         *("product", "product and square", "product and quotient"),

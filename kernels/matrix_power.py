@@ -13,7 +13,7 @@ from torch import Tensor
 SQUARINGS = 10
 """Of C, for its largest eigenvalue."""
 
-BOUND_SQUARINGS = 3
+BOUND_SQUARINGS = 2
 """Of C, for a bound of at most D^(1/8) times its largest eigenvalue."""
 
 DEAD = 1e-25
@@ -69,7 +69,7 @@ class Steps(Protocol):
     ) -> Tensor:
         """A with r A = C / lambda_max + eps I (or C + eps I), keeping r; all NaN if C has one.
 
-        Bounded, A's eigenvalues are at most 1, by tr M and the traces kept; otherwise r = 1.
+        Bounded, A's eigenvalues are at most 1, by |M| and the traces kept; otherwise r = 1.
         Neither spectral nor bounded needs no M.
         """
 

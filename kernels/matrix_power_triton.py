@@ -15,6 +15,7 @@ from torch.nn import functional
 
 from .matrix_power import DEAD, SQUARINGS, power_by_products, runs_by_products
 from .reference import matrix_power_reference
+from .tf32 import product_3xtf32
 
 _DEAD = tl.constexpr(DEAD)
 
@@ -38,7 +39,7 @@ def _tile_product(
         if scale is not None:
             x_IK = x_IK * scale
         y_KJ = tl.load(y_ptr + k_K[:, None] * D + j_J[None, :])
-        acc_IJ = tl.dot(x_IK, y_KJ, acc_IJ, input_precision="tf32x3")
+        acc_IJ += product_3xtf32(x_IK, y_KJ)
     return acc_IJ
 
 
@@ -58,17 +59,12 @@ def _inverse_largest(sums_ptr, TILES: tl.constexpr, BLOCK_T: tl.constexpr):
 
 
 @triton.jit
-def _trace(m_ptr, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    d_D = tl.arange(0, BLOCK_D)
-    return tl.sum(tl.load(m_ptr + d_D * (D + 1), mask=d_D < D, other=0.0), axis=0)
-
-
-@triton.jit
 def _square_tile(
     m_ptr,
     out_ptr,
     corr_ptr,
     trace_ptr,
+    sums_ptr,
     index,
     i_I,
     j_J,
@@ -79,21 +75,28 @@ def _square_tile(
     BLOCK_D: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """N = (M / tr M)^2, or, for the quotient, a tile's share of <N, C> and tr N in `out`."""
-    trace = _trace(m_ptr, D, BLOCK_D)
+    """N = (M / tr M)^2 and a tile's share of |N|^2, or, for the quotient, of <N, C> and tr N."""
+    d_D = tl.arange(0, BLOCK_D)
+    diagonal_D = tl.load(m_ptr + d_D * (D + 1), mask=d_D < D, other=0.0)
+    scale = tl.full((), 1.0, tl.float32)
+    if index == 0:
+        # before the product, as the squares of a small C and of a small trace underflow
+        scale = _reciprocal_or_zero(tl.sum(diagonal_D, axis=0))
+    n_IJ = _tile_product(m_ptr, m_ptr, i_I, j_J, scale, D, BLOCK, BLOCK_K)
+    trace = tl.sum(diagonal_D, axis=0)
+    inverse = _reciprocal_or_zero(trace)
+    n_IJ = n_IJ * tl.where(index == 0, inverse, inverse * inverse)
     tile = tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
+    tiles = tl.num_programs(0) * tl.num_programs(1)
     tl.store(trace_ptr + index, trace, mask=tile == 0)
-    scale = _reciprocal_or_zero(trace)
-    # a factor each, as the squares of a small M and of a small trace underflow
-    n_IJ = _tile_product(m_ptr, m_ptr, i_I, j_J, scale, D, BLOCK, BLOCK_K) * scale
     if QUOTIENT:
-        tiles = tl.num_programs(0) * tl.num_programs(1)
         corr_IJ = tl.load(corr_ptr + offset_IJ)
         diagonal_IJ = tl.where(i_I[:, None] == j_J[None, :], n_IJ, 0.0)
-        tl.store(out_ptr + tile, tl.sum(tl.sum(n_IJ * corr_IJ, axis=1), axis=0))
-        tl.store(out_ptr + tiles + tile, tl.sum(tl.sum(diagonal_IJ, axis=1), axis=0))
+        tl.store(sums_ptr + tile, tl.sum(tl.sum(n_IJ * corr_IJ, axis=1), axis=0))
+        tl.store(sums_ptr + tiles + tile, tl.sum(tl.sum(diagonal_IJ, axis=1), axis=0))
     else:
         tl.store(out_ptr + offset_IJ, n_IJ)
+        tl.store(sums_ptr + 2 * tiles + tile, tl.sum(tl.sum(n_IJ * n_IJ, axis=1), axis=0))
 
 
 # one build for every index, and for one product, two and none
@@ -112,6 +115,7 @@ def _product_kernel(
     n_ptr,
     corr_ptr,
     trace_ptr,
+    sums_ptr,
     index,
     D: tl.constexpr,
     POLYNOMIAL: tl.constexpr,
@@ -142,6 +146,7 @@ def _product_kernel(
             n_ptr,
             corr_ptr,
             trace_ptr,
+            sums_ptr,
             index,
             i_I,
             j_J,
@@ -157,7 +162,6 @@ def _product_kernel(
 @triton.jit
 def _shift_kernel(
     corr_ptr,
-    m_ptr,
     trace_ptr,
     sums_ptr,
     out_ptr,
@@ -170,21 +174,22 @@ def _shift_kernel(
     SQUARES: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_S: tl.constexpr,
-    BLOCK_D: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """A and r of `Steps.shift`, M being the square of that number."""
+    """A and r of `Steps.shift`, after so many squares."""
     scale = 1.0
     shift = eps
     if SPECTRAL:
         scale = _inverse_largest(sums_ptr, TILES, BLOCK_T)
     r = 1.0
     if BOUNDED:
-        # tr(C^n)^(1/n) >= lambda_max with n = 2^S, from the traces of the normalised squares:
-        # the logarithm of tr(C^n) is the sum of 2^(S-s) log tr(M_s)
+        # |C^n|^(1/n) >= lambda_max with n = 2^S: C^n is the last normalised square M_S times
+        # the traces of those before, tr(M_s)^(2^(S-s))
         s_S = tl.arange(0, BLOCK_S)
+        t_T = tl.arange(0, BLOCK_T)
+        norm_T = tl.load(sums_ptr + 2 * TILES + t_T, mask=t_T < TILES, other=0.0)
         trace_S = tl.load(trace_ptr + s_S, mask=s_S < SQUARES, other=1.0)
-        trace_S = tl.where(s_S == SQUARES, _trace(m_ptr, D, BLOCK_D), trace_S)
+        trace_S = tl.where(s_S == SQUARES, tl.sqrt(tl.sum(norm_T, axis=0)), trace_S)
         weighted_S = tl.log2(trace_S) * tl.exp2(-s_S.to(tl.float32))
         bound = tl.exp2(tl.sum(weighted_S, axis=0))
         r = bound * scale + eps
@@ -264,7 +269,8 @@ class TritonSteps:
         tiles = self.side**2
         self.tiles = {"TILES": tiles, "BLOCK_T": triton.next_power_of_2(tiles)}
         self.traces_S = self._empty(SQUARINGS + 1)
-        self.sums_2T = self._empty(2, tiles)
+        # of a quotient <N, C> and tr N, of the last square its norm
+        self.sums_3T = self._empty(3, tiles)
         self.r = self._empty(1)
         self.next_square: tuple[Tensor, int] | None = None
 
@@ -277,9 +283,10 @@ class TritonSteps:
         """X Y of every two factors or their polynomial, and the next square; returns `out`."""
         products = len(factors) // 2
         m_DD, index = self.next_square or (out, 0)
-        square = self.next_square is not None
+        # not beside two products, which fill the device
+        square = self.next_square is not None and products < 2
         quotient = index == SQUARINGS
-        n = self.sums_2T if quotient else self._empty(*m_DD.shape) if square else out
+        n = self._empty(*m_DD.shape) if square and not quotient else out
         a, b, c = abc or (0.0, 0.0, 1.0)
         _product_kernel[(self.side, self.side, products + square)](
             # what is not read stands in for what is not there
@@ -293,6 +300,7 @@ class TritonSteps:
             n,
             self.corr_DD,
             self.traces_S,
+            self.sums_3T,
             index,
             D=self.features,
             POLYNOMIAL=abc is not None,
@@ -301,7 +309,8 @@ class TritonSteps:
             BLOCK_D=self.block_d,
             **self.options,
         )
-        self.next_square = (n, index + 1) if square and not quotient else None
+        if square:
+            self.next_square = None if quotient else (n, index + 1)
         return out
 
     def square(self, m_DD: Tensor, index: int) -> Tensor:
@@ -317,7 +326,7 @@ class TritonSteps:
     def _found_largest(self) -> Tensor:
         while self.next_square is not None:
             self._launch(self.corr_DD)
-        return self.sums_2T
+        return self.sums_3T
 
     def shift(
         self, m_DD: Tensor | None, index: int, eps: float, spectral: bool, bounded: bool
@@ -329,9 +338,8 @@ class TritonSteps:
             corr_DD = corr_DD + corr_DD.sum() * 0
         _shift_kernel[(self.side, self.side)](
             corr_DD,
-            corr_DD if m_DD is None else m_DD,
             self.traces_S,
-            self._found_largest() if spectral else self.sums_2T,
+            self._found_largest() if spectral else self.sums_3T,
             out_DD,
             self.r,
             eps,
@@ -341,7 +349,6 @@ class TritonSteps:
             **self.tiles,
             SQUARES=index,
             BLOCK_S=triton.next_power_of_2(index + 1),
-            BLOCK_D=self.block_d,
             BLOCK=self.options["BLOCK"],
             num_warps=self.options["num_warps"],
             num_stages=1,
@@ -364,7 +371,7 @@ class TritonSteps:
             x_DD,
             y_DD,
             self.r,
-            self._found_largest() if scaled else self.sums_2T,
+            self._found_largest() if scaled else self.sums_3T,
             out_DD,
             power,
             D=self.features,

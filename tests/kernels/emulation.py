@@ -60,8 +60,8 @@ class TorchSteps:
         scale = reciprocal_or_zero(self.largest) if spectral else torch.ones(())
         if not bounded:
             return self.corr_DD * scale + eps * self.identity
-        traces = [*self.traces[:index], m_DD.trace()]
-        bound = torch.stack([t ** (2.0**-s) for s, t in enumerate(traces)]).prod()
+        factors = [*self.traces[:index], torch.linalg.matrix_norm(m_DD)]
+        bound = torch.stack([x ** (2.0**-s) for s, x in enumerate(factors)]).prod()
         self.r = bound * scale + eps
         inverse = reciprocal_or_zero(self.r)
         return self.corr_DD * (scale * inverse) + eps * inverse * self.identity
