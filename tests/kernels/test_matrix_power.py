@@ -105,7 +105,7 @@ def test_three_steps_are_taken_from_where_they_are_enough(kind, eps):
     corr = correlation(kind)
     w = power_by_products(corr, 0.5, eps, "spectral", TorchSteps(corr, product_3xtf32))
     assert spectral_error(w, corr, 0.5, eps) <= BUDGET
-    # the bound is at most D^(1/1024) of lambda_max, which itself is at most 0.2 % low
+    # the bound is at most D^(1/2048) of lambda_max, which itself is at most 0.2 % low
     assert SHIFTED_FLOOR <= SHIFTED_EPS / (1.15 + SHIFTED_EPS)
 
 
