@@ -3,7 +3,7 @@
 Shapes: V views of B images each, stacked to N = V * B rows; C channels.
 """
 
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -25,6 +25,8 @@ class ViewBatchNorm(_NormBase):
         views: batches in a call; N must be a multiple of it.
         synchronised: take the statistics over all ranks, in one collective a call, in either
             direction. Each rank must have the same number of rows.
+        fused: be made of plain operations, which torch.compile joins on a GPU with what is beside
+            them. Otherwise one rank calls torch's own kernels, faster in eager mode and on a CPU.
         eps, momentum, affine, device, dtype: as in torch.nn.BatchNorm2d.
 
     Raises:
@@ -37,6 +39,7 @@ class ViewBatchNorm(_NormBase):
         *,
         views: int = 2,
         synchronised: bool = False,
+        fused: bool = False,
         eps: float = 1e-5,
         momentum: float = 0.1,
         affine: bool = True,
@@ -47,17 +50,20 @@ class ViewBatchNorm(_NormBase):
         self.num_batches_tracked = None
         self.views = views
         self.synchronised = synchronised
+        self.fused = fused
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(N, C, ...) -> the same shape and dtype."""
+    def forward(self, x: Tensor, relu: bool = False) -> Tensor:
+        """(N, C, ...) -> the same shape and dtype, through a ReLU if asked."""
         views = self.views if self.training else 1
         if len(x) % views:
             raise ValueError(f"{len(x)} rows do not hold {views} views of equal size")
-        if self.synchronised and self.training:
-            return self._normalise_over_ranks(x)
+        if self.training and (self.fused or self.synchronised):
+            return self._normalise_fused(x, relu)
         if views == 1:
-            return self._normalise(x)
-        return torch.cat([self._normalise(view) for view in x.chunk(views)])
+            y = self._normalise(x)
+        else:
+            y = torch.cat([self._normalise(view) for view in x.chunk(views)])
+        return y.relu() if relu else y
 
     def _normalise(self, x: Tensor) -> Tensor:
         return functional.batch_norm(
@@ -71,42 +77,108 @@ class ViewBatchNorm(_NormBase):
             self.eps,
         )
 
-    def _normalise_over_ranks(self, x: Tensor) -> Tensor:
-        x_VBC = torch.unflatten(x, 0, (self.views, -1))
-        over = [dim for dim in range(x_VBC.ndim) if dim not in (0, 2)]
-        shape = [self.views, 1, -1, *[1] * (x.ndim - 2)]
+    def _normalise_fused(self, x: Tensor, relu: bool) -> Tensor:
         assert self.running_mean is not None and self.running_var is not None
-        wide = x_VBC if x.dtype == torch.float64 else x_VBC.float()
-        var_VC, mean_VC = torch.var_mean(wide, over, correction=0)
-        # not relative to running_mean: torch 2.14's compiler reads that anew in the backward, after
-        # its update, and the gradients are wrong
-        moments_2VC = torch.stack([mean_VC, var_VC + mean_VC.square()])
-        mean_VC, square_VC = torch.ops.isofast.mean_over_ranks(moments_2VC)
-        var_VC = (square_VC - mean_VC.square()).clamp(min=0)
+        weight = torch.ones_like(self.running_var) if self.weight is None else self.weight
+        bias = torch.zeros_like(self.running_mean) if self.bias is None else self.bias
+        y, mean_VC, var_VC = _Normalisation.apply(
+            x, weight, bias, self.views, self.eps, relu, self.synchronised
+        )
         with torch.no_grad():
-            rows = x_VBC[0].numel() // x.shape[1] * dist.get_world_size()
+            ranks = dist.get_world_size() if self.synchronised else 1
+            n = x.numel() // mean_VC.numel() * ranks
             momentum = cast(float, self.momentum)
             for mean_C, var_C in zip(mean_VC, var_VC, strict=True):
                 self.running_mean.lerp_(mean_C, momentum)
-                self.running_var.lerp_(var_C * (rows / (rows - 1)), momentum)
-        scale_VC = (var_VC + self.eps).rsqrt()
-        if self.weight is not None:
-            scale_VC = scale_VC * self.weight
-        offset_VC = -mean_VC * scale_VC
-        if self.bias is not None:
-            offset_VC = offset_VC + self.bias
-        normalised: Tensor = wide * scale_VC.view(shape) + offset_VC.view(shape)
-        return normalised.to(x.dtype).flatten(0, 1)
+                self.running_var.lerp_(var_C * (n / (n - 1)), momentum)
+        return cast(Tensor, y)
 
 
-def convert_batch_norm(module: nn.Module, *, views: int, synchronised: bool) -> nn.Module:
+class _Normalisation(torch.autograd.Function):
+    """x, weight, bias -> y, and each view's mean and variance, which carry no gradient.
+
+    The variance is E[x^2] - E[x]^2, two sums that the compiler takes in one pass; in fp32 it is
+    off by about 1e-7 (mean / std)^2 of itself. Only x is kept for the backward, which makes the
+    ReLU's mask anew.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight_C: Tensor,
+        bias_C: Tensor,
+        views: int,
+        eps: float,
+        relu: bool,
+        synchronised: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        wide = _wide(x)
+        # not relative to running_mean: torch 2.14's compiler reads that anew in the backward, after
+        # its update, and the gradients are wrong
+        mean_VC, square_VC = _means(wide, views), _means(wide.square(), views)
+        if synchronised:
+            mean_VC, square_VC = _over_ranks(mean_VC, square_VC)
+        var_VC = (square_VC - mean_VC.square()).clamp(min=0)
+        scale_VC = (var_VC + eps).rsqrt()
+        y = (wide - _rows(mean_VC, x)) * _rows(scale_VC * weight_C, x) + _rows(bias_C[None], x)
+        ctx.save_for_backward(x, mean_VC, scale_VC, weight_C, bias_C)
+        ctx.relu, ctx.synchronised = relu, synchronised
+        ctx.mark_non_differentiable(mean_VC, var_VC)
+        y = y.relu() if relu else y
+        # a cast to its own type has torch 2.11's compiler lose the gradient
+        return y if y.dtype == x.dtype else y.to(x.dtype), mean_VC, var_VC
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        x, mean_VC, scale_VC, weight_C, bias_C = ctx.saved_tensors
+        views, n = len(mean_VC), x.numel() // mean_VC.numel()
+        centred, slope = _wide(x) - _rows(mean_VC, x), _rows(scale_VC * weight_C, x)
+        g = _wide(dy)
+        if ctx.relu:
+            g = torch.where(centred * slope + _rows(bias_C[None], x) > 0, g, 0.0)
+        g_VC, along_VC = _means(g, views), _means(g * centred, views) * scale_VC
+        dweight_C, dbias_C = (n * of_VC.sum(0) for of_VC in (along_VC, g_VC))
+        if ctx.synchronised:
+            g_VC, along_VC = _over_ranks(g_VC, along_VC)
+        dx = (g - _rows(g_VC, x) - centred * _rows(along_VC * scale_VC, x)) * slope
+        return dx.to(x.dtype), dweight_C, dbias_C, None, None, None, None
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def _means(x: Tensor, views: int) -> Tensor:
+    """(N, C, ...) -> (V, C), over the rest."""
+    x_VBC = torch.unflatten(x, 0, (views, -1))
+    return x_VBC.mean([dim for dim in range(x_VBC.ndim) if dim not in (0, 2)])
+
+
+def _rows(of_VC: Tensor, x: Tensor) -> Tensor:
+    """(V, C) -> (N, C, 1, ...), its view's for each row of x.
+
+    To view x as (V, B, C, ...) would make a view of y, which no ReLU behind may change in place.
+    """
+    of_NC = of_VC.repeat_interleave(len(x) // len(of_VC), 0)
+    return of_NC.view(*of_NC.shape, *[1] * (x.ndim - 2))
+
+
+def _over_ranks(*of_VC: Tensor) -> Tensor:
+    means_KVC: Tensor = torch.ops.isofast.mean_over_ranks(torch.stack(of_VC))
+    return means_KVC
+
+
+def convert_batch_norm(
+    module: nn.Module, *, views: int, synchronised: bool = False, fused: bool = False
+) -> nn.Module:
     """Replace each BatchNorm below ``module`` by a ViewBatchNorm with the same tensors.
 
     Those that ``foreign_batch_norms`` names stay as they are.
 
     Args:
         module: changed in place, unless it is itself a BatchNorm.
-        views, synchronised: as in ViewBatchNorm.
+        views, synchronised, fused: as in ViewBatchNorm.
 
     Returns:
         ``module`` or what stands in its place.
@@ -116,6 +188,7 @@ def convert_batch_norm(module: nn.Module, *, views: int, synchronised: bool) -> 
             module.num_features,
             views=views,
             synchronised=synchronised,
+            fused=fused,
             eps=module.eps,
             momentum=cast(float, module.momentum),
             affine=module.affine,
@@ -124,7 +197,8 @@ def convert_batch_norm(module: nn.Module, *, views: int, synchronised: bool) -> 
         norm.running_mean, norm.running_var = module.running_mean, module.running_var
         return norm.train(module.training)
     for name, child in module.named_children():
-        setattr(module, name, convert_batch_norm(child, views=views, synchronised=synchronised))
+        ours = convert_batch_norm(child, views=views, synchronised=synchronised, fused=fused)
+        setattr(module, name, ours)
     return module
 
 
@@ -145,7 +219,7 @@ def _is_foreign(norm: _BatchNorm) -> bool:
 
 @torch.library.custom_op("isofast::mean_over_ranks", mutates_args=())
 def mean_over_ranks(x: Tensor) -> Tensor:
-    """The mean over the ranks, differentiable, with two or more of them.
+    """The mean over the ranks, with two or more of them.
 
     An operation of its own, so that torch.compile keeps the collective in its graph.
     """
@@ -157,8 +231,3 @@ def mean_over_ranks(x: Tensor) -> Tensor:
 @mean_over_ranks.register_fake
 def _(x: Tensor) -> Tensor:
     return torch.empty_like(x)
-
-
-mean_over_ranks.register_autograd(
-    lambda context, grad: torch.ops.isofast.mean_over_ranks(grad.contiguous())
-)

@@ -7,13 +7,14 @@ import importlib
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.utils.checkpoint import checkpoint
 from torchvision.models import resnet
-from torchvision.models.resnet import BasicBlock
+from torchvision.models.resnet import BasicBlock, Bottleneck
 
 from isofast.config.plugins import import_object
 from isofast.config.schema import EncoderConfig, ProjectorConfig
@@ -91,6 +92,8 @@ class Branch(nn.Module):
             encoder with a BatchNorm that is not torch's. On a CPU separate calls are 5 to 10 %
             faster.
         synchronised: take BatchNorm statistics over all ranks.
+        fused: as in ViewBatchNorm, for a compiled branch on a GPU; torchvision's ResNets have the
+            ReLUs in their BatchNorms.
         pieces: pass a batch in so many pieces, each with BatchNorm statistics of its own. Their
             activations are made anew in the backward, so that those of one piece are held.
 
@@ -107,6 +110,7 @@ class Branch(nn.Module):
         *,
         stacked: bool = False,
         synchronised: bool = False,
+        fused: bool = False,
         pieces: int = 1,
     ) -> None:
         super().__init__()
@@ -122,7 +126,10 @@ class Branch(nn.Module):
                 f"synchronised over the processes; --set train.batch_norm=local"
             )
         self.stacked = stacked and not foreign
-        convert_batch_norm(self, views=2 if self.stacked else 1, synchronised=synchronised)
+        views = 2 if self.stacked else 1
+        convert_batch_norm(self, views=views, synchronised=synchronised, fused=fused)
+        if fused and ":" not in encoder.name:
+            _join_relus(self.encoder)
 
     def forward(self, x_BCHW: Tensor) -> tuple[Tensor, Tensor]:
         with autocast(x_BCHW, self.precision):
@@ -213,6 +220,64 @@ def _narrow(net: resnet.ResNet, config: EncoderConfig) -> None:
         setattr(net, f"layer{stage + 1}", layer)
     for module in net.modules():
         _initialise(module)
+
+
+class _ReLU(torch.autograd.Function):
+    """A ReLU whose masked gradient is written once, for both paths of a block to read."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        y = x.relu()
+        ctx.save_for_backward(y)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> Tensor:
+        (y,) = ctx.saved_tensors
+        dx = torch.where(y > 0, dy, 0.0)
+        # Inductor would make it anew wherever it is read; what is viewed by strides is in memory
+        return dx.as_strided(dx.shape, dx.stride())
+
+
+class _JoinedBlock(BasicBlock):  # type: ignore[misc]
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        h_BCHW = self.bn1(self.conv1(x_BCHW), relu=True)
+        h_BCHW = self.bn2(self.conv2(h_BCHW))
+        identity_BCHW = x_BCHW if self.downsample is None else self.downsample(x_BCHW)
+        out_BCHW: Tensor = _ReLU.apply(h_BCHW + identity_BCHW)
+        return out_BCHW
+
+
+class _JoinedBottleneck(Bottleneck):  # type: ignore[misc]
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        h_BCHW = self.bn1(self.conv1(x_BCHW), relu=True)
+        h_BCHW = self.bn2(self.conv2(h_BCHW), relu=True)
+        h_BCHW = self.bn3(self.conv3(h_BCHW))
+        identity_BCHW = x_BCHW if self.downsample is None else self.downsample(x_BCHW)
+        out_BCHW: Tensor = _ReLU.apply(h_BCHW + identity_BCHW)
+        return out_BCHW
+
+
+class _JoinedResNet(resnet.ResNet):  # type: ignore[misc]
+    def _forward_impl(self, x_BCHW: Tensor) -> Tensor:
+        h_BCHW = self.maxpool(self.bn1(self.conv1(x_BCHW), relu=True))
+        h_BCHW = self.layer4(self.layer3(self.layer2(self.layer1(h_BCHW))))
+        h_BF: Tensor = self.fc(self.avgpool(h_BCHW).flatten(1))
+        return h_BF
+
+
+_JOINED: dict[type[nn.Module], type[nn.Module]] = {
+    BasicBlock: _JoinedBlock,
+    Bottleneck: _JoinedBottleneck,
+    resnet.ResNet: _JoinedResNet,
+}
+
+
+def _join_relus(encoder: nn.Module) -> None:
+    """Have torchvision's modules call BatchNorm and ReLU as one; nothing else of them changes."""
+    for module in encoder.modules():
+        if type(module) in _JOINED:
+            module.__class__ = _JOINED[type(module)]
 
 
 def _initialise(module: nn.Module) -> None:
