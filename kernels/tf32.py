@@ -6,9 +6,11 @@ import triton.language as tl
 
 @triton.jit
 def _rounded_to_tf32(x):
-    """fp32 with 10 explicit bits of mantissa, halves away from zero."""
+    """fp32 with 10 explicit bits of mantissa, halves away from zero; a NaN stays one."""
     bits = x.to(tl.uint32, bitcast=True)
-    return ((bits + 0x1000) & 0xFFFFE000).to(tl.float32, bitcast=True)
+    rounded = ((bits + 0x1000) & 0xFFFFE000).to(tl.float32, bitcast=True)
+    # 0x7fffffff, the device's own NaN, would pass into the sign and be -0
+    return tl.where(x == x, rounded, x)
 
 
 @triton.jit

@@ -263,9 +263,10 @@ POWERS = [(0.5, 0.0), (0.5, 0.25), (1.0, 0.2), (2.0, 0.25), (0.25, 0.2), (0.25, 
 def test_matrix_power_of_zero_and_of_nan(alpha, eps, normalize):
     w = matrix_power(torch.zeros(20, 20, device=DEVICE), alpha, eps=eps, normalize=normalize)
     torch.testing.assert_close(w.cpu(), eps**alpha * torch.eye(20), rtol=1e-5, atol=0)
-    for bad in (float("nan"), float("inf"), -float("inf")):
+    for bits in (0x7FC00000, 0x7FFFFFFF, 0x7F800000, -0x800000):
+        # NaNs as a CPU and a GPU make them, and both infinities
         corr = torch.eye(20, device=DEVICE)
-        corr[19, 1] = corr[1, 19] = bad
+        corr.view(torch.int32)[[19, 1], [1, 19]] = bits
         assert matrix_power(corr, alpha, eps=eps, normalize=normalize).isnan().all()
 
 
