@@ -12,7 +12,6 @@ from torch import Tensor
 from torch.nn import functional
 
 from .reference import NORM_FLOOR
-from .tf32 import product_2xtf32, product_3xtf32
 
 RAGGED_FEATURES = 512
 """Above, rows are padded to a multiple of 16 features."""
@@ -45,13 +44,7 @@ def _rows_times_w(
             mask=(k_K[:, None] < D) & (col_D[None, :] < D),
             other=0.0,
         )
-        if BLOCK_D > 512:
-            # registers for one accumulator and no more
-            acc_BD = tl.dot(x_BK.to(tl.float32), w_KD, acc_BD, input_precision="tf32x3")
-        elif x_BK.dtype == tl.float32:
-            acc_BD += product_3xtf32(x_BK, w_KD)
-        else:
-            acc_BD += product_2xtf32(x_BK, w_KD)
+        acc_BD = tl.dot(x_BK.to(tl.float32), w_KD, acc_BD, input_precision="tf32x3")
     return acc_BD
 
 

@@ -15,7 +15,6 @@ from torch.nn import functional
 
 from .matrix_power import DEAD, SQUARINGS, power_by_products, runs_by_products
 from .reference import matrix_power_reference
-from .tf32 import product_3xtf32
 
 _DEAD = tl.constexpr(DEAD)
 
@@ -39,7 +38,7 @@ def _tile_product(
         if scale is not None:
             x_IK = x_IK * scale
         y_KJ = tl.load(y_ptr + k_K[:, None] * D + j_J[None, :])
-        acc_IJ += product_3xtf32(x_IK, y_KJ)
+        acc_IJ = tl.dot(x_IK, y_KJ, acc_IJ, input_precision="tf32x3")
     return acc_IJ
 
 
