@@ -40,7 +40,7 @@ PYTEST = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-m", "gpu",
 # these need no more than torch and Triton, so none of the other tests' fixtures
 KERNEL_TESTS = [*PYTEST, "--confcutdir=tests/kernels", "tests/kernels"]
 # every kernel in a few small shapes
-SANITIZED = "3x17 or 37x129-fp32 or test_correlation_ema or test_matrix_power or test_whole_views"
+SANITIZED = "3x17 or test_correlation_ema or 37-0.5-0.0-spectral or test_whole_views"
 ISOFAST = [sys.executable, "-c", "import sys; from isofast.cli import main; sys.exit(main())"]
 TINY = ("encoder.width=4", "projector.hidden=32", "train.batch_size=64")
 PACKAGES = ("torchvision", "deepspeed", "nvidia-dali-cuda130", "numpy")
@@ -77,7 +77,8 @@ def plan(work: Path, data: Path | None, epochs: int, dry: bool) -> list[Stage]:
     config = ["--config", "launch/cifar10.json"]
     config += settings(f"data.root={images}", f"train.epochs={epochs}", *TINY * dry)
     profile = [*ISOFAST, "profile", *config, "--output", str(work / "profile")]
-    sanitizer = ["compute-sanitizer", "--error-exitcode=1", "--tool"]
+    # on a busy machine its own ten seconds are too few for Python to reach the GPU
+    sanitizer = ["compute-sanitizer", "--launch-timeout=60", "--error-exitcode=1", "--tool"]
     power, tiny = "--batch 32 --features 32 --rounds 3 --only power", "--batch 8 --rounds 2"
     colds = ("--cold",) if dry else ("", "--cold")
     kernels = [script("kernels", cold, f"{power} {cold}") for cold in colds]

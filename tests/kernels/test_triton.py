@@ -178,7 +178,7 @@ def test_a_stream_of_updates_stays_symmetric_and_positive():
     assert s[0] >= -70 * torch.finfo(torch.float32).eps * s[-1]
 
 
-def test_the_same_inputs_give_the_same_bits_ten_times(make_problem):
+def test_the_same_inputs_give_the_same_bits(make_problem):
     z1, z2, t1, t2, w = make_problem(20, 70, dtype=torch.float32, device=DEVICE)
     leaves = [z1.requires_grad_(), z2.requires_grad_()]
 
@@ -190,7 +190,7 @@ def test_the_same_inputs_give_the_same_bits_ten_times(make_problem):
         return loss.detach(), *torch.autograd.grad(loss, leaves), corr, power, moment
 
     first = run()
-    for _ in range(9):
+    for _ in range(99 if DEVICE == "cuda" else 9):
         assert all(torch.equal(a, b) for a, b in zip(first, run(), strict=True))
 
 
