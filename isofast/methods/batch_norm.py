@@ -79,14 +79,16 @@ class ViewBatchNorm(_NormBase):
 
     def _normalise_fused(self, x: Tensor, relu: bool) -> Tensor:
         assert self.running_mean is not None and self.running_var is not None
+        ranks = dist.get_world_size() if self.synchronised else 1
+        n = x.numel() // (self.views * self.num_features) * ranks
+        if n == 1:
+            raise ValueError(f"Expected more than 1 value per channel when training, got {x.shape}")
         weight = torch.ones_like(self.running_var) if self.weight is None else self.weight
         bias = torch.zeros_like(self.running_mean) if self.bias is None else self.bias
         y, mean_VC, var_VC = _Normalisation.apply(
             x, weight, bias, self.views, self.eps, relu, self.synchronised
         )
         with torch.no_grad():
-            ranks = dist.get_world_size() if self.synchronised else 1
-            n = x.numel() // mean_VC.numel() * ranks
             momentum = cast(float, self.momentum)
             for mean_C, var_C in zip(mean_VC, var_VC, strict=True):
                 self.running_mean.lerp_(mean_C, momentum)

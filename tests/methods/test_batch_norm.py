@@ -137,6 +137,12 @@ def test_the_order_of_the_views_matters():
     assert not torch.equal(first.running_mean, second.running_mean)
 
 
+@pytest.mark.parametrize("fused", [False, True])
+def test_one_value_a_channel_is_refused(fused):
+    with pytest.raises(ValueError, match="Expected more than 1 value per channel"):
+        ViewBatchNorm(3, fused=fused)(torch.randn(2, 3))
+
+
 def test_a_view_more_or_less():
     with pytest.raises(ValueError, match="7 rows do not hold 2 views"):
         ViewBatchNorm(3)(torch.randn(7, 3))
