@@ -10,6 +10,7 @@ from isofast.config.schema import Config
 from isofast.data import Batch
 from isofast.distributed import World
 from isofast.errors import UserError
+from isofast.methods.networks import _join_relus
 from isofast.training.build import TrainState, build, is_graphed
 
 from ..support.runs import assert_same_run, train
@@ -53,9 +54,15 @@ def repeated_batch(pieces: int) -> Batch:
 
 
 @pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.long)])
-@pytest.mark.parametrize("stacked", [False, True])
-def test_pieces_equal_the_whole_batch(small_config, stacked, compiled):
-    """Loss, gradients, C and target; running statistics move once a piece. The whole is eager."""
+@pytest.mark.parametrize("kind", ["apart", "stacked", "fused"])
+def test_pieces_equal_the_whole_batch(small_config, kind, compiled):
+    """Loss, gradients, C and target; running statistics move once a piece.
+
+    The whole is eager and not fused.
+    """
+    # what other tests have compiled counts towards the compiler's limit of networks
+    torch._dynamo.reset()
+    stacked = kind != "apart"
     batch = repeated_batch(2)
     found: list[dict[str, Tensor]] = []
     for pieces in (1, 2):
@@ -68,6 +75,9 @@ def test_pieces_equal_the_whole_batch(small_config, stacked, compiled):
             for norm in branch.modules():
                 if hasattr(norm, "views"):
                     norm.views = 1 + stacked
+                    norm.fused = kind == "fused" and pieces == 2
+            if kind == "fused" and pieces == 2:
+                _join_relus(branch)
             if compiled and pieces == 2:
                 branch.compile()
         output = online(batch, target(batch))
