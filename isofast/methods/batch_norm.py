@@ -221,7 +221,7 @@ def _is_foreign(norm: _BatchNorm) -> bool:
 
 @torch.library.custom_op("isofast::mean_over_ranks", mutates_args=())
 def mean_over_ranks(x: Tensor) -> Tensor:
-    """The mean over the ranks, with two or more of them.
+    """The mean over the ranks, differentiable, with two or more of them.
 
     An operation of its own, so that torch.compile keeps the collective in its graph.
     """
@@ -233,3 +233,8 @@ def mean_over_ranks(x: Tensor) -> Tensor:
 @mean_over_ranks.register_fake
 def _(x: Tensor) -> Tensor:
     return torch.empty_like(x)
+
+
+mean_over_ranks.register_autograd(
+    lambda context, grad: torch.ops.isofast.mean_over_ranks(grad.contiguous())
+)
