@@ -26,7 +26,7 @@ import harness
 import torch
 import torch.distributed as dist
 import torch.multiprocessing
-from step import make_state
+from step import CLASSES, make_state
 from torch.profiler import profile, record_function
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
@@ -36,6 +36,7 @@ from isofast.training.parts import timed_parts
 from isofast.training.signals import Signals
 
 PRESETS = ["cifar10", "cifar10 with EMA", "tinyimagenet", "tinyimagenet with EMA"]
+KNOWN = [f"{dataset}{ema}" for dataset in CLASSES for ema in ("", " with EMA")]
 # over gloo, behind the next step, so that no step waits for it
 EXCHANGE = "stop and save"
 # by the part of the step, and whether it is BatchNorm's
@@ -242,7 +243,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4, 8, 64])
     parser.add_argument("--gloo", type=int, nargs="*", default=[2, 4], help="ranks to measure")
-    parser.add_argument("--presets", nargs="+", choices=PRESETS, default=PRESETS)
+    parser.add_argument("--presets", nargs="+", choices=KNOWN, default=PRESETS)
     parser.add_argument("--width", type=int, default=64)
     parser.add_argument("--step-ms", type=float, default=10.0, help="a step without collectives")
     args = parser.parse_args()

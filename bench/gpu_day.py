@@ -40,7 +40,9 @@ PYTEST = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-m", "gpu",
 # these need no more than torch and Triton, so none of the other tests' fixtures
 KERNEL_TESTS = [*PYTEST, "--confcutdir=tests/kernels", "tests/kernels"]
 # every kernel in a few small shapes
-SANITIZED = "3x17 or test_correlation_ema or 37-0.5-0.0-spectral or test_whole_views"
+SANITIZED = (
+    "3x17 or 37x129-fp32 or test_correlation_ema or test_whole_views or (test_matrix_power and 37-)"
+)
 ISOFAST = [sys.executable, "-c", "import sys; from isofast.cli import main; sys.exit(main())"]
 TINY = ("encoder.width=4", "projector.hidden=32", "train.batch_size=64")
 PACKAGES = ("torchvision", "deepspeed", "nvidia-dali-cuda130", "numpy")
