@@ -1,5 +1,6 @@
 """fit(): a run from its config to its summary; the loop from top to bottom."""
 
+import atexit
 import time
 from contextlib import ExitStack, closing, nullcontext
 from dataclasses import asdict
@@ -83,11 +84,14 @@ def fit(config: Config, run_dir: str | PathLike[str]) -> Summary:
         if launched_rank() == 0:
             stack.enter_context(open_run_dir(run_dir, config))
             images = check_images(config, images)
+        joins = not torch.distributed.is_initialized()
         world = init_world()
         signals = Signals(world)
         # released last: a launcher that sees a rank die asks the others to end, who say why first
         stack.push(signals)
-        stack.callback(close_world)
+        if joins:
+            # several ranks could not meet anew on their launcher's port, for the next run
+            (stack.callback if world.size == 1 else atexit.register)(close_world)
         stack.enter_context(Heartbeat(world, signals.told))
         images = agree_on_images(config, world, images)
         watch = stack.enter_context(StallWatch(data, world.rank))

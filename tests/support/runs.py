@@ -159,9 +159,10 @@ def call(command: list[str], *, code: int = 0, cwd: Path | None = None, **env: s
     return done
 
 
-def fit_apart(settings: dict[str, Any], *run_dirs: Path) -> None:
-    """``fit`` in a process of its own, for one run dir after the other."""
-    assert forked(_fit, settings, *run_dirs, environments=[environment()]) == [0]
+def fit_apart(settings: dict[str, Any], *run_dirs: Path, ranks: int = 1) -> None:
+    """``fit`` in processes of its own, for one run dir after the other."""
+    environments = launched(ranks) if ranks > 1 else [environment()]
+    assert forked(_fit, settings, *run_dirs, environments=environments) == [0] * ranks
 
 
 def _fit(settings: dict[str, Any], *run_dirs: Path) -> None:

@@ -2,10 +2,12 @@
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -14,8 +16,9 @@ from isofast.config.presets import METHODS
 from isofast.config.schema import Config, MethodConfig, ProjectorConfig
 from isofast.methods import Method, Views
 from isofast.run.metrics import read_metrics
+from isofast.training.loop import fit
 
-from ..support.runs import assert_same_run, fit_apart
+from ..support.runs import assert_same_run, fit_apart, forked, launched
 
 pytestmark = pytest.mark.slow
 
@@ -39,10 +42,24 @@ def test_a_run_stopped_and_continued_ends_as_one_never_stopped(name, small, tmp_
     assert_same_run(whole, broken)
 
 
-def test_a_process_trains_one_run_after_the_other(small, tmp_path):
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_processes_train_one_run_after_the_other(ranks, small, tmp_path):
     runs = tmp_path / "one", tmp_path / "two"
-    fit_apart(small(train={"max_steps": 2}), *runs)
+    fit_apart(small(train={"max_steps": 2}), *runs, ranks=ranks)
     assert_same_run(*runs)
+
+
+def test_a_process_group_of_yours_stays(small, tmp_path):
+    settings = small(train={"max_steps": 1})
+    assert forked(_fit_in_a_group, settings, tmp_path, environments=launched(2)) == [0, 0]
+
+
+def _fit_in_a_group(settings: dict[str, Any], folder: Path) -> None:
+    dist.init_process_group("gloo")
+    fit(validate(settings), folder)
+    one = torch.ones(1)
+    dist.all_reduce(one)
+    assert one == 2
 
 
 class Scaled(Method):
