@@ -9,10 +9,12 @@ from pathlib import Path
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Let ``write`` fill a file beside ``path``, sync it to disk, then rename it.
 
+    That file has the suffix of ``path``, by which libraries choose a format.
+
     Raises:
         OSError: the disk is full or not writable; ``path`` is as it was.
     """
-    part = path.with_name(f".{path.name}.{threading.get_native_id()}.part")
+    part = path.with_name(f".{path.name}.{threading.get_native_id()}.part{path.suffix}")
     try:
         write(part)
         sync(part)

@@ -79,7 +79,7 @@ def _write(columns: list[torch.Tensor], path: Path) -> None:
     tiles = torch.stack(columns, dim=1).flatten(0, 1)
     sheet = make_grid(tiles, nrow=len(columns), padding=_GAP, pad_value=255)
     picture = Image.fromarray(sheet.permute(1, 2, 0).numpy())
-    write_atomically(path, lambda part: picture.save(part, format="PNG"))
+    write_atomically(path, lambda part: picture.save(part))
 
 
 def _original(dataset: ImageFolder, index: int, side: int) -> torch.Tensor:

@@ -79,14 +79,10 @@ def read_index(folder: Path | str) -> Index | None:
         if all(np.array_equal(kept[key], value) for key, value in of.items()):
             return Index(tars, _unpacked(kept["names"]), kept["places"])
     found = _read_headers(tars)
-
-    def write(part: Path) -> None:
-        with part.open("wb") as file:
-            np.savez(file, **of, names=_packed(found.names), places=found.places_N3)
-
+    of |= {"names": _packed(found.names), "places": found.places_N3}
     # where it cannot be kept, it is made at every start
     with contextlib.suppress(OSError):
-        write_atomically(path, write)
+        write_atomically(path, lambda part: np.savez(part, **of))
     return found
 
 

@@ -92,7 +92,7 @@ def embed(source: Path, folder: Path, output: Path) -> Embedded:
         )
     rate = len(kept) / (time.perf_counter() - began)
     embeddings_NF = torch.cat(parts).numpy()
-    write_atomically(output, lambda part: _write(part, output.suffix, embeddings_NF, kept))
+    write_atomically(output, lambda part: _write(part, embeddings_NF, kept))
     return Embedded(
         output=str(output),
         encoder=config.name,
@@ -200,12 +200,10 @@ def decoded(
             yield batch, [*chain.from_iterable(pending.popleft())]
 
 
-def _write(path: Path, suffix: str, h_NF: npt.NDArray[np.float32], names: list[str]) -> None:
-    if suffix == ".npz":
-        # to a path without .npz numpy would append it
-        with path.open("wb") as file:
-            np.savez(file, embeddings=h_NF, filenames=np.array(names))
-    elif suffix == ".pt":
+def _write(path: Path, h_NF: npt.NDArray[np.float32], names: list[str]) -> None:
+    if path.suffix == ".npz":
+        np.savez(path, embeddings=h_NF, filenames=np.array(names))
+    elif path.suffix == ".pt":
         torch.save({"embeddings": torch.from_numpy(h_NF), "filenames": names}, path)
     else:
         with path.open("w", encoding="utf-8", errors="surrogateescape", newline="") as table:

@@ -73,11 +73,10 @@ def make_folder(output: Path) -> None:
         raise UserError(f"cannot write to {output}: {error}; name another --output") from None
 
 
-def save(figure: Figure, path: Path, dpi: int = 160) -> Path:
+def save(figure: Figure, path: Path) -> Path:
     """Write a PNG or an SVG, the same for the same figure; return ``path``."""
-    kind = path.suffix[1:]
-    metadata = {"Date": None} if kind == "svg" else None
-    write_atomically(path, partial(figure.savefig, format=kind, dpi=dpi, metadata=metadata))
+    metadata = {"Date": None} if path.suffix == ".svg" else None
+    write_atomically(path, partial(figure.savefig, dpi=160, metadata=metadata))
     return path
 
 

@@ -2,7 +2,6 @@
 
 import textwrap
 from collections.abc import Callable, Iterable, Mapping
-from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -102,8 +101,14 @@ def write_figure(
         say(f"simulated {name}")
     picture = _starts(found) if figure == "figure5" else _losses(panels, found)
     arrays = folder / f"{figure}.npz"
-    write_atomically(arrays, partial(_save, found))
-    return [save(picture, folder / f"{figure}.png", dpi=150), arrays]
+    fields: dict[str, Any] = {
+        f"{name}_{field}": values
+        for name, trajectory in found.items()
+        for field, values in vars(trajectory).items()
+        if values.size
+    }
+    write_atomically(arrays, lambda part: np.savez_compressed(part, **fields))
+    return [save(picture, folder / f"{figure}.png"), arrays]
 
 
 def panels_of(
@@ -137,18 +142,6 @@ def panels_of(
             Panel(f"{metric}_{variant}_plane", Toy(**settings, **plane), points_PN=points_PN),
         ]
     return panels
-
-
-def _save(trajectories: Mapping[str, Trajectory], path: Path) -> None:
-    arrays: dict[str, Any] = {
-        f"{name}_{field}": values
-        for name, trajectory in trajectories.items()
-        for field, values in vars(trajectory).items()
-        if values.size
-    }
-    # numpy appends .npz to a path
-    with path.open("wb") as file:
-        np.savez_compressed(file, **arrays)
 
 
 def _losses(panels: list[Panel], trajectories: Mapping[str, Trajectory]) -> Figure:

@@ -72,7 +72,7 @@ def open_run_dir(run_dir: Path, config: Config) -> IO[str]:
     except OSError:
         # some network file systems have no locks; train without
         pass
-    for part in run_dir.glob(".*.part"):
+    for part in run_dir.glob(".*.part*"):
         part.unlink()
     return lock
 

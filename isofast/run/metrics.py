@@ -114,10 +114,9 @@ class MetricsWriter:
         if any(alignment_D is not None for alignment_D in alignments):
             unknown_D = np.full_like(eigenvalues_TD[0], np.nan)
             arrays["alignment"] = np.stack([unknown_D if a is None else a for a in alignments])
-        # Through a file, or numpy would add .npz to the name. Not compressed: zlib takes seconds
-        # for the thousands of spectra of a long run and makes them 10 % smaller.
-        with path.open("wb") as file:
-            np.savez(file, **arrays)
+        # not compressed: zlib takes seconds for the thousands of spectra of a long run, and makes
+        # them 10 % smaller
+        np.savez(path, **arrays)
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

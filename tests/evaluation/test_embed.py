@@ -122,7 +122,7 @@ def test_the_same_numbers_in_every_format(run_dir, folder, tmp_path):
     stored_pt = torch.load(tmp_path / "out.pt", weights_only=True)
     assert stored_pt["filenames"] == names
     assert torch.equal(stored_pt["embeddings"], torch.from_numpy(embeddings))
-    assert not list(tmp_path.glob(".*.part"))
+    assert not list(tmp_path.glob(".*.part*"))
 
 
 def test_they_are_those_of_the_evaluation(run_dir, digits, tmp_path):
@@ -221,4 +221,4 @@ def test_mistakes_exit_with_2_and_lose_nothing(run_dir, folder, tmp_path, refuse
     ):
         refused(["embed", source, "--images", images, "--output", output], words)
     assert kept.read_bytes() == b"earlier"
-    assert not list(tmp_path.glob(".*.part"))
+    assert not list(tmp_path.glob(".*.part*"))

@@ -29,7 +29,7 @@ def test_a_requeued_job_goes_on_in_the_fresh_folder_that_it_began(tmp_path, monk
 
 
 def test_one_run_at_a_time(small_config, tmp_path):
-    for name in (".lock", ".config.json.123.part"):
+    for name in (".lock", ".config.json.123.part.json"):
         (tmp_path / name).touch()
     with open_run_dir(tmp_path, small_config()):
         assert [path.name for path in tmp_path.iterdir()] == [".lock"]
