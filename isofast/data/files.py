@@ -5,6 +5,8 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 
+from isofast.errors import UserError
+
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Let ``write`` fill a file beside ``path``, sync it to disk, then rename it.
@@ -22,6 +24,21 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     finally:
         part.unlink(missing_ok=True)
     sync(path.parent)
+
+
+def check_output(path: Path, option: str = "--output") -> None:
+    """Refuse a file that cannot be written, before any work is done.
+
+    Raises:
+        UserError: its folder is missing or not writable, or it is a folder itself.
+    """
+    folder = path.parent
+    if not os.path.isdir(folder):
+        raise UserError(f"{option} {path}: there is no folder {folder}; make it first")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise UserError(f"{option} {path}: the folder {folder} is not writable")
+    if path.is_dir():
+        raise UserError(f"{option} {path} is a folder; name one that does not exist, or a file")
 
 
 def sync(path: Path) -> None:

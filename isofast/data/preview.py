@@ -8,7 +8,7 @@ from PIL import Image, ImageOps
 from torchvision.utils import make_grid
 
 from isofast.data.check import OnBad, check_folder
-from isofast.data.files import write_atomically
+from isofast.data.files import check_output, write_atomically
 from isofast.data.folder import ImageFolder, open_dataset
 from isofast.data.loaders import Batch, draw_views
 from isofast.data.recipe import Recipe, recipe_for
@@ -26,18 +26,11 @@ def check_preview_path(path: Path) -> None:
     """Refuse a path that no picture can be written to, before any work is done.
 
     Raises:
-        UserError: it is not named .png, its folder is missing or may not be entered, or it is a
-            folder itself.
+        UserError: it is not named .png, or as `check_output`.
     """
     if path.suffix.lower() != ".png":
         raise UserError(f"--preview {path} must be a .png file, as in --preview views.png")
-    try:
-        if not path.parent.is_dir():
-            raise UserError(f"--preview {path}: there is no folder {path.parent}; make it first")
-        if path.is_dir():
-            raise UserError(f"--preview {path} is a folder; name a file in it")
-    except OSError as error:
-        raise UserError(f"--preview {path}: {error.strerror}; name another place") from error
+    check_output(path, "--preview")
 
 
 def write_preview(name: str, root: Path, path: Path, *, on_bad: OnBad = "stop") -> None:

@@ -21,11 +21,11 @@ from torch import nn
 from tqdm import tqdm
 
 from isofast.data import Recipe
-from isofast.data.files import write_atomically
+from isofast.data.files import check_output, write_atomically
 from isofast.data.resident import clean_image, normalised, rgb
 from isofast.data.shards import PICTURES, open_member, read_index
 from isofast.errors import UserError
-from isofast.evaluation.encoders import check_output, read_encoder
+from isofast.evaluation.encoders import read_encoder
 
 Pixels = npt.NDArray[np.uint8]
 

@@ -1,6 +1,5 @@
 """The encoder of a run or a file, as a module."""
 
-import os
 from os import PathLike
 from pathlib import Path
 from typing import NamedTuple
@@ -15,20 +14,6 @@ from isofast.methods.networks import make_encoder
 from isofast.methods.weights import encoder_of, load_weights, read_weights
 from isofast.run.checkpoint import Checkpoint, newest_checkpoint
 from isofast.run.stored import read_config
-
-
-def check_output(path: Path) -> None:
-    """Refuse a file that cannot be written, before any work is done.
-
-    Raises:
-        UserError: its folder is missing or not writable, or it is a folder itself.
-    """
-    if not path.parent.is_dir():
-        raise UserError(f"--output {path}: there is no folder {path.parent}; make it first")
-    if path.is_dir():
-        raise UserError(f"--output {path} is a folder; name one that does not exist, or a file")
-    if not os.access(path.parent, os.W_OK):
-        raise UserError(f"--output {path}: the folder {path.parent} is not writable")
 
 
 class Encoder(NamedTuple):

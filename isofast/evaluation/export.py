@@ -14,9 +14,9 @@ from safetensors.torch import save
 from torch import Tensor
 
 from isofast.config.schema import EncoderConfig
-from isofast.data.files import write_atomically
+from isofast.data.files import check_output, write_atomically
 from isofast.errors import RunError, UserError
-from isofast.evaluation.encoders import Encoder, check_output, read_encoder
+from isofast.evaluation.encoders import Encoder, read_encoder
 from isofast.methods.networks import STAGES
 from isofast.methods.weights import describe
 

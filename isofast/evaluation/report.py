@@ -11,10 +11,10 @@ from jinja2 import Environment, PackageLoader
 from markupsafe import Markup
 
 from isofast.data import open_dataset
+from isofast.data.files import check_output
 from isofast.data.folder import printable
 from isofast.errors import UserError
 from isofast.evaluation.chart import Line, chart
-from isofast.evaluation.encoders import check_output
 from isofast.evaluation.intervals import wilson
 from isofast.evaluation.pictures import Pictures, look
 from isofast.evaluation.verdict import findings, judge

@@ -6,6 +6,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import matplotlib as mpl
 import numpy as np
 import torch
 from matplotlib import colormaps
@@ -14,7 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from isofast.data.files import write_atomically
-from isofast.paper.figures import make_folder, save
+from isofast.paper.figures import STYLE, make_folder, save
 from isofast.paper.toy import SHORTEST, Toy, Trajectory, initial_weights, randn, simulate, stream
 
 METRICS = ("euclidean", "cosine")
@@ -53,6 +54,7 @@ RELU_NOTE = (
 # of Okabe and Ito's palette, told apart by colour-blind readers
 START, END, LINE = "#D55E00", "#0072B2", "#9A9A9A"
 THREE = ("#0072B2", "#E69F00", "#009E73")
+GRID = {"axes.grid": True, "axes.axisbelow": True, "grid.color": "0.93"}
 # eigenvalues shown, as in the paper; a panel that exceeds them has its own scale
 LOW, HIGH = 1e-2, 10.0
 # so has a plane that embeddings leave by so many times their first reach
@@ -99,7 +101,9 @@ def write_figure(
     for name, toy, starts_SMN, points_PN in panels:
         found[name] = simulate(toy, starts_SMN, points_PN=points_PN, records=RECORDS)
         say(f"simulated {name}")
-    picture = _starts(found) if figure == "figure5" else _losses(panels, found)
+    with mpl.rc_context(STYLE | GRID):
+        picture = _starts(found) if figure == "figure5" else _losses(panels, found)
+        path = save(picture, folder / f"{figure}.png")
     arrays = folder / f"{figure}.npz"
     fields: dict[str, Any] = {
         f"{name}_{field}": values
@@ -108,7 +112,7 @@ def write_figure(
         if values.size
     }
     write_atomically(arrays, lambda part: np.savez_compressed(part, **fields))
-    return [save(picture, folder / f"{figure}.png"), arrays]
+    return [path, arrays]
 
 
 def panels_of(
@@ -155,7 +159,7 @@ def _losses(panels: list[Panel], trajectories: Mapping[str, Trajectory]) -> Figu
         if (metric, variant) == MISSING:
             _explain(above, below, axes[:2, 0], f"{NOTE}\n\n{RELU_NOTE}" if relu else NOTE)
             continue
-        above.set_title(VARIANTS[variant][0], fontsize=11)
+        above.set_title(VARIANTS[variant][0])
         plane = trajectories[f"{metric}_{variant}_plane"]
         _draw_plane(above, plane, 0, _reach(trajectories, metric, variant))
         _draw_spectrum(below, trajectories[f"{metric}_{variant}_spectrum"])
@@ -166,17 +170,17 @@ def _losses(panels: list[Panel], trajectories: Mapping[str, Trajectory]) -> Figu
             above.set_ylabel(f"{metric.capitalize()}\nembedding $z_2$")
             below.set_ylabel(f"{metric.capitalize()}\neigenvalues of {matrix}")
     kind = "ReLU" if relu else "Linear"
-    picture.suptitle(f"{kind} toy networks (P Fig. {6 if relu else 2})", fontsize=13)
+    picture.suptitle(f"{kind} toy networks (P Fig. {6 if relu else 2})")
     return picture
 
 
 def _explain(above: Axes, below: Axes, drawn: Iterable[Axes], text: str) -> None:
     """A note and a legend of ``drawn`` where there is no simulation."""
     text = "\n\n".join(textwrap.fill(part, 38) for part in text.split("\n\n"))
-    note = above.text(-0.2, 1.0, text, va="top", fontsize=9, transform=above.transAxes)
+    note = above.text(-0.2, 1.0, text, va="top", transform=above.transAxes)
     handles = [handle for axes in drawn for handle in axes.get_legend_handles_labels()[0]]
     place: Any = {"loc": "upper left", "bbox_to_anchor": (-0.26, 0.96)}
-    legend = below.legend(handles=handles, frameon=False, fontsize=9, **place)
+    legend = below.legend(handles=handles, **place)
     for axes, artist in ((above, note), (below, legend)):
         axes.set_axis_off()
         artist.set_in_layout(False)
@@ -203,16 +207,13 @@ def _draw_plane(axes: Axes, trajectory: Trajectory, start: int, reach: float) ->
     low = -reach if points_TPM.min() < 0 else -0.05 * reach
     axes.set(xlim=(low, reach), ylim=(low, reach), aspect="equal", xlabel="embedding $z_1$")
     axes.locator_params(nbins=4)
-    axes.grid(True, color="0.93")
-    axes.set_axisbelow(True)
 
 
 def _draw_spectrum(axes: Axes, trajectory: Trajectory) -> None:
     values_TM = trajectory.eigenvalues[:, 0]
-    shades = colormaps["cividis"](np.linspace(0.9, 0.0, values_TM.shape[1]))
-    for values_T, shade in zip(values_TM.T, shades, strict=True):
-        # a collapsed mode leaves the picture downwards
-        axes.semilogy(trajectory.steps, np.maximum(values_T, LOW / 10), color=shade, linewidth=1.2)
+    axes.set_prop_cycle(color=colormaps["cividis"](np.linspace(0.9, 0.0, values_TM.shape[1])))
+    # a collapsed mode leaves the picture downwards
+    axes.semilogy(trajectory.steps, np.maximum(values_TM, LOW / 10), linewidth=1.2)
     axes.lines[0].set_label("largest eigenvalue")
     axes.lines[-1].set_label("smallest eigenvalue")
     top = values_TM.max()
@@ -226,8 +227,6 @@ def _step_axis(axes: Axes, trajectory: Trajectory) -> None:
     axes.set_xlabel("step")
     axes.xaxis.set_major_locator(MaxNLocator(3, integer=True))
     axes.xaxis.set_major_formatter("{x:,.0f}")
-    axes.grid(True, color="0.93")
-    axes.set_axisbelow(True)
 
 
 def _starts(trajectories: Mapping[str, Trajectory]) -> Figure:
@@ -239,7 +238,7 @@ def _starts(trajectories: Mapping[str, Trajectory]) -> Figure:
         trajectory, euclidean = trajectories[metric], metric == "euclidean"
         for start, (plane, name) in enumerate(zip(planes, INITIALISATIONS, strict=True)):
             _draw_plane(plane, trajectory, start, reach)
-            plane.set_title(f"from {name}", fontsize=11)
+            plane.set_title(f"from {name}")
             values_TM = trajectory.eigenvalues[:, start]
             lines = spectra.semilogy(trajectory.steps, values_TM, color=THREE[start])
             lines[0].set_label(name)
@@ -253,11 +252,10 @@ def _starts(trajectories: Mapping[str, Trajectory]) -> Figure:
         _step_axis(spectra, trajectory)
         end = "1" if euclidean else "trace / 2"
         spectra.set(ylim=(0.1, 10), ylabel="eigenvalues of V V$^T$")
-        spectra.set_title(f"dotted: expected end, {end}", fontsize=11)
-        spectra.legend(frameon=False, fontsize=9, loc="upper right", ncols=3, columnspacing=1)
+        spectra.set_title(f"dotted: expected end, {end}")
+        spectra.legend(loc="upper right", ncols=3, columnspacing=1)
     picture.suptitle(
         "Where the plain losses go from three initialisations (P Fig. 5); "
-        "circles: first step, dots: last step",
-        fontsize=13,
+        "circles: first step, dots: last step"
     )
     return picture

@@ -81,10 +81,7 @@ def read_run(path: Path) -> Run:
         UserError: the folder is not a run, has no records or spectra yet, or is damaged.
     """
     config = read_config(path)
-    try:
-        spectra = read_spectra(path / "spectrum.npz")
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot read the run {path}: {error}") from None
+    spectra = read_spectra(path / "spectrum.npz")
     found = read_metrics(path / "metrics.jsonl")
     records = [record for record in found if "loss" in record]
     if not records or not spectra:

@@ -231,7 +231,7 @@ def test_what_cannot_be_drawn_is_refused(spectrum_runs, tmp_path, refused):
         (["3", ema, str(empty), *out], ["empty is no run", "config.json", "--run-dir"]),
         (["3", str(bare), *out], ["no records in metrics.jsonl"]),
         (["3", str(blind), *out], ["no eigenvalues in spectrum.npz"]),
-        (["3", str(torn), *out], ["cannot read the run", "torn"]),
+        (["3", str(torn), *out], ["cannot read", "torn", "put it back"]),
         (["4", linear, ema, *out], ["has method isoloss", "--set method.name=linear"]),
         (["4", str(old), *out], ["old has method linear and no alignment"]),
         (["7", ema, linear, *out], ["one without", "--set method.ema=false", "IsoLoss"]),
