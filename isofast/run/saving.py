@@ -3,8 +3,7 @@
 import copy
 import time
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future
-from functools import partial
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ from torch import Tensor
 
 from isofast.config.schema import CheckpointConfig
 from isofast.errors import RunError
-from isofast.run.background import Background, HostCopy
+from isofast.run.background import HostCopy
 from isofast.run.checkpoint import REMEDY, State, save_checkpoint
 
 
@@ -39,8 +38,8 @@ class Saver:
         self._allowed = config.max_failures
         self._last = time.monotonic()
         self._report = report
-        self._background = Background()
-        self._pending: Future[RunError | None] | None = None
+        self._thread = ThreadPoolExecutor(1, "isofast-checkpoint")
+        self._pending: Future[None] | None = None
 
     def is_due(self) -> bool:
         """Whether ``every_minutes`` are over since the last checkpoint or since this was true."""
@@ -58,29 +57,24 @@ class Saver:
         best_step: int | None = None,
         records: Future[OSError | None] | None = None,
     ) -> None:
-        """Save a step, and keep the best; waits only for the checkpoint before.
+        """Save a step as `save_checkpoint` does; waits only for the checkpoint before.
 
-        Args:
-            step: steps taken.
-            state: what a resume needs.
-            encoder: the backbone's state.
-            best_step: a step whose checkpoint is kept.
-            records: of the steps before, which are to be on the disk first.
+        ``records`` of the steps before are to be on the disk first.
 
         Raises:
             RunError: too many in a row could not be written.
         """
-        error = self._result()
-        if error is None:
+        try:
+            self.wait()
             self._allowed = self._config.max_failures
-        elif self._allowed == 0:
-            raise error
-        else:
+        except RunError as error:
+            if self._allowed == 0:
+                raise
             self._allowed -= 1
             self._report(f"warning: {error}")
         self._last = time.monotonic()
         copies = _each(_copy, (state, encoder))
-        self._pending = self._background.do(partial(self._write, step, copies, best_step, records))
+        self._pending = self._thread.submit(self._write, step, copies, best_step, records)
 
     def wait(self) -> None:
         """Wait until the last checkpoint is on the disk.
@@ -88,13 +82,13 @@ class Saver:
         Raises:
             RunError: it could not be written.
         """
-        error = self._result()
-        if error is not None:
-            raise error
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
 
     def close(self) -> None:
         """Finish what is being written."""
-        self._background.close()
+        self._thread.shutdown()
 
     def _write(
         self,
@@ -102,20 +96,12 @@ class Saver:
         copies: Any,
         best_step: int | None,
         records: Future[OSError | None] | None,
-    ) -> RunError | None:
+    ) -> None:
         state, encoder = _each(_get, copies)
-        keep, about = self._config.keep, self._about
         if records is not None and (error := records.result()) is not None:
-            return RunError(f"could not write the records up to step {step}: {error}. {REMEDY}")
-        try:
-            save_checkpoint(self._folder, step, state, encoder, keep, about, best_step)
-        except RunError as failure:
-            return failure
-        return None
-
-    def _result(self) -> RunError | None:
-        pending, self._pending = self._pending, None
-        return None if pending is None else pending.result()
+            raise RunError(f"could not write the records up to step {step}: {error}. {REMEDY}")
+        keep, about = self._config.keep, self._about
+        save_checkpoint(self._folder, step, state, encoder, keep, about, best_step)
 
 
 def _each(function: Callable[[Any], Any], tree: Any) -> Any:
