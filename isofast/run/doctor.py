@@ -6,6 +6,8 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -101,7 +103,8 @@ def examine() -> Report:
     """Import every library, run kernels on every device, and judge."""
     cuda = torch.cuda.is_available()
     packages = _packages(cuda)
-    devices = [_cpu(), *(_gpu(index) for index in range(torch.cuda.device_count()) if cuda)]
+    gpus = [torch.device("cuda", index) for index in range(torch.cuda.device_count()) if cuda]
+    devices = [_device(device) for device in (torch.device("cpu"), *gpus)]
     compiler = _compiler()
     driver = _driver()
     problems = [f"{p.name}: {p.problem}" for p in packages if p.problem and p.required]
@@ -118,8 +121,8 @@ def examine() -> Report:
             f"there is a driver {driver} and torch {torch.__version__} finds no GPU; it is built "
             f"for CUDA {torch.version.cuda or '-'}. Install the torch that suits the driver"
         )
-    gpus = [device.name for device in devices if device.kind == "GPU"]
-    where = ", ".join(gpus) if gpus else "the CPU alone, which is for small sets"
+    names = [device.name for device in devices if device.kind == "GPU"]
+    where = ", ".join(names) or "the CPU alone, which is for small sets"
     return Report(
         ok=not problems,
         verdict=f"training runs on {where}" if not problems else "training cannot run here",
@@ -180,17 +183,9 @@ def _packages(cuda: bool) -> list[Package]:
         ),
     ]
     # as for training: without a GPU DeepSpeed is not to look for one
-    environment = os.environ | {"DS_ACCELERATOR": "cuda" if cuda else "cpu"}
-    imports = [
-        subprocess.Popen(
-            [sys.executable, "-c", f"import {module}"],
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-            env=environment,
-        )
-        for _, module, _, _ in wanted
-    ]
+    env = os.environ | {"DS_ACCELERATOR": "cuda" if cuda else "cpu"}
+    with ThreadPoolExecutor(len(wanted)) as pool:
+        problems = pool.map(lambda one: _import_problem(one[1], env), wanted)
     # imported already
     own = [
         Package(n, version_of(n), "", None, True) for n in ("isofast", "isofast-kernels", "torch")
@@ -200,49 +195,36 @@ def _packages(cuda: bool) -> list[Package]:
             name=name,
             version=version_of(name) or version_of(name.replace("cuda130", "cuda120")),
             purpose=purpose,
-            problem=_import_problem(process, name, purpose),
+            problem=problem and f"{problem}. It is for {purpose}: pip install {name}",
             required=required,
         )
-        for (name, _, purpose, required), process in zip(wanted, imports, strict=True)
+        for (name, _, purpose, required), problem in zip(wanted, problems, strict=True)
     ]
 
 
-def _import_problem(process: "subprocess.Popen[str]", name: str, purpose: str) -> str | None:
+def _import_problem(module: str, env: Mapping[str, str]) -> str | None:
+    command = [sys.executable, "-c", f"import {module}"]
     try:
-        _, said = process.communicate(timeout=_IMPORT_S)
+        done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=_IMPORT_S)
     except subprocess.TimeoutExpired:
-        process.kill()
-        said = f"not imported within {_IMPORT_S} s"
-    if process.returncode == 0:
+        return f"not imported within {_IMPORT_S} s"
+    if done.returncode == 0:
         return None
-    last = said.strip().rpartition("\n")[2] or f"the import ends with {process.returncode}"
-    return f"{last}. It is for {purpose}: pip install {name}"
+    return done.stderr.strip().rpartition("\n")[2] or f"the import ends with {done.returncode}"
 
 
-def _cpu() -> Device:
-    memory = psutil.virtual_memory()
-    return Device(
-        cpu_name(),
-        "CPU",
-        round(memory.total / 1e9, 1),
-        round(memory.available / 1e9, 1),
-        ["fp32", "bf16"] if cpu_has_bf16() else ["fp32"],
-        *_tried(torch.device("cpu")),
-    )
-
-
-def _gpu(index: int) -> Device:
-    device = torch.device("cuda", index)
-    free, total = torch.cuda.mem_get_info(device)
-    major, _ = torch.cuda.get_device_capability(device)
-    return Device(
-        torch.cuda.get_device_name(device),
-        "GPU",
-        round(total / 1e9, 1),
-        round(free / 1e9, 1),
-        ["fp32", *(["tf32", "bf16"] if major >= 8 else [])],
-        *_tried(device),
-    )
+def _device(device: torch.device) -> Device:
+    if device.type == "cuda":
+        kind, name = "GPU", torch.cuda.get_device_name(device)
+        free, total = torch.cuda.mem_get_info(device)
+        more = ["tf32", "bf16"] if torch.cuda.get_device_capability(device) >= (8, 0) else []
+    else:
+        kind, name = "CPU", cpu_name()
+        memory = psutil.virtual_memory()
+        free, total = memory.available, memory.total
+        more = ["bf16"] if cpu_has_bf16() else []
+    total_gb, free_gb = round(total / 1e9, 1), round(free / 1e9, 1)
+    return Device(name, kind, total_gb, free_gb, ["fp32", *more], *_tried(device))
 
 
 def _tried(device: torch.device) -> tuple[dict[str, float], str | None]:
