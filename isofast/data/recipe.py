@@ -10,7 +10,6 @@ from dataclasses import dataclass
 
 from isofast.config.presets import VIEWS_OF_DATASET
 from isofast.config.schema import AugmentationConfig, ViewConfig
-from isofast.errors import UserError
 
 RGB = tuple[float, float, float]
 
@@ -52,22 +51,12 @@ def recipe_for(
     """Return the recipe of a data set.
 
     Args:
-        name: the data set.
+        name: the data set, as data.dataset.
         crop: another side, in pixels; clean images keep the proportion of resize to crop.
         augmentation: other views than the preset's.
-
-    Raises:
-        UserError: no data set has that name, or the crop is not positive.
     """
-    if name not in _SIZES:
-        raise UserError(
-            f"there is no augmentation preset {name!r}; allowed are {', '.join(_SIZES)}. "
-            "For a folder of your own use 'imagefolder'."
-        )
     side, short, mean, std = _SIZES[name]
     if crop is not None:
-        if crop < 1:
-            raise UserError(f"the crop is {crop} pixels; give 1 or more (preset: {side})")
         side, short = crop, round(crop * short / side)
     views = augmentation or AugmentationConfig.model_validate(VIEWS_OF_DATASET[name])
     return Recipe(name, side, short, mean, std, views.view1, views.view2)
