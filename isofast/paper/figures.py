@@ -24,8 +24,6 @@ from isofast.run.stored import Array, Run, labels, read_run
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _DASHES = ("-", "--", "-.", (0, (1, 1)), (0, (5, 1, 1, 1, 1, 1)))
 _COLUMNS = 3
-# width and height
-PANEL_INCHES = (3.3, 2.5)
 _EIGENVALUES = r"eigenvalues $\lambda_i$ of $C$"
 # more only make the files large
 _MOST_LINES, _MOST_POINTS = 48, 500
@@ -90,7 +88,7 @@ def figure3(runs: Sequence[Run], first: Sequence[str] = ()) -> Figure:
     # four runs make a square
     columns = 2 if len(runs) == 4 else min(_COLUMNS, len(runs))
     rows = -(-len(runs) // columns)
-    figure = _figure(rows + 1, max(columns, 2))
+    figure = new_figure(rows + 1, max(columns, 2))
     grid = figure.add_gridspec(rows + 1, columns)
     panels = [figure.add_subplot(grid[divmod(place, columns)]) for place in range(len(runs))]
     below = figure.add_subplot(grid[rows, :])
@@ -113,7 +111,7 @@ def figure3(runs: Sequence[Run], first: Sequence[str] = ()) -> Figure:
 
 def figure4(runs: Sequence[Run]) -> Figure:
     """Alignment of linear predictors with C's eigenvectors, above C's eigenvalues."""
-    figure = _figure(2, len(runs))
+    figure = new_figure(2, len(runs))
     axes = figure.subplots(2, len(runs), sharex=True, sharey="row", squeeze=False)
     for above, below, run, name in zip(*axes, runs, _names(runs), strict=True):
         if run.alignment_TD is None:
@@ -141,7 +139,7 @@ def figure4(runs: Sequence[Run]) -> Figure:
 def figure7(runs: Sequence[Run]) -> Figure:
     """Runs with an EMA target beside those without, a row for each pair, and accuracies."""
     pairs = _ema_pairs(runs)
-    figure = _figure(len(pairs), 3)
+    figure = new_figure(len(pairs), 3)
     axes = figure.subplots(len(pairs), 3, sharex="row", squeeze=False)
     firsts = _names([pair[0] for pair in pairs])
     kinds = ("EMA", "no EMA")
@@ -203,10 +201,9 @@ def _ema_pairs(runs: Sequence[Run]) -> list[list[Run]]:
     return [*alike.values()]
 
 
-def _figure(rows: int, columns: int) -> Figure:
-    width, height = PANEL_INCHES
-    size = (columns * width + 0.8, rows * height + 0.2)
-    return Figure(figsize=size, layout="constrained")
+def new_figure(rows: int, columns: int) -> Figure:
+    """Return a figure for panels of 3.3 x 2.5 inches."""
+    return Figure(figsize=(3.3 * columns + 0.8, 2.5 * rows + 0.2), layout="constrained")
 
 
 def _eigenvalues(axis: Axes, run: Run) -> None:

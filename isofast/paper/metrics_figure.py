@@ -14,7 +14,7 @@ from scipy.stats import spearmanr
 
 from isofast.data.files import write_atomically
 from isofast.errors import UserError
-from isofast.paper.figures import PALETTE, PANEL_INCHES, STYLE, make_folder, save
+from isofast.paper.figures import PALETTE, STYLE, make_folder, new_figure, save
 from isofast.run.metrics import read_spectra
 from isofast.run.stored import Run, labels, read_run
 
@@ -78,9 +78,7 @@ def metrics_figure(rows: Sequence[Row]) -> Figure:
         if keys := [key for key in metrics if any(row[key] is not None for row in rows)]:
             shown[kind] = keys
     columns = max(len(keys) for keys in shown.values())
-    width, height = PANEL_INCHES
-    size = (columns * width, len(shown) * height + 0.6)
-    figure = Figure(figsize=size, layout="constrained")
+    figure = new_figure(len(shown), columns)
     axes = figure.subplots(len(shown), columns, squeeze=False)
     for row_of_axes, (kind, keys) in zip(axes, shown.items(), strict=True):
         for axis, key in zip(row_of_axes, keys, strict=False):
