@@ -1,7 +1,8 @@
 """What embeddings say of themselves, without labels (docs/method/metrics.md).
 
+Embeddings are those of N images, z_NF, or of V views of each, e_NVF, with F dimensions, float.
 Computed in float64 on the CPU, whatever comes in; NaN where a number is not defined or the input is
-not finite. Shapes: N images, V views of each, F dimensions.
+not finite.
 """
 
 import math
@@ -43,9 +44,6 @@ def rankme(z_NF: Tensor) -> float:
 
     sigma are the singular values of z_NF, not centred: 1 to min(N, F), the same for c z.
     Garrido et al., "RankMe", ICML 2023, equations 1 and 2.
-
-    Args:
-        z_NF: embeddings (N, F), float.
     """
     return _smooth_rank(_singular_values(z_NF))
 
@@ -56,9 +54,6 @@ def lidar(e_NVF: Tensor) -> float:
     The eigenvalues are those of S_w^(-1/2) S_b S_w^(-1/2): S_b is the covariance of the images'
     means, S_w the mean outer product of what views add to them, plus 1e-4 I. At most N - 1 are not
     zero. The same for e Q with orthogonal Q. Thilak et al., "LiDAR", ICLR 2024, equations 1 to 4.
-
-    Args:
-        e_NVF: embeddings (N, V, F), float.
     """
     e_NVF = _double(e_NVF)
     images, views, dim = e_NVF.shape
@@ -81,9 +76,6 @@ def alpha_req(z_NF: Tensor) -> float:
 
     lambda are the eigenvalues of the covariance of z_NF, descending; fitted are k = 5 to 100, or to
     the last above 1e-10 of the first. Agrawal et al., "alpha-ReQ", NeurIPS 2022.
-
-    Args:
-        z_NF: embeddings (N, F), float.
     """
     z_NF = _double(z_NF)
     eigenvalues = _singular_values(z_NF - z_NF.mean(0)).square()[:LAST]
@@ -99,10 +91,7 @@ def alignment(e_NVF: Tensor) -> float:
     """Return the mean |u - u'|^2 over all pairs of views of one image, u = e / |e|: 0 to 4.
 
     Wang and Isola, "Understanding contrastive representation learning through alignment and
-    uniformity on the hypersphere", ICML 2020, alpha = 2.
-
-    Args:
-        e_NVF: embeddings (N, V, F), float, V at least 2.
+    uniformity on the hypersphere", ICML 2020, alpha = 2. V is at least 2.
     """
     u_NVF = functional.normalize(_double(e_NVF), dim=2)
     # of V unit vectors, sum over pairs |u - u'|^2 = V sum |u - mean u|^2
@@ -114,10 +103,8 @@ def alignment(e_NVF: Tensor) -> float:
 def uniformity(z_NF: Tensor) -> float:
     """Return log mean exp(-2 |u - u'|^2) over all pairs of images, u = z / |z|: -8 to 0.
 
-    Wang and Isola, ICML 2020 (as `alignment`), t = 2. About -4 where u is uniform on the sphere.
-
-    Args:
-        z_NF: embeddings (N, F), float, N at least 2.
+    Wang and Isola, ICML 2020 (as `alignment`), t = 2. N is at least 2. About -4 where u is
+    uniform on the sphere.
     """
     u_NF = functional.normalize(_double(z_NF), dim=1)
     if not u_NF.isfinite().all():
