@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from isofast.data.files import write_atomically
+from isofast.data.files import write_text
 from isofast.data.folder import ImageFolder
 from isofast.errors import RunError
 
@@ -46,7 +46,7 @@ def write_known(dataset: ImageFolder, known: dict[str, Entry]) -> None:
     columns = dict(zip(Entry._fields, zip(*known.values(), strict=True), strict=False))
     content = json.dumps({"format": _FORMAT, "files": list(known), **columns})
     with contextlib.suppress(OSError):
-        write_atomically(_path(dataset), lambda part: part.write_text(content))
+        write_text(_path(dataset), content)
 
 
 def undecodable(dataset: ImageFolder, indices: Sequence[int], message: str) -> RunError:

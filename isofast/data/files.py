@@ -1,9 +1,11 @@
 """Write files that are whole or absent, whenever the machine stops."""
 
+import json
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 from isofast.errors import UserError
 
@@ -24,6 +26,16 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     finally:
         part.unlink(missing_ok=True)
     sync(path.parent)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write ``text``, whole or not at all."""
+    write_atomically(path, lambda part: part.write_text(text, encoding="utf-8"))
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write ``content``, whole or not at all."""
+    write_text(path, json.dumps(content, indent=2) + "\n")
 
 
 def check_output(path: Path, option: str = "--output") -> None:

@@ -22,7 +22,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from isofast.data.check import OnBad, check_folder, notes_on
-from isofast.data.files import write_atomically
+from isofast.data.files import write_text
 from isofast.data.folder import SPLITS, UNLABELED, UNLABELLED, ImageFolder, open_dataset, some_of
 from isofast.errors import UserError
 
@@ -170,7 +170,7 @@ def _build(
         # before the manifest, as unreadable images stop the build
         checked_splits(partial, on_bad)
         text = json.dumps({**content, "sha256_by_class": _class_digests(partial)}, indent=1)
-        write_atomically(partial / MANIFEST, lambda part: part.write_text(text))
+        write_text(partial / MANIFEST, text)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise

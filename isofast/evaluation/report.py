@@ -11,14 +11,13 @@ from jinja2 import Environment, PackageLoader
 from markupsafe import Markup
 
 from isofast.data import open_dataset
-from isofast.data.files import check_output
+from isofast.data.files import check_output, write_text
 from isofast.data.folder import printable
 from isofast.errors import UserError
 from isofast.evaluation.chart import Line, chart
 from isofast.evaluation.intervals import wilson
 from isofast.evaluation.pictures import Pictures, look
 from isofast.evaluation.verdict import findings, judge
-from isofast.run.directory import write_text
 from isofast.run.spectrum import effective_rank
 from isofast.run.stored import Run, labels, read_run
 

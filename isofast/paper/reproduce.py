@@ -13,10 +13,10 @@ from typing import Any
 
 import psutil
 
+from isofast.data.files import write_text
 from isofast.errors import RunError, UserError
 from isofast.paper.figures import draw
 from isofast.paper.tables import DATASETS, PlannedRun, Request
-from isofast.run.directory import write_text
 from isofast.run.metrics import read_metrics
 
 # Columns by the summary's key, with what to multiply it by.

@@ -15,8 +15,8 @@ from typing import Any, Literal
 from isofast.config.load import LAUNCH, resolve
 from isofast.config.presets import merge
 from isofast.config.schema import SCHEMA_KEY, Config, changed_keys
+from isofast.data.files import write_json
 from isofast.errors import UserError
-from isofast.run.directory import write_text
 from isofast.run.stored import TITLES, read_config
 
 DATASETS = {
@@ -215,7 +215,7 @@ class PlannedRun:
         path = self.run_dir.with_suffix(".json")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            write_text(path, json.dumps(self.settings, indent=2) + "\n")
+            write_json(path, self.settings)
         except OSError as error:
             raise UserError(f"cannot write {path}: {error.strerror}; name another --runs") from None
 

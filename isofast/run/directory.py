@@ -1,7 +1,6 @@
 """The folder of a run: choose, check and lock it, describe where it runs."""
 
 import fcntl
-import json
 import os
 import platform
 import re
@@ -15,7 +14,6 @@ import torch
 
 from isofast.config.load import read_stored
 from isofast.config.schema import Config, changed_keys
-from isofast.data.files import write_atomically
 from isofast.distributed import World
 from isofast.errors import UserError
 
@@ -75,16 +73,6 @@ def open_run_dir(run_dir: Path, config: Config) -> IO[str]:
     for part in run_dir.glob(".*.part*"):
         part.unlink()
     return lock
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write ``content``, whole or not at all."""
-    write_text(path, json.dumps(content, indent=2) + "\n")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write ``text``, whole or not at all."""
-    write_atomically(path, lambda part: part.write_text(text, encoding="utf-8"))
 
 
 def describe_environment(world: World, **resolved: str) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from isofast.config.plugins import import_object
 from isofast.config.schema import Config
-from isofast.data.files import write_atomically
+from isofast.data.files import write_text
 from isofast.errors import UserError
 
 Record = dict[str, float | int | None]
@@ -72,7 +72,7 @@ class WandB:
         known = run_dir / "wandb" / "id"
         if not known.exists():
             known.parent.mkdir(exist_ok=True)
-            write_atomically(known, lambda part: part.write_text(secrets.token_hex(4)))
+            write_text(known, secrets.token_hex(4))
         self._picture = wandb.Image
         self._spectra = run_dir / "spectrum.npz"
         self._views = None if step else run_dir / "views.png"

@@ -11,9 +11,8 @@ from zipfile import BadZipFile
 
 import numpy as np
 
-from isofast.data.files import write_atomically
+from isofast.data.files import write_atomically, write_text
 from isofast.errors import UserError
-from isofast.run.directory import write_text
 from isofast.run.loggers import Logger, Record
 from isofast.run.spectrum import Spectrum
 

@@ -11,10 +11,10 @@ from typing import Any
 from torch import Tensor
 
 from isofast.config.schema import Config, to_json
+from isofast.data.files import write_json, write_text
 from isofast.distributed import World
 from isofast.run.background import Background, HostCopy
 from isofast.run.collapse import CollapseWatch, Finding
-from isofast.run.directory import write_json, write_text
 from isofast.run.loggers import Record, make_loggers
 from isofast.run.metrics import Evaluation, MetricsWriter
 from isofast.run.progress import Progress
