@@ -35,7 +35,8 @@ SMALL: dict[str, Any] = {
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Hide GPUs from all but `pytest -m gpu`: what runs on a CPU is compared bit by bit."""
+    """Hide GPUs from all but `pytest -m gpu`, and take one thread: a CPU's bits are compared."""
+    torch.set_num_threads(1)
     marks = config.getoption("markexpr")
     if "gpu" not in marks or "not gpu" in marks:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""

@@ -16,15 +16,6 @@ def guarded_empty(shape, dtype, device):
     return buffer[GUARD : GUARD + count].view(shape), buffer
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Threads cost more than they give on small matrices, above all on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture
 def guard_inputs():
     """Copies a tensor between NaN, so that a read out of bounds shows in the result.

@@ -26,11 +26,6 @@ RATES: dict[str, Callable[[Array], Array]] = {
 }
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> None:
-    torch.set_num_threads(1)
-
-
 def diagonal_weights(eigenvalues: list[float], inputs: int) -> Tensor:
     """V (1, M, N) whose V V^T has these eigenvalues."""
     roots = torch.tensor(eigenvalues, dtype=torch.float64).sqrt()

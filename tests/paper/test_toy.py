@@ -23,11 +23,6 @@ from isofast.paper.toy import (
 from ..support.toys import COSINE, EUCLIDEAN, changed
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> None:
-    torch.set_num_threads(1)
-
-
 def test_relu_correlation_is_the_mean_outer_product():
     toy = Toy(relu=True)
     v_SMN = initial_weights(toy)
