@@ -10,7 +10,7 @@ import pytest
 from safetensors.torch import load_file
 from torchvision.models import resnet18
 
-from .support.runs import ISOFAST, ROOT, call
+from .support.runs import ROOT, call
 
 pytestmark = pytest.mark.slow
 
@@ -24,28 +24,13 @@ SUMMARY_KEYS = {
     *("completed", "epochs", "steps", "val_top1", "knn_top1", "effective_rank"),
     *("images_per_s", "wall_s"),
 }
-MINE = """
-from isofast.methods import Method
-
-
-class MyMethod(Method):
-    class Config(Method.Config):
-        pull: float = 1.0
-
-    def loss(self, views):
-        return self.config.pull * (views.z1_BD - views.t2_BD).pow(2).mean()
-
-    def scalars(self):
-        return {"pull": self.correlation.corr_DD.new_tensor(self.config.pull)}
-"""
 
 
 @pytest.fixture
 def outside(tmp_path: Path, small: Any) -> Path:
-    """A folder elsewhere with a config and a method of its own."""
+    """A folder elsewhere with a config."""
     changes = {"evaluation": {"every_epochs": 1, "knn_images": 200}, "train": {"max_steps": 4}}
     (tmp_path / "tiny.json").write_text(json.dumps(small(**changes)))
-    (tmp_path / "my_file.py").write_text(MINE)
     return tmp_path
 
 
@@ -93,38 +78,6 @@ def test_a_run_and_its_folder(outside):
     run(outside, "--set", "seed=1", "--fresh")
     assert len(list((outside / "runs").iterdir())) == 2
     assert json.loads((folder / "summary.json").read_text())["steps"] == 6
-
-
-@pytest.mark.long
-def test_a_method_in_a_file_of_ones_own(outside):
-    mine = ("--run-dir", "mine", "--set", "method.name=my_file:MyMethod", "--set", "method.pull=2")
-    run(outside, *mine)
-    assert "continuing from" in run(outside, *mine, "--set", "train.max_steps=6")
-    lines = lines_of(outside / "mine")
-    assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3, 4, 5, 6]
-    assert all(line["pull"] == 2 for line in lines if "loss" in line)
-    assert any("knn_top1" in line for line in lines)
-    wrong = run(outside, *mine[:4], "--set", "method.push=2", code=2)
-    assert "method.push" in wrong and "pull" in wrong
-
-
-@pytest.mark.long
-def test_prepare_is_idempotent_and_prints_counts(tmp_path):
-    command = [*ISOFAST, "prepare", "digits", "--root", "digits"]
-    counts = "10 classes, 1,442 train and 355 val images"
-    assert counts in call(command, cwd=tmp_path).stdout
-    assert counts in call(command, cwd=tmp_path).stdout
-    wrong = [*ISOFAST, "prepare", "cifar10", "--root", "c", "--archive", "no.tar"]
-    call(wrong, cwd=tmp_path, code=2)
-    assert not any((tmp_path / "c").iterdir())
-
-
-def test_theory_prints_json_alone(tmp_path):
-    command = [*ISOFAST, "theory", "simulate", "--loss", "iso_cosine", "--steps", "5", "--json"]
-    printed = json.loads(call(command, cwd=tmp_path).stdout)
-    assert printed.keys() >= {"loss", "initial", "final", "trace"}
-    assert printed["final"] == sorted(printed["final"], reverse=True)
-    assert len(printed["trace"]) == 2
 
 
 def test_python_names(outside):
