@@ -17,7 +17,9 @@ from torchvision.transforms import functional as F
 from isofast.config.schema import ViewConfig
 from isofast.data import ImageFolder, dali, recipe_for
 from isofast.data.draw import ViewDraw, _affine, draw
+from isofast.data.resident import parameter_rows
 
+from ..kernels.augment_problems import JITTER, by_torchvision
 from .conftest import CPU, levels_of
 
 INDICES = np.arange(0, 1000, 8)
@@ -39,7 +41,6 @@ WINDOWS = np.concatenate(
 ORDERS = np.random.default_rng(1).permuted(np.tile(np.arange(4, dtype=np.int8), (N, 1)), axis=1)
 YES = np.ones(N, bool)
 COLOUR = {"brightness_N": BRIGHTNESS, "contrast_N": CONTRAST, "saturation_N": SATURATION}
-ADJUST = (F.adjust_brightness, F.adjust_contrast, F.adjust_saturation, F.adjust_hue)
 
 Operation = Callable[[Image.Image, int], Image.Image]
 
@@ -79,48 +80,23 @@ def through_pillow(
     return np.stack(images)
 
 
-def on_tensor(image: Image.Image, operation: Callable[[torch.Tensor], torch.Tensor]) -> Image.Image:
-    """For what torchvision does to tensors only: blur by sigma, bilinear affine."""
-    moved = operation(torch.from_numpy(np.array(image)).permute(2, 0, 1))
-    return Image.fromarray(moved.permute(1, 2, 0).numpy())
-
-
 def affine(image: Image.Image, k: int) -> Image.Image:
     u, row = AFFINE_U[k], AFFINE_ROW
-    return on_tensor(
-        image,
-        lambda x: F.affine(
-            x,
-            angle=row.degrees * (2 * u[0] - 1),
-            translate=[64 * row.translate * (2 * u[3] - 1), 64 * row.translate * (2 * u[4] - 1)],
-            scale=row.scale[0] + (row.scale[1] - row.scale[0]) * u[2],
-            shear=[row.shear * (2 * u[1] - 1), 0.0],
-            interpolation=InterpolationMode.BILINEAR,
-        ),
+    moved = F.affine(
+        F.pil_to_tensor(image),
+        angle=row.degrees * (2 * u[0] - 1),
+        translate=[64 * row.translate * (2 * u[3] - 1), 64 * row.translate * (2 * u[4] - 1)],
+        scale=row.scale[0] + (row.scale[1] - row.scale[0]) * u[2],
+        shear=[row.shear * (2 * u[1] - 1), 0.0],
+        interpolation=InterpolationMode.BILINEAR,
     )
+    return F.to_pil_image(moved)
 
 
-def by_torchvision(drawn: ViewDraw) -> Operation:
+def expected(photos: ImageFolder, drawn: ViewDraw, indices: np.ndarray = INDICES) -> np.ndarray:
     """Crop, jitter in the drawn order, gray, blur, solarize, flip."""
-
-    def view(image: Image.Image, k: int) -> Image.Image:
-        window = drawn.window_N4[k].tolist()
-        image = F.resized_crop(image, *window, [64, 64], InterpolationMode.BICUBIC)
-        factors = (drawn.brightness_N, drawn.contrast_N, drawn.saturation_N, drawn.hue_N)
-        for place in drawn.order_N4[k]:
-            factor = float(factors[place][k])
-            if factor != (0 if place == 3 else 1):
-                image = ADJUST[place](image, factor)
-        if drawn.gray_N[k]:
-            image = F.rgb_to_grayscale(image, 3)
-        if (sigma := float(drawn.blur_sigma_N[k])) > 0:
-            side = int(2 * np.ceil(3 * sigma) + 1)
-            image = on_tensor(image, lambda x: F.gaussian_blur(x, [side, side], [sigma, sigma]))
-        if drawn.solarize_N[k]:
-            image = F.solarize(image, 128)
-        return F.hflip(image) if drawn.flip_N[k] else image
-
-    return view
+    rows_NP = parameter_rows(BASE, (drawn, drawn))[0]
+    return through_pillow(photos, lambda x, k: by_torchvision(x, rows_NP[k]), indices)
 
 
 BLURRING, SOLARIZING = ViewConfig(blur_p=0.5), ViewConfig(solarize_p=0.5)
@@ -146,7 +122,7 @@ CASES: dict[str, tuple[ViewConfig, ViewDraw, float]] = {
 @pytest.mark.parametrize("name", CASES)
 def test_distance_to_torchvision(photos, name):
     row, drawn, allowed = CASES[name]
-    theirs = through_pillow(photos, affine if name == "affine" else by_torchvision(drawn))
+    theirs = through_pillow(photos, affine) if name == "affine" else expected(photos, drawn)
     assert np.abs(through_dali(photos, row, drawn) - theirs).mean() <= allowed
 
 
@@ -158,7 +134,8 @@ def test_one_map_stands_for_any_order_of_jitter_without_hue(photos):
         with Image.open(photos.root / photos.paths[index]) as image:
             theirs = F.pil_to_tensor(image.convert("RGB")) / 255
         for place in np.random.default_rng(k).permutation(3):
-            theirs = ADJUST[place](theirs, float([*COLOUR.values()][place][k]))
+            name = JITTER[place]
+            theirs = getattr(F, f"adjust_{name}")(theirs, float(COLOUR[f"{name}_N"][k]))
         differences.append(np.abs(ours[k] - 255 * theirs.permute(1, 2, 0).numpy()))
     # what is left is rounding (0.25) and clipping between the operations, which one map has not
     assert np.median(differences) <= 0.3
@@ -178,8 +155,7 @@ def test_view_of_everything_in_the_stated_order(photos):
         solarize_N=solarize,
         flip_N=flip,
     )
-    theirs = through_pillow(photos, by_torchvision(drawn))
-    difference = np.abs(through_dali(photos, row, drawn) - theirs)
+    difference = np.abs(through_dali(photos, row, drawn) - expected(photos, drawn))
     # solarize turns a rounding at its threshold into a jump, so the median speaks, and the mean
     assert np.median(difference) <= 2.0
     assert difference.mean() <= 3.4  # measured 3.2
@@ -198,6 +174,6 @@ def test_distance_of_the_whole_recipe(photos, view, hue, allowed):
     drawn = draw(BASE, view, photos.sizes, everyone, seed=0, epoch=0)
     drawn = drawn if hue else replace(drawn, hue_N=np.zeros_like(drawn.hue_N))
     ours = through_dali(photos, {1: BASE.view1, 2: BASE.view2}[view], drawn, everyone)
-    difference = np.abs(ours - through_pillow(photos, by_torchvision(drawn), everyone))
+    difference = np.abs(ours - expected(photos, drawn, everyone))
     assert np.median(difference) <= 1.0
     assert difference.mean() <= allowed

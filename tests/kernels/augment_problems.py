@@ -5,10 +5,13 @@ import functools
 import numpy as np
 import torch
 from sklearn.datasets import load_sample_images
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms.v2 import functional as F
 
 from isofast_kernels.augment_reference import COLUMNS
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+JITTER = ("brightness", "contrast", "saturation", "hue")
 NEUTRAL = dict.fromkeys(("brightness", "contrast", "saturation"), 1.0) | {
     "second": 1.0,
     "third": 2.0,
@@ -77,6 +80,25 @@ def random_rows(views, batch, height, width, *, blur, seed=0):
         solarize_from=maybe(0.3, 128.0, 256.0),
         flip=maybe(0.5, 1.0, 0.0),
     )
+
+
+def by_torchvision(image, row, side=64):
+    """The view of an image, Pillow's or (3, H, W), that a row of parameters describes."""
+    column = dict(zip(COLUMNS, row.tolist(), strict=True))
+    window = [int(column[name]) for name in ("top", "left", "height", "width")]
+    image = F.resized_crop(image, *window, [side, side], InterpolationMode.BICUBIC)
+    for place in ("first", "second", "third", "fourth"):
+        name = JITTER[int(column[place])]
+        if column[name] != (0 if name == "hue" else 1):
+            image = getattr(F, f"adjust_{name}")(image, column[name])
+    if column["gray"]:
+        image = F.to_grayscale(image, 3)
+    if (sigma := column["blur_sigma"]) > 0:
+        width = int(2 * np.ceil(3 * np.float32(sigma)) + 1)
+        image = F.gaussian_blur(image, [width, width], [sigma, sigma])
+    if column["solarize_from"] < 256:
+        image = F.solarize(image, column["solarize_from"])
+    return F.hflip(image) if column["flip"] else image
 
 
 def levels_of(views):

@@ -9,13 +9,20 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torchvision.transforms import InterpolationMode
-from torchvision.transforms.v2 import functional as F
 
 from isofast_kernels import augment_reference as reference
 from isofast_kernels import augment_views
 
-from .augment_problems import MEAN, STD, levels_of, noise, photos, random_rows, rows
+from .augment_problems import (
+    MEAN,
+    STD,
+    by_torchvision,
+    levels_of,
+    noise,
+    photos,
+    random_rows,
+    rows,
+)
 
 PHOTOS = photos()
 N = len(PHOTOS)
@@ -25,7 +32,6 @@ HUE = RNG.uniform(-0.1, 0.1, N).astype(np.float32)
 SIGMA = RNG.uniform(0.1, 2.0, N).astype(np.float32)
 SIDES = RNG.integers(10, 65, (N, 2))
 WINDOWS = np.concatenate([(RNG.random((N, 2)) * (65 - SIDES)).astype(int), SIDES], axis=1)
-JITTER = ("brightness", "contrast", "saturation", "hue")
 
 
 def augment(images, index, parameters, side, **options):
@@ -33,102 +39,54 @@ def augment(images, index, parameters, side, **options):
     return augment_views(images, index, parameters, side=side, **options)
 
 
-def ours(side=64, **columns):
-    """Levels (N, side, side, 3) of the photographs under the given columns."""
-    table = rows(1, N, 64, 64, **columns)
-    views = augment(PHOTOS, torch.arange(N), table, side)
-    return levels_of(views[0]).permute(0, 2, 3, 1)
-
-
-def through_pillow(operation):
-    images = [operation(Image.fromarray(photo.numpy()), k) for k, photo in enumerate(PHOTOS)]
-    return torch.from_numpy(np.stack([np.asarray(image) for image in images])).double()
-
-
-def through_tensors(operation):
-    images = [operation(photo.permute(2, 0, 1), k) for k, photo in enumerate(PHOTOS)]
-    return torch.stack(images).permute(0, 2, 3, 1).double()
-
-
-def crop_to(side):
-    def crop(image, k):
-        window = [int(value) for value in WINDOWS[k]]
-        return F.resized_crop(image, *window, [side, side], InterpolationMode.BICUBIC)
-
-    return crop
-
-
-def blur(image, k):
-    side = int(2 * np.ceil(3 * SIGMA[k]) + 1)
-    return F.gaussian_blur(image, [side, side], [float(SIGMA[k])] * 2)
-
-
-def adjust(name, values):
-    operation = getattr(F, f"adjust_{name}")
-    return {name: values}, lambda image, k: operation(image, float(values[k])), 64
+def distances(table, side=64, **options):
+    """How far the photographs' views are from torchvision's of Pillow images and of tensors."""
+    got = augment(PHOTOS, torch.arange(N), table, side, **options)
+    got = levels_of(got[0]).permute(0, 2, 3, 1)
+    # the normalisation there and back is float32
+    assert (got - got.round()).abs().max() < 1e-3
+    pictures = [Image.fromarray(photo.numpy()) for photo in PHOTOS]
+    of_pictures = map(by_torchvision, pictures, table[0], N * [side])
+    of_tensors = map(by_torchvision, PHOTOS.permute(0, 3, 1, 2), table[0], N * [side])
+    for theirs in (
+        torch.from_numpy(np.stack([np.asarray(image) for image in of_pictures])),
+        torch.stack([*of_tensors]).permute(0, 2, 3, 1),
+    ):
+        yield (got.round() - theirs).abs().mean()
 
 
 WINDOW = dict(zip(("top", "left", "height", "width"), WINDOWS.T, strict=True))
 CASES = {
-    # columns, torchvision's operation, side, allowed distance to Pillow images and to tensors
-    "nothing": ({}, lambda image, k: image, 64, 0.0, 0.0),
-    "crop": (WINDOW, crop_to(64), 64, 2e-4, 0.004),
-    "crop, enlarged": (WINDOW, crop_to(100), 100, 2e-4, 0.004),
+    # columns, side, allowed distance to Pillow images and to tensors
+    "nothing": ({}, 64, 0.0, 0.0),
+    "crop": (WINDOW, 64, 2e-4, 0.004),
+    "crop, enlarged": (WINDOW, 100, 2e-4, 0.004),
     # Pillow 13 resizes along y before x where that is cheaper, and so rounds elsewhere
-    "crop, reduced": (WINDOW, crop_to(24), 24, 0.05, 0.004),
-    "brightness": (*adjust("brightness", FACTOR), 0.0, 0.0),
-    "contrast": (*adjust("contrast", FACTOR), 0.0, 0.15),
-    "saturation": (*adjust("saturation", FACTOR), 0.0, 0.15),
-    "hue": (*adjust("hue", HUE), 0.003, 0.5),
-    "gray": ({"gray": 1}, lambda image, k: F.to_grayscale(image, 3), 64, 0.0, 0.6),
-    "blur": ({"blur_sigma": SIGMA}, blur, 64, 5e-5, 5e-5),
-    "solarize": ({"solarize_from": 128}, lambda image, k: F.solarize(image, 128), 64, 0.0, 0.0),
-    "flip": ({"flip": 1}, lambda image, k: F.hflip(image), 64, 0.0, 0.0),
+    "crop, reduced": (WINDOW, 24, 0.05, 0.004),
+    "brightness": ({"brightness": FACTOR}, 64, 0.0, 0.0),
+    "contrast": ({"contrast": FACTOR}, 64, 0.0, 0.15),
+    "saturation": ({"saturation": FACTOR}, 64, 0.0, 0.15),
+    "hue": ({"hue": HUE}, 64, 0.003, 0.5),
+    "gray": ({"gray": 1}, 64, 0.0, 0.6),
+    "blur": ({"blur_sigma": SIGMA}, 64, 5e-5, 5e-5),
+    "solarize": ({"solarize_from": 128}, 64, 0.0, 0.0),
+    "flip": ({"flip": 1}, 64, 0.0, 0.0),
 }
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_distance_to_torchvision(name):
-    columns, operation, side, to_pillow, to_tensors = CASES[name]
-    got = ours(side, **columns)
-    # the normalisation there and back is float32
-    assert (got - got.round()).abs().max() < 1e-3
-    got = got.round()
-    assert (got - through_pillow(operation)).abs().mean() <= to_pillow
-    assert (got - through_tensors(operation)).abs().mean() <= to_tensors
-
-
-def whole_view(image, k, row):
-    """The whole recipe in torchvision, by the columns of a row of parameters."""
-    column = dict(zip(reference.COLUMNS, row.tolist(), strict=True))
-    window = [int(column[name]) for name in ("top", "left", "height", "width")]
-    image = F.resized_crop(image, *window, [64, 64], InterpolationMode.BICUBIC)
-    if column["brightness"] != 1:
-        for place in ("first", "second", "third", "fourth"):
-            name = JITTER[int(column[place])]
-            image = getattr(F, f"adjust_{name}")(image, column[name])
-    if column["gray"]:
-        image = F.to_grayscale(image, 3)
-    if column["blur_sigma"] > 0:
-        side = int(2 * np.ceil(3 * np.float32(column["blur_sigma"])) + 1)
-        image = F.gaussian_blur(image, [side, side], [column["blur_sigma"]] * 2)
-    if column["solarize_from"] < 256:
-        image = F.solarize(image, column["solarize_from"])
-    return F.hflip(image) if column["flip"] else image
+    columns, side, to_pillow, to_tensors = CASES[name]
+    of_pillow, of_tensors = distances(rows(1, N, 64, 64, **columns), side)
+    assert of_pillow <= to_pillow and of_tensors <= to_tensors
 
 
 @pytest.mark.parametrize("blurred", [False, True], ids=["no_blur", "blur"])
 def test_distance_of_the_whole_recipe(blurred):
     table = random_rows(1, N, 64, 64, blur=blurred)
-    got = levels_of(augment(PHOTOS, torch.arange(N), table, 64, blur=blurred)[0]).round()
-    got = got.permute(0, 2, 3, 1)
-
-    def operation(image, k):
-        return whole_view(image, k, table[0, k])
-
-    assert (got - through_pillow(operation)).abs().mean() <= 0.01
+    of_pillow, of_tensors = distances(table, blur=blurred)
     # gray and hue are what differs, and at the threshold of solarize a level is a jump
-    assert (got - through_tensors(operation)).abs().mean() <= 0.7
+    assert of_pillow <= 0.01 and of_tensors <= 0.7
 
 
 def test_layout_dtype_and_repetition():
