@@ -135,14 +135,6 @@ def test_a_fused_branch_is_the_plain_one(name, training):
     assert_equal(found[1], found[0], BUDGET[torch.float64])
 
 
-def test_the_order_of_the_views_matters():
-    first, second = (ViewBatchNorm(3) for _ in range(2))
-    x_VBCHW = images(4, torch.float32)
-    first(x_VBCHW.flatten(0, 1))
-    second(x_VBCHW.flip(0).flatten(0, 1))
-    assert not torch.equal(first.running_mean, second.running_mean)
-
-
 @pytest.mark.parametrize("fused", [False, True])
 def test_one_value_a_channel_is_refused(fused):
     with pytest.raises(ValueError, match="Expected more than 1 value per channel"):
@@ -216,10 +208,9 @@ def test_a_branch_stacks_views_and_a_target_does():
         config = EncoderConfig(stem="cifar", width=8), ProjectorConfig(hidden=32, output=16)
         branches.append(Branch(*config, torch.float32, 16, stacked=stacked))
     one, two = (branch.of_views(batch) for branch in branches)
-    for (h_BF, z_BD), (other_h_BF, other_z_BD) in zip(one, two, strict=True):
-        torch.testing.assert_close(h_BF, other_h_BF, rtol=1e-5, atol=1e-6)
-        torch.testing.assert_close(z_BD, other_z_BD, rtol=1e-5, atol=1e-6)
-    assert branches[0].state_dict().keys() == branches[1].state_dict().keys()
+    torch.testing.assert_close(one, two, rtol=1e-5, atol=1e-6)
+    # running statistics move in the order of the views
+    torch.testing.assert_close(*(branch.state_dict() for branch in branches))
 
 
 def test_a_batchnorm_with_an_activation_stays():

@@ -10,9 +10,10 @@ from isofast.data import Batch
 from isofast.methods import Views, make_method
 from isofast.methods.closed_form import ClosedForm
 from isofast.methods.ema import EmaTarget
-from isofast.methods.networks import Branch
 from isofast.training.step import Online, embedding_scalars
 from isofast_kernels import reference
+
+from ..support.encoders import make_online
 
 
 @pytest.mark.parametrize("ema", [True, False], ids=["ema", "no-ema"])
@@ -57,16 +58,17 @@ def test_a_step_is_the_specifications(small_config, name, metric, of, ema):
 
 
 def _networks(config: Config) -> tuple[Online, EmaTarget, Batch]:
-    torch.manual_seed(0)
-    branch = Branch(config.encoder, config.projector, torch.float32)
-    online = Online(branch, nn.Linear(32, 10), make_method(config.method, config.projector))
-    return online, EmaTarget(branch, 0.99), Batch(torch.randn(16, 3, 16, 16), torch.arange(8))
+    online = make_online(config)
+    batch = Batch(torch.randn(16, 3, 16, 16), torch.arange(8))
+    return online, EmaTarget(online.branch, 0.99), batch
 
 
-def test_the_target_takes_no_gradient(small_config):
+def test_the_target_takes_no_gradient_and_the_probe_sends_none_on(small_config):
     online, target, batch = _networks(small_config())
     output = online(batch, target(batch))
-    (output.loss + output.probe.loss).backward()
+    output.probe.loss.backward()
+    assert all(p.grad is None for p in online.branch.parameters())
+    output.loss.backward()
     assert not any(p.requires_grad for p in target.parameters())
     assert all(p.grad is not None for p in online.parameters())
 

@@ -10,11 +10,8 @@ from torch import nn
 from torchvision.models import resnet18, resnet50
 
 from isofast.config.schema import EncoderConfig, ProjectorConfig
-from isofast.data import Batch
 from isofast.errors import UserError
-from isofast.methods.closed_form import IsoLoss
 from isofast.methods.networks import Branch, feature_dim, make_encoder
-from isofast.training.step import Online
 
 
 @pytest.mark.parametrize(
@@ -54,51 +51,9 @@ def test_narrow_convolutions_keep_torchvisions_initialisation():
     assert conv.weight.std().item() == pytest.approx(expected, rel=0.02)
 
 
-def _branch(precision: torch.dtype = torch.float32) -> Branch:
-    torch.manual_seed(0)
-    return Branch(
-        EncoderConfig(stem="cifar", width=4), ProjectorConfig(hidden=32, output=8), precision
-    )
-
-
-def _online(branch: Branch) -> Online:
-    method = IsoLoss(IsoLoss.Config(), ProjectorConfig(output=8))
-    return Online(branch, nn.Linear(32, 3), method)
-
-
-def test_each_view_has_its_own_batch_statistics():
-    branch = _branch()
-    x1, x2 = torch.randn(8, 3, 16, 16), 5 + 3 * torch.randn(8, 3, 16, 16)
-    output = _online(branch)(Batch(torch.cat([x1, x2]), torch.zeros(8, dtype=torch.long)))
-    alone = _branch()
-    torch.testing.assert_close(output.z1_BD, alone(x1)[1].detach())
-    alone(x2)
-    # running statistics moved twice, in order
-    torch.testing.assert_close(branch.encoder.bn1.running_mean, alone.encoder.bn1.running_mean)
-
-
-def test_the_probe_sends_no_gradient_to_the_encoder():
-    online = _online(_branch())
-    output = online(Batch(torch.randn(8, 3, 16, 16), torch.arange(4) % 3))
-    output.probe.loss.backward()
-    assert online.probe.weight.grad is not None
-    assert all(p.grad is None for p in online.branch.parameters())
-
-
-@pytest.mark.slow
-def test_the_branch_is_one_graph_for_the_compiler():
-    x_BCHW = torch.randn(4, 3, 16, 16)
-    expected = _branch()(x_BCHW)
-    branch = _branch()
-    names = set(branch.state_dict())
-    branch.compile(fullgraph=True, backend="aot_eager")
-    for got, wanted in zip(branch(x_BCHW), expected, strict=True):
-        torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5)
-    assert set(branch.state_dict()) == names
-
-
 def test_bf16_autocast_keeps_parameters_and_batchnorm_in_fp32():
-    branch = _branch(torch.bfloat16)
+    config = EncoderConfig(stem="cifar", width=4), ProjectorConfig(hidden=32, output=8)
+    branch = Branch(*config, torch.bfloat16)
     _, z_BD = branch(torch.randn(4, 3, 16, 16))
     assert z_BD.dtype == torch.bfloat16
     assert {t.dtype for t in branch.parameters()} == {torch.float32}

@@ -8,9 +8,10 @@ from isofast.config.schema import Config
 from isofast.data import Batch
 from isofast.methods import Views, make_method
 from isofast.methods.ema import EmaTarget
-from isofast.methods.networks import Branch
 from isofast.training.step import Online
 from isofast_kernels.reference import losses_reference
+
+from ..support.encoders import make_online
 
 BATCH, DIM = 12, 16
 
@@ -78,9 +79,7 @@ def test_gradients_of_embeddings_and_predictor_are_autograds(small_config, name,
 
 
 def _online(config: Config, precision: torch.dtype) -> tuple[Online, Batch]:
-    torch.manual_seed(0)
-    branch = Branch(config.encoder, config.projector, precision)
-    online = Online(branch, nn.Linear(32, 3), make_method(config.method, config.projector))
+    online = make_online(config, precision)
     return online, Batch(torch.randn(16, 3, 16, 16), torch.zeros(8, dtype=torch.long))
 
 

@@ -1,4 +1,4 @@
-"""Runs with an encoder and nothing trained, written as a run writes them."""
+"""Networks with nothing trained, and runs of them, written as a run writes them."""
 
 from pathlib import Path
 from typing import Any
@@ -7,11 +7,21 @@ import torch
 from torch import nn
 
 from isofast.config.load import validate
-from isofast.config.schema import to_json
+from isofast.config.schema import Config, to_json
 from isofast.data import recipe_for
-from isofast.methods.networks import make_encoder
+from isofast.methods import make_method
+from isofast.methods.networks import Branch, make_encoder
 from isofast.methods.weights import describe
 from isofast.run.checkpoint import save_checkpoint
+from isofast.training.step import Online
+
+
+def make_online(config: Config, precision: torch.dtype = torch.float32) -> Online:
+    """The same network at each call, with a probe of ten classes."""
+    torch.manual_seed(0)
+    branch = Branch(config.encoder, config.projector, precision)
+    probe = nn.Linear(branch.features_out, 10)
+    return Online(branch, probe, make_method(config.method, config.projector))
 
 
 def write_run(folder: Path, settings: dict[str, Any], *, step: int = 3) -> nn.Module:

@@ -10,13 +10,13 @@ from torch.optim import SGD
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from isofast.config.load import validate
-from isofast.config.schema import Config, EncoderConfig, ProjectorConfig
-from isofast.methods import make_method
+from isofast.config.schema import Config
 from isofast.methods.ema import EmaTarget, ema_decay
 from isofast.methods.foreach import add_scaled_, lerp_
-from isofast.methods.networks import Branch
 from isofast.training.optim import LARS, load_optimizer_state, lr_at, make_optimizer, set_lr
 from isofast.training.step import Online
+
+from ..support.encoders import make_online
 
 GPU = pytest.param("cuda", marks=pytest.mark.gpu)
 on_devices = pytest.mark.parametrize("device", ["cpu", GPU])
@@ -97,10 +97,8 @@ def _config(name: str) -> Config:
 
 
 def _online(method: str = "isoloss") -> Online:
-    encoder, projector = EncoderConfig(stem="cifar", width=4), ProjectorConfig(hidden=8, output=8)
-    branch = Branch(encoder, projector, torch.float32)
-    config = validate({"data": {"root": "x"}, "method": {"name": method}})
-    return Online(branch, nn.Linear(32, 3), make_method(config.method, projector))
+    networks = {"encoder": {"stem": "cifar", "width": 4}, "projector": {"hidden": 8, "output": 8}}
+    return make_online(validate({"data": {"root": "x"}, "method": {"name": method}} | networks))
 
 
 @pytest.mark.parametrize("method", ["isoloss", "byol", "linear"])
