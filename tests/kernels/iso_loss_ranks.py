@@ -1,11 +1,9 @@
 """IsoLoss in trainings as other people write them, by two gloo processes or by one.
 
-`python iso_loss_ranks.py FOLDER RANK` is one of two; each leaves FOLDER/RANK.pt. In float64, so
-that two processes differ from one by nothing but the order of sums.
+In float64, so that two processes differ from one by nothing but the order of sums.
 """
 
 import copy
-import sys
 
 import torch
 import torch.distributed as dist
@@ -135,10 +133,10 @@ def everything():
     return cases | {"compiled": compiled()}
 
 
-if __name__ == "__main__":
-    folder, rank = sys.argv[1], int(sys.argv[2])
-    dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=2)
-    torch.save(everything(), f"{folder}/{rank}.pt")
+def main(folder: str) -> None:
+    """One of two ranks, which leaves FOLDER/RANK.pt."""
+    dist.init_process_group("gloo")
+    torch.save(everything(), f"{folder}/{dist.get_rank()}.pt")
     # who leaves early takes the other's connections along
     dist.barrier()
     dist.destroy_process_group()

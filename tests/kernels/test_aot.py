@@ -1,8 +1,6 @@
 """Every kernel compiles for GPUs that this machine does not have; a sample of what aot.py does."""
 
-import os
 import re
-import subprocess
 import sys
 from collections import Counter
 from dataclasses import replace
@@ -12,6 +10,8 @@ import pytest
 
 from isofast_kernels import aot, correlation, matrix_power_triton
 from isofast_kernels.asymmetric_loss import tile_options
+
+from ..support.runs import call
 
 SAMPLE = [
     "asymmetric_loss cosine fp32 D=256",
@@ -114,9 +114,7 @@ def test_arguments_that_cannot_be_exit_with_2(option, value, capsys):
 @pytest.mark.slow
 def test_the_interpreter_leaves_nothing_to_compile():
     command = [sys.executable, "-m", "isofast_kernels.aot"]
-    env = os.environ | {"TRITON_INTERPRET": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, env=env)
-    assert done.returncode == 2 and "TRITON_INTERPRET" in done.stderr
+    assert "TRITON_INTERPRET" in call(command, code=2, TRITON_INTERPRET="1").stderr
 
 
 def test_what_is_over_budget_exits_with_1(capsys, monkeypatch):
