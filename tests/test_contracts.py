@@ -5,7 +5,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from safetensors.torch import load_file
 from torchvision.models import resnet18
@@ -19,10 +18,6 @@ STEP_KEYS = {
     *("step", "epoch", "loss", "lr", "probe_loss", "probe_top1", "images_per_s", "data_wait"),
     *("effective_rank", "effective_rank_entropy", "embedding_std", "embedding_norm", "mean_share"),
     *("norm_spread", "alignment", "prediction_norm"),
-}
-SUMMARY_KEYS = {
-    *("completed", "epochs", "steps", "val_top1", "knn_top1", "effective_rank"),
-    *("images_per_s", "wall_s"),
 }
 
 
@@ -40,29 +35,14 @@ def run(folder: Path, *options: str, code: int = 0) -> str:
     return call(command, cwd=folder, code=code).stderr
 
 
-def lines_of(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
 @pytest.mark.long
 def test_a_run_and_its_folder(outside):
     run(outside)
     folder = outside / "runs" / "tiny"
-    names = ("config.json", "environment.json", "metrics.jsonl", "spectrum.npz", "checkpoints")
-    assert all((folder / name).exists() for name in (*names, "summary.json"))
-    steps = [line for line in lines_of(folder) if "loss" in line]
-    evaluations = [line for line in lines_of(folder) if "knn_top1" in line]
+    lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    steps = [line for line in lines if "loss" in line]
     assert [line["step"] for line in steps] == [1, 2, 3, 4]
     assert all(line.keys() == STEP_KEYS for line in steps)
-    assert evaluations[-1].keys() >= {"step", "epoch", "val_top1", "knn_top1"}
-    summary = json.loads((folder / "summary.json").read_text())
-    assert summary.keys() >= SUMMARY_KEYS
-    assert summary["completed"] is True and summary["steps"] == 4
-    assert 0 <= summary["knn_top1"] <= 1
-    with np.load(folder / "spectrum.npz") as spectrum:
-        count, features = spectrum["eigenvalues"].shape
-        assert spectrum["step"].shape == (count,) and features == 16
-        assert (np.diff(spectrum["eigenvalues"], axis=1) <= 0).all()
     (encoder,) = sorted(folder.glob("checkpoints/*/encoder.safetensors"))[-1:]
     weights = load_file(encoder)
     assert weights["bn1.num_batches_tracked"] == 2 * 4
