@@ -4,8 +4,9 @@ import importlib.util
 import json
 import os
 import shutil
+import subprocess
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -71,6 +72,18 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def own_digits(digits: Path, tmp_path: Path) -> Path:
     """A copy of the digits that a test may spoil."""
     return shutil.copytree(digits, tmp_path / "digits")
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 3 MB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=3m", "none", str(folder)]
+    if os.geteuid() != 0 or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("mounting a small disk needs root")
+    yield folder
+    subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
 
 @pytest.fixture
