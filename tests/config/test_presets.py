@@ -1,13 +1,13 @@
 """What a data set, a method and the length of a run imply."""
 
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from isofast.config.load import load_config, validate
 
-LAUNCH = Path(__file__).resolve().parents[2] / "launch"
+from ..support.runs import ROOT
+
 DATA = {"data": {"dataset": "cifar10", "root": "somewhere"}}
 # A line a method: what the paper's run of it has.
 PRESETS: dict[str, dict[str, Any]] = {
@@ -112,7 +112,7 @@ def test_warmup_shrinks_with_a_short_run(epochs, given, expected):
     [("cifar10", "cifar"), ("cifar100", "cifar"), ("stl10", "imagenet"), ("tinyimagenet", "tiny")],
 )
 def test_each_data_set_has_the_papers_run(dataset, stem):
-    config = load_config(LAUNCH / f"{dataset}.json")
+    config = load_config(ROOT / "launch" / f"{dataset}.json")
     assert config.data.dataset == dataset and config.encoder.name == "resnet18"
     assert (config.encoder.stem, config.encoder.stem_padding) == (stem, 1)
     assert (config.train.epochs, config.train.batch_size) == (1000, 256)

@@ -12,10 +12,11 @@ import pytest
 import torch
 
 from isofast.config.schema import Config
-from isofast.distributed import World
 from isofast.run.background import Background, HostCopy
 from isofast.run.metrics import Evaluation, read_metrics, read_spectra
 from isofast.run.recorder import Recorder, Totals
+
+from ..support.runs import ALONE
 
 
 @pytest.fixture
@@ -81,12 +82,11 @@ def test_a_host_copy_of_a_gpu_tensor_is_of_its_moment_and_is_not_waited_for():
 @pytest.fixture
 def make_recorder(small_config: Callable[..., Config], tmp_path: Path) -> Callable[..., Recorder]:
     """Makes the recorder of a run continued from a step; its 200th is the first judged."""
-    world = World(rank=0, size=1, local_rank=0, device=torch.device("cpu"))
 
     def make(step: int, *loggers: str) -> Recorder:
         config = small_config(method={"decay": 0.99}, logging={"loggers": list(loggers)})
         return Recorder(
-            tmp_path, config, world, {}, Totals(), step=step, last_step=900, steps_per_epoch=4
+            tmp_path, config, ALONE, {}, Totals(), step=step, last_step=900, steps_per_epoch=4
         )
 
     return make

@@ -18,12 +18,14 @@ import torch
 
 from isofast import cli
 from isofast.config.load import validate
+from isofast.distributed import World
 from isofast.run.checkpoint import newest_checkpoint
 from isofast.run.metrics import read_metrics
 
 from .launcher import free_port, launcher_of
 
 ROOT = Path(__file__).resolve().parents[2]
+ALONE = World(0, 1, 0, torch.device("cpu"))
 ISOFAST = [sys.executable, "-m", "isofast.cli"]
 Done = subprocess.CompletedProcess[str]
 Process = subprocess.Popen[str]

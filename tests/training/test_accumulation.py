@@ -8,14 +8,12 @@ from torch import Tensor, nn
 
 from isofast.config.schema import Config
 from isofast.data import Batch
-from isofast.distributed import World
 from isofast.errors import UserError
 from isofast.methods.networks import _join_relus
 from isofast.training.build import TrainState, build, is_graphed
 
-from ..support.runs import assert_same_run, train
+from ..support.runs import ALONE, assert_same_run, train
 
-ALONE = World(0, 1, 0, torch.device("cpu"))
 MakeConfig = Callable[..., Config]
 
 

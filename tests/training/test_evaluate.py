@@ -11,14 +11,13 @@ from torch import nn
 from isofast.config.schema import Config
 from isofast.data import EvalLoader, Recipe, recipe_for
 from isofast.data.images import Images, check_images, list_images
-from isofast.distributed import World
 from isofast.run.labelfree import label_free
 from isofast.run.metrics import read_metrics
 from isofast.training.build import build
 from isofast.training.online import Evaluator, eval_mode, knn_top1
 from isofast.training.stall import StallWatch
 
-from ..support.runs import fit_apart
+from ..support.runs import ALONE, fit_apart
 
 
 @pytest.mark.parametrize("k", [1, 7, 200], ids=lambda k: f"k{k}")
@@ -57,9 +56,6 @@ def test_eval_mode_gives_back_the_mode_it_found():
     with eval_mode(module):
         pass
     assert not module.training
-
-
-ALONE = World(0, 1, 0, torch.device("cpu"))
 
 
 def evaluator_of(config: Config) -> tuple[Evaluator, Images, Recipe]:

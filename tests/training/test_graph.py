@@ -15,9 +15,7 @@ from isofast.training.graph import GraphedStep
 from isofast.training.loop import fit
 from isofast.training.optim import set_lr
 
-from ..support.runs import assert_same_run, train
-
-CPU = World(0, 1, 0, torch.device("cpu"))
+from ..support.runs import ALONE, assert_same_run, train
 
 
 @pytest.mark.long
@@ -85,7 +83,7 @@ def test_compiled_networks_train_as_eager_ones_in_one_graph_each(small_config):
         )
         torch._dynamo.reset()
         counters.clear()
-        state = build(config, CPU, classes=10)
+        state = build(config, ALONE, classes=10)
         state.online.train()
         losses[mode] = steps(state, config, range(2))
         graphs = counters["stats"]["unique_graphs"]

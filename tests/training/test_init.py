@@ -6,12 +6,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from isofast.distributed import World
 from isofast.run.metrics import read_metrics
 from isofast.training.build import build
 
 from ..support.encoders import write_run
-from ..support.runs import train
+from ..support.runs import ALONE, train
 
 
 def test_encoder_and_target_begin_with_the_file(small, small_config, tmp_path):
@@ -21,7 +20,7 @@ def test_encoder_and_target_begin_with_the_file(small, small_config, tmp_path):
     config = small_config(
         train={"cuda_graph": "on"}, method={"ema": True}, encoder={"init": str(path)}
     )
-    state = build(config, World(0, 1, 0, torch.device("cpu")), classes=10)
+    state = build(config, ALONE, classes=10)
     assert state.target is not None
     state.initialise(config.encoder.init)
     wanted = load_file(path)

@@ -10,13 +10,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
 
-from isofast.distributed import World
 from isofast.run.checkpoint import newest_checkpoint
 from isofast.training.signals import ECHO_S, stopped
 
-from ..support.runs import assert_same_run, started, train
+from ..support.runs import ALONE, assert_same_run, started, train
 
 
 @pytest.fixture
@@ -102,7 +100,7 @@ def test_what_becomes_of_a_slurm_job_is_told(scontrol, words, tmp_path, monkeypa
         (tmp_path / "scontrol").chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setenv("SLURM_JOB_ID", "17")
-    ended = stopped(signal.SIGUSR1, 3, World(0, 1, 0, torch.device("cpu")))
+    ended = stopped(signal.SIGUSR1, 3, ALONE)
     assert ended.exit_code == 0 and words in str(ended)
 
 
