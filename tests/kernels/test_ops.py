@@ -59,17 +59,6 @@ def test_half_precision_embeddings(make_problem, dtype):
     assert torch.equal(dz, (dz_BD / 37 * 2.0**16).to(dtype))
 
 
-def test_under_autocast_the_loss_stays_in_fp32(make_problem):
-    z, _, _, t, w = make_problem(16, 32, dtype=torch.float32)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        inside = asymmetric_loss(z, t, w)
-        corr = second_moment(z)
-        power = matrix_power(corr, 0.5)
-    assert torch.equal(inside, asymmetric_loss(z, t, w))
-    assert torch.equal(corr, second_moment(z))
-    assert torch.equal(power, matrix_power(corr, 0.5))
-
-
 def test_one_tensor_and_a_sequence_of_its_parts_give_one_moment():
     z = torch.randn(30, 8, dtype=torch.float64)
     whole = second_moment(z)
