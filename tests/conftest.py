@@ -190,7 +190,6 @@ def load_script(path: Path) -> ModuleType:
     """A program of the repository that is not part of a package."""
     name = f"script_{path.stem}"
     spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
     spec.loader.exec_module(module)

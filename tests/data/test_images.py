@@ -170,7 +170,6 @@ def test_view_of_everything_in_the_stated_order(photos):
 def test_distance_of_the_whole_recipe(photos, view, hue, allowed):
     """What training sees: the preset's own draws for 1,000 pictures, with the drawn order."""
     everyone = np.arange(len(photos))
-    assert photos.sizes is not None
     drawn = draw(BASE, view, photos.sizes, everyone, seed=0, epoch=0)
     drawn = drawn if hue else replace(drawn, hue_N=np.zeros_like(drawn.hue_N))
     ours = through_dali(photos, {1: BASE.view1, 2: BASE.view2}[view], drawn, everyone)

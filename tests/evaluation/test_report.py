@@ -143,7 +143,7 @@ def test_without_labels_it_says_so(config_file, digits, tmp_path):
     assert all(word in page.text for word in ("RankMe of the features", "no number says"))
     for queried in (page.images[k : k + 7] for k in range(0, 56, 7)):
         # no image is its own neighbour
-        assert len({one["alt"].split(",")[0] for one in queried}) == 7  # type: ignore[union-attr]
+        assert len({one["alt"].split(",")[0] for one in queried}) == 7
 
 
 def test_a_collapsed_run_says_so_first(config_file, tmp_path):
@@ -186,7 +186,6 @@ def test_a_browser_asks_for_nothing_and_cuts_nothing_off(evaluated_run, tmp_path
         "f.contentWindow.performance.getEntriesByType('resource')"
         ".filter(e => !e.name.startsWith('data:')).length }</script>"
     )
-    assert CHROMIUM is not None
     flags = ["--headless", "--no-sandbox", "--disable-gpu", "--allow-file-access-from-files"]
     flags += ["--enable-logging=stderr", f"--user-data-dir={tmp_path / 'profile'}"]
     flags += ["--virtual-time-budget=5000", "--dump-dom"]

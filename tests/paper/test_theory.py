@@ -1,6 +1,7 @@
 """The paper's theorems about its toy networks, on the simulations that draw its figures."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from isofast.paper.toy import NOISE, Toy, initial_weights, population_gradient, simulate, stream
 
-from ..support.toys import COSINE, EUCLIDEAN, changed
+from ..support.toys import COSINE, EUCLIDEAN
 
 pytestmark = pytest.mark.slow
 
@@ -48,7 +49,7 @@ def rates_of_modes(toy: Toy, v_SMN: Tensor) -> Array:
 @pytest.mark.parametrize("name", EUCLIDEAN)
 def test_a_euclidean_mode_starts_at_the_rate_of_its_equation(name):
     lr = 1e-7
-    start, after = spectra(changed(EUCLIDEAN[name], steps=1, lr=lr))
+    start, after = spectra(replace(EUCLIDEAN[name], steps=1, lr=lr))
     np.testing.assert_allclose((after - start) / lr, RATES[name](start), rtol=1e-5, atol=1e-7)
 
 
@@ -56,7 +57,7 @@ def test_a_euclidean_mode_starts_at_the_rate_of_its_equation(name):
 def test_a_euclidean_mode_follows_its_equation_to_the_end(name):
     """The solution of lambda' against gradient descent on V, whose own error is of order lr."""
     lr, steps = 1e-3, 4000
-    found = spectra(changed(EUCLIDEAN[name], steps=steps, lr=lr), records=5)
+    found = spectra(replace(EUCLIDEAN[name], steps=steps, lr=lr), records=5)
     times = lr * np.linspace(0, steps, 5)
     rate, precise = RATES[name], {"rtol": 1e-8, "atol": 1e-14}
     modes = solve_ivp(lambda _, mode: rate(mode), times[[0, -1]], found[0], t_eval=times, **precise)
@@ -67,7 +68,7 @@ def test_a_euclidean_mode_follows_its_equation_to_the_end(name):
 def test_an_embedding_moves_at_the_papers_rate(name, power):
     """z' = eta lambda (1 - lambda) z, IsoLoss eta (1 - lambda) z: half lambda's relative rate."""
     values, lr = [1.6, 0.7, 0.02], 1e-7
-    toy = changed(EUCLIDEAN[name], inputs=5, outputs=3, steps=1, lr=lr)
+    toy = replace(EUCLIDEAN[name], inputs=5, outputs=3, steps=1, lr=lr)
     points = torch.ones(1, 5, dtype=torch.float64)
     track = simulate(toy, diagonal_weights(values, 5), points_PN=points)
     z, after = track.points[:, 0, 0]
@@ -79,7 +80,7 @@ def test_a_small_mode_waits_for_the_plain_loss_and_not_for_iso_loss():
     start = diagonal_weights([1.0, 0.02], 3)
     sizes = {"inputs": 3, "outputs": 2}
     plain, iso = (
-        simulate(changed(EUCLIDEAN[name], **sizes), start).eigenvalues[-1, 0]
+        simulate(replace(EUCLIDEAN[name], **sizes), start).eigenvalues[-1, 0]
         for name in ("euclidean", "iso_euclidean")
     )
     assert plain[1] == pytest.approx(0.05, abs=0.003) and iso[1] > 0.998
@@ -92,7 +93,7 @@ def test_a_small_mode_waits_for_the_plain_loss_and_not_for_iso_loss():
 def test_cosine_equalises_at_the_trace_it_started_with_and_iso_loss_at_a_larger_one(
     name, steps, low, high
 ):
-    start, end = spectra(changed(COSINE[name], steps=steps, samples=400))
+    start, end = spectra(replace(COSINE[name], steps=steps, samples=400))
     assert low < end.sum() / start.sum() < high
     np.testing.assert_allclose(end, end.mean(), rtol=5e-3)
 
@@ -107,7 +108,7 @@ def test_iso_cosine_recruits_small_modes_at_homogeneous_rates():
     small = values < values.mean() / 2
     assert small.sum() == 3
     iso, plain = (
-        rates_of_modes(changed(COSINE[name], samples=100_000), v_SMN)
+        rates_of_modes(replace(COSINE[name], samples=100_000), v_SMN)
         for name in ("iso_cosine", "cosine")
     )
     np.testing.assert_allclose(plain, values * iso, rtol=1e-9, atol=1e-12)
@@ -127,17 +128,17 @@ def test_whether_a_cosine_gradient_leaves_the_trace_alone(name):
 
 
 def test_cosine_without_predictor_keeps_the_trace_and_narrows_slowly():
-    start, end = spectra(changed(COSINE["cosine_no_predictor"], steps=1500))
+    start, end = spectra(replace(COSINE["cosine_no_predictor"], steps=1500))
     assert end.sum() == pytest.approx(start.sum(), rel=1e-3)
     assert 0.95 * start[0] < end[0] < 0.99 * start[0]
     assert 1.05 * start[-1] < end[-1] < 2 * start[-1]
 
 
 def test_cosine_without_stop_gradient_collapses_dimensions_and_the_papers_form_diverges():
-    start, true = spectra(changed(COSINE["cosine_no_stop_gradient"], samples=400))
+    start, true = spectra(replace(COSINE["cosine_no_stop_gradient"], samples=400))
     assert true.sum() == pytest.approx(start.sum(), rel=1e-2)
     assert np.median(true) < 1e-3 and true[0] > 1.2 * start[0]
-    paper = spectra(changed(COSINE["cosine_paper_gradient"], samples=400))[-1]
+    paper = spectra(replace(COSINE["cosine_paper_gradient"], samples=400))[-1]
     assert paper.sum() > 20 * start.sum()
 
 
@@ -156,7 +157,7 @@ def test_the_relu_iso_cosine_of_two_outputs_ends_alike_on_any_samples():
     toy = Toy(loss="iso_cosine", relu=True, inputs=6, outputs=2, lr=0.01, samples=500)
     start = initial_weights(toy)
     ends = [
-        simulate(changed(toy, seed=seed), start).weight_eigenvalues[-1, 0].sum()
+        simulate(replace(toy, seed=seed), start).weight_eigenvalues[-1, 0].sum()
         for seed in range(4)
     ]
     np.testing.assert_allclose(ends, np.mean(ends), rtol=0.02)

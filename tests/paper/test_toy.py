@@ -1,6 +1,7 @@
 """The toy networks' gradients against their definition, and simulations."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -20,7 +21,7 @@ from isofast.paper.toy import (
 )
 
 from ..kernels.test_reference import paper_loss
-from ..support.toys import COSINE, EUCLIDEAN, changed
+from ..support.toys import COSINE, EUCLIDEAN
 
 
 def test_relu_correlation_is_the_mean_outer_product():
@@ -43,7 +44,7 @@ def test_the_relu_networks_drift_without_predictor_is_the_populations():
     v_SMN = initial_weights(toy)
     found = population_gradient(toy, v_SMN, stream(0, 1))
     torch.testing.assert_close(found, expected * v_SMN, rtol=1e-5, atol=0)
-    sampled = sampled_gradient(changed(toy, samples=400_000), v_SMN, stream(0, 1))
+    sampled = sampled_gradient(replace(toy, samples=400_000), v_SMN, stream(0, 1))
     assert (sampled - found).abs().max() < 3e-3
 
 
@@ -58,7 +59,7 @@ def test_what_the_relu_iso_cosine_leaves_out_does_not_hang_on_the_scale():
 def test_a_row_of_zeros_is_no_trouble():
     v_SMN = torch.zeros(1, 2, 3, dtype=torch.float64)
     for toy in (Toy(relu=True), Toy(loss="cosine", relu=True), Toy(loss="cosine")):
-        sizes = changed(toy, inputs=3, outputs=2, steps=3, samples=10)
+        sizes = replace(toy, inputs=3, outputs=2, steps=3, samples=10)
         assert (simulate(sizes, v_SMN).eigenvalues == 0).all()
 
 
@@ -69,7 +70,7 @@ def test_a_relu_sample_with_one_side_below_the_norm_floor_moves_nothing(short_si
 
     The short one would otherwise move V by 1e8, along itself.
     """
-    toy = changed(COSINE[name], relu=True, samples=1, inputs=2, outputs=2)
+    toy = replace(COSINE[name], relu=True, samples=1, inputs=2, outputs=2)
     generator = stream(0, 1)
     x1_N = randn((1, 2), generator)[0]
     views_NV = torch.stack([x1_N, x1_N + NOISE * randn((1, 2), generator)[0]], 1)
@@ -85,7 +86,7 @@ def test_a_relu_sample_with_one_side_below_the_norm_floor_moves_nothing(short_si
 
 @pytest.mark.parametrize("name", EUCLIDEAN)
 def test_the_closed_form_is_the_mean_of_the_samples(name):
-    toy = changed(EUCLIDEAN[name], samples=4000)
+    toy = replace(EUCLIDEAN[name], samples=4000)
     v_SMN = initial_weights(toy)
     generator = stream(0, 1)
     rounds = torch.stack([sampled_gradient(toy, v_SMN, generator)[0] for _ in range(60)])
@@ -106,7 +107,7 @@ def test_the_closed_form_is_the_mean_of_the_samples(name):
     ],
 )
 def test_the_sampled_gradient_is_autograds_with_the_predictor_held(toy, relu):
-    toy = changed(toy, relu=relu, samples=50)
+    toy = replace(toy, relu=relu, samples=50)
     found = sampled_gradient(toy, initial_weights(toy), stream(3, 1))[0]
     generator = stream(3, 1)
     x1 = randn((50, 15), generator)
@@ -123,7 +124,7 @@ def test_the_sampled_gradient_is_autograds_with_the_predictor_held(toy, relu):
 
 def test_a_seed_gives_one_result_and_another_seed_another():
     toy = Toy(loss="cosine", steps=30, samples=50)
-    other = changed(toy, seed=1)
+    other = replace(toy, seed=1)
     first, again, elsewhere = (simulate(one).eigenvalues for one in (toy, toy, other))
     assert np.array_equal(first, again)
     assert not np.allclose(first[0], elsewhere[0])
@@ -147,5 +148,5 @@ def test_records_are_spread_from_the_first_step_to_the_last():
     track = simulate(toy, records=100)
     assert track.steps.tolist() == list(range(11)) and track.eigenvalues.shape == (11, 1, 10)
     assert (np.diff(track.eigenvalues, axis=-1) <= 0).all()
-    none = simulate(changed(toy, steps=0), records=5)
+    none = simulate(replace(toy, steps=0), records=5)
     assert none.steps.tolist() == [0]

@@ -144,7 +144,7 @@ def test_a_collapse_that_recovers_is_forgotten(make_recorder, tmp_path):
         record(recorder, 100, corr_of(8))
         record(recorder, 200, corr_of(1), spread=0.05)
         finding = recorder.finding()
-        assert finding is not None and finding.kind == "dimensional"
+        assert finding.kind == "dimensional"
         assert recorder.flush()[0].collapse == finding.message
         record(recorder, 300, corr_of(8))
         assert recorder.finding() is None and recorder.flush()[0].collapse is None
@@ -159,8 +159,6 @@ def test_a_continued_run_is_judged_by_its_earlier_records(make_recorder):
         record(second, 200, corr_of(1), spread=0.07)
         assert second.finding() is None
         record(second, 205, corr_of(1), spread=0.06)
-        finding = second.finding()
-        assert finding is not None and finding.kind == "dimensional"
+        assert second.finding().kind == "dimensional"
         record(second, 210, corr_of(8), norm=5e3)
-        finding = second.finding()
-        assert finding is not None and finding.kind == "blow-up"
+        assert second.finding().kind == "blow-up"

@@ -22,7 +22,7 @@ def test_the_newest_is_found_and_old_ones_go(tmp_path):
     for step in (9, 10, 100):
         _save(tmp_path, step, keep=2)
     found = newest_checkpoint(tmp_path)
-    assert found is not None and found.step == 100
+    assert found.step == 100
     assert torch.equal(found.load()["value"], torch.full((1000,), 100.0))
     # whoever may read one file may read all
     assert len({file.stat().st_mode for file in found.path.iterdir()}) == 1
@@ -56,8 +56,7 @@ def test_a_damaged_one_is_passed_over_and_named(tmp_path, name, damage):
     else:
         file.write_bytes(damage(file.read_bytes()))
     said: list[str] = []
-    found = newest_checkpoint(tmp_path, said.append)
-    assert found is not None and found.step == 1
+    assert newest_checkpoint(tmp_path, said.append).step == 1
     assert len(said) == 1 and "step_00000002 is not whole" in said[0]
 
 
@@ -65,15 +64,12 @@ def test_continuing_from_an_older_one_keeps_and_replaces(tmp_path):
     for step in (2, 4, 6):
         _save(tmp_path, step)
     (tmp_path / "step_00000006" / "state.pt").write_bytes(b"damaged")
-    found = newest_checkpoint(tmp_path)
-    assert found is not None and found.step == 4
+    assert newest_checkpoint(tmp_path).step == 4
     assert _save(tmp_path, 5, keep=1).exists()
-    found = newest_checkpoint(tmp_path)
-    assert found is not None and found.step == 5
+    assert newest_checkpoint(tmp_path).step == 5
     _save(tmp_path, 6, keep=1)
     assert [path.name for path in tmp_path.iterdir()] == ["step_00000006"]
-    found = newest_checkpoint(tmp_path)
-    assert found is not None and torch.equal(found.load()["value"], torch.full((1000,), 6.0))
+    assert torch.equal(newest_checkpoint(tmp_path).load()["value"], torch.full((1000,), 6.0))
 
 
 def test_none_whole_is_an_error_and_not_a_new_beginning(tmp_path):
@@ -88,8 +84,7 @@ def test_an_unfinished_folder_is_no_checkpoint(tmp_path):
     (tmp_path / ".step_00000002.part").mkdir()
     (tmp_path / ".step_00000002.part" / "state.pt").write_bytes(b"half")
     (tmp_path / "step_notes").mkdir()
-    found = newest_checkpoint(tmp_path)
-    assert found is not None and found.step == 1
+    assert newest_checkpoint(tmp_path).step == 1
     # it does not stand in the way of the same step, and another one clears it away
     assert _save(tmp_path, 2).exists()
     (tmp_path / ".step_00000003.part").mkdir()

@@ -22,7 +22,7 @@ def test_a_checkpoint_holds_what_there_was_when_it_was_asked_for(tmp_path):
     saver.wait()
     saver.close()
     found = newest_checkpoint(tmp_path)
-    assert found is not None and found.step == 2
+    assert found.step == 2
     state = found.load()["online"]
     assert (state["weight"] == 2).all()
     # by which modules know what an older version of them saved

@@ -189,8 +189,8 @@ def assert_same_run(one: Path, other: Path) -> None:
         assert a.files == b.files
         assert all(np.array_equal(a[name], b[name]) for name in a.files)
     found = [newest_checkpoint(folder / "checkpoints") for folder in (one, other)]
-    assert found[0] is not None and found[1] is not None and found[0].step == found[1].step
-    states = [checkpoint.load() for checkpoint in found if checkpoint is not None]
+    assert found[0].step == found[1].step
+    states = [checkpoint.load() for checkpoint in found]
     for state in states:
         del state["totals"]
     assert_equal_trees(*states)

@@ -15,7 +15,3 @@ COSINE = {
     "cosine_paper_gradient": Toy(loss="cosine", stop_gradient=False, paper_gradient=True),
     "cosine_no_predictor": Toy(loss="cosine", predictor=False),
 }
-
-
-def changed(toy: Toy, **changes: object) -> Toy:
-    return Toy(**{**vars(toy), **changes})  # type: ignore[arg-type]
