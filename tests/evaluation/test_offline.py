@@ -33,8 +33,7 @@ pytestmark = pytest.mark.slow
 def report(evaluated_run: Path) -> dict[str, Any]:
     """What the command prints, all protocols and both named baselines."""
     command = [*ISOFAST, "evaluate", str(evaluated_run), "--baselines", "random,pixels", "--json"]
-    printed: dict[str, Any] = json.loads(call(command).stdout)
-    return printed
+    return json.loads(call(command).stdout)
 
 
 def results(report: dict[str, Any], baseline: str | None, protocol: str) -> list[dict[str, Any]]:
@@ -43,13 +42,13 @@ def results(report: dict[str, Any], baseline: str | None, protocol: str) -> list
 
 
 @pytest.fixture(scope="module")
-def features(evaluated_run: Path, digits: Path) -> tuple[Array, Array, Array, Array]:
+def features(evaluated_run: Path, digits: Path) -> list[Array]:
     """Train and validation features and labels, of torchvision's network in eval mode."""
     (path,) = evaluated_run.glob("checkpoints/step_*44/encoder.safetensors")
     stem = json.loads((evaluated_run / "config.json").read_text())["encoder"]["stem"]
     encoder = make_encoder(EncoderConfig(width=4, stem=stem))
     encoder.load_state_dict(load_file(path))
-    splits: list[Array] = []
+    splits = []
     for split in ("train", "val"):
         images = check_folder(open_dataset(digits, split))
         options: Any = {"batch_size": 2000, "device": torch.device("cpu"), "threads": 1}
@@ -57,7 +56,7 @@ def features(evaluated_run: Path, digits: Path) -> tuple[Array, Array, Array, Ar
         ((x_NCHW, y_N),) = loader
         with torch.no_grad():
             splits += [encoder.eval()(x_NCHW).numpy(), y_N.numpy()]
-    return splits[0], splits[1], splits[2], splits[3]
+    return splits
 
 
 def test_knn_is_scikit_learns(report, features):

@@ -42,8 +42,7 @@ def rates_of_modes(toy: Toy, v_SMN: Tensor) -> Array:
     """lambda' / eta of each mode of V V^T, largest mode first, at V."""
     dv_MN = population_gradient(toy, v_SMN, stream(0, 1))[0]
     _, basis = torch.linalg.eigh(v_SMN[0] @ v_SMN[0].T)
-    rates: Array = -2 * (basis.T @ dv_MN @ v_SMN[0].T @ basis).diagonal().flip(0).numpy()
-    return rates
+    return -2 * (basis.T @ dv_MN @ v_SMN[0].T @ basis).diagonal().flip(0).numpy()
 
 
 @pytest.mark.parametrize("name", EUCLIDEAN)

@@ -12,14 +12,12 @@ from isofast.cli import main
 
 pytestmark = pytest.mark.slow
 
-Capture = pytest.CaptureFixture[str]
 SHORT = ("--steps", "3", "--samples", "20")
 
 
-def simulate_json(capsys: Capture, *arguments: str) -> dict[str, Any]:
+def simulate_json(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, Any]:
     assert main(["theory", "simulate", *arguments, "--json"]) == 0
-    found: dict[str, Any] = json.loads(capsys.readouterr().out)
-    return found
+    return json.loads(capsys.readouterr().out)
 
 
 @pytest.mark.parametrize("loss", ["euclidean", "iso_euclidean", "cosine", "iso_cosine"])

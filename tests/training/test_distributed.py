@@ -2,7 +2,6 @@
 
 import json
 import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,27 +17,17 @@ from ..support.two_ranks import main
 
 pytestmark = pytest.mark.slow
 
-Results = Callable[[int], dict[str, Any]]
 LAUNCHERS = {
     "torchrun": TORCHRUN,
     "srun": ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID"),
 }
-
-
-def _run(config: Path, output: Path, size: int, launcher: str) -> dict[str, Any]:
-    environments = launched(size, LAUNCHERS[launcher])
-    assert forked(main, str(config), str(output), environments=environments) == [0] * size
-    result: dict[str, Any] = torch.load(output)
-    return result
-
-
 CASES = [("isoloss", "torchrun"), ("byol", "srun"), ("sigreg", "torchrun")]
 
 
 @pytest.fixture(scope="module", params=CASES, ids="-".join)
 def results(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, digits: Path
-) -> Results:
+) -> dict[int, dict[str, Any]]:
     """What one and two processes computed, by the number of processes."""
     method, launcher = request.param
     folder = tmp_path_factory.mktemp("ranks")
@@ -51,13 +40,15 @@ def results(
         "train": {"batch_size": 16, "epochs": 2, "precision": "fp32"},
     }
     config.write_text(json.dumps(settings))
-    computed = {size: _run(config, folder / f"{size}.pt", size, launcher) for size in (1, 2)}
-    return lambda size: computed[size]
+    for size in (1, 2):
+        files, environments = (config, folder / f"{size}.pt"), launched(size, LAUNCHERS[launcher])
+        assert forked(main, *map(str, files), environments=environments) == [0] * size
+    return {size: torch.load(folder / f"{size}.pt") for size in (1, 2)}
 
 
 @pytest.mark.parametrize("step", [0, 1])
 def test_loss_correlation_and_gradients_agree(results, step):
-    one, two = results(1), results(2)
+    one, two = results[1], results[2]
     names = [name for name in one if name.startswith((f"loss{step}", f"corr{step}", f"grad{step}"))]
     assert len(names) > 60
     for one_or_two in (one, two):
@@ -73,24 +64,24 @@ def test_loss_correlation_and_gradients_agree(results, step):
 
 
 def test_buffers_rows_and_objects_are_exchanged(results):
-    two = results(2)
+    two = results[2]
     assert torch.equal(two["buffers"], torch.full_like(two["buffers"], 0.5))
     assert two["rows"].tolist() == [[0.0, 0.0], [1.0, 1.0], [1.0, 1.0]]
     assert two["objects"] == [0, 1]
 
 
 def test_ranks_agree_on_their_images_or_stop_together(results):
-    first, last = results(2)["refused"]
+    first, last = results[2]["refused"]
     assert first[0] == last[0] == ""
     assert all("same images" in told for told in (*first[1:], last[1]))
     assert "gone.png" in last[2]
     # nobody to differ from
-    assert results(1)["refused"] == [["", "", ""]]
+    assert results[1]["refused"] == [["", "", ""]]
 
 
 def test_state_in_a_group_of_one(results):
-    assert results(1)["steps restored"] == 3
-    assert "was on a cuda and is on a cpu" in results(1)["another device"]
+    assert results[1]["steps restored"] == 3
+    assert "was on a cuda and is on a cpu" in results[1]["another device"]
 
 
 @pytest.mark.long
