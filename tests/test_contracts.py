@@ -22,23 +22,22 @@ STEP_KEYS = {
 
 
 @pytest.fixture
-def outside(tmp_path: Path, small: Any) -> Path:
-    """A folder elsewhere with a config."""
-    changes = {"evaluation": {"every_epochs": 1, "knn_images": 200}, "train": {"max_steps": 4}}
-    (tmp_path / "tiny.json").write_text(json.dumps(small(**changes)))
+def outside(tmp_path: Path, config_file: Any) -> Path:
+    """A folder elsewhere with small.json."""
+    config_file(evaluation={"every_epochs": 1, "knn_images": 200}, train={"max_steps": 4})
     return tmp_path
 
 
 def run(folder: Path, *options: str, code: int = 0) -> str:
-    """Train tiny.json there; return what was printed."""
-    command = [sys.executable, TRAIN, "--config", "tiny.json", *options]
+    """Train small.json there; return what was printed."""
+    command = [sys.executable, TRAIN, "--config", "small.json", *options]
     return call(command, cwd=folder, code=code).stderr
 
 
 @pytest.mark.long
 def test_a_run_and_its_folder(outside):
     run(outside)
-    folder = outside / "runs" / "tiny"
+    folder = outside / "runs" / "small"
     lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
     steps = [line for line in lines if "loss" in line]
     assert [line["step"] for line in steps] == [1, 2, 3, 4]
@@ -66,7 +65,7 @@ import isofast, torch
 from pathlib import Path
 from isofast_kernels import (IsoLoss, asymmetric_loss, asymmetric_loss_pair, augment_views,
                              correlation_ema_, matrix_power, second_moment)
-config = isofast.load_config(Path("tiny.json"), ["train.max_steps=1", "evaluation.every_epochs=0"])
+config = isofast.load_config(Path("small.json"), ["train.max_steps=1", "evaluation.every_epochs=0"])
 summary = isofast.fit(config, Path("python"))
 assert summary["completed"] and summary["steps"] == 1
 z1, z2 = torch.randn(2, 8, 4, requires_grad=True).unbind()

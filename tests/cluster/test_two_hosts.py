@@ -70,11 +70,8 @@ class Hosts:
             )
         return started
 
-    def pull_the_cable(self) -> None:
-        ip("-n", self.names[0], "link", "set", "cable", "down")
-
-    def plug_it_in(self) -> None:
-        ip("-n", self.names[0], "link", "set", "cable", "up")
+    def set_cable(self, state: str) -> None:
+        ip("-n", self.names[0], "link", "set", "cable", state)
 
 
 @pytest.fixture
@@ -132,7 +129,7 @@ def test_two_hosts_train_as_one_and_outlive_a_cut_cable(hosts, config, tmp_path)
         cut = tmp_path / launcher
         processes = hosts.start(config, cut, launcher)
         wait_for_step(8, cut, *processes)
-        hosts.pull_the_cable()
+        hosts.set_cable("down")
         began = time.monotonic()
         printed = end_of(processes, ENDS_WITHIN_S)
         assert time.monotonic() - began < ENDS_WITHIN_S
@@ -142,7 +139,7 @@ def test_two_hosts_train_as_one_and_outlive_a_cut_cable(hosts, config, tmp_path)
             # torchrun shows a traceback of its own
             assert 'launch/train.py", line' not in text, text
 
-        hosts.plug_it_in()
+        hosts.set_cable("up")
         # goes on where it is given, here on one host; the losses of two are bitwise those of one
         assert "continuing from" in train(config, cut, ranks=4)
         assert_same_run(whole, cut)

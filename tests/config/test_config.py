@@ -162,14 +162,15 @@ def test_a_stored_method_of_your_own_reads_back_as_itself(file, monkeypatch):
 def test_changed_keys_tells_only_what_changes_the_result():
     changes = {
         "seed": 1,
-        "data": {"dataset": "cifar10", "root": "elsewhere", "threads": 3},
+        "data": DATA["data"] | {"root": "elsewhere", "threads": 3, "on_bad_image": "skip"},
         "train": {"max_steps": 9},
         "logging": {"every_steps": 7},
         "method": {"alpha": 1.0},
     }
     changed = changed_keys(validate(DATA), validate(changes))
-    assert [line.partition(":")[0] for line in changed] == ["method.alpha", "method.eps", "seed"]
-    assert "0.5 -> 1.0" in changed[0]
+    assert changed[0] == "data.on_bad_image: 'stop' -> 'skip'" and "0.5 -> 1.0" in changed[1]
+    keys = [line.partition(":")[0] for line in changed[1:]]
+    assert keys == ["method.alpha", "method.eps", "seed"]
     byol = validate({**DATA, "method": {"name": "byol"}})
     assert "method.alpha: 0.5 -> None" in changed_keys(validate(DATA), byol)
 

@@ -6,8 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from isofast.config.load import load_config, validate
-from isofast.config.schema import changed_keys
+from isofast.config.load import load_config
 from isofast.data.images import data_set_notes
 from isofast.run.metrics import read_metrics
 
@@ -92,8 +91,3 @@ def test_a_root_of_another_data_set_is_noted(digits, config_file, tmp_path):
         tmp_path / "run",
     )
     assert printed.count(note) == 1
-
-
-def test_what_is_done_about_bad_images_belongs_to_the_result():
-    stop, skip = (validate({"data": {"root": "x", "on_bad_image": w}}) for w in ("stop", "skip"))
-    assert changed_keys(stop, skip) == ["data.on_bad_image: 'stop' -> 'skip'"]
