@@ -13,16 +13,7 @@ from PIL import Image
 from isofast_kernels import augment_reference as reference
 from isofast_kernels import augment_views
 
-from .augment_problems import (
-    MEAN,
-    STD,
-    by_torchvision,
-    levels_of,
-    noise,
-    photos,
-    random_rows,
-    rows,
-)
+from .augment_problems import MEAN, STD, by_torchvision, levels_of, noise, photos, random_rows, rows
 
 PHOTOS = photos()
 N = len(PHOTOS)

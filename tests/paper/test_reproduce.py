@@ -140,8 +140,7 @@ def test_a_run_that_blows_up_is_a_result(found_first, what, digits, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("code", "says"),
-    [(3, "exit code 3\n"), (0, "exit code 0, before its run ended: use srun")],
+    ("code", "says"), [(3, "exit code 3\n"), (0, "exit code 0, before its run ended: use srun")]
 )
 def test_failed_runs_do_not_stop_the_others(code, says, digits, tmp_path, capsys):
     launcher = f"{sys.executable} -c 'import sys; sys.exit({code})'"

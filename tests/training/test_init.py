@@ -41,14 +41,10 @@ def test_a_run_goes_on_from_another_and_needs_the_file_once(config_file, tmp_pat
     path = path.rename(tmp_path / "begin.safetensors")
     init = ("--set", f"encoder.init={path}")
     assert f"begins with the weights of {path}" in train(config, second, *init)
-    ends = [
-        [
-            record["knn_top1"]
-            for record in read_metrics(run / "metrics.jsonl")
-            if "knn_top1" in record
-        ]
-        for run in (first, second)
-    ]
+    ends = []
+    for run in (first, second):
+        records = read_metrics(run / "metrics.jsonl")
+        ends.append([record["knn_top1"] for record in records if "knn_top1" in record])
     # the first run's end is the second's beginning
     assert ends[1][0] == ends[0][-1] != ends[0][0]
     assert json.loads((second / "config.json").read_text())["encoder"]["init"] == str(path)
