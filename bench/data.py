@@ -33,6 +33,7 @@ from torchvision.datasets import ImageFolder as TorchvisionFolder
 from torchvision.io import ImageReadMode, decode_image
 from torchvision.transforms import v2
 
+from isofast.config.presets import VIEWS_OF_DATASET
 from isofast.config.schema import ViewConfig
 from isofast.data import (
     ImageFolder,
@@ -218,7 +219,7 @@ def generate(root: Path, side: int, images: int) -> None:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--root", type=Path, help="prepared images of one size; default: generated")
-    parser.add_argument("--recipe", default="tinyimagenet", help="which preset's augmentation")
+    parser.add_argument("--recipe", choices=[*VIEWS_OF_DATASET], default="tinyimagenet")
     parser.add_argument(
         "--batch", type=int, default=256, help="images per batch (default: %(default)s)"
     )
