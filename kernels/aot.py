@@ -33,7 +33,12 @@ from .correlation import _correlation_kernel
 from .correlation import tile_options as correlation_tiles
 from .dispatch import INTERPRET
 from .matrix_power import BOUND_SQUARINGS, SQUARINGS
-from .matrix_power_triton import _finish_kernel, _product_kernel, _shift_kernel
+from .matrix_power_triton import (
+    _finish_kernel,
+    _normalize_kernel,
+    _product_kernel,
+    _shift_kernel,
+)
 from .matrix_power_triton import tile_options as power_tiles
 
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
@@ -46,7 +51,10 @@ RAGGED = (37, 250, 528)
 """Some D of the losses that no tile divides; above 512 a launch pads rows to a multiple of 16."""
 
 WIDTHS = (*range(32, 512, 32), *range(512, 1025, 64))
-"""Every D up to 1024 of the correlation and the matrix power: a launch pads others to the next."""
+"""Every D up to 1024 of the correlation: a launch pads others to the next."""
+
+POWER_WIDTHS = tuple(range(64, 1025, 64))
+"""The same of the matrix power."""
 
 DTYPES = ("fp32", "fp16", "bf16")
 
@@ -86,6 +94,7 @@ KERNELS = {
     "asymmetric_loss": _asymmetric_loss_kernel,
     "correlation": _correlation_kernel,
     "augment": _augment_kernel,
+    "normalize": _normalize_kernel,
     "shift": _shift_kernel,
     "product": _product_kernel,
     "polynomial": _product_kernel,
@@ -110,8 +119,9 @@ def builds(all_widths: bool = False) -> Iterator[Build]:
                 yield from _correlation_builds(features, dtype, views)
         for stored, side, blur in VIEWS:
             yield _augment_build(stored, side, blur, dtype)
-    for features in widths:
-        yield from _power_builds(features)
+    for features in POWER_WIDTHS:
+        if all_widths or features in FEATURES:
+            yield from _power_builds(features)
 
 
 def _loss_builds(features: int, dtype: str) -> Iterator[Build]:
@@ -142,13 +152,14 @@ def _correlation_builds(features: int, dtype: str, views: int) -> Iterator[Build
 
 def _power_builds(features: int) -> Iterator[Build]:
     options = power_tiles(features)
-    tiles = triton.cdiv(features, options["BLOCK"]) ** 2
+    blocks = {side: options[side] for side in ("BLOCK_I", "BLOCK_J")}
+    tiles = features**2 // (options["BLOCK_I"] * options["BLOCK_J"])
     shape = {"D": features, **options}
     sums = {"TILES": tiles, "BLOCK_T": triton.next_power_of_2(tiles)}
     side = {"BLOCK_D": triton.next_power_of_2(features)}
 
-    def pointers(*names: str) -> dict[str, str]:
-        return dict.fromkeys((f"{name}_ptr" for name in names), "*fp32")
+    def pointers(kind: str, *names: str) -> dict[str, str]:
+        return dict.fromkeys((f"{name}_ptr" for name in names), f"*{kind}")
 
     # a bound, the largest eigenvalue, or both, from so many squares
     for spectral, bounded, squares in (
@@ -159,20 +170,20 @@ def _power_builds(features: int) -> Iterator[Build]:
     ):
         words = " spectral" * spectral + " bounded" * bounded
         own = {"SQUARES": squares, "BLOCK_S": triton.next_power_of_2(squares + 1)}
+        flags = {"SPECTRAL": spectral, "BOUNDED": bounded}
+        types = pointers("fp32", "corr", "trace", "sums", "r") | {"eps": "fp32"}
         yield _build(
             f"shift{words} D={features}",
-            {**pointers("corr", "trace", "sums", "out", "r"), "eps": "fp32"},
-            {
-                "D": features,
-                "SPECTRAL": spectral,
-                "BOUNDED": bounded,
-                **sums,
-                **own,
-                "BLOCK": options["BLOCK"],
-                "num_warps": options["num_warps"],
-            },
+            types | pointers("fp16" if bounded else "fp32", "out"),
+            {"D": features, **flags, **sums, **own, **blocks, "num_warps": 4},
         )
-    types = pointers("x1", "y1", "x2", "y2", "out", "m", "n", "corr", "trace", "sums")
+    yield _build(
+        f"normalize D={features}",
+        pointers("fp32", "corr", "trace") | pointers("fp16", "out"),
+        {"D": features, **side, **blocks, "num_warps": 4},
+    )
+    types = pointers("fp16", "x1", "y1", "x2", "y2", "out", "m", "n")
+    types |= pointers("fp32", "corr", "trace", "sums")
     types |= dict.fromkeys("abc", "fp32") | {"products": "i32", "index": "i32"}
     for name in (
         *("product", "product and square", "product and quotient"),
@@ -184,7 +195,7 @@ def _power_builds(features: int) -> Iterator[Build]:
     for scaled in (False, True):
         yield _build(
             f"finish{' scaled' if scaled else ''} D={features}",
-            {**pointers("x", "y", "r", "sums", "out"), "power": "fp32"},
+            pointers("fp16", "x", "y") | pointers("fp32", "r", "sums", "out") | {"power": "fp32"},
             {**shape, **sums, "SCALED": scaled},
         )
 

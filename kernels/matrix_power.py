@@ -17,8 +17,14 @@ BOUND_SQUARINGS = 2
 """Of C, for a bound of at most D^(1/8) times its largest eigenvalue."""
 
 DEAD = 1e-25
-"""A trace or largest eigenvalue below this counts as 0, far above 1e-37, where the low halves of
-3xTF32 are subnormal and the root comes out wrong."""
+"""A trace or largest eigenvalue below this counts as 0, far above 1e-38, where fp32 is subnormal
+and the root comes out wrong."""
+
+LOW = 2.0**11
+"""A factor of two products is fp16's x and, times this, what is left of it."""
+
+SQUARE = 2.0**14
+"""Of C's squares, whose eigenvalues are from 1 / D^2 to 1, to stay where fp16 is normal."""
 
 Coefficients = tuple[tuple[float, float, float], ...]
 
@@ -51,7 +57,7 @@ SHIFTED_STEPS: Coefficients = (
 
 
 class Steps(Protocol):
-    """What the algorithm needs of its arithmetic. Triton provides it; tests emulate 3xTF32.
+    """What the algorithm needs of its arithmetic. Triton provides it; tests emulate it.
 
     One object serves one C: it keeps the traces of C's squares and its largest eigenvalue.
     """
@@ -111,7 +117,7 @@ def power_by_products(
         w_DD, (D, D), bitwise symmetric.
     """
     spectral = normalize == "spectral"
-    bounded = alpha < 1
+    bounded = alpha != 1
     # lambda_max scales W and nothing else: the root of C / bound does not wait for it
     scaled = spectral and bounded and eps == 0
     m_DD, squares = None, 0
@@ -125,19 +131,17 @@ def power_by_products(
     if alpha == 1:
         return a_DD
     if alpha == 2:
-        return steps.finish(a_DD, a_DD, 1.0, False)
+        return steps.finish(a_DD, a_DD, alpha, scaled)
     shifted = spectral and eps >= SHIFTED_EPS
     coefficients = SHIFTED_STEPS if shifted else UNSHIFTED_STEPS
     if alpha == 0.25:
         # sqrt(A) is bounded by 1 as A is, and its smallest eigenvalue is larger than A's
-        a_DD = square_root(a_DD, 0.0, coefficients, steps)
-    return square_root(a_DD, alpha, coefficients, steps, scaled)
+        a_DD = steps.product(*square_root(a_DD, coefficients, steps))
+    return steps.finish(*square_root(a_DD, coefficients, steps), alpha, scaled)
 
 
-def square_root(
-    a_DD: Tensor, power: float, coefficients: Coefficients, steps: Steps, scaled: bool = False
-) -> Tensor:
-    """r^power sqrt(A), or (r / lambda_max)^power sqrt(A), for A with eigenvalues in [0, 1].
+def square_root(a_DD: Tensor, coefficients: Coefficients, steps: Steps) -> tuple[Tensor, Tensor]:
+    """X and Y, which commute, with X Y = sqrt(A), for A with eigenvalues in [0, 1].
 
     Y -> sqrt(A), Z -> 1/sqrt(A), P = Z Y -> I: each step multiplies Y and Z by
     Q = a I + b P + c P^2, the best polynomial for the interval that P's spectrum is in by then.
@@ -148,5 +152,4 @@ def square_root(
     for abc in middle:
         q_DD = steps.polynomial(steps.product(z_DD, y_DD), *abc)
         y_DD, z_DD = steps.advance(y_DD, q_DD, z_DD)
-    q_DD = steps.polynomial(steps.product(z_DD, y_DD), *last)
-    return steps.finish(y_DD, q_DD, power, scaled)
+    return y_DD, steps.polynomial(steps.product(z_DD, y_DD), *last)

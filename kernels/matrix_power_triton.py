@@ -1,11 +1,13 @@
 """The arithmetic of matrix_power.py in Triton: a launch a step or two, no host sync.
 
-Every product is fp32 with 3xTF32 said explicitly, whatever torch's global switches say. D is a
-multiple of the tile: a C of another width is padded with zeros, which stay apart through every
-product. So no tile has an edge to mask, and every width up to 1024 can be compiled ahead of time.
-Shape letters: D features, I, J, K a tile's rows, columns and inner dimension, T tiles, S squared
-matrices.
+Between launches a matrix is two halves in fp16, X = high + low / 2^11, 22 bits of it; a product of
+two is three of fp16, whose terms are exact in fp32 (NUMERICS.md). D is a multiple of the tile: a C
+of another width is padded with zeros, which stay apart through every product. So no tile has an
+edge to mask, and every width up to 1024 can be compiled ahead of time. Shape letters: D features,
+I, J, K a tile's rows, columns and inner dimension, T tiles, S squared matrices, H halves.
 """
+
+import math
 
 import torch
 import triton
@@ -13,10 +15,25 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import functional
 
-from .matrix_power import DEAD, SQUARINGS, power_by_products, runs_by_products
+from .matrix_power import DEAD, LOW, SQUARE, SQUARINGS, power_by_products, runs_by_products
 from .reference import matrix_power_reference
 
 _DEAD = tl.constexpr(DEAD)
+_LOW = tl.constexpr(LOW)
+_SQUARE = tl.constexpr(SQUARE)
+
+
+@triton.jit
+def _store_halves(ptr, offset, x, D: tl.constexpr):
+    high = x.to(tl.float16)
+    tl.store(ptr + offset, high)
+    tl.store(ptr + D * D + offset, ((x - high.to(tl.float32)) * _LOW).to(tl.float16))
+
+
+@triton.jit
+def _load_halves(ptr, offset, D: tl.constexpr):
+    low = tl.load(ptr + D * D + offset).to(tl.float32)
+    return tl.load(ptr + offset).to(tl.float32) + low * (1.0 / _LOW)
 
 
 @triton.jit
@@ -25,21 +42,26 @@ def _tile_product(
     y_ptr,
     i_I,
     j_J,
-    scale,
     D: tl.constexpr,
-    BLOCK: tl.constexpr,
+    BLOCK_I: tl.constexpr,
+    BLOCK_J: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """One tile of (scale X) Y, accumulated in fp32 along D in a fixed order; no scale is None."""
-    acc_IJ = tl.zeros([BLOCK, BLOCK], dtype=tl.float32)
+    """One tile of X Y, accumulated in fp32 along D in a fixed order."""
+    # three sums, as one would be a chain, for which warps lie in one column
+    high_IJ = tl.zeros([BLOCK_I, BLOCK_J], dtype=tl.float32)
+    left_IJ = tl.zeros([BLOCK_I, BLOCK_J], dtype=tl.float32)
+    right_IJ = tl.zeros([BLOCK_I, BLOCK_J], dtype=tl.float32)
     for start in range(0, D, BLOCK_K):
         k_K = start + tl.arange(0, BLOCK_K)
-        x_IK = tl.load(x_ptr + i_I[:, None] * D + k_K[None, :])
-        if scale is not None:
-            x_IK = x_IK * scale
-        y_KJ = tl.load(y_ptr + k_K[:, None] * D + j_J[None, :])
-        acc_IJ = tl.dot(x_IK, y_KJ, acc_IJ, input_precision="tf32x3")
-    return acc_IJ
+        x_ptr_IK = x_ptr + i_I[:, None] * D + k_K[None, :]
+        y_ptr_KJ = y_ptr + k_K[:, None] * D + j_J[None, :]
+        x_IK, x_low_IK = tl.load(x_ptr_IK), tl.load(x_ptr_IK + D * D)
+        y_KJ, y_low_KJ = tl.load(y_ptr_KJ), tl.load(y_ptr_KJ + D * D)
+        high_IJ = tl.dot(x_IK, y_KJ, high_IJ)
+        left_IJ = tl.dot(x_low_IK, y_KJ, left_IJ)
+        right_IJ = tl.dot(x_IK, y_low_KJ, right_IJ)
+    return high_IJ + (left_IJ + right_IJ) * (1.0 / _LOW)
 
 
 @triton.jit
@@ -58,6 +80,27 @@ def _inverse_largest(sums_ptr, TILES: tl.constexpr, BLOCK_T: tl.constexpr):
 
 
 @triton.jit
+def _normalize_kernel(
+    corr_ptr,
+    out_ptr,
+    trace_ptr,
+    D: tl.constexpr,
+    BLOCK_I: tl.constexpr,
+    BLOCK_J: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """M = C / tr C and tr C: before the first product, as the squares of a small C underflow."""
+    d_D = tl.arange(0, BLOCK_D)
+    trace = tl.sum(tl.load(corr_ptr + d_D * (D + 1), mask=d_D < D, other=0.0), axis=0)
+    i_I = tl.program_id(0) * BLOCK_I + tl.arange(0, BLOCK_I)
+    j_J = tl.program_id(1) * BLOCK_J + tl.arange(0, BLOCK_J)
+    offset_IJ = i_I[:, None] * D + j_J[None, :]
+    m_IJ = tl.load(corr_ptr + offset_IJ) * _reciprocal_or_zero(trace)
+    _store_halves(out_ptr, offset_IJ, m_IJ * _SQUARE, D)
+    tl.store(trace_ptr, trace, mask=(tl.program_id(0) == 0) & (tl.program_id(1) == 0))
+
+
+@triton.jit
 def _square_tile(
     m_ptr,
     out_ptr,
@@ -70,31 +113,28 @@ def _square_tile(
     offset_IJ,
     D: tl.constexpr,
     QUOTIENT: tl.constexpr,
-    BLOCK: tl.constexpr,
+    BLOCK_I: tl.constexpr,
+    BLOCK_J: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
     """N = (M / tr M)^2 and a tile's share of |N|^2, or, for the quotient, of <N, C> and tr N."""
     d_D = tl.arange(0, BLOCK_D)
-    diagonal_D = tl.load(m_ptr + d_D * (D + 1), mask=d_D < D, other=0.0)
-    scale = tl.full((), 1.0, tl.float32)
-    if index == 0:
-        # before the product, as the squares of a small C and of a small trace underflow
-        scale = _reciprocal_or_zero(tl.sum(diagonal_D, axis=0))
-    n_IJ = _tile_product(m_ptr, m_ptr, i_I, j_J, scale, D, BLOCK, BLOCK_K)
-    trace = tl.sum(diagonal_D, axis=0)
-    inverse = _reciprocal_or_zero(trace)
-    n_IJ = n_IJ * tl.where(index == 0, inverse, inverse * inverse)
+    diagonal_D = _load_halves(m_ptr, tl.where(d_D < D, d_D * (D + 1), 0), D)
+    trace = tl.sum(tl.where(d_D < D, diagonal_D, 0.0), axis=0) * (1.0 / _SQUARE)
+    inverse = _reciprocal_or_zero(trace) * (1.0 / _SQUARE)
+    n_IJ = _tile_product(m_ptr, m_ptr, i_I, j_J, D, BLOCK_I, BLOCK_J, BLOCK_K) * inverse * inverse
     tile = tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
     tiles = tl.num_programs(0) * tl.num_programs(1)
-    tl.store(trace_ptr + index, trace, mask=tile == 0)
+    # the first is C's
+    tl.store(trace_ptr + index, trace, mask=(tile == 0) & (index > 0))
     if QUOTIENT:
         corr_IJ = tl.load(corr_ptr + offset_IJ)
         diagonal_IJ = tl.where(i_I[:, None] == j_J[None, :], n_IJ, 0.0)
         tl.store(sums_ptr + tile, tl.sum(tl.sum(n_IJ * corr_IJ, axis=1), axis=0))
         tl.store(sums_ptr + tiles + tile, tl.sum(tl.sum(diagonal_IJ, axis=1), axis=0))
     else:
-        tl.store(out_ptr + offset_IJ, n_IJ)
+        _store_halves(out_ptr, offset_IJ, n_IJ * _SQUARE, D)
         tl.store(sums_ptr + 2 * tiles + tile, tl.sum(tl.sum(n_IJ * n_IJ, axis=1), axis=0))
 
 
@@ -120,25 +160,26 @@ def _product_kernel(
     POLYNOMIAL: tl.constexpr,
     SQUARE: tl.constexpr,
     QUOTIENT: tl.constexpr,
-    BLOCK: tl.constexpr,
+    BLOCK_I: tl.constexpr,
+    BLOCK_J: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
     """out[n] = X_n Y_n, n = program_id(2), or a I + b X + c X Y; after the products a square."""
-    i_I = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    j_J = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    i_I = tl.program_id(0) * BLOCK_I + tl.arange(0, BLOCK_I)
+    j_J = tl.program_id(1) * BLOCK_J + tl.arange(0, BLOCK_J)
     offset_IJ = i_I[:, None] * D + j_J[None, :]
     if tl.program_id(2) < products:
         if POLYNOMIAL or tl.program_id(2) == 0:
-            first_IJ = _tile_product(x1_ptr, y1_ptr, i_I, j_J, None, D, BLOCK, BLOCK_K)
+            first_IJ = _tile_product(x1_ptr, y1_ptr, i_I, j_J, D, BLOCK_I, BLOCK_J, BLOCK_K)
             if POLYNOMIAL:
-                x_IJ = tl.load(x1_ptr + offset_IJ)
+                x_IJ = _load_halves(x1_ptr, offset_IJ, D)
                 identity_IJ = tl.where(i_I[:, None] == j_J[None, :], a, 0.0)
                 first_IJ = c * first_IJ + b * x_IJ + identity_IJ
-            tl.store(out_ptr + offset_IJ, first_IJ)
+            _store_halves(out_ptr, offset_IJ, first_IJ, D)
         else:
-            second_IJ = _tile_product(x2_ptr, y2_ptr, i_I, j_J, None, D, BLOCK, BLOCK_K)
-            tl.store(out_ptr + D * D + offset_IJ, second_IJ)
+            second_IJ = _tile_product(x2_ptr, y2_ptr, i_I, j_J, D, BLOCK_I, BLOCK_J, BLOCK_K)
+            _store_halves(out_ptr + 2 * D * D, offset_IJ, second_IJ, D)
     elif SQUARE:
         _square_tile(
             m_ptr,
@@ -152,7 +193,8 @@ def _product_kernel(
             offset_IJ,
             D,
             QUOTIENT,
-            BLOCK,
+            BLOCK_I,
+            BLOCK_J,
             BLOCK_D,
             BLOCK_K,
         )
@@ -173,9 +215,10 @@ def _shift_kernel(
     SQUARES: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_S: tl.constexpr,
-    BLOCK: tl.constexpr,
+    BLOCK_I: tl.constexpr,
+    BLOCK_J: tl.constexpr,
 ):
-    """A and r of `Steps.shift`, after so many squares."""
+    """A and r of `Steps.shift`, after so many squares; A in fp32 if not bounded."""
     scale = 1.0
     shift = eps
     if SPECTRAL:
@@ -194,12 +237,15 @@ def _shift_kernel(
         r = bound * scale + eps
         scale = scale * _reciprocal_or_zero(r)
         shift = eps * _reciprocal_or_zero(r)
-    i_I = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    j_J = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    i_I = tl.program_id(0) * BLOCK_I + tl.arange(0, BLOCK_I)
+    j_J = tl.program_id(1) * BLOCK_J + tl.arange(0, BLOCK_J)
     offset_IJ = i_I[:, None] * D + j_J[None, :]
     corr_IJ = tl.load(corr_ptr + offset_IJ)
     out_IJ = corr_IJ * scale + tl.where(i_I[:, None] == j_J[None, :], shift, 0.0)
-    tl.store(out_ptr + offset_IJ, out_IJ)
+    if BOUNDED:
+        _store_halves(out_ptr, offset_IJ, out_IJ, D)
+    else:
+        tl.store(out_ptr + offset_IJ, out_IJ)
     tl.store(r_ptr, r, mask=(tl.program_id(0) == 0) & (tl.program_id(1) == 0))
 
 
@@ -215,14 +261,15 @@ def _finish_kernel(
     SCALED: tl.constexpr,
     TILES: tl.constexpr,
     BLOCK_T: tl.constexpr,
-    BLOCK: tl.constexpr,
+    BLOCK_I: tl.constexpr,
+    BLOCK_J: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """r^power X Y, or (r / lambda_max)^power X Y, the lower triangle mirrored."""
-    if tl.program_id(0) >= tl.program_id(1):
-        i_I = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-        j_J = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-        product_IJ = _tile_product(x_ptr, y_ptr, i_I, j_J, None, D, BLOCK, BLOCK_K)
+    """r^power X Y, or (r / lambda_max)^power X Y, in fp32, the lower triangle mirrored."""
+    if (tl.program_id(0) + 1) * BLOCK_I > tl.program_id(1) * BLOCK_J:
+        i_I = tl.program_id(0) * BLOCK_I + tl.arange(0, BLOCK_I)
+        j_J = tl.program_id(1) * BLOCK_J + tl.arange(0, BLOCK_J)
+        product_IJ = _tile_product(x_ptr, y_ptr, i_I, j_J, D, BLOCK_I, BLOCK_J, BLOCK_K)
         r = tl.load(r_ptr)
         if SCALED:
             r = r * _inverse_largest(sums_ptr, TILES, BLOCK_T)
@@ -235,37 +282,41 @@ def _finish_kernel(
 
 
 def tile_options(features: int) -> dict[str, int]:
-    """Tiles and warps for D = `features`; small tiles, to fill the device at D = 256.
+    """Tiles and warps for D = `features`; small ones to fill the device at D = 256.
 
-    BLOCK_K divides BLOCK, and BLOCK divides the width that is launched (`padded`).
+    They divide the width that is launched (`padded`), and are wide, for Triton to lay the warps
+    side by side: one below the other, half would repeat what the others do.
     """
+    small = features <= 256
     return {
-        "BLOCK": 32 if features <= 512 else 64,
-        "BLOCK_K": 32,
+        "BLOCK_I": 16 if small else 32,
+        "BLOCK_J": 32 if small else 64,
+        "BLOCK_K": 64,
         "num_warps": 4,
-        "num_stages": 3,
+        "num_stages": 4 if small else 2,
     }
 
 
 def padded(features: int) -> int:
     """The width of the matrices that serve a C of D = `features`: the next that tiles divide."""
-    block = tile_options(features)["BLOCK"]
-    return triton.cdiv(features, block) * block
+    return triton.cdiv(features, 64) * 64
 
 
 class TritonSteps:
     """`Steps` in Triton, a launch a method, for C of (D, D) in fp32, D one that tiles divide.
 
-    The squares of `find_largest` share the launches of the products that follow it.
+    Matrices are halves, (2, D, D) in fp16. The squares of `find_largest` share the launches of
+    the products that follow it.
     """
 
     def __init__(self, corr_DD: Tensor) -> None:
         self.corr_DD = corr_DD
         self.features = corr_DD.shape[0]
         self.options = tile_options(self.features)
+        self.blocks = {side: self.options[side] for side in ("BLOCK_I", "BLOCK_J")}
+        self.grid = tuple(self.features // block for block in self.blocks.values())
         self.block_d = triton.next_power_of_2(self.features)
-        self.side = triton.cdiv(self.features, self.options["BLOCK"])
-        tiles = self.side**2
+        tiles = math.prod(self.grid)
         self.tiles = {"TILES": tiles, "BLOCK_T": triton.next_power_of_2(tiles)}
         self.traces_S = self._empty(SQUARINGS + 1)
         # of a quotient <N, C> and tr N, of the last square its norm
@@ -276,27 +327,31 @@ class TritonSteps:
     def _empty(self, *shape: int) -> Tensor:
         return torch.empty(shape, dtype=torch.float32, device=self.corr_DD.device)
 
+    def _halves(self, matrices: int = 1) -> Tensor:
+        shape = 2 * matrices, self.features, self.features
+        return torch.empty(shape, dtype=torch.float16, device=self.corr_DD.device)
+
     def _launch(
         self, out: Tensor, *factors: Tensor, abc: tuple[float, float, float] | None = None
     ) -> Tensor:
         """X Y of every two factors or their polynomial, and the next square; returns `out`."""
         products = len(factors) // 2
-        m_DD, index = self.next_square or (out, 0)
+        m_HDD, index = self.next_square or (out, 0)
         # not beside two products, which fill the device
         square = self.next_square is not None and products < 2
         quotient = index == SQUARINGS
-        n = self._empty(*m_DD.shape) if square and not quotient else out
+        n_HDD = self._halves() if square and not quotient else out
         a, b, c = abc or (0.0, 0.0, 1.0)
-        _product_kernel[(self.side, self.side, products + square)](
+        _product_kernel[(*self.grid, products + square)](
             # what is not read stands in for what is not there
-            *(*factors, *[m_DD] * 4)[:4],
+            *(*factors, *[m_HDD] * 4)[:4],
             out,
             a,
             b,
             c,
             products,
-            m_DD,
-            n,
+            m_HDD,
+            n_HDD,
             self.corr_DD,
             self.traces_S,
             self.sums_3T,
@@ -309,37 +364,51 @@ class TritonSteps:
             **self.options,
         )
         if square:
-            self.next_square = None if quotient else (n, index + 1)
+            self.next_square = None if quotient else (n_HDD, index + 1)
         return out
 
     def square(self, m_DD: Tensor, index: int) -> Tensor:
+        if index == 0:
+            m_DD = self._normalize()
         self.next_square = m_DD, index
         self._launch(m_DD)
         assert self.next_square is not None
-        (n_DD, _), self.next_square = self.next_square, None
-        return n_DD
+        (n_HDD, _), self.next_square = self.next_square, None
+        return n_HDD
+
+    def _normalize(self) -> Tensor:
+        out_HDD = self._halves()
+        _normalize_kernel[self.grid](
+            self.corr_DD,
+            out_HDD,
+            self.traces_S,
+            D=self.features,
+            BLOCK_D=self.block_d,
+            **self.blocks,
+        )
+        return out_HDD
 
     def find_largest(self, m_DD: Tensor, index: int) -> None:
         self.next_square = m_DD, index
 
     def _found_largest(self) -> Tensor:
         while self.next_square is not None:
-            self._launch(self.corr_DD)
+            self._launch(self.next_square[0])
         return self.sums_3T
 
     def shift(
         self, m_DD: Tensor | None, index: int, eps: float, spectral: bool, bounded: bool
     ) -> Tensor:
-        out_DD = self._empty(self.features, self.features)
+        out = self._halves() if bounded else self._empty(self.features, self.features)
         corr_DD = self.corr_DD
         if m_DD is None:
             # there is no trace for a NaN to come through to all of A
             corr_DD = corr_DD + corr_DD.sum() * 0
-        _shift_kernel[(self.side, self.side)](
+        _shift_kernel[self.grid](
             corr_DD,
             self.traces_S,
             self._found_largest() if spectral else self.sums_3T,
-            out_DD,
+            out,
             self.r,
             eps,
             D=self.features,
@@ -348,25 +417,23 @@ class TritonSteps:
             **self.tiles,
             SQUARES=index,
             BLOCK_S=triton.next_power_of_2(index + 1),
-            BLOCK=self.options["BLOCK"],
-            num_warps=self.options["num_warps"],
-            num_stages=1,
+            **self.blocks,
         )
-        return out_DD
+        return out
 
     def polynomial(self, p_DD: Tensor, a: float, b: float, c: float) -> Tensor:
-        return self._launch(self._empty(*p_DD.shape), p_DD, p_DD, abc=(a, b, c))
+        return self._launch(self._halves(), p_DD, p_DD, abc=(a, b, c))
 
     def product(self, x_DD: Tensor, y_DD: Tensor) -> Tensor:
-        return self._launch(self._empty(*x_DD.shape), x_DD, y_DD)
+        return self._launch(self._halves(), x_DD, y_DD)
 
     def advance(self, y_DD: Tensor, q_DD: Tensor, z_DD: Tensor) -> tuple[Tensor, Tensor]:
-        out_2DD = self._launch(self._empty(2, *y_DD.shape), y_DD, q_DD, q_DD, z_DD)
-        return out_2DD[0], out_2DD[1]
+        out = self._launch(self._halves(2), y_DD, q_DD, q_DD, z_DD)
+        return out[:2], out[2:]
 
     def finish(self, x_DD: Tensor, y_DD: Tensor, power: float, scaled: bool) -> Tensor:
         out_DD = self._empty(self.features, self.features)
-        _finish_kernel[(self.side, self.side)](
+        _finish_kernel[self.grid](
             x_DD,
             y_DD,
             self.r,

@@ -3,25 +3,24 @@
 import torch
 from torch import Tensor
 
-from isofast_kernels.matrix_power import DEAD, SQUARINGS
+from isofast_kernels.matrix_power import DEAD, LOW, SQUARE, SQUARINGS
 
 
-def rounded_to_tf32(x: Tensor) -> Tensor:
-    """fp32 with 10 explicit bits of mantissa, ties to even."""
-    bits = x.contiguous().view(torch.int32)
-    return ((bits + 0xFFF + ((bits >> 13) & 1)) & ~0x1FFF).view(torch.float32)
+def halves(x: Tensor) -> tuple[Tensor, Tensor]:
+    """The fp16 numbers, in fp32, that stand for x: high + low / 2^11."""
+    high = x.half().float()
+    return high, ((x - high) * LOW).half().float()
 
 
-def product_3xtf32(x: Tensor, y: Tensor) -> Tensor:
-    """x @ y as tensor cores do it with input_precision="tf32x3"."""
-    x_high, y_high = rounded_to_tf32(x), rounded_to_tf32(y)
-    x_low, y_low = rounded_to_tf32(x - x_high), rounded_to_tf32(y - y_high)
-    return x_low @ y_high + x_high @ y_low + x_high @ y_high
+def product_of_halves(x: Tensor, y: Tensor) -> Tensor:
+    """x @ y as the kernels have it, of three products in fp16."""
+    (x_high, x_low), (y_high, y_low) = halves(x), halves(y)
+    return x_high @ y_high + (x_low @ y_high + x_high @ y_low) / LOW
 
 
-def product_tf32(x: Tensor, y: Tensor) -> Tensor:
-    """x @ y with one TF32 product: what a careless fp32 tl.dot does."""
-    return rounded_to_tf32(x) @ rounded_to_tf32(y)
+def product_of_highs(x: Tensor, y: Tensor) -> Tensor:
+    """x @ y in fp16."""
+    return halves(x)[0] @ halves(y)[0]
 
 
 def reciprocal_or_zero(x: Tensor) -> Tensor:
@@ -45,7 +44,9 @@ class TorchSteps:
         trace = m_DD.trace()
         self.traces.append(trace)
         scale = reciprocal_or_zero(trace)
-        return self.product(m_DD * scale, m_DD) * scale
+        if index == 0:
+            m_DD, scale = m_DD * scale, 1.0
+        return self.product(m_DD * SQUARE, m_DD * SQUARE) * (scale / SQUARE) ** 2
 
     def find_largest(self, m_DD, index):
         for square in range(index, SQUARINGS + 1):

@@ -228,12 +228,12 @@ def test_matrix_power(guard_inputs, monkeypatch, features, alpha, eps, normalize
 @pytest.mark.parametrize(
     ("alpha", "eps", "normalize", "launches"),
     [
-        # C's bound, A, the root; the other squares and the quotient go along
-        (0.5, 0.0, "spectral", 2 + 1 + 17),
-        (0.5, 0.0, "none", 2 + 1 + 17),
+        # C / tr C, its bound, A, the root; the other squares and the quotient go along
+        (0.5, 0.0, "spectral", 1 + 2 + 1 + 17),
+        (0.5, 0.0, "none", 1 + 2 + 1 + 17),
         # the eigenvalue before A; three steps in place of six
-        (0.5, 0.25, "spectral", 11 + 1 + 8),
-        (1.0, 0.25, "spectral", 11 + 1),
+        (0.5, 0.25, "spectral", 1 + 11 + 1 + 8),
+        (1.0, 0.25, "spectral", 1 + 11 + 1),
     ],
 )
 def test_the_launches_of_a_matrix_power(monkeypatch, alpha, eps, normalize, launches):
@@ -247,7 +247,7 @@ def test_the_launches_of_a_matrix_power(monkeypatch, alpha, eps, normalize, laun
             grids.append(grid)
             return self.kernel[grid]
 
-    for name in ("_product_kernel", "_shift_kernel", "_finish_kernel"):
+    for name in ("_normalize_kernel", "_product_kernel", "_shift_kernel", "_finish_kernel"):
         kernel = getattr(matrix_power_triton, name)
         monkeypatch.setattr(matrix_power_triton, name, Counted(kernel))
     corr = reference.second_moment_reference([randn(96, 32)]).to(DEVICE)
