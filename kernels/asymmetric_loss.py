@@ -44,7 +44,14 @@ def _rows_times_w(
             mask=(k_K[:, None] < D) & (col_D[None, :] < D),
             other=0.0,
         )
-        acc_BD = tl.dot(x_BK.to(tl.float32), w_KD, acc_BD, input_precision="tf32x3")
+        if x_BK.dtype == tl.bfloat16 and BLOCK_K >= 32:
+            # fp32 is three numbers in bf16, whose products with x are exact
+            for _ in tl.static_range(3):
+                part_KD = w_KD.to(tl.bfloat16)
+                acc_BD = tl.dot(x_BK, part_KD, acc_BD)
+                w_KD -= part_KD.to(tl.float32)
+        else:
+            acc_BD = tl.dot(x_BK.to(tl.float32), w_KD, acc_BD, input_precision="tf32x3")
     return acc_BD
 
 

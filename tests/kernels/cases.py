@@ -18,11 +18,10 @@ LOSSES = [
     pytest.param("euclidean", False, id="euclidean"),
     pytest.param("euclidean", True, id="iso_euclidean"),
 ]
-NO_BF16 = pytest.mark.skipif(INTERPRET, reason="the interpreter multiplies bf16 wrongly")
 DTYPES = [
     pytest.param(torch.float32, id="fp32"),
     pytest.param(torch.float16, id="fp16"),
-    pytest.param(torch.bfloat16, id="bf16", marks=NO_BF16),
+    pytest.param(torch.bfloat16, id="bf16"),
 ]
 
 
