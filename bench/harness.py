@@ -274,7 +274,7 @@ def run(
 
 
 def write(name: str, timings: list[Timing], results: Path = RESULTS, **versions: str) -> list[Path]:
-    """Write results/NAME-NNN.csv and .png with the next free number; return the paths.
+    """Write results/NAME-NNN.csv and .png, with the number after the last; return the paths.
 
     Args:
         name: of the files, before their number.
@@ -302,11 +302,8 @@ def write_rows(
 ) -> Path:
     """Write results/NAME-NNN.csv, headed by the `environment` and ``about``; return the path."""
     results.mkdir(exist_ok=True)
-    table = next(
-        candidate
-        for number in range(1, 1000)
-        if not (candidate := results / f"{name}-{number:03}.csv").exists()
-    )
+    numbers = (int(path.stem[-3:]) for path in results.glob(f"{name}-[0-9][0-9][0-9].csv"))
+    table = results / f"{name}-{max(numbers, default=0) + 1:03}.csv"
     load = f"{os.getloadavg()[0]:.1f} (one minute, {os.cpu_count()} cores)"
     about = environment() | about | {"date": time.strftime("%Y-%m-%d"), "load": load}
     with table.open("w", newline="") as file:
