@@ -174,6 +174,7 @@ def _fit(settings: dict[str, Any], *run_dirs: Path) -> None:
         fit(validate(settings), run_dir)
         # as a notebook does that goes on to evaluate
         torch.set_grad_enabled(False)
+        torch.set_default_dtype(torch.float64)
 
 
 def timeless(run_dir: Path) -> list[dict[str, Any]]:
