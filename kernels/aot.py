@@ -163,7 +163,6 @@ def _power_builds(features: int) -> Iterator[Build]:
 
     # a bound, the largest eigenvalue, or both, from so many squares
     for spectral, bounded, squares in (
-        (False, False, 0),
         (False, True, BOUND_SQUARINGS),
         (True, False, SQUARINGS),
         (True, True, SQUARINGS),

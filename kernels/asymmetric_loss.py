@@ -45,11 +45,14 @@ def _rows_times_w(
             other=0.0,
         )
         if x_BK.dtype == tl.bfloat16 and BLOCK_K >= 32:
-            # fp32 is three numbers in bf16, whose products with x are exact
-            for _ in tl.static_range(3):
-                part_KD = w_KD.to(tl.bfloat16)
-                acc_BD = tl.dot(x_BK, part_KD, acc_BD)
-                w_KD -= part_KD.to(tl.float32)
+            # fp32 is three numbers in bf16, whose products with x are exact; summed from zero and
+            # from the smallest, as tensor cores truncate what they add to an accumulator
+            high_KD = w_KD.to(tl.bfloat16)
+            w_KD -= high_KD.to(tl.float32)
+            mid_KD = w_KD.to(tl.bfloat16)
+            low_KD = (w_KD - mid_KD.to(tl.float32)).to(tl.bfloat16)
+            sum_BD = tl.dot(x_BK, mid_KD, tl.dot(x_BK, low_KD))
+            acc_BD += tl.dot(x_BK, high_KD, sum_BD)
         else:
             acc_BD = tl.dot(x_BK.to(tl.float32), w_KD, acc_BD, input_precision="tf32x3")
     return acc_BD

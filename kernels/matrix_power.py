@@ -21,10 +21,10 @@ DEAD = 1e-25
 and the root comes out wrong."""
 
 LOW = 2.0**11
-"""A factor of two products is fp16's x and, times this, what is left of it."""
+"""A factor X is kept as fp16(X) and fp16(LOW (X - fp16(X)))."""
 
 SQUARE = 2.0**14
-"""Of C's squares, whose eigenvalues are from 1 / D^2 to 1, to stay where fp16 is normal."""
+"""Of C's squares, whose largest eigenvalue may be 1 / D^2, to stay where fp16 is normal."""
 
 Coefficients = tuple[tuple[float, float, float], ...]
 
@@ -70,13 +70,10 @@ class Steps(Protocol):
         square N after. Ends before `finish` asks for it; meanwhile it may take turns with products.
         """
 
-    def shift(
-        self, m_DD: Tensor | None, index: int, eps: float, spectral: bool, bounded: bool
-    ) -> Tensor:
+    def shift(self, m_DD: Tensor, index: int, eps: float, spectral: bool, bounded: bool) -> Tensor:
         """A with r A = C / lambda_max + eps I (or C + eps I), keeping r; all NaN if C has one.
 
         Bounded, A's eigenvalues are at most 1, by |M| and the traces kept; otherwise r = 1.
-        Neither spectral nor bounded needs no M.
         """
 
     def polynomial(self, p_DD: Tensor, a: float, b: float, c: float) -> Tensor:
@@ -120,13 +117,11 @@ def power_by_products(
     bounded = alpha != 1
     # lambda_max scales W and nothing else: the root of C / bound does not wait for it
     scaled = spectral and bounded and eps == 0
-    m_DD, squares = None, 0
-    if spectral or bounded:
-        m_DD, squares = corr_DD, BOUND_SQUARINGS if scaled or not spectral else SQUARINGS
-        for index in range(squares):
-            m_DD = steps.square(m_DD, index)
-        if spectral:
-            steps.find_largest(m_DD, squares)
+    m_DD, squares = corr_DD, BOUND_SQUARINGS if scaled or not spectral else SQUARINGS
+    for index in range(squares):
+        m_DD = steps.square(m_DD, index)
+    if spectral:
+        steps.find_largest(m_DD, squares)
     a_DD = steps.shift(m_DD, squares, eps, spectral and not scaled, bounded)
     if alpha == 1:
         return a_DD

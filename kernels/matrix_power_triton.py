@@ -58,7 +58,8 @@ def _tile_product(
         y_ptr_KJ = y_ptr + k_K[:, None] * D + j_J[None, :]
         x_IK, x_low_IK = tl.load(x_ptr_IK), tl.load(x_ptr_IK + D * D)
         y_KJ, y_low_KJ = tl.load(y_ptr_KJ), tl.load(y_ptr_KJ + D * D)
-        high_IJ = tl.dot(x_IK, y_KJ, high_IJ)
+        # added outside the tensor cores, which truncate what they add to an accumulator
+        high_IJ += tl.dot(x_IK, y_KJ, max_num_imprecise_acc=BLOCK_K)
         left_IJ = tl.dot(x_low_IK, y_KJ, left_IJ)
         right_IJ = tl.dot(x_IK, y_low_KJ, right_IJ)
     return high_IJ + (left_IJ + right_IJ) * (1.0 / _LOW)
@@ -396,16 +397,10 @@ class TritonSteps:
             self._launch(self.next_square[0])
         return self.sums_3T
 
-    def shift(
-        self, m_DD: Tensor | None, index: int, eps: float, spectral: bool, bounded: bool
-    ) -> Tensor:
+    def shift(self, m_DD: Tensor, index: int, eps: float, spectral: bool, bounded: bool) -> Tensor:
         out = self._halves() if bounded else self._empty(self.features, self.features)
-        corr_DD = self.corr_DD
-        if m_DD is None:
-            # there is no trace for a NaN to come through to all of A
-            corr_DD = corr_DD + corr_DD.sum() * 0
         _shift_kernel[self.grid](
-            corr_DD,
+            self.corr_DD,
             self.traces_S,
             self._found_largest() if spectral else self.sums_3T,
             out,

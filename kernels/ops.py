@@ -70,12 +70,8 @@ def _scale_gradient(ctx, grad_loss, grad_dz):  # type: ignore[no-untyped-def]
         return [None] * len(dz_VBD), [None] * ctx.target_count, None, None, None
     # fp32 until here: the upstream gradient may be a loss scale, to be applied before rounding;
     # all directions at once, for a launch costs more than the numbers
-    if torch.is_grad_enabled():
-        scaled_VBD = (dz_VBD * grad_loss).to(ctx.z_dtype)
-    else:
-        scaled_VBD = torch.empty(dz_VBD.shape, dtype=ctx.z_dtype, device=dz_VBD.device)
-        torch.mul(dz_VBD, grad_loss, out=scaled_VBD)
-    dzs = [scaled_VBD[v] for v in range(len(scaled_VBD))]
+    dz_VBD = (dz_VBD * grad_loss).to(ctx.z_dtype)
+    dzs = [dz_VBD[v] for v in range(len(dz_VBD))]
     return dzs, [None] * ctx.target_count, None, None, None
 
 

@@ -20,7 +20,13 @@ from isofast_kernels.matrix_power import (
     runs_by_products,
 )
 
-from .emulation import TorchSteps, halves, product_of_halves, product_of_highs
+from .emulation import (
+    TorchSteps,
+    halves,
+    product_of_halves,
+    product_of_highs,
+    product_on_tensor_cores,
+)
 
 BUDGET = 5e-4
 """Spectral norm of W's error where |W| = 1; below bf16's rounding of z by a factor of eight."""
@@ -141,6 +147,26 @@ def test_along_an_isotropic_stream(rows):
         assert spectral_error(w, corr, alpha, eps) <= BUDGET
 
 
+@pytest.mark.slow
+def test_tensor_cores_cost_less_where_the_sums_of_highs_begin_anew():
+    corr = correlation("tail_1e-8")
+    chained = functools.partial(product_on_tensor_cores, restart=FEATURES)
+    errors = [
+        spectral_error(root(corr, product), corr, 0.5, 0.0)
+        for product in (product_of_halves, product_on_tensor_cores, chained)
+    ]
+    assert errors[1] < 1.1 * errors[0] < errors[2]
+
+
+def test_the_squares_of_a_flat_spectrum_stay_where_fp16_is_normal():
+    """Of 1,024 features: as they are they would be off by 6e-4."""
+    z = torch.randn(8192, 1024, generator=torch.Generator().manual_seed(0))
+    corr = reference.second_moment_reference([z])
+    steps = TorchSteps(corr, product_of_halves)
+    w = power_by_products(corr, 1.0, 0.0, "spectral", steps)
+    assert spectral_error(w, corr, 1.0, 0.0) <= 1e-5
+
+
 def test_one_product_in_fp16_is_not_enough():
     """The reason for the low halves: the emulation tells the two apart."""
     corr = correlation("to_1e-6")
@@ -165,7 +191,7 @@ def test_the_emulation_splits_as_documented():
 @pytest.mark.parametrize("matmul", PRODUCTS)
 @pytest.mark.parametrize("kind", ["power_law", "rank_16", "one_direction"])
 def test_on_the_way_to_zero_c_has_its_root_or_counts_as_zero(kind, matmul):
-    """Nothing between."""
+    """At no scale is W anything between the two."""
     wide = correlation(kind)
     exact = reference.matrix_power_reference(wide[:64, :64].double(), 0.5).float()
     for exponent in range(-46, 1):

@@ -207,6 +207,9 @@ def test_the_same_inputs_give_the_same_bits(make_problem):
         (37, 1.0, 0.25, "spectral"),
         (37, 2.0, 0.1, "spectral"),
         (37, 2.0, 0.1, "none"),
+        # more than one step along D, the other tile, and a number of tiles that is no power of two
+        (190, 2.0, 0.0, "none"),
+        (300, 2.0, 0.0, "none"),
     ],
 )
 def test_matrix_power(guard_inputs, monkeypatch, features, alpha, eps, normalize):

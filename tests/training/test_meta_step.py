@@ -59,14 +59,11 @@ class Counting(TorchDispatchMode):
         self.bytes: Counter[str] = Counter()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        out = func(*args, **kwargs)
+        out = func(*args, **(kwargs or {}))
         # the step marks its parts, the optimizer itself
         if str(func) == "profiler._record_function_enter_new.default" and args[0] in EMA:
             self.part = args[0]
-        # what out= names is written only, and returned
-        read = {name: value for name, value in kwargs.items() if name != "out"}
-        tensors = [x for x in tree_leaves((args, read, out)) if isinstance(x, Tensor)]
+        tensors = [x for x in tree_leaves((args, kwargs, out)) if isinstance(x, Tensor)]
         for tensor in tensors:
             if not tensor.is_meta:
                 raise AssertionError(f"{func}: a tensor of {tensor.device} on the way")
