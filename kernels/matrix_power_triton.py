@@ -48,7 +48,6 @@ def _tile_product(
     BLOCK_K: tl.constexpr,
 ):
     """One tile of X Y, accumulated in fp32 along D in a fixed order."""
-    # three sums, as one would be a chain, for which warps lie in one column
     high_IJ = tl.zeros([BLOCK_I, BLOCK_J], dtype=tl.float32)
     left_IJ = tl.zeros([BLOCK_I, BLOCK_J], dtype=tl.float32)
     right_IJ = tl.zeros([BLOCK_I, BLOCK_J], dtype=tl.float32)
@@ -58,7 +57,8 @@ def _tile_product(
         y_ptr_KJ = y_ptr + k_K[:, None] * D + j_J[None, :]
         x_IK, x_low_IK = tl.load(x_ptr_IK), tl.load(x_ptr_IK + D * D)
         y_KJ, y_low_KJ = tl.load(y_ptr_KJ), tl.load(y_ptr_KJ + D * D)
-        # added outside the tensor cores, which truncate what they add to an accumulator
+        # added outside the tensor cores, which truncate what they add to an accumulator; the sums
+        # of low halves may lose as much, for they count 2^11 times less
         high_IJ += tl.dot(x_IK, y_KJ, max_num_imprecise_acc=BLOCK_K)
         left_IJ = tl.dot(x_low_IK, y_KJ, left_IJ)
         right_IJ = tl.dot(x_IK, y_low_KJ, right_IJ)
