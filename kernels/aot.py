@@ -152,7 +152,7 @@ def _correlation_builds(features: int, dtype: str, views: int) -> Iterator[Build
 
 def _power_builds(features: int) -> Iterator[Build]:
     options = power_tiles(features)
-    blocks = {side: options[side] for side in ("BLOCK_I", "BLOCK_J")}
+    blocks = {name: options[name] for name in ("BLOCK_I", "BLOCK_J")}
     tiles = features**2 // (options["BLOCK_I"] * options["BLOCK_J"])
     shape = {"D": features, **options}
     sums = {"TILES": tiles, "BLOCK_T": triton.next_power_of_2(tiles)}

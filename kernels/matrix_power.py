@@ -20,10 +20,10 @@ DEAD = 1e-25
 """A trace or largest eigenvalue below this counts as 0, far above 1e-38, where fp32 is subnormal
 and the root comes out wrong."""
 
-LOW = 2.0**11
-"""A factor X is kept as fp16(X) and fp16(LOW (X - fp16(X)))."""
+LOW_SCALE = 2.0**11
+"""A factor X is kept as fp16(X) and fp16(LOW_SCALE (X - fp16(X)))."""
 
-SQUARE = 2.0**14
+SQUARE_SCALE = 2.0**14
 """Of C's squares, whose largest eigenvalue may be 1 / D^2, to stay where fp16 is normal."""
 
 Coefficients = tuple[tuple[float, float, float], ...]
@@ -136,7 +136,7 @@ def power_by_products(
 
 
 def square_root(a_DD: Tensor, coefficients: Coefficients, steps: Steps) -> tuple[Tensor, Tensor]:
-    """X and Y, which commute, with X Y = sqrt(A), for A with eigenvalues in [0, 1].
+    """Two factors of sqrt(A), which commute, for A with eigenvalues in [0, 1].
 
     Y -> sqrt(A), Z -> 1/sqrt(A), P = Z Y -> I: each step multiplies Y and Z by
     Q = a I + b P + c P^2, the best polynomial for the interval that P's spectrum is in by then.

@@ -15,25 +15,32 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import functional
 
-from .matrix_power import DEAD, LOW, SQUARE, SQUARINGS, power_by_products, runs_by_products
+from .matrix_power import (
+    DEAD,
+    LOW_SCALE,
+    SQUARE_SCALE,
+    SQUARINGS,
+    power_by_products,
+    runs_by_products,
+)
 from .reference import matrix_power_reference
 
 _DEAD = tl.constexpr(DEAD)
-_LOW = tl.constexpr(LOW)
-_SQUARE = tl.constexpr(SQUARE)
+_LOW_SCALE = tl.constexpr(LOW_SCALE)
+_SQUARE_SCALE = tl.constexpr(SQUARE_SCALE)
 
 
 @triton.jit
 def _store_halves(ptr, offset, x, D: tl.constexpr):
     high = x.to(tl.float16)
     tl.store(ptr + offset, high)
-    tl.store(ptr + D * D + offset, ((x - high.to(tl.float32)) * _LOW).to(tl.float16))
+    tl.store(ptr + D * D + offset, ((x - high.to(tl.float32)) * _LOW_SCALE).to(tl.float16))
 
 
 @triton.jit
 def _load_halves(ptr, offset, D: tl.constexpr):
     low = tl.load(ptr + D * D + offset).to(tl.float32)
-    return tl.load(ptr + offset).to(tl.float32) + low * (1.0 / _LOW)
+    return tl.load(ptr + offset).to(tl.float32) + low * (1.0 / _LOW_SCALE)
 
 
 @triton.jit
@@ -62,7 +69,7 @@ def _tile_product(
         high_IJ += tl.dot(x_IK, y_KJ, max_num_imprecise_acc=BLOCK_K)
         left_IJ = tl.dot(x_low_IK, y_KJ, left_IJ)
         right_IJ = tl.dot(x_IK, y_low_KJ, right_IJ)
-    return high_IJ + (left_IJ + right_IJ) * (1.0 / _LOW)
+    return high_IJ + (left_IJ + right_IJ) * (1.0 / _LOW_SCALE)
 
 
 @triton.jit
@@ -97,7 +104,7 @@ def _normalize_kernel(
     j_J = tl.program_id(1) * BLOCK_J + tl.arange(0, BLOCK_J)
     offset_IJ = i_I[:, None] * D + j_J[None, :]
     m_IJ = tl.load(corr_ptr + offset_IJ) * _reciprocal_or_zero(trace)
-    _store_halves(out_ptr, offset_IJ, m_IJ * _SQUARE, D)
+    _store_halves(out_ptr, offset_IJ, m_IJ * _SQUARE_SCALE, D)
     tl.store(trace_ptr, trace, mask=(tl.program_id(0) == 0) & (tl.program_id(1) == 0))
 
 
@@ -122,8 +129,8 @@ def _square_tile(
     """N = (M / tr M)^2 and a tile's share of |N|^2, or, for the quotient, of <N, C> and tr N."""
     d_D = tl.arange(0, BLOCK_D)
     diagonal_D = _load_halves(m_ptr, tl.where(d_D < D, d_D * (D + 1), 0), D)
-    trace = tl.sum(tl.where(d_D < D, diagonal_D, 0.0), axis=0) * (1.0 / _SQUARE)
-    inverse = _reciprocal_or_zero(trace) * (1.0 / _SQUARE)
+    trace = tl.sum(tl.where(d_D < D, diagonal_D, 0.0), axis=0) * (1.0 / _SQUARE_SCALE)
+    inverse = _reciprocal_or_zero(trace) * (1.0 / _SQUARE_SCALE)
     n_IJ = _tile_product(m_ptr, m_ptr, i_I, j_J, D, BLOCK_I, BLOCK_J, BLOCK_K) * inverse * inverse
     tile = tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
     tiles = tl.num_programs(0) * tl.num_programs(1)
@@ -135,7 +142,7 @@ def _square_tile(
         tl.store(sums_ptr + tile, tl.sum(tl.sum(n_IJ * corr_IJ, axis=1), axis=0))
         tl.store(sums_ptr + tiles + tile, tl.sum(tl.sum(diagonal_IJ, axis=1), axis=0))
     else:
-        _store_halves(out_ptr, offset_IJ, n_IJ * _SQUARE, D)
+        _store_halves(out_ptr, offset_IJ, n_IJ * _SQUARE_SCALE, D)
         tl.store(sums_ptr + 2 * tiles + tile, tl.sum(tl.sum(n_IJ * n_IJ, axis=1), axis=0))
 
 
@@ -314,7 +321,7 @@ class TritonSteps:
         self.corr_DD = corr_DD
         self.features = corr_DD.shape[0]
         self.options = tile_options(self.features)
-        self.blocks = {side: self.options[side] for side in ("BLOCK_I", "BLOCK_J")}
+        self.blocks = {name: self.options[name] for name in ("BLOCK_I", "BLOCK_J")}
         self.grid = tuple(self.features // block for block in self.blocks.values())
         self.block_d = triton.next_power_of_2(self.features)
         tiles = math.prod(self.grid)

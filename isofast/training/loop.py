@@ -79,7 +79,7 @@ def fit(config: Config, run_dir: str | PathLike[str]) -> Summary:
     data = config.data
     recipe = recipe_for(data.dataset, crop=data.crop, augmentation=data.augmentation)
     images = list_images(config)
-    # with gradients where the caller has switched them off, in fp32 where he has another default
+    # with gradients and in fp32, whatever the caller has set
     with torch.inference_mode(False), in_words(config), ExitStack() as stack:
         stack.callback(torch.set_default_dtype, torch.get_default_dtype())
         torch.set_default_dtype(torch.float32)

@@ -3,19 +3,19 @@
 import torch
 from torch import Tensor
 
-from isofast_kernels.matrix_power import DEAD, LOW, SQUARE, SQUARINGS
+from isofast_kernels.matrix_power import DEAD, LOW_SCALE, SQUARE_SCALE, SQUARINGS
 
 
 def halves(x: Tensor) -> tuple[Tensor, Tensor]:
     """The fp16 numbers, in fp32, that stand for x: high + low / 2^11."""
     high = x.half().float()
-    return high, ((x - high) * LOW).half().float()
+    return high, ((x - high) * LOW_SCALE).half().float()
 
 
 def product_of_halves(x: Tensor, y: Tensor) -> Tensor:
     """x @ y as the kernels have it, of three products in fp16."""
     (x_high, x_low), (y_high, y_low) = halves(x), halves(y)
-    return x_high @ y_high + (x_low @ y_high + x_high @ y_low) / LOW
+    return x_high @ y_high + (x_low @ y_high + x_high @ y_low) / LOW_SCALE
 
 
 def truncated_sums(x: Tensor, y: Tensor, restart: int) -> Tensor:
@@ -34,10 +34,10 @@ def truncated_sums(x: Tensor, y: Tensor, restart: int) -> Tensor:
 
 
 def product_on_tensor_cores(x: Tensor, y: Tensor, restart: int = 64) -> Tensor:
-    """The same with their sums: of the highs every `restart` rows, of the others over all."""
+    """product_of_halves with such sums: the highs' restart, the others do not."""
     (x_high, x_low), (y_high, y_low) = halves(x), halves(y)
     lows = truncated_sums(x_low, y_high, len(y)) + truncated_sums(x_high, y_low, len(y))
-    return truncated_sums(x_high, y_high, restart) + lows / LOW
+    return truncated_sums(x_high, y_high, restart) + lows / LOW_SCALE
 
 
 def product_of_highs(x: Tensor, y: Tensor) -> Tensor:
@@ -68,7 +68,7 @@ class TorchSteps:
         scale = reciprocal_or_zero(trace)
         if index == 0:
             m_DD, scale = m_DD * scale, 1.0
-        return self.product(m_DD * SQUARE, m_DD * SQUARE) * (scale / SQUARE) ** 2
+        return self.product(m_DD * SQUARE_SCALE, m_DD * SQUARE_SCALE) * (scale / SQUARE_SCALE) ** 2
 
     def find_largest(self, m_DD, index):
         for square in range(index, SQUARINGS + 1):
