@@ -25,8 +25,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from . import ops  # noqa: F401  (imports the kernel modules in their order)
-from .asymmetric_loss import _asymmetric_loss_kernel
-from .asymmetric_loss import tile_options as loss_tiles
+from .asymmetric_loss import _loss_kernel, _rows_times_w_kernel, product_tiles, row_tiles
 from .augment import _augment_kernel, taps
 from .augment import tile_options as augment_tiles
 from .correlation import _correlation_kernel
@@ -48,7 +47,7 @@ FEATURES = (32, 64, 128, 256, 512, 1024)
 """One D for every tile that a launch may choose."""
 
 RAGGED = (37, 250, 528)
-"""Some D of the losses that no tile divides; above 512 a launch pads rows to a multiple of 16."""
+"""Some D of the losses that no tile divides."""
 
 WIDTHS = (*range(32, 512, 32), *range(512, 1025, 64))
 """Every D up to 1024 of the correlation: a launch pads others to the next."""
@@ -91,7 +90,8 @@ class Usage:
 
 
 KERNELS = {
-    "asymmetric_loss": _asymmetric_loss_kernel,
+    "rows_times_w": _rows_times_w_kernel,
+    "asymmetric_loss": _loss_kernel,
     "correlation": _correlation_kernel,
     "augment": _augment_kernel,
     "normalize": _normalize_kernel,
@@ -125,15 +125,25 @@ def builds(all_widths: bool = False) -> Iterator[Build]:
 
 
 def _loss_builds(features: int, dtype: str) -> Iterator[Build]:
+    gradient = "bf16" if dtype == "bf16" else "fp32"
+    # the plain losses' second product gives the gradient: of fp16 in fp32, as of fp32
+    for kind, out in [(dtype, "fp32"), ("fp32", "bf16")][: 1 + (dtype == "bf16")]:
+        yield _build(
+            f"rows_times_w {kind}{' to bf16' * (out == 'bf16')} D={features}",
+            dict.fromkeys(("x1_ptr", "x2_ptr"), f"*{kind}")
+            | {"w_ptr": "*fp32", "out_ptr": f"*{out}", "count_ptr": "*i32", "B": "i32"},
+            {"D": features, **product_tiles(features)},
+        )
     for metric in ("cosine", "euclidean"):
         for isotropic in (True, False):
             rows = dict.fromkeys(("z1_ptr", "z2_ptr", "target1_ptr", "target2_ptr"), f"*{dtype}")
-            rest = dict.fromkeys(("w_ptr", "loss_ptr", "dz_ptr"), "*fp32")
+            rest = dict.fromkeys(("p_ptr", "loss_ptr", "sum_ptr"), "*fp32")
+            rest |= {"count_ptr": "*i32", "g_ptr": f"*{gradient if isotropic else 'fp32'}"}
             flags = {"EUCLIDEAN": metric == "euclidean", "ISOTROPIC": isotropic}
             yield _build(
                 f"asymmetric_loss {'iso ' if isotropic else ''}{metric} {dtype} D={features}",
                 {**rows, **rest, "scale": "fp32", "B": "i32"},
-                {"D": features, **flags, **loss_tiles(features)},
+                {"D": features, **flags, **row_tiles(features)},
             )
 
 

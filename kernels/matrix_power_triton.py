@@ -64,11 +64,11 @@ def _tile_product(
         y_ptr_KJ = y_ptr + k_K[:, None] * D + j_J[None, :]
         x_IK, x_low_IK = tl.load(x_ptr_IK), tl.load(x_ptr_IK + D * D)
         y_KJ, y_low_KJ = tl.load(y_ptr_KJ), tl.load(y_ptr_KJ + D * D)
-        # added outside the tensor cores, which truncate what they add to an accumulator; the sums
-        # of low halves may lose as much, for they count 2^11 times less
-        high_IJ += tl.dot(x_IK, y_KJ, max_num_imprecise_acc=BLOCK_K)
         left_IJ = tl.dot(x_low_IK, y_KJ, left_IJ)
         right_IJ = tl.dot(x_IK, y_low_KJ, right_IJ)
+        # added outside the tensor cores, which truncate what they add to an accumulator; the sums
+        # of low halves may lose as much, for they count 2^11 times less. Last, or registers spill
+        high_IJ += tl.dot(x_IK, y_KJ, max_num_imprecise_acc=BLOCK_K)
     return high_IJ + (left_IJ + right_IJ) * (1.0 / _LOW_SCALE)
 
 
@@ -298,10 +298,10 @@ def tile_options(features: int) -> dict[str, int]:
     small = features <= 256
     return {
         "BLOCK_I": 16 if small else 32,
-        "BLOCK_J": 32 if small else 64,
+        "BLOCK_J": 32 if features <= 192 else 64,
         "BLOCK_K": 64,
         "num_warps": 4,
-        "num_stages": 4 if small else 2,
+        "num_stages": 3 if small else 2,
     }
 
 

@@ -34,7 +34,7 @@ if HAS_TRITON:
 def _asymmetric_loss(
     zs: list[Tensor], targets: list[Tensor], w: Tensor, metric: str, isotropic: bool
 ) -> tuple[Tensor, Tensor]:
-    """loss, (), and its gradient dz_VBD before the upstream gradient, in fp32 or float64."""
+    """loss, (), in fp32 or float64, and its gradient dz_VBD before the upstream gradient."""
     if runs_triton(*zs, *targets, w):
         with device_of(w):
             return asymmetric_loss_launch(zs, targets, w, metric, isotropic)
@@ -43,16 +43,18 @@ def _asymmetric_loss(
         torch.cat(zs), torch.cat(targets), w, metric=metric, isotropic=isotropic
     )
     rows = zs[0].shape[0]
-    return loss_N.sum() / rows, dz_ND.div_(rows).unflatten(0, (len(zs), rows))
+    dz_ND = dz_ND.div_(rows).to(reference.gradient_dtype(*zs, *targets, w))
+    return loss_N.sum() / rows, dz_ND.unflatten(0, (len(zs), rows))
 
 
 @_asymmetric_loss.register_fake
 def _(
     zs: list[Tensor], targets: list[Tensor], w: Tensor, metric: str, isotropic: bool
 ) -> tuple[Tensor, Tensor]:
-    dtype = reference.accumulation_dtype(*zs, *targets, w)
+    tensors = (*zs, *targets, w)
+    dtype = reference.gradient_dtype(*tensors)
     dz_VBD = zs[0].new_empty((len(zs), *zs[0].shape), dtype=dtype)
-    return zs[0].new_empty((), dtype=dtype), dz_VBD
+    return zs[0].new_empty((), dtype=reference.accumulation_dtype(*tensors)), dz_VBD
 
 
 def _save_gradient(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
@@ -68,8 +70,8 @@ def _scale_gradient(ctx, grad_loss, grad_dz):  # type: ignore[no-untyped-def]
     (dz_VBD,) = ctx.saved_tensors
     if grad_loss is None:
         return [None] * len(dz_VBD), [None] * ctx.target_count, None, None, None
-    # fp32 until here: the upstream gradient may be a loss scale, to be applied before rounding;
-    # all directions at once, for a launch costs more than the numbers
+    # of float16 fp32 until here: the upstream gradient may be a loss scale, to be applied before
+    # rounding; all directions at once, for a launch costs more than the numbers
     dz_VBD = (dz_VBD * grad_loss).to(ctx.z_dtype)
     dzs = [dz_VBD[v] for v in range(len(dz_VBD))]
     return dzs, [None] * ctx.target_count, None, None, None
@@ -167,7 +169,7 @@ def asymmetric_loss_pair(
     metric: str = "cosine",
     isotropic: bool = True,
 ) -> Tensor:
-    """loss(z1 -> t2) + loss(z2 -> t1), each a mean over B, in one launch.
+    """loss(z1 -> t2) + loss(z2 -> t1), each a mean over B, in the launches of one.
 
     Args:
         z1_BD, z2_BD: embeddings of the two views, (B, D), one dtype; both get gradients.

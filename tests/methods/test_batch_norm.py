@@ -44,7 +44,7 @@ def images(side: int, dtype: torch.dtype) -> Tensor:
 
 def results(net: nn.Module, z_ND: Tensor) -> dict[str, Tensor]:
     """Outputs, gradients and running statistics after a backward of a loss that weighs rows."""
-    weight = torch.linspace(-1, 2, z_ND.numel(), dtype=z_ND.dtype).view_as(z_ND)
+    weight = torch.linspace(-1, 2, z_ND.numel(), dtype=z_ND.dtype, device=z_ND.device).view_as(z_ND)
     (z_ND * weight + z_ND.square()).mean().backward()
     found = {"output": z_ND.detach()}
     # the bias before a BatchNorm has no gradient but rounding
