@@ -8,7 +8,7 @@ import shlex
 import sys
 import warnings
 from dataclasses import asdict, fields
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -37,7 +37,11 @@ def main(arguments: list[str] | None = None) -> int:
 def parser_of_all() -> argparse.ArgumentParser:
     """Return the parser of all commands."""
     parser = argparse.ArgumentParser(prog="isofast", description=__doc__)
-    parser.add_argument("--version", action="version", version=f"isofast {version('isofast')}")
+    try:
+        own = version("isofast")
+    except PackageNotFoundError:
+        own = "(a checkout, not installed)"
+    parser.add_argument("--version", action="version", version=f"isofast {own}")
     commands = parser.add_subparsers(dest="command", required=True)
     _add_prepare(commands)
     _add_train(commands)

@@ -46,6 +46,9 @@ SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 FEATURES = (32, 64, 128, 256, 512, 1024)
 """One D for every tile that a launch may choose."""
 
+LOSS_FEATURES = (*FEATURES, 2048)
+"""The same of the losses."""
+
 RAGGED = (37, 250, 528)
 """Some D of the losses that no tile divides."""
 
@@ -112,7 +115,7 @@ def builds(all_widths: bool = False) -> Iterator[Build]:
     """Every kernel with every dtype, tile and flag; with `all_widths`, WIDTHS and RAGGED too."""
     widths = WIDTHS if all_widths else FEATURES
     for dtype in DTYPES:
-        for features in (*FEATURES, *RAGGED) if all_widths else FEATURES:
+        for features in (*LOSS_FEATURES, *RAGGED) if all_widths else LOSS_FEATURES:
             yield from _loss_builds(features, dtype)
         for features in widths:
             for views in (1, 2):

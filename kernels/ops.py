@@ -143,7 +143,7 @@ def asymmetric_loss(
     Args:
         z_BD: embeddings, (B, D), float32, float16 or bfloat16, not normalised. The only argument
             that gets a gradient, computed in float32 and rounded to z's dtype at the end. On
-            the CPU float64 too. On CUDA D is at most 1024.
+            the CPU float64 too.
         target_BD: the stopped side, (B, D), as z.
         w_DD: the predictor, (D, D), symmetric (`matrix_power` gives such), float32.
         metric: "cosine" or "euclidean".

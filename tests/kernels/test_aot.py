@@ -180,8 +180,8 @@ def test_every_kernel_dtype_and_tile_is_listed(all_widths):
     power_widths = len(set(aot.POWER_WIDTHS) & set(aot.WIDTHS if all_widths else aot.FEATURES))
     assert Counter(name.split()[0] for name in names) == {
         # and fp32 to bf16
-        "rows_times_w": (dtypes + 1) * len(aot.FEATURES + aot.RAGGED * all_widths),
-        "asymmetric_loss": 4 * dtypes * len(aot.FEATURES + aot.RAGGED * all_widths),
+        "rows_times_w": (dtypes + 1) * len(aot.LOSS_FEATURES + aot.RAGGED * all_widths),
+        "asymmetric_loss": 4 * dtypes * len(aot.LOSS_FEATURES + aot.RAGGED * all_widths),
         # with and without EMA, of one view and more
         "correlation": 4 * dtypes * widths,
         "normalize": power_widths,
@@ -206,8 +206,8 @@ def test_what_is_launched_is_among_what_is_compiled():
         assert all(0 <= width - d < 64 for d, width in enumerate(widths, 1))
     # a tile of the losses serves every narrower D; those between have masks
     for tiles in (product_tiles, row_tiles):
-        known = [tiles(features) for features in aot.FEATURES]
-        assert all(tiles(features) in known for features in range(1, 1025))
+        known = [tiles(features) for features in aot.LOSS_FEATURES]
+        assert all(tiles(features) in known for features in range(1, 2049))
 
 
 @pytest.mark.parametrize("over", [{"stack": 8}, {"spills": 1}, {"shared": 232_449}], ids=str)

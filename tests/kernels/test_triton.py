@@ -22,7 +22,17 @@ pytestmark = ON_DEVICE
 
 # ragged in B and D, one row, one tile, more than one tile, wide tiles, more losses than are added
 # up at a time
-SHAPES = [(37, 129), (1, 256), (255, 250), (5, 32), (16, 64), (3, 17), (18, 600), (1300, 5)]
+SHAPES = [
+    (37, 129),
+    (1, 256),
+    (255, 250),
+    (5, 32),
+    (16, 64),
+    (3, 17),
+    (18, 600),
+    (1300, 5),
+    (3, 1100),
+]
 # the interpreter takes seconds for the large ones: fp32 is enough for them there
 CASES = [
     pytest.param(*shape, *dtype.values, id=f"{shape[0]}x{shape[1]}-{dtype.id}", marks=dtype.marks)
