@@ -147,7 +147,7 @@ class DataConfig(_Section):
     augmentation: AugmentationConfig = Field(default_factory=dict, validate_default=True)
     """Random transforms; preset: the data set's."""
     threads: int | None = Field(None, ge=1, json_schema_extra=FREE)
-    """Decoding threads a rank; null shares the machine's cores among its ranks."""
+    """Decoding threads or processes a rank; null shares the machine's cores among its ranks."""
     prefetch: int = Field(2, ge=1, le=16, json_schema_extra=FREE)
     """Batches prepared ahead by dali."""
     stall_seconds: float = Field(300.0, gt=0, json_schema_extra=FREE)

@@ -6,11 +6,10 @@ The decoder that reads a file in training judges it: DALI, or Pillow for residen
 import functools
 import importlib.util
 import io
-import itertools
 import os
 import threading
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import replace
 from typing import BinaryIO, Literal
 
@@ -20,6 +19,7 @@ from tqdm import tqdm
 
 from isofast.data.checked import Entry, read_known, write_known
 from isofast.data.folder import NAMED, ImageFolder, fingerprint_of, printable, some_of
+from isofast.data.parallel import in_processes, in_threads
 from isofast.errors import UserError
 
 Check = Literal["full", "headers", "off"]
@@ -28,8 +28,6 @@ Decoder = Literal["dali", "pillow"]
 
 # MPO is a JPEG with further pictures behind the first, as many cameras write it
 _FORMATS = ("PNG", "JPEG", "MPO")
-# enough to outweigh handing a task to a thread, few enough to stop soon
-_FILES_A_TASK = 16
 _REMEDY = (
     "Replace or delete these files (download a damaged archive again), or leave them out with "
     "data.on_bad_image=skip (`isofast prepare`: --on-bad-image skip), then start again"
@@ -60,6 +58,7 @@ def check_folder(
     Raises:
         UserError: unreadable files, named; with "skip" only if a class, or the whole set, has no
             image left.
+        RunError: a process that decodes was killed.
     """
     if check == "off":
         return dataset
@@ -71,13 +70,12 @@ def check_folder(
         for path, stamp in zip(dataset.paths, stamps, strict=True)
     ]
     pending = [k for k, entry in enumerate(entries) if entry is None]
-    pieces = [pending[k : k + _FILES_A_TASK] for k in range(0, len(pending), _FILES_A_TASK)]
-    # decoding releases the interpreter's lock, so threads scale
-    pool = ThreadPoolExecutor(min(16, os.cpu_count() or 1))
-    try:
-        judged = pool.map(lambda piece: [_judge(dataset, k, judge) for k in piece], pieces)
+    # a forked process cannot use DALI
+    spread = in_threads if judge == "dali" else in_processes
+    cores = min(16, len(os.sched_getaffinity(0)))
+    with closing(spread(lambda k: _judge(dataset, k, judge), pending, cores)) as judged:
         bar = tqdm(
-            itertools.chain.from_iterable(judged),
+            judged,
             desc=f"checking {dataset.split} images",
             total=len(pending),
             unit="image",
@@ -86,8 +84,6 @@ def check_folder(
         )
         for k, entry in zip(pending, bar, strict=True):
             entries[k] = entry
-    finally:
-        pool.shutdown(cancel_futures=True)
     found = [entry for entry in entries if entry is not None]
     lasting = {path: e for path, e in zip(dataset.paths, found, strict=True) if e.judge}
     if lasting != known:

@@ -8,6 +8,8 @@ torchvision.io crashes the process at a PNG with a wrong checksum (torchvision 0
 import io
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from itertools import islice
 
 import numpy as np
 import numpy.typing as npt
@@ -19,13 +21,16 @@ from tqdm import tqdm
 from isofast.data.checked import undecodable
 from isofast.data.draw import Chunk, Ints, ViewDraw
 from isofast.data.folder import ImageFolder, read_files
+from isofast.data.parallel import in_processes, in_threads
 from isofast.data.recipe import Recipe
 from isofast.errors import UserError
 from isofast_kernels import augment_views
 from isofast_kernels.augment_reference import COLUMNS
 
 CHANNELS = 3
-_DECODED_AT_ONCE = 256
+_COPIED_AT_ONCE = 64
+# bytes; beyond, copying images between processes costs more than sharing a lock
+_LARGE = 1 << 17
 # longer than so many times its width
 _STRIP = 16
 
@@ -153,6 +158,7 @@ def decode_images(
 
     Args:
         device: where they go.
+        threads: threads, or processes for small images, that decode.
         progress: show a bar on stderr.
         transform: applied to each (H, W, 3); all results have one size.
 
@@ -161,20 +167,27 @@ def decode_images(
 
     Raises:
         UserError: they do not fit the device's memory.
-        RunError: a file has changed since it was checked, or Pillow refuses it.
+        RunError: a file has changed since it was checked, Pillow refuses it, or a process that
+            decodes was killed.
     """
 
-    def decode(index: int) -> npt.NDArray[np.uint8]:
+    def decode(index: int) -> npt.NDArray[np.uint8] | str:
         (content,) = read_files(dataset, [index])
         try:
             with Image.open(io.BytesIO(content)) as image:
                 image_HW3 = rgb(image)
         except Exception as error:
-            message = f"Pillow cannot decode {dataset.where(index)} ({error})"
-            raise undecodable(dataset, [index], message) from error
+            return f"Pillow cannot decode {dataset.where(index)} ({error})"
         return image_HW3 if transform is None else transform(image_HW3)
 
-    shape = (len(indices), *decode(indices[0]).shape)
+    def good(index: int, image: npt.NDArray[np.uint8] | str) -> npt.NDArray[np.uint8]:
+        if isinstance(image, str):
+            raise undecodable(dataset, [index], image)
+        return image
+
+    index_N = indices.tolist()
+    first = good(index_N[0], decode(index_N[0]))
+    shape = (len(index_N), *first.shape)
     try:
         images_NHW3 = torch.empty(shape, dtype=torch.uint8, device=device)
     except RuntimeError as error:
@@ -183,8 +196,9 @@ def decode_images(
             f"{resident_gb(*shape[:3]):.2f} GB for {len(indices):,} decoded images cannot be had "
             f"on {device}; use --set data.backend=dali"
         ) from error
+    spread = in_threads if first.nbytes > _LARGE else in_processes
     with (
-        ThreadPoolExecutor(threads, "isofast-decode") as pool,
+        closing(spread(decode, index_N, threads)) as decoded,
         # disable=None: no bar where there is no terminal
         tqdm(
             desc=f"decoding {dataset.split} images",
@@ -193,8 +207,9 @@ def decode_images(
             disable=None if progress else True,
         ) as bar,
     ):
-        for start in range(0, len(indices), _DECODED_AT_ONCE):
-            piece = [*pool.map(decode, indices[start : start + _DECODED_AT_ONCE])]
+        images = map(good, index_N, decoded)
+        for start in range(0, len(index_N), _COPIED_AT_ONCE):
+            piece = [*islice(images, _COPIED_AT_ONCE)]
             images_NHW3[start : start + len(piece)] = torch.from_numpy(np.stack(piece))
             bar.update(len(piece))
     return images_NHW3

@@ -4,12 +4,11 @@ import csv
 import io
 import os
 import time
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
-from itertools import chain
+from itertools import islice
 from pathlib import Path
 from typing import BinaryIO
 
@@ -22,6 +21,7 @@ from tqdm import tqdm
 
 from isofast.data import Recipe
 from isofast.data.files import check_output, write_atomically
+from isofast.data.parallel import in_processes
 from isofast.data.resident import clean_image, normalised, rgb
 from isofast.data.shards import PICTURES, open_member, read_index
 from isofast.errors import UserError
@@ -31,10 +31,6 @@ Pixels = npt.NDArray[np.uint8]
 
 _SUFFIXES = (".npz", ".csv", ".pt")
 _BATCH = 128
-# batches decoded while the network works
-_AHEAD = 2
-# enough to outweigh handing a task to a thread
-_FILES_A_TASK = 16
 
 
 @dataclass(frozen=True)
@@ -63,6 +59,7 @@ def embed(source: Path, folder: Path, output: Path) -> Embedded:
 
     Raises:
         UserError: there is no encoder, no readable picture, or ``output`` cannot be written.
+        RunError: a process that decodes was killed.
     """
     if output.suffix not in _SUFFIXES:
         raise UserError(f"--output {output} must be named {', '.join(_SUFFIXES)}")
@@ -173,7 +170,11 @@ def _fail(error: Exception) -> BinaryIO:
 def decoded(
     pictures: Mapping[str, Callable[[], BinaryIO]], recipe: Recipe
 ) -> Iterator[tuple[Sequence[str], list[Pixels | str]]]:
-    """Yield batches of names with their clean images (crop, crop, 3), or why one is unreadable."""
+    """Yield batches of names with their clean images (crop, crop, 3), or why one is unreadable.
+
+    Raises:
+        RunError: a process that decodes was killed.
+    """
 
     def decode(name: str) -> Pixels | str:
         try:
@@ -187,17 +188,10 @@ def decoded(
         except Exception as error:
             return str(error) or type(error).__name__
 
-    def submit(batch: Sequence[str]) -> Iterator[list[Pixels | str]]:
-        pieces = [batch[k : k + _FILES_A_TASK] for k in range(0, len(batch), _FILES_A_TASK)]
-        return pool.map(lambda names: [*map(decode, names)], pieces)
-
     names = [*pictures]
-    batches = [names[k : k + _BATCH] for k in range(0, len(names), _BATCH)]
-    with ThreadPoolExecutor(len(os.sched_getaffinity(0)), "isofast-decode") as pool:
-        pending = deque(map(submit, batches[:_AHEAD]))
-        for k, batch in enumerate(batches):
-            pending.extend(map(submit, batches[k + _AHEAD : k + _AHEAD + 1]))
-            yield batch, [*chain.from_iterable(pending.popleft())]
+    with closing(in_processes(decode, names, len(os.sched_getaffinity(0)))) as images:
+        for k in range(0, len(names), _BATCH):
+            yield names[k : k + _BATCH], [*islice(images, _BATCH)]
 
 
 def _write(path: Path, h_NF: npt.NDArray[np.float32], names: list[str]) -> None:

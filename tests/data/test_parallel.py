@@ -1,0 +1,68 @@
+"""Work in processes and threads: order, errors as they are, nothing left behind."""
+
+import multiprocessing
+import os
+import signal
+
+import pytest
+
+from isofast.data.parallel import in_processes, in_threads
+from isofast.errors import RunError, UserError
+
+
+@pytest.mark.parametrize("spread", [in_processes, in_threads])
+def test_results_come_in_order(spread):
+    items = list(range(1000))
+    assert list(spread(lambda k: k * k, items, 3)) == [k * k for k in items]
+    assert list(spread(str, [], 3)) == []
+
+
+def test_processes_are_others_where_it_pays():
+    assert os.getpid() not in set(in_processes(lambda _: os.getpid(), range(100), 2))
+    assert set(in_processes(lambda _: os.getpid(), range(5), 2)) == {os.getpid()}
+
+
+@pytest.mark.parametrize("spread", [in_processes, in_threads])
+def test_an_error_comes_as_it_is(spread):
+    def refuse(k):
+        if k == 500:
+            raise UserError("no 500")
+        return k
+
+    with pytest.raises(UserError, match=r"^no 500$"):
+        list(spread(refuse, range(1000), 2))
+    assert multiprocessing.active_children() == []
+
+
+def test_a_killed_process_is_told():
+    def work(k):
+        if k == 500:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    with pytest.raises(RunError, match=r"was killed.*memory.*data\.threads"):
+        list(in_processes(work, range(1000), 2))
+
+
+def test_who_takes_no_more_leaves_nothing_behind():
+    results = in_processes(str, range(100_000), 2)
+    assert next(results) == "0"
+    assert len(multiprocessing.active_children()) == 2
+    results.close()
+    assert multiprocessing.active_children() == []
+
+
+def test_processes_end_with_the_caller():
+    def outer(writer):
+        results = in_processes(lambda _: os.getpid(), range(100_000), 2)
+        writer.send(next(results))
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    fork = multiprocessing.get_context("fork")
+    reader, writer = fork.Pipe(duplex=False)
+    caller = fork.Process(target=outer, args=(writer,))
+    caller.start()
+    writer.close()
+    assert reader.recv() != caller.pid
+    # ends when nobody has it open any more: neither the caller nor its processes
+    with pytest.raises(EOFError):
+        assert reader.poll(10) and reader.recv()
