@@ -5,7 +5,7 @@
 prints a row a kernel and target: registers a thread, spilling instructions (LDL and STL in the
 machine code), stack and shared memory. Exits 1 when a kernel spills, has a stack or asks for more
 shared memory than a block of its target has. Kernels are compiled as a launch would: with the
-tiles of `tile_options`, pointers aligned to 16 bytes, sizes fixed and B unknown.
+tiles of a launch, pointers aligned to 16 bytes, sizes fixed and B unknown.
 """
 
 import argparse
@@ -128,20 +128,17 @@ def builds(all_widths: bool = False) -> Iterator[Build]:
 
 
 def _loss_builds(features: int, dtype: str) -> Iterator[Build]:
-    gradient = "bf16" if dtype == "bf16" else "fp32"
-    # the plain losses' second product gives the gradient: of fp16 in fp32, as of fp32
-    for kind, out in [(dtype, "fp32"), ("fp32", "bf16")][: 1 + (dtype == "bf16")]:
-        yield _build(
-            f"rows_times_w {kind}{' to bf16' * (out == 'bf16')} D={features}",
-            dict.fromkeys(("x1_ptr", "x2_ptr"), f"*{kind}")
-            | {"w_ptr": "*fp32", "out_ptr": f"*{out}", "count_ptr": "*i32", "B": "i32"},
-            {"D": features, **product_tiles(features)},
-        )
+    yield _build(
+        f"rows_times_w {dtype} D={features}",
+        dict.fromkeys(("x1_ptr", "x2_ptr"), f"*{dtype}")
+        | {"w_ptr": "*fp32", "out_ptr": "*fp32", "count_ptr": "*i32", "B": "i32"},
+        {"D": features, **product_tiles(features)},
+    )
     for metric in ("cosine", "euclidean"):
         for isotropic in (True, False):
             rows = dict.fromkeys(("z1_ptr", "z2_ptr", "target1_ptr", "target2_ptr"), f"*{dtype}")
-            rest = dict.fromkeys(("p_ptr", "loss_ptr", "sum_ptr"), "*fp32")
-            rest |= {"count_ptr": "*i32", "g_ptr": f"*{gradient if isotropic else 'fp32'}"}
+            rest = dict.fromkeys(("p_ptr", "loss_ptr", "sum_ptr", "g_ptr"), "*fp32")
+            rest["count_ptr"] = "*i32"
             flags = {"EUCLIDEAN": metric == "euclidean", "ISOTROPIC": isotropic}
             yield _build(
                 f"asymmetric_loss {'iso ' if isotropic else ''}{metric} {dtype} D={features}",

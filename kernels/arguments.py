@@ -8,6 +8,8 @@ from torch import Tensor
 from . import augment_reference, reference
 
 KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+MAX_FEATURES = 8192
+"""Of the losses on CUDA: what the registers of a block hold."""
 
 
 def check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
@@ -65,6 +67,11 @@ def check_loss_arguments(
     check_choice("metric", metric, reference.METRICS)
     check_square("w_DD", w_DD)
     first = next(iter(zs.values()))
+    if first.is_cuda and first.shape[-1] > MAX_FEATURES:
+        raise ValueError(
+            f"D is {first.shape[-1]}; on CUDA the losses take at most {MAX_FEATURES} features. Use "
+            "isofast_kernels.reference.losses_reference for wider embeddings."
+        )
     for name, x_BD in (zs | targets).items():
         check_rows(name, x_BD)
         if x_BD.shape != first.shape:

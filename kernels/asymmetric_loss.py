@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .reference import NORM_FLOOR, gradient_dtype
+from .reference import NORM_FLOOR
 
 _NORM_FLOOR = tl.constexpr(NORM_FLOOR)
 
@@ -215,8 +215,9 @@ def row_tiles(features: int) -> dict[str, int]:
     return {
         "BLOCK_B": max(1, 1024 // block_d),
         "BLOCK_D": block_d,
-        "BLOCK_N": 1024,
+        "BLOCK_N": 2048,
         "num_warps": 4,
+        "num_stages": 1,
     }
 
 
@@ -233,8 +234,8 @@ def asymmetric_loss_launch(
         isotropic: the IsoLoss of that metric.
 
     Returns:
-        loss, (), the sum over directions of the mean over B, float32, and dz_VBD, (V, B, D), its
-        gradient in each z, bfloat16 if z is, else float32.
+        loss, (), the sum over directions of the mean over B, and dz_VBD, (V, B, D), its gradient
+        in each z; both float32.
     """
     rows, features = zs[0].shape
     directions = len(zs)
@@ -247,7 +248,7 @@ def asymmetric_loss_launch(
 
     count = empty(dtype=torch.int32)
     p_VBD = empty(directions, rows, features)
-    dz_VBD = torch.empty_like(p_VBD, dtype=gradient_dtype(zs[0]))
+    dz_VBD = empty(directions, rows, features)
     loss, loss_VB = empty(), empty(directions, rows)
 
     def times_w(xs: list[Tensor] | Tensor, out_VBD: Tensor) -> None:

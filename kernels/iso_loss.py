@@ -18,7 +18,7 @@ class IsoLoss(nn.Module):
     DirectCopy.
 
     Args:
-        dim: D.
+        dim: D, at most 8192 on a GPU.
         alpha: power of C.
         eps: shift of the eigenvalues before the power; the released code has 0.25 at alpha 1.
         decay: weight that C keeps each step; the paper has 0.998, its code 0.5 without EMA.

@@ -34,7 +34,7 @@ if HAS_TRITON:
 def _asymmetric_loss(
     zs: list[Tensor], targets: list[Tensor], w: Tensor, metric: str, isotropic: bool
 ) -> tuple[Tensor, Tensor]:
-    """loss, (), in fp32 or float64, and its gradient dz_VBD before the upstream gradient."""
+    """loss, (), and its gradient dz_VBD before the upstream gradient, in fp32 or float64."""
     if runs_triton(*zs, *targets, w):
         with device_of(w):
             return asymmetric_loss_launch(zs, targets, w, metric, isotropic)
@@ -43,18 +43,16 @@ def _asymmetric_loss(
         torch.cat(zs), torch.cat(targets), w, metric=metric, isotropic=isotropic
     )
     rows = zs[0].shape[0]
-    dz_ND = dz_ND.div_(rows).to(reference.gradient_dtype(*zs, *targets, w))
-    return loss_N.sum() / rows, dz_ND.unflatten(0, (len(zs), rows))
+    return loss_N.sum() / rows, dz_ND.div_(rows).unflatten(0, (len(zs), rows))
 
 
 @_asymmetric_loss.register_fake
 def _(
     zs: list[Tensor], targets: list[Tensor], w: Tensor, metric: str, isotropic: bool
 ) -> tuple[Tensor, Tensor]:
-    tensors = (*zs, *targets, w)
-    dtype = reference.gradient_dtype(*tensors)
+    dtype = reference.accumulation_dtype(*zs, *targets, w)
     dz_VBD = zs[0].new_empty((len(zs), *zs[0].shape), dtype=dtype)
-    return zs[0].new_empty((), dtype=reference.accumulation_dtype(*tensors)), dz_VBD
+    return zs[0].new_empty((), dtype=dtype), dz_VBD
 
 
 def _save_gradient(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
@@ -70,8 +68,8 @@ def _scale_gradient(ctx, grad_loss, grad_dz):  # type: ignore[no-untyped-def]
     (dz_VBD,) = ctx.saved_tensors
     if grad_loss is None:
         return [None] * len(dz_VBD), [None] * ctx.target_count, None, None, None
-    # of float16 fp32 until here: the upstream gradient may be a loss scale, to be applied before
-    # rounding; all directions at once, for a launch costs more than the numbers
+    # fp32 until here: the upstream gradient may be a loss scale, to be applied before rounding;
+    # all directions at once, for a launch costs more than the numbers
     dz_VBD = (dz_VBD * grad_loss).to(ctx.z_dtype)
     dzs = [dz_VBD[v] for v in range(len(dz_VBD))]
     return dzs, [None] * ctx.target_count, None, None, None
@@ -143,7 +141,7 @@ def asymmetric_loss(
     Args:
         z_BD: embeddings, (B, D), float32, float16 or bfloat16, not normalised. The only argument
             that gets a gradient, computed in float32 and rounded to z's dtype at the end. On
-            the CPU float64 too.
+            the CPU float64 too. On CUDA D is at most 8192.
         target_BD: the stopped side, (B, D), as z.
         w_DD: the predictor, (D, D), symmetric (`matrix_power` gives such), float32.
         metric: "cosine" or "euclidean".

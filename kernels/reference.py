@@ -23,14 +23,6 @@ def accumulation_dtype(*tensors: Tensor) -> torch.dtype:
     return torch.float64 if wide else torch.float32
 
 
-def gradient_dtype(z: Tensor, *others: Tensor) -> torch.dtype:
-    """Of the gradient in z before the upstream one, which may be a loss scale: z's if bfloat16.
-
-    float16 has not the range.
-    """
-    return z.dtype if z.dtype == torch.bfloat16 else accumulation_dtype(z, *others)
-
-
 @contextmanager
 def full_precision() -> Iterator[None]:
     """Autocast off: it would round these products to bf16, C and W included."""

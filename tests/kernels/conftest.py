@@ -9,7 +9,7 @@ from isofast_kernels.dispatch import INTERPRET
 
 from .cases import TRITON
 
-GUARD = 256
+GUARD = 4096
 """Elements of NaN on either side of a guarded tensor; keeps the alignment kernels rely on."""
 
 
