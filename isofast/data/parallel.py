@@ -1,31 +1,46 @@
 """A function over many items, by processes or threads, in the order of the items.
 
-Pillow decodes small pictures under Python's lock, so that only processes make it faster.
+Pillow decodes small pictures under Python's lock, so that only processes make it faster. They have
+a pipe each, which ends with the one that writes it and breaks with the one that reads.
 """
 
+import contextlib
 import ctypes
+import gc
 import multiprocessing
 import os
 import signal
 import warnings
 from collections import deque
-from collections.abc import Callable, Generator, Sequence
-from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from functools import partial
-from typing import Any, TypeVar
+from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import islice
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
+from typing import Any, NamedTuple, TypeVar
+
+import torch
 
 from isofast.errors import RunError
 
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
 
-# enough to outweigh handing it to a process or thread
+_FORK = multiprocessing.get_context("fork")
+# for which a process or a message pays
 _PIECE = 16
-_PR_SET_PDEATHSIG = 1
+# results that wait for the caller, of all processes together: a batch of `isofast embed`
+_READY = 128
 
-# of this process, which was forked for it
-_function: Callable[[Any], Any]
+
+# glibc's M_TRIM_THRESHOLD and M_MMAP_THRESHOLD, in bytes
+_MALLOPT = {-1: 128 << 20, -3: 32 << 20}
+
+
+class _Raised(NamedTuple):
+    """In the place of a result; without an error where the process has ended."""
+
+    error: Exception | None = None
 
 
 def in_processes(
@@ -33,71 +48,128 @@ def in_processes(
 ) -> Generator[_Result, None, None]:
     """Yield ``function`` of each item, in order; of few items in the caller's own process.
 
-    The processes are forked: ``function`` need not be pickled. They end with the generator and with
-    the caller, and work a few dozen items ahead each.
+    The processes are forked, so that only results are pickled. They end with the generator and with
+    the caller, and are a few hundred items ahead of it at most.
 
     Args:
-        function: for the CPU; it must use neither CUDA nor DALI. What it returns or raises is
-            pickled.
+        function: for the CPU; it must not use CUDA or DALI.
         processes: how many, at most.
 
     Raises:
         RunError: a process was killed.
+        Exception: what ``function`` raises, where its result would be.
     """
     processes = min(processes, -(-len(items) // _PIECE))
     if processes < 2 or multiprocessing.current_process().daemon:
         yield from map(function, items)
         return
-    begin = _begin, (function, os.getpid())
-    pool = ProcessPoolExecutor(processes, multiprocessing.get_context("fork"), *begin)
+    readers: list[Any] = []
+    workers: list[BaseProcess] = []
     try:
-        with warnings.catch_warnings():
-            # of locks that other threads hold (Python 3.12): nothing here takes one of theirs
-            warnings.filterwarnings("ignore", "This process .* multi-threaded", DeprecationWarning)
-            yield from _in_order(pool, _results, items, processes)
-    except BrokenProcessPool as error:
-        raise RunError(
-            "a process that reads images was killed, most often for want of memory: free some, or "
-            "take fewer processes (data.threads, or `taskset` ahead of the command), and give the "
-            "same command again"
-        ) from error
+        with _forking():
+            for first in range(processes):
+                reader, writer = _FORK.Pipe(duplex=False)
+                readers.append(reader)
+                results = _results(function, items[first::processes], os.getpid())
+                work = (results, -(-_READY // processes), readers, writer)
+                workers.append(_FORK.Process(target=_work, args=work, daemon=True))
+                workers[-1].start()
+                writer.close()
+        held: dict[Any, deque[Any]] = {reader: deque() for reader in readers}
+        for k in range(len(items)):
+            due = held[readers[k % processes]]
+            while not due:
+                for ready in wait([reader for reader in readers if not held[reader]]):
+                    held[ready] += _received(ready)
+            result = due.popleft()
+            if isinstance(result, _Raised):
+                raise result.error or _ended(workers[k % processes])
+            yield result
+    finally:
+        for reader in readers:
+            reader.close()
+        for worker in workers:
+            worker.kill()
+            worker.join()
 
 
 def in_threads(
     function: Callable[[_Item], _Result], items: Sequence[_Item], threads: int
 ) -> Generator[_Result, None, None]:
-    """Yield the same, for what cannot be forked and for large results, which are not copied."""
+    """Yield the same; for what must not be forked, and for large results, which are not copied."""
+    piece = max(1, min(_PIECE, len(items) // threads))
     pool = ThreadPoolExecutor(threads, "isofast-work")
-    yield from _in_order(pool, partial(_results, function=function), items, threads)
-
-
-def _in_order(
-    pool: Executor, work: Callable[[Sequence[_Item]], list[Any]], items: Sequence[_Item], ahead: int
-) -> Generator[Any, None, None]:
-    futures: deque[Future[list[Any]]] = deque()
+    ahead: deque[Future[list[_Result]]] = deque()
     try:
-        for k in range(0, len(items), _PIECE):
-            futures.append(pool.submit(work, items[k : k + _PIECE]))
-            if len(futures) > 2 * ahead:
-                yield from futures.popleft().result()
-        while futures:
-            yield from futures.popleft().result()
+        for k in range(0, len(items), piece):
+            ahead.append(pool.submit(lambda some: [*map(function, some)], items[k : k + piece]))
+            if len(ahead) > 2 * threads:
+                yield from ahead.popleft().result()
+        while ahead:
+            yield from ahead.popleft().result()
     finally:
         pool.shutdown(cancel_futures=True)
 
 
-def _begin(function: Callable[[Any], Any], parent: int) -> None:
-    global _function
-    _function = function
-    # the caller's affairs: Ctrl-C, and what its handlers do
+@contextlib.contextmanager
+def _forking() -> Iterator[None]:
+    # Ctrl-C is the caller's affair, and stays held back in what is forked
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        with warnings.catch_warnings():
+            # Python 3.12 on locks that other threads hold; nothing here takes one of theirs
+            warnings.filterwarnings("ignore", "This process .* multi-threaded", DeprecationWarning)
+            yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _work(results: Iterator[object], ready: int, readers: list[Any], writer: Connection) -> None:
+    # the caller hears of signals to itself through this
     signal.set_wakeup_fd(-1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    # nobody else would end this process if the caller is killed
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:
-        os._exit(1)
+    for reader in readers:
+        reader.close()
+    # what the caller no longer needs may belong to a GPU
+    gc.freeze()
+    # OpenMP's threads do not survive a fork
+    torch.set_num_threads(1)
+    # a third of a photograph's time goes into pages that were just given back to the system
+    with contextlib.suppress(AttributeError):
+        for parameter, value in _MALLOPT.items():
+            ctypes.CDLL(None).mallopt(parameter, value)
+    with contextlib.suppress(BrokenPipeError, KeyboardInterrupt):
+        while some := [*islice(results, ready)]:
+            for k in range(0, len(some), _PIECE):
+                writer.send(some[k : k + _PIECE])
 
 
-def _results(items: Sequence[Any], function: Callable[[Any], Any] | None = None) -> list[Any]:
-    return [*map(function or _function, items)]
+def _results(
+    function: Callable[[_Item], object], items: Sequence[_Item], parent: int
+) -> Iterator[object]:
+    for item in items:
+        if os.getppid() != parent:
+            return
+        try:
+            yield function(item)
+        except Exception as error:
+            yield _Raised(error)
+            return
+
+
+def _received(reader: Any) -> list[Any]:
+    try:
+        return list(reader.recv())
+    # EOFError between two messages, OSError within one
+    except (EOFError, OSError):
+        return [_Raised()]
+
+
+def _ended(worker: BaseProcess) -> RunError:
+    worker.join()
+    code = worker.exitcode or 0
+    how = f"was killed (signal {-code})" if code < 0 else f"ended (exit code {code})"
+    return RunError(
+        f"a process that reads images {how}, most often for want of memory: free some, or take "
+        "fewer processes (data.threads, or `taskset` ahead of the command), and give the same "
+        "command again"
+    )

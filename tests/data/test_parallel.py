@@ -66,3 +66,14 @@ def test_processes_end_with_the_caller():
     # ends when nobody has it open any more: neither the caller nor its processes
     with pytest.raises(EOFError):
         assert reader.poll(10) and reader.recv()
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_one_killed_in_the_middle_of_a_result_is_told(seed):
+    """Which is larger than a pipe holds, and of which the caller has read the beginning."""
+    results = in_processes(lambda k: bytes(1_000_000), range(2000), 2)
+    for _ in range(20 + seed):
+        next(results)
+    os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
+    with pytest.raises(RunError, match="was killed"):
+        list(results)
