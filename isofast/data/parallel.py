@@ -1,7 +1,9 @@
 """A function over many items, by processes or threads, in the order of the items.
 
 Pillow decodes small pictures under Python's lock, so that only processes make it faster. They have
-a pipe each, which ends with the one that writes it and breaks with the one that reads.
+a pipe each, which ends with the one that writes it and breaks with the one that reads: with the one
+pipe of concurrent.futures for all, a process killed within a message left the caller waiting, and
+DataLoader told of it by an error in whatever code of the caller's was running.
 """
 
 import contextlib
@@ -31,8 +33,6 @@ _FORK = multiprocessing.get_context("fork")
 _PIECE = 16
 # results that wait for the caller, of all processes together: a batch of `isofast embed`
 _READY = 128
-
-
 # glibc's M_TRIM_THRESHOLD and M_MMAP_THRESHOLD, in bytes
 _MALLOPT = {-1: 128 << 20, -3: 32 << 20}
 

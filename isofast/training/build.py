@@ -22,6 +22,7 @@ from isofast.training.optim import load_optimizer_state, make_optimizer
 from isofast.training.parallel import make_engine, restore_engine
 from isofast.training.parts import part
 from isofast.training.step import Online, StepOutput
+from isofast_kernels.arguments import MAX_FEATURES
 from isofast_kernels.matrix_power import runs_by_products
 
 State = dict[str, Any]
@@ -146,9 +147,17 @@ def build(config: Config, world: World, classes: int) -> TrainState:
         config: the run's.
         world: this process among its peers.
         classes: outputs of the probe.
+
+    Raises:
+        UserError: the embeddings are wider than the kernels take.
     """
     torch.manual_seed(config.seed)
     cuda = world.device.type == "cuda"
+    if cuda and config.projector.output > MAX_FEATURES:
+        raise UserError(
+            f"projector.output is {config.projector.output}; on a GPU the losses take at most "
+            f"{MAX_FEATURES}. Set projector.output to that or less (the paper has 256)"
+        )
     torch.backends.cudnn.benchmark = cuda
     side = recipe_for(config.data.dataset, crop=config.data.crop).crop
     synchronised = synchronises_batch_norm(config, world)
