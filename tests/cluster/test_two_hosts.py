@@ -149,7 +149,7 @@ def test_a_rank_that_hangs_ends_the_run(config, tmp_path):
     """The one that keeps the ranks' addresses, or another; two runs side by side."""
     hung, started = [], []
     for rank in (0, 1):
-        command = command_of(config, tmp_path / str(rank), ranks=2)
+        command = command_of(config, tmp_path / str(rank), ranks=4)
         started.append(
             subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment())
         )
