@@ -1,15 +1,16 @@
-"""Time `isofast embed` beside its two halves: decoding the pictures, and the network.
+"""Time `isofast embed` beside its two halves, decoding and the network, and training's loader.
 
     python bench/embed.py [--images 10000] [--width 16] [--rounds 5]
 
 The pictures are JPEGs of 64 pixels cut from two photographs, the encoder a ResNet-18 with the tiny
 stem. Decoding is the command's own, as far as the pixels that the network takes; the network alone
-gets them decoded. On a GPU the command should take as long as the slower half; on a CPU both halves
-share the cores, and idle ones alone let it take less than their sum. Each round times every
+gets them decoded; the loader makes both views of as many pictures. On a GPU the command should take
+as long as the slower half, on a CPU as both together. Each round times every
 contender once, in rotating order. Results go to bench/results/embed-NNN.csv and .png.
 """
 
 import argparse
+import os
 import statistics
 import sys
 import tempfile
@@ -24,7 +25,8 @@ from harness import Contender, Work
 from safetensors.torch import save_file
 
 from isofast.config.schema import EncoderConfig
-from isofast.data import recipe_for
+from isofast.data import TrainLoader, check_folder, open_dataset, recipe_for
+from isofast.data.check import has_dali
 from isofast.evaluation.embed import decoded, embed, features, list_pictures
 from isofast.evaluation.encoders import read_encoder
 from isofast.methods.networks import make_encoder
@@ -42,21 +44,38 @@ def contenders(folder: Path, width: int) -> list[Contender]:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     module.to(device).to(memory_format=torch.channels_last)
     pictures = list_pictures(folder)
-    batches = [np.stack(images) for _, images in decoded(pictures, recipe)]
+    pixels_NHW3 = np.stack([*decoded(pictures, recipe)])
 
     def decode() -> None:
         for _ in decoded(pictures, recipe):
             pass
 
     def forward() -> None:
-        for pixels_BHW3 in batches:
-            features(module, recipe, pixels_BHW3, device)
+        features(module, recipe, pixels_NHW3, device)
 
-    return [
+    found = [
         Contender("decode and resize", decode),
         Contender("network", forward),
         Contender("isofast embed", lambda: embed(source, folder, folder / "features.npz")),
     ]
+    if not has_dali():
+        return found
+    loader = TrainLoader(
+        "dali",
+        check_folder(open_dataset(folder, "train")),
+        recipe,
+        batch_size=100,
+        seed=0,
+        device=device,
+        threads=len(os.sched_getaffinity(0)),
+        resident_limit_gb=0.0,
+    )
+
+    def load() -> None:
+        for _ in range(len(pictures) // 100):
+            next(loader)
+
+    return [*found, Contender("training's loader, DALI, two views", load)]
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -72,7 +91,8 @@ def main(arguments: list[str] | None = None) -> int:
         generate(Path(name), SIDE, options.images)
         found = contenders(Path(name), options.width)
         for turn in range(options.rounds):
-            for contender in found[turn % 3 :] + found[: turn % 3]:
+            first = turn % len(found)
+            for contender in found[first:] + found[:first]:
                 began = time.perf_counter()
                 contender.call()
                 contender.times_ms.append((time.perf_counter() - began) * 1e3)

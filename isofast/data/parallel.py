@@ -29,10 +29,9 @@ _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
 
 _FORK = multiprocessing.get_context("fork")
-# for which a process or a message pays
 _PIECE = 16
-# results that wait for the caller, of all processes together: a batch of `isofast embed`
-_READY = 128
+# messages' worth of results that wait for the caller, of all processes together
+_READY = 8
 # glibc's M_TRIM_THRESHOLD and M_MMAP_THRESHOLD, in bytes
 _MALLOPT = {-1: 128 << 20, -3: 32 << 20}
 
@@ -44,7 +43,11 @@ class _Raised(NamedTuple):
 
 
 def in_processes(
-    function: Callable[[_Item], _Result], items: Sequence[_Item], processes: int
+    function: Callable[[_Item], _Result],
+    items: Sequence[_Item],
+    processes: int,
+    *,
+    piece: int = _PIECE,
 ) -> Generator[_Result, None, None]:
     """Yield ``function`` of each item, in order; of few items in the caller's own process.
 
@@ -53,16 +56,18 @@ def in_processes(
 
     Args:
         function: for the CPU; it must not use CUDA or DALI.
-        processes: how many, at most.
+        processes: how many, at most, of one thread each.
+        piece: items for which a process or a message pays.
 
     Raises:
         RunError: a process was killed.
         Exception: what ``function`` raises, where its result would be.
     """
-    processes = min(processes, -(-len(items) // _PIECE))
+    processes = min(processes, -(-len(items) // piece))
     if processes < 2 or multiprocessing.current_process().daemon:
         yield from map(function, items)
         return
+    ahead = -(-_READY * piece // processes)
     readers: list[Any] = []
     workers: list[BaseProcess] = []
     try:
@@ -71,7 +76,7 @@ def in_processes(
                 reader, writer = _FORK.Pipe(duplex=False)
                 readers.append(reader)
                 results = _results(function, items[first::processes], os.getpid())
-                work = (results, -(-_READY // processes), readers, writer)
+                work = (results, ahead, piece, readers, writer)
                 workers.append(_FORK.Process(target=_work, args=work, daemon=True))
                 workers[-1].start()
                 writer.close()
@@ -124,7 +129,9 @@ def _forking() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _work(results: Iterator[object], ready: int, readers: list[Any], writer: Connection) -> None:
+def _work(
+    results: Iterator[object], ready: int, piece: int, readers: list[Any], writer: Connection
+) -> None:
     # the caller hears of signals to itself through this
     signal.set_wakeup_fd(-1)
     for reader in readers:
@@ -139,8 +146,8 @@ def _work(results: Iterator[object], ready: int, readers: list[Any], writer: Con
             ctypes.CDLL(None).mallopt(parameter, value)
     with contextlib.suppress(BrokenPipeError, KeyboardInterrupt):
         while some := [*islice(results, ready)]:
-            for k in range(0, len(some), _PIECE):
-                writer.send(some[k : k + _PIECE])
+            for k in range(0, len(some), piece):
+                writer.send(some[k : k + piece])
 
 
 def _results(

@@ -4,7 +4,7 @@ import csv
 import io
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
@@ -28,9 +28,13 @@ from isofast.errors import UserError
 from isofast.evaluation.encoders import read_encoder
 
 Pixels = npt.NDArray[np.uint8]
+Features = npt.NDArray[np.float32]
+_Batch = tuple[list[Features], dict[str, str]]
 
 _SUFFIXES = (".npz", ".csv", ".pt")
 _BATCH = 128
+# of a batch on one core of many
+_PIXELS = 1 << 19
 
 
 @dataclass(frozen=True)
@@ -69,26 +73,25 @@ def embed(source: Path, folder: Path, output: Path) -> Embedded:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     module.to(device).to(memory_format=torch.channels_last)
     began = time.perf_counter()
-    kept: list[str] = []
     skipped: dict[str, str] = {}
-    parts: list[torch.Tensor] = []
+    parts: list[Features] = []
     # disable=None: no bar where there is no terminal
-    with tqdm(total=len(pictures), desc="embedding", unit="image", disable=None) as bar:
-        for batch, images in decoded(pictures, recipe):
-            found = dict(zip(batch, images, strict=True))
-            skipped |= {name: image for name, image in found.items() if isinstance(image, str)}
-            good = {name: image for name, image in found.items() if not isinstance(image, str)}
-            if good:
-                parts.append(features(module, recipe, np.stack([*good.values()]), device))
-                kept += good
-            bar.update(len(batch))
+    with (
+        tqdm(total=len(pictures), desc="embedding", unit="image", disable=None) as bar,
+        closing(_embedded(module, recipe, pictures, device)) as batches,
+    ):
+        for h_NF, problems in batches:
+            parts += h_NF
+            skipped |= problems
+            bar.update(sum(map(len, h_NF)) + len(problems))
     if not parts:
         name, problem = next(iter(skipped.items()))
         raise UserError(
             f"none of the {len(pictures)} pictures below {folder} can be read: {name} ({problem})"
         )
+    kept = [name for name in pictures if name not in skipped]
     rate = len(kept) / (time.perf_counter() - began)
-    embeddings_NF = torch.cat(parts).numpy()
+    embeddings_NF = np.concatenate(parts)
     write_atomically(output, lambda part: _write(part, embeddings_NF, kept))
     return Embedded(
         output=str(output),
@@ -98,6 +101,35 @@ def embed(source: Path, folder: Path, output: Path) -> Embedded:
         skipped=skipped,
         images_per_s=round(rate, 1),
     )
+
+
+def _embedded(
+    module: nn.Module,
+    recipe: Recipe,
+    pictures: Mapping[str, Callable[[], BinaryIO]],
+    device: torch.device,
+) -> Generator[_Batch]:
+    """Yield the features of a batch, if it has any, and what is wrong with its other pictures."""
+    names = [*pictures]
+    cuda = device.type == "cuda"
+    size = _BATCH if cuda else max(1, min(_BATCH, _PIXELS // recipe.crop**2))
+    batches = [names[k : k + size] for k in range(0, len(names), size)]
+
+    def embedded(batch: list[str], images: Iterable[Pixels | str]) -> _Batch:
+        found = dict(zip(batch, images, strict=True))
+        good = [image for image in found.values() if not isinstance(image, str)]
+        h_NF = [features(module, recipe, np.stack(good), device).numpy()] if good else []
+        return h_NF, {name: image for name, image in found.items() if isinstance(image, str)}
+
+    if cuda:
+        with closing(decoded(pictures, recipe)) as images:
+            for batch in batches:
+                yield embedded(batch, islice(images, size))
+    else:
+        # one core for all of a batch: processes that decode and threads of the network would wait
+        # for one another
+        decode = _decoder(pictures, recipe)
+        yield from in_processes(lambda b: embedded(b, map(decode, b)), batches, _cores(), piece=1)
 
 
 @torch.no_grad()
@@ -169,13 +201,22 @@ def _fail(error: Exception) -> BinaryIO:
 
 def decoded(
     pictures: Mapping[str, Callable[[], BinaryIO]], recipe: Recipe
-) -> Iterator[tuple[Sequence[str], list[Pixels | str]]]:
-    """Yield batches of names with their clean images (crop, crop, 3), or why one is unreadable.
+) -> Generator[Pixels | str]:
+    """Yield a clean image (crop, crop, 3) of each picture, or why it is unreadable.
 
     Raises:
         RunError: a process that decodes was killed.
     """
+    return in_processes(_decoder(pictures, recipe), [*pictures], _cores())
 
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0))
+
+
+def _decoder(
+    pictures: Mapping[str, Callable[[], BinaryIO]], recipe: Recipe
+) -> Callable[[str], Pixels | str]:
     def decode(name: str) -> Pixels | str:
         try:
             with pictures[name]() as file, Image.open(file) as image:
@@ -188,10 +229,7 @@ def decoded(
         except Exception as error:
             return str(error) or type(error).__name__
 
-    names = [*pictures]
-    with closing(in_processes(decode, names, len(os.sched_getaffinity(0)))) as images:
-        for k in range(0, len(names), _BATCH):
-            yield names[k : k + _BATCH], [*islice(images, _BATCH)]
+    return decode
 
 
 def _write(path: Path, h_NF: npt.NDArray[np.float32], names: list[str]) -> None:

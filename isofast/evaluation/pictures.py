@@ -134,9 +134,9 @@ def look(run_dir: Path, config: Config, root: Path) -> Pictures:
 def _sample(images: ImageFolder, recipe: Recipe) -> _Sample:
     """Some images, drawn, but for unreadable ones."""
     drawn = np.sort(np.random.default_rng(0).permutation(len(images))[:_MOST_IMAGES])
-    batches = decoded({images.paths[k]: partial(images.open, k) for k in drawn}, recipe)
-    every = zip(drawn, (one for _, batch in batches for one in batch), strict=True)
-    found = {index: one for index, one in every if not isinstance(one, str)}
+    every = decoded({images.paths[k]: partial(images.open, k) for k in drawn}, recipe)
+    pairs = zip(drawn, every, strict=True)
+    found = {index: one for index, one in pairs if not isinstance(one, str)}
     if len(found) < 2:
         raise UserError(f"fewer than two of the {images.split} images in {images.root} can be read")
     paths = [images.paths[k] for k in found]
