@@ -7,7 +7,7 @@ SHELL := /bin/bash
 
 # a worker a core; each on one thread
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal
-INTERPRETED := tests/kernels/test_triton.py tests/kernels/test_augment_triton.py
+INTERPRETED := $(addprefix tests/kernels/test_,triton.py augment_triton.py norm_pool.py)
 
 .PHONY: quickstart test test-long check interpret lint format docs schema bench gpu soak clean
 

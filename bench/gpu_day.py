@@ -42,7 +42,7 @@ KERNEL_TESTS = [*PYTEST, "--confcutdir=tests/kernels", "tests/kernels"]
 # every kernel in a few small shapes
 SANITIZED = (
     "3x17 or 37x129-fp32 or 37x129-bf16 or test_correlation_ema or test_whole_views "
-    "or (test_matrix_power and 37-)"
+    "or (test_matrix_power and 37-) or test_norm_pool"
 )
 ISOFAST = [sys.executable, "-c", "import sys; from isofast.cli import main; sys.exit(main())"]
 TINY = ("encoder.width=4", "projector.hidden=32", "train.batch_size=64")

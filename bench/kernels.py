@@ -3,15 +3,17 @@
     python bench/kernels.py [--batch 256] [--features 256] [--rounds 31] [--only TEXT] [--cold]
 
 Contenders: this package; the reference, eager and compiled by torch; torch.addmm for the
-correlation; torch.linalg.eigh and eig for the root; and, for the whole step, the code released with
-the paper: an update and a non-symmetric eigendecomposition for each view, W and its root formed,
-autograd through all of it. Without a GPU this times the CPU path, the reference in closed form.
+correlation; torch.linalg.eigh and eig for the root; for the whole step, the code released with the
+paper: an update and a non-symmetric eigendecomposition for each view, W and its root formed,
+autograd through all of it; and, on a GPU only, torch's layers for the pooled stem of --batch images
+a view. Without one this times the CPU path, the reference in closed form.
 Nothing is timed while a test of the operations fails. Results go to bench/results/kernels-NNN.csv
 and .png.
 """
 
 import argparse
 import functools
+import importlib.util
 import sys
 from collections.abc import Callable, Iterator
 
@@ -19,6 +21,7 @@ import harness
 import torch
 from harness import Contender, Question, Work
 from torch import Tensor
+from torch.nn.functional import batch_norm, max_pool2d
 
 from isofast_kernels import (
     asymmetric_loss_pair,
@@ -32,7 +35,7 @@ ALPHA, DECAY = 0.5, 0.998
 KIND = {"metric": "cosine", "isotropic": True}
 TESTS = [
     f"tests/kernels/test_{name}.py"
-    for name in ("reference", "ops", "triton", "step", "matrix_power")
+    for name in ("reference", "ops", "triton", "step", "matrix_power", "norm_pool")
 ]
 
 
@@ -179,11 +182,46 @@ def step_contenders(p: Problem) -> tuple[list[Contender], Work]:
     ], p.work(p.z1, p.z2, p.t1, p.t2, p.z1, p.z2, p.corr, p.corr, products=2)
 
 
+def stem_contenders(p: Problem) -> tuple[list[Contender], Work]:
+    # needs isofast's own packages, which the kernels do not
+    from isofast.methods.batch_norm import ViewBatchNorm
+
+    x = torch.randn(2 * len(p.z1), 64, 64, 64, device=p.device, dtype=p.z1.dtype)
+    x = x.to(memory_format=torch.channels_last).requires_grad_()
+    fused = ViewBatchNorm(64, fused=True).to(p.device)
+    dy = torch.ones_like(max_pool2d(x, 3, 2, 1))
+
+    def both(layers: Callable[[Tensor], Tensor]) -> Callable[[], object]:
+        return lambda: torch.autograd.grad(layers(x), [x, *fused.parameters()], dy)
+
+    def joined(x: Tensor) -> Tensor:
+        return fused(x, pool=True)
+
+    def separate(x: Tensor) -> Tensor:
+        return max_pool2d(fused(x, relu=True), 3, 2, 1)
+
+    def torchs(x: Tensor) -> Tensor:
+        views = [
+            batch_norm(view, None, None, fused.weight, fused.bias, True) for view in x.chunk(2)
+        ]
+        return max_pool2d(torch.cat(views).relu(), 3, 2, 1)
+
+    theirs = both(torch.compile(separate))
+    return [
+        *ours(both(torch.compile(joined))),
+        Contender("layers apart, torch.compile, CUDA graph", captured(theirs)),
+        Contender("layers apart, torch.compile", theirs),
+        Contender("torch's layers, eager", both(torchs)),
+        Contender("torch's layers, torch.compile", both(torch.compile(torchs))),
+    ], p.work(x, x, dy, dy, dy, x, x, x)
+
+
 QUESTIONS = {
     "correlation": ("correlation, two views", correlation_contenders),
     "matrix power": ("C^0.5, normalised", power_contenders),
     "loss": ("iso cosine loss, both ways, forward + backward", loss_contenders),
     "step": ("correlation + C^0.5 + loss, forward + backward", step_contenders),
+    "stem": ("BatchNorm + ReLU + max pool of 64 x 64 x 64, forward + backward", stem_contenders),
 }
 
 
@@ -199,6 +237,7 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error("TRITON_INTERPRET=1 times the interpreter; unset it")
     if not torch.cuda.is_available():
         print("there is no GPU: what follows are times of the CPU path")
+    stem = torch.cuda.is_available() and importlib.util.find_spec("pydantic") is not None
     problem = Problem(options.batch, options.features)
     questions = [
         Question(
@@ -207,7 +246,7 @@ def main(arguments: list[str] | None = None) -> int:
             functools.partial(contenders_of, problem),
         )
         for name, (question, contenders_of) in QUESTIONS.items()
-        if options.only in name
+        if options.only in name and (name != "stem" or stem)
     ]
     if not questions:
         parser.error(f"no operation has {options.only!r} in its name: {', '.join(QUESTIONS)}")

@@ -39,6 +39,8 @@ from .matrix_power_triton import (
     _shift_kernel,
 )
 from .matrix_power_triton import tile_options as power_tiles
+from .norm_pool import SUMMED_TILES, _norm_pool_gradient_kernel, _norm_pool_kernel
+from .norm_pool import tile_options as pool_tiles
 
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 """Bytes of shared memory that one block may have, by compute capability."""
@@ -62,6 +64,9 @@ DTYPES = ("fp32", "fp16", "bf16")
 
 VIEWS = ((32, 32, False), (64, 64, False), (96, 96, True), (96, 64, True), (256, 224, False))
 """Sides of stored images and of views, and whether there is blur: the presets', and reductions."""
+
+STEMS = ((64, 64), (64, 48), (64, 112), (48, 23))
+"""Channels and side of what is pooled: the presets', ImageNet's, and one that no tile divides."""
 
 
 @dataclass(frozen=True)
@@ -102,6 +107,9 @@ KERNELS = {
     "product": _product_kernel,
     "polynomial": _product_kernel,
     "finish": _finish_kernel,
+    "norm_pool": _norm_pool_kernel,
+    "norm_pool_sums": _norm_pool_gradient_kernel,
+    "norm_pool_gradient": _norm_pool_gradient_kernel,
 }
 
 
@@ -122,6 +130,8 @@ def builds(all_widths: bool = False) -> Iterator[Build]:
                 yield from _correlation_builds(features, dtype, views)
         for stored, side, blur in VIEWS:
             yield _augment_build(stored, side, blur, dtype)
+        for channels, side in STEMS:
+            yield from _pool_builds(channels, side, dtype)
     for features in POWER_WIDTHS:
         if all_widths or features in FEATURES:
             yield from _power_builds(features)
@@ -222,6 +232,18 @@ def _augment_build(stored: int, side: int, blur: bool, dtype: str) -> Build:
         {**constants, "BLUR": blur, **augment_tiles(side)},
     )
     return replace(build, fp_fusion=False)
+
+
+def _pool_builds(channels: int, side: int, dtype: str) -> Iterator[Build]:
+    words = f"{dtype} {channels}x{side}x{side}"
+    images = dict.fromkeys(("x_ptr", "y_ptr", "dy_ptr"), f"*{dtype}") | {"taps_ptr": "*u8"}
+    of = dict.fromkeys(("mean_ptr", "slope_ptr", "bias_ptr", "shift_ptr", "along_ptr"), "*fp32")
+    types = images | of | {"images": "i32"}
+    shape = {"C": channels, "H": side, "W": side, **pool_tiles(channels)}
+    yield _build(f"norm_pool {words}", types, dict(shape))
+    for name, out, steps in (("sums", "*fp32", SUMMED_TILES), ("gradient", f"*{dtype}", 1)):
+        flags = {"SUMS": name == "sums", "STEPS": steps}
+        yield _build(f"norm_pool_{name} {words}", types | {"out_ptr": out}, shape | flags)
 
 
 def compile_for(build: Build, capability: int) -> Any:

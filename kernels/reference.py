@@ -10,6 +10,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor
+from torch.nn.functional import max_pool2d
 
 METRICS = ("cosine", "euclidean")
 NORMALIZATIONS = ("spectral", "none")
@@ -247,3 +248,52 @@ def divided_or_zero(x: Tensor, top: Tensor) -> Tensor:
     """x / top, but 0 where top <= 0, so that a zero matrix stays zero when normalised."""
     # no reciprocal: that of a subnormal number overflows
     return torch.where(top <= 0, torch.zeros_like(x), x / top)
+
+
+def norm_pool_reference(
+    x_NCHW: Tensor, mean_VC: Tensor, slope_VC: Tensor, bias_C: Tensor
+) -> tuple[Tensor, Tensor]:
+    """BatchNorm's map, a ReLU, and the largest of each 3 x 3 window, one every two pixels.
+
+    Args:
+        x_NCHW: N images, those of each of V views together.
+        mean_VC, slope_VC, bias_C: y = (x - mean) slope + bias, in fp32 or float64.
+
+    Returns:
+        y_NCPQ, P = (H + 1) // 2, Q = (W + 1) // 2, in x's dtype, and taps_NCPQ, uint8: which of its
+        window's nine, row by row, is y, the first of equal ones; 9 where y is not above 0.
+    """
+    h_NCHW = (x_NCHW.to(mean_VC.dtype) - of_images(mean_VC, x_NCHW)) * of_images(slope_VC, x_NCHW)
+    h_NCHW = (h_NCHW + bias_C[:, None, None]).relu()
+    y_NCPQ, index_NCPQ = max_pool2d(h_NCHW, 3, 2, 1, return_indices=True)
+    first_PQ = _first_of_windows(y_NCPQ, x_NCHW)
+    row_NCPQ = index_NCPQ // x_NCHW.shape[3] - first_PQ[0]
+    tap_NCPQ = 3 * row_NCPQ + index_NCPQ % x_NCHW.shape[3] - first_PQ[1]
+    return y_NCPQ.to(x_NCHW.dtype), torch.where(y_NCPQ > 0, tap_NCPQ, 9).to(torch.uint8)
+
+
+def norm_pool_gradient_reference(
+    dy_NCPQ: Tensor, taps_NCPQ: Tensor, x_NCHW: Tensor, dtype: torch.dtype
+) -> Tensor:
+    """What `norm_pool_reference`'s windows give back to each pixel before the map: g_NCHW."""
+    width = x_NCHW.shape[3]
+    first_PQ = _first_of_windows(dy_NCPQ, x_NCHW)
+    active_NCPQ, tap_NCPQ = taps_NCPQ < 9, taps_NCPQ.long()
+    index_NCPQ = (first_PQ[0] + tap_NCPQ // 3) * width + first_PQ[1] + tap_NCPQ % 3
+    g_NCK = torch.zeros_like(x_NCHW, dtype=dtype).flatten(2)
+    dy_NCPQ = torch.where(active_NCPQ, dy_NCPQ.to(dtype), 0)
+    g_NCK.scatter_add_(2, torch.where(active_NCPQ, index_NCPQ, 0).flatten(2), dy_NCPQ.flatten(2))
+    return g_NCK.view(x_NCHW.shape)
+
+
+def of_images(of_VC: Tensor, x_NCHW: Tensor) -> Tensor:
+    """(V, C) -> (N, C, 1, 1), its view's for each image."""
+    return of_VC.repeat_interleave(len(x_NCHW) // len(of_VC), 0)[:, :, None, None]
+
+
+def _first_of_windows(y_NCPQ: Tensor, x_NCHW: Tensor) -> tuple[Tensor, Tensor]:
+    """Row and column of each window's first tap, -1 at the upper and left border."""
+    rows_P, columns_Q = (
+        2 * torch.arange(size, device=x_NCHW.device) - 1 for size in y_NCPQ.shape[2:]
+    )
+    return rows_P[:, None], columns_Q

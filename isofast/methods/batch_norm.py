@@ -3,6 +3,7 @@
 Shapes: V views of B images each, stacked to N = V * B rows; C channels.
 """
 
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -10,6 +11,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
+
+from isofast_kernels.norm_pool_ops import norm_pool, norm_pool_gradient, norm_pool_sums
 
 
 class ViewBatchNorm(_NormBase):
@@ -52,18 +55,22 @@ class ViewBatchNorm(_NormBase):
         self.synchronised = synchronised
         self.fused = fused
 
-    def forward(self, x: Tensor, relu: bool = False) -> Tensor:
-        """(N, C, ...) -> the same shape and dtype, through a ReLU if asked."""
+    def forward(self, x: Tensor, relu: bool = False, pool: bool = False) -> Tensor:
+        """(N, C, ...) -> the same shape and dtype, through a ReLU if asked.
+
+        With ``pool`` through a ReLU and a ResNet's max pool, (N, C, H, W) -> half of H and W.
+        """
         views = self.views if self.training else 1
         if len(x) % views:
             raise ValueError(f"{len(x)} rows do not hold {views} views of equal size")
         if self.training and (self.fused or self.synchronised):
-            return self._normalise_fused(x, relu)
+            return self._normalise_fused(x, relu, pool)
         if views == 1:
             y = self._normalise(x)
         else:
             y = torch.cat([self._normalise(view) for view in x.chunk(views)])
-        return y.relu() if relu else y
+        y = y.relu() if relu or pool else y
+        return functional.max_pool2d(y, 3, 2, 1) if pool else y
 
     def _normalise(self, x: Tensor) -> Tensor:
         return functional.batch_norm(
@@ -77,7 +84,7 @@ class ViewBatchNorm(_NormBase):
             self.eps,
         )
 
-    def _normalise_fused(self, x: Tensor, relu: bool) -> Tensor:
+    def _normalise_fused(self, x: Tensor, relu: bool, pool: bool) -> Tensor:
         assert self.running_mean is not None and self.running_var is not None
         ranks = dist.get_world_size() if self.synchronised else 1
         n = x.numel() // (self.views * self.num_features) * ranks
@@ -85,9 +92,8 @@ class ViewBatchNorm(_NormBase):
             raise ValueError(f"Expected more than 1 value per channel when training, got {x.shape}")
         weight = torch.ones_like(self.running_var) if self.weight is None else self.weight
         bias = torch.zeros_like(self.running_mean) if self.bias is None else self.bias
-        y, mean_VC, var_VC = _Normalisation.apply(
-            x, weight, bias, self.views, self.eps, relu, self.synchronised
-        )
+        apply = _PooledNormalisation.apply if pool else partial(_Normalisation.apply, relu)
+        y, mean_VC, var_VC = apply(x, weight, bias, self.views, self.eps, self.synchronised)
         with torch.no_grad():
             momentum = cast(float, self.momentum)
             for mean_C, var_C in zip(mean_VC, var_VC, strict=True):
@@ -99,31 +105,22 @@ class ViewBatchNorm(_NormBase):
 class _Normalisation(torch.autograd.Function):
     """x, weight, bias -> y, and each view's mean and variance, which carry no gradient.
 
-    The variance is E[x^2] - E[x]^2, two sums that the compiler takes in one pass; in fp32 it is
-    off by about 1e-7 (mean / std)^2 of itself. Only x is kept for the backward, which makes the
-    ReLU's mask anew.
+    Only x is kept for the backward, which makes the ReLU's mask anew.
     """
 
     @staticmethod
     def forward(
         ctx: Any,
+        relu: bool,
         x: Tensor,
         weight_C: Tensor,
         bias_C: Tensor,
         views: int,
         eps: float,
-        relu: bool,
         synchronised: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        wide = _wide(x)
-        # not relative to running_mean: torch 2.14's compiler reads that anew in the backward, after
-        # its update, and the gradients are wrong
-        mean_VC, square_VC = _means(wide, views), _means(wide.square(), views)
-        if synchronised:
-            mean_VC, square_VC = _over_ranks(mean_VC, square_VC)
-        var_VC = (square_VC - mean_VC.square()).clamp(min=0)
-        scale_VC = (var_VC + eps).rsqrt()
-        y = (wide - _rows(mean_VC, x)) * _rows(scale_VC * weight_C, x) + _rows(bias_C[None], x)
+        mean_VC, var_VC, scale_VC = _statistics(x, views, eps, synchronised)
+        y = (_wide(x) - _rows(mean_VC, x)) * _rows(scale_VC * weight_C, x) + _rows(bias_C[None], x)
         ctx.save_for_backward(x, mean_VC, scale_VC, weight_C, bias_C)
         ctx.relu, ctx.synchronised = relu, synchronised
         ctx.mark_non_differentiable(mean_VC, var_VC)
@@ -144,7 +141,60 @@ class _Normalisation(torch.autograd.Function):
         if ctx.synchronised:
             g_VC, along_VC = _over_ranks(g_VC, along_VC)
         dx = (g - _rows(g_VC, x) - centred * _rows(along_VC * scale_VC, x)) * slope
-        return dx.to(x.dtype), dweight_C, dbias_C, None, None, None, None
+        return None, dx.to(x.dtype), dweight_C, dbias_C, None, None, None
+
+
+class _PooledNormalisation(torch.autograd.Function):
+    """The same through a ReLU and the max pool, by kernels that write none of what is between."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight_C: Tensor,
+        bias_C: Tensor,
+        views: int,
+        eps: float,
+        synchronised: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        mean_VC, var_VC, scale_VC = _statistics(x, views, eps, synchronised)
+        y, taps = norm_pool(x, mean_VC, scale_VC * weight_C, bias_C)
+        ctx.save_for_backward(x, taps, mean_VC, scale_VC, weight_C)
+        ctx.synchronised = synchronised
+        ctx.mark_non_differentiable(mean_VC, var_VC)
+        return y, mean_VC, var_VC
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        x, taps, mean_VC, scale_VC, weight_C = ctx.saved_tensors
+        n = x.numel() // mean_VC.numel()
+        g_VC, along_VC = norm_pool_sums(dy, taps, x, mean_VC) / n
+        along_VC = along_VC * scale_VC
+        dweight_C, dbias_C = (n * of_VC.sum(0) for of_VC in (along_VC, g_VC))
+        if ctx.synchronised:
+            g_VC, along_VC = _over_ranks(g_VC, along_VC)
+        slope_VC = scale_VC * weight_C
+        back = slope_VC, slope_VC * g_VC, slope_VC * along_VC * scale_VC
+        dx = norm_pool_gradient(dy, taps, x, mean_VC, *back)
+        return dx, dweight_C, dbias_C, None, None, None
+
+
+def _statistics(
+    x: Tensor, views: int, eps: float, synchronised: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean, variance and 1 / standard deviation of each view, (V, C).
+
+    The variance is E[x^2] - E[x]^2, two sums that the compiler takes in one pass; in fp32 it is
+    off by about 1e-7 (mean / std)^2 of itself.
+    """
+    wide = _wide(x)
+    # not relative to running_mean: torch 2.14's compiler reads that anew in the backward, after
+    # its update, and the gradients are wrong
+    mean_VC, square_VC = _means(wide, views), _means(wide.square(), views)
+    if synchronised:
+        mean_VC, square_VC = _over_ranks(mean_VC, square_VC)
+    var_VC = (square_VC - mean_VC.square()).clamp(min=0)
+    return mean_VC, var_VC, (var_VC + eps).rsqrt()
 
 
 def _wide(x: Tensor) -> Tensor:

@@ -260,7 +260,9 @@ class _JoinedBottleneck(Bottleneck):  # type: ignore[misc]
 
 class _JoinedResNet(resnet.ResNet):  # type: ignore[misc]
     def _forward_impl(self, x_BCHW: Tensor) -> Tensor:
-        h_BCHW = self.maxpool(self.bn1(self.conv1(x_BCHW), relu=True))
+        # an Identity where the stem does not pool
+        pool = isinstance(self.maxpool, nn.MaxPool2d)
+        h_BCHW = self.bn1(self.conv1(x_BCHW), relu=True, pool=pool)
         h_BCHW = self.layer4(self.layer3(self.layer2(self.layer1(h_BCHW))))
         h_BF: Tensor = self.fc(self.avgpool(h_BCHW).flatten(1))
         return h_BF

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from isofast_kernels import ops
+from isofast_kernels import norm_pool_ops, ops
 from isofast_kernels.dispatch import INTERPRET
 
 from .cases import TRITON
@@ -36,7 +36,8 @@ def bf16_products(request, monkeypatch):
         return TensorHandle(np.matmul(left, right) + acc.data, acc.dtype.scalar)
 
     monkeypatch.setattr(InterpreterBuilder, "create_dot", product)
-    monkeypatch.setattr(ops, "runs_triton", lambda *tensors: True)
+    for module in (ops, norm_pool_ops):
+        monkeypatch.setattr(module, "runs_triton", lambda *tensors: True)
 
 
 @pytest.fixture

@@ -1,6 +1,7 @@
 """BatchNorm by view: equal to a call a view, on one rank and on several, eager and compiled."""
 
 import copy
+from typing import Literal
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from isofast.data import Batch
 from isofast.distributed import World
 from isofast.errors import UserError
 from isofast.methods.batch_norm import ViewBatchNorm, convert_batch_norm
-from isofast.methods.networks import Branch, make_encoder, make_projector
+from isofast.methods.networks import Branch, _join_relus, make_encoder, make_projector
 from isofast.training.build import build
 
 from ..support.runs import forked, launched
@@ -52,10 +53,10 @@ def results(net: nn.Module, z_ND: Tensor) -> dict[str, Tensor]:
     return found | {n: b for n, b in net.named_buffers() if b.is_floating_point()}
 
 
-def fused_branch(name: str, fused: bool) -> Branch:
+def fused_branch(name: str, fused: bool, stem: Literal["cifar", "tiny"] = "cifar") -> Branch:
     """In float64, both views in one call."""
     torch.manual_seed(0)
-    config = EncoderConfig(name=name, stem="cifar", width=8 if name == "resnet18" else 64)
+    config = EncoderConfig(name=name, stem=stem, width=8 if name == "resnet18" else 64)
     projector = ProjectorConfig(hidden=32, output=16)
     branch = Branch(config, projector, torch.float32, 16, stacked=True, fused=fused)
     return branch.double()
@@ -87,9 +88,12 @@ def test_one_call_equals_a_call_a_view(stem, dtype, kind):
 
 @pytest.mark.parametrize("dtype", BUDGET, ids=str)
 @pytest.mark.parametrize("views", [1, 2])
-@pytest.mark.parametrize("relu", [False, True])
-@pytest.mark.parametrize("shape", [(12, 5), (12, 5, 4, 3)], ids=str)
-def test_a_fused_layer_is_torchs(shape, relu, views, dtype):
+@pytest.mark.parametrize(
+    ("shape", "then"),
+    [((12, 5), ""), ((12, 5), "relu"), *(((12, 5, 4, 3), then) for then in ("", "relu", "pool"))],
+    ids=str,
+)
+def test_a_fused_layer_is_torchs(shape, then, views, dtype):
     torch.manual_seed(0)
     layers = [ViewBatchNorm(5, views=views, fused=fused, dtype=dtype) for fused in (False, True)]
     nn.init.normal_(layers[0].weight)
@@ -101,8 +105,9 @@ def test_a_fused_layer_is_torchs(shape, relu, views, dtype):
     found = []
     for layer in layers:
         leaf = x.clone().requires_grad_(True)
-        y = layer(leaf, relu)
-        assert y.stride() == x.stride()
+        y = layer(leaf, **{then: True} if then else {})
+        assert y.shape == (x.shape if then != "pool" else (12, 5, 2, 2))
+        assert y.is_contiguous(memory_format=torch.channels_last) or x.ndim == 2
         found.append(results(layer, y) | {"grad x": leaf.grad})
     assert_equal(found[1], found[0], BUDGET[dtype])
 
@@ -124,12 +129,19 @@ def test_a_large_mean_costs_digits(std):
     assert error <= 1.2e-7 * (1 + (10 / std) ** 2)
 
 
-@pytest.mark.parametrize("name", ["resnet18", pytest.param("resnet50", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("name", "stem"),
+    [
+        ("resnet18", "cifar"),
+        ("resnet18", "tiny"),
+        pytest.param("resnet50", "cifar", marks=pytest.mark.slow),
+    ],
+)
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
-def test_a_fused_branch_is_the_plain_one(name, training):
+def test_a_fused_branch_is_the_plain_one(name, stem, training):
     found = []
     for fused in (False, True):
-        branch = fused_branch(name, fused).train(training)
+        branch = fused_branch(name, fused, stem).train(training)
         z_ND = branch(images(16, torch.float64).flatten(0, 1))[1]
         found.append(results(branch, z_ND))
     assert_equal(found[1], found[0], BUDGET[torch.float64])
@@ -172,9 +184,10 @@ def assert_gradients_as_good(ours: Branch, plain: Branch, x_NCHW: Tensor) -> Non
 
 
 @pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16], ids=str)
-def test_a_compiled_fused_branch_has_its_gradients(precision):
+@pytest.mark.parametrize("stem", ["cifar", "tiny"])
+def test_a_compiled_fused_branch_has_its_gradients(stem, precision):
     """In one graph, two of four stages. torch 2.11 loses gradients in silence at some casts."""
-    both = [fused_branch("resnet18", fused).float() for fused in (True, False)]
+    both = [fused_branch("resnet18", fused, stem).float() for fused in (True, False)]
     for branch in both:
         branch.precision = precision
         branch.encoder.layer3, branch.encoder.layer4 = nn.Identity(), nn.Identity()
@@ -186,8 +199,10 @@ def test_a_compiled_fused_branch_has_its_gradients(precision):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_a_gpus_branch_has_its_gradients(precision, small_config):
-    config = small_config(encoder={"width": 16}, train={"precision": precision, "cuda_graph": "on"})
+@pytest.mark.parametrize("stem", ["cifar", "tiny"])
+def test_a_gpus_branch_has_its_gradients(stem, precision, small_config):
+    train = {"precision": precision, "cuda_graph": "on"}
+    config = small_config(encoder={"width": 16, "stem": stem}, train=train)
     device = torch.device("cuda")
     ours = build(config, World(0, 1, 0, device), 10).online.branch
     assert ours.encoder.bn1.fused and ours._compiled_call_impl is not None
@@ -222,7 +237,9 @@ def _rank(compiled: bool, folder: str) -> None:
     """Our part of the global batch: rows of every view."""
     dist.init_process_group("gloo")
     rank, size = dist.get_rank(), dist.get_world_size()
-    net = convert_batch_norm(network("cifar", torch.float64), views=2, synchronised=True)
+    net = convert_batch_norm(network("tiny", torch.float64), views=2, synchronised=True)
+    # so that the stem's pool is a part of its BatchNorm
+    _join_relus(net[0])
     target = copy.deepcopy(net).requires_grad_(False)
     x_NCHW = images(16, torch.float64).chunk(size, dim=1)[rank].flatten(0, 1)
     call = torch.compile(net, backend="aot_eager", fullgraph=True) if compiled else net
@@ -246,7 +263,7 @@ def test_ranks_equal_one_process(size, compiled, tmp_path):
     codes = forked(_rank, compiled, str(tmp_path), environments=launched(size))
     assert codes == [0] * size
     ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(size)]
-    one = convert_batch_norm(network("cifar", torch.float64), views=2)
+    one = convert_batch_norm(network("tiny", torch.float64), views=2)
     x_VBCHW = images(16, torch.float64)
     expected = results(one, one(x_VBCHW.flatten(0, 1)))
     for rank, found in enumerate(ranks):
