@@ -12,11 +12,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, TextIO
 
-from isofast.errors import GOES_ON, STARTS_OVER, RunError, UserError, exit_code_of
-
-_PREPARE_INTERRUPTED = (
-    "the same command starts over, but for a whole download and a build that is complete"
-)
+from isofast.errors import RunError, UserError, exit_code_of
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -29,9 +25,7 @@ def main(arguments: list[str] | None = None) -> int:
         from isofast.distributed import launched_rank
 
         rank = launched_rank()
-    return exit_code_of(
-        lambda: args.run(args), debug=args.debug, rank=rank, interrupted=args.interrupted
-    )
+    return exit_code_of(lambda: args.run(args), debug=args.debug, rank=rank)
 
 
 def parser_of_all() -> argparse.ArgumentParser:
@@ -57,14 +51,16 @@ def parser_of_all() -> argparse.ArgumentParser:
     return parser
 
 
-def _finish(parser: argparse.ArgumentParser, run: Any, interrupted: str) -> None:
-    """Add what all commands share; ``interrupted`` tells what repeating one does after Ctrl-C."""
+def _command(commands: Any, name: str, run: Any, **words: str) -> argparse.ArgumentParser:
+    """Add a command with what all of them share."""
+    parser: argparse.ArgumentParser = commands.add_parser(name, **words)
     parser.add_argument("--debug", action="store_true", help="show tracebacks of user errors too")
-    parser.set_defaults(run=run, interrupted=interrupted)
+    parser.set_defaults(run=run)
+    return parser
 
 
 def _add_prepare(commands: Any) -> None:
-    parser = commands.add_parser("prepare", help="turn a data set into folders of classes")
+    parser = _command(commands, "prepare", _prepare, help="turn a data set into folders of classes")
     parser.add_argument(
         "name",
         help="digits, cifar10, cifar100, stl10, tinyimagenet or imagefolder; pack: the images of "
@@ -72,9 +68,7 @@ def _add_prepare(commands: Any) -> None:
     )
     parser.add_argument("--root", type=Path, required=True, help="folder to fill or check")
     parser.add_argument("--output", type=Path, help="pack: folder to fill")
-    parser.add_argument(
-        "--shard-mib", type=int, default=256, metavar="MIB", help="pack: size of a tar (256)"
-    )
+    parser.add_argument("--shard-mib", type=int, default=256, help="pack: size of a tar (256)")
     parser.add_argument("--archive", type=Path, help="the official archive; nothing is downloaded")
     parser.add_argument(
         "--on-bad-image",
@@ -83,12 +77,8 @@ def _add_prepare(commands: Any) -> None:
         help="what to do about unreadable images: stop (default) or leave them out",
     )
     parser.add_argument(
-        "--preview",
-        type=Path,
-        metavar="FILE.png",
-        help="also draw some images with both of their augmented views",
+        "--preview", type=Path, help="also draw some images with both of their augmented views"
     )
-    _finish(parser, _prepare, _PREPARE_INTERRUPTED)
 
 
 def _prepare(args: argparse.Namespace) -> None:
@@ -115,21 +105,20 @@ def _prepare(args: argparse.Namespace) -> None:
 
 
 def _add_train(commands: Any) -> None:
-    parser = commands.add_parser(
+    parser = _command(
+        commands,
         "train",
+        _train,
         help="train a configuration, or continue it",
         description="Trains in one process. A launcher starts several of launch/train.py, which is "
         "the same: deepspeed launch/train.py --config ...",
     )
     _add_config(parser)
-    parser.add_argument(
-        "--run-dir", type=Path, metavar="DIR", help="where results go (default: runs/NAME)"
-    )
+    parser.add_argument("--run-dir", type=Path, help="where results go (default: runs/NAME)")
     parser.add_argument(
         "--fresh", action="store_true", help="start over in a new folder beside the run dir"
     )
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
-    _finish(parser, _train, GOES_ON)
 
 
 def _train(args: argparse.Namespace) -> None:
@@ -173,7 +162,6 @@ def _add_config(parser: argparse.ArgumentParser) -> None:
         "--config",
         type=Path,
         required=True,
-        metavar="FILE",
         help="JSON config, or the name of a shipped one, such as tinyimagenet",
     )
     parser.add_argument(
@@ -186,14 +174,15 @@ def _add_config(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_doctor(commands: Any) -> None:
-    parser = commands.add_parser(
+    parser = _command(
+        commands,
         "doctor",
+        _doctor,
         help="say whether training can run here, and what is missing",
         description="Imports every library and runs kernels on every device. Exits with 1 if "
         "training cannot run.",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
-    _finish(parser, _doctor, STARTS_OVER)
 
 
 def _doctor(args: argparse.Namespace) -> None:
@@ -214,17 +203,16 @@ def _doctor(args: argparse.Namespace) -> None:
 
 
 def _add_profile(commands: Any) -> None:
-    parser = commands.add_parser(
+    parser = _command(
+        commands,
         "profile",
+        _profile,
         help="say where the time of a training step goes",
         description="Trains some steps of a run and saves nothing but a trace of them.",
     )
     _add_config(parser)
-    parser.add_argument("--steps", type=_count, default=20, metavar="N", help="default 20")
-    parser.add_argument(
-        "--output", type=Path, default=Path("runs/profile"), metavar="DIR", help="for trace.json"
-    )
-    _finish(parser, _profile, STARTS_OVER)
+    parser.add_argument("--steps", type=_count, default=20, help="default 20")
+    parser.add_argument("--output", type=Path, default=Path("runs/profile"), help="for trace.json")
 
 
 def _profile(args: argparse.Namespace) -> None:
@@ -237,8 +225,10 @@ def _profile(args: argparse.Namespace) -> None:
 
 
 def _add_evaluate(commands: Any) -> None:
-    parser = commands.add_parser(
+    parser = _command(
+        commands,
         "evaluate",
+        _evaluate,
         help="accuracies of a run's frozen features: k-NN, logistic regression, few labels",
         description="Takes the encoder of the newest checkpoint and the clean training and "
         "validation images of the run.",
@@ -263,14 +253,10 @@ def _add_evaluate(commands: Any) -> None:
         "--train-images",
         type=_count,
         default=50_000,
-        metavar="N",
         help="labelled training images, at most (default 50,000)",
     )
-    parser.add_argument(
-        "--root", type=Path, metavar="DIR", help="the images (default: the run's data.root)"
-    )
+    parser.add_argument("--root", type=Path, help="the images (default: the run's data.root)")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
-    _finish(parser, _evaluate, STARTS_OVER)
 
 
 def _evaluate(args: argparse.Namespace) -> None:
@@ -288,20 +274,16 @@ def _evaluate(args: argparse.Namespace) -> None:
 
 
 def _add_embed(commands: Any) -> None:
-    parser = commands.add_parser("embed", help="write the features of a folder of pictures")
+    parser = _command(commands, "embed", _embed, help="write the features of a folder of pictures")
     _add_source(parser)
-    parser.add_argument(
-        "--images", type=Path, required=True, metavar="DIR", help="pictures, read recursively"
-    )
+    parser.add_argument("--images", type=Path, required=True, help="pictures, read recursively")
     parser.add_argument(
         "--output",
         type=Path,
         required=True,
-        metavar="FILE",
         help=".npz or .pt with embeddings (N, F) and filenames, or .csv with a row a picture",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
-    _finish(parser, _embed, STARTS_OVER)
 
 
 def _embed(args: argparse.Namespace) -> None:
@@ -322,8 +304,10 @@ def _embed(args: argparse.Namespace) -> None:
 
 
 def _add_export(commands: Any) -> None:
-    parser = commands.add_parser(
+    parser = _command(
+        commands,
         "export",
+        _export,
         help="write an encoder for other libraries",
         description="Writes the encoder without a classifier, and prints how to load it.",
     )
@@ -335,8 +319,7 @@ def _add_export(commands: Any) -> None:
         help="torchvision and timm: a state dict (.pth or .safetensors); huggingface: a folder "
         "that timm loads",
     )
-    parser.add_argument("--output", type=Path, required=True, metavar="PATH")
-    _finish(parser, _export, STARTS_OVER)
+    parser.add_argument("--output", type=Path, required=True)
 
 
 def _export(args: argparse.Namespace) -> None:
@@ -355,20 +338,17 @@ def _add_source(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_report(commands: Any) -> None:
-    parser = commands.add_parser(
+    parser = _command(
+        commands,
         "report",
+        _report,
         help="write one HTML file about runs: verdict, curves, spectrum, neighbours",
         description="Needs no network, neither to be written nor to be read. Training writes one "
         "into each run's folder.",
     )
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="folders of runs")
-    parser.add_argument(
-        "--output", type=Path, default=Path("report.html"), metavar="FILE", help="report.html"
-    )
-    parser.add_argument(
-        "--root", type=Path, metavar="DIR", help="the images (default: each run's data.root)"
-    )
-    _finish(parser, _report, STARTS_OVER)
+    parser.add_argument("--output", type=Path, default=Path("report.html"), help="report.html")
+    parser.add_argument("--root", type=Path, help="the images (default: each run's data.root)")
 
 
 def _report(args: argparse.Namespace) -> None:
@@ -380,8 +360,8 @@ def _report(args: argparse.Namespace) -> None:
 
 def _add_theory(commands: Any) -> None:
     theory = commands.add_parser("theory", help="the paper's toy networks")
-    what = theory.add_subparsers(dest="theory", required=True, metavar="WHAT")
-    parser = what.add_parser("simulate", help="one network; prints its spectrum")
+    what = theory.add_subparsers(dest="theory", required=True)
+    parser = _command(what, "simulate", _simulate, help="one network; prints its spectrum")
     parser.add_argument(
         "--loss", choices=("euclidean", "iso_euclidean", "cosine", "iso_cosine"), required=True
     )
@@ -397,24 +377,22 @@ def _add_theory(commands: Any) -> None:
         action="store_true",
         help="the cosine without stop-gradient as the paper prints it, which is not the derivative",
     )
-    parser.add_argument("--inputs", type=int, default=15, metavar="N", help="default 15")
-    parser.add_argument("--outputs", type=int, default=10, metavar="M", help="default 10")
+    parser.add_argument("--inputs", type=int, default=15, help="default 15")
+    parser.add_argument("--outputs", type=int, default=10, help="default 10")
     parser.add_argument(
         "--lr", type=float, help="default 0.1; for the Euclidean losses with a predictor 0.01"
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     _add_descent(parser)
-    _finish(parser, _simulate, STARTS_OVER)
     for name, text in (
         ("figure2", "linear networks under every loss: embeddings and eigenvalues"),
         ("figure5", "the Euclidean and the cosine loss from three initialisations"),
         ("figure6", "as figure2, with a ReLU on the embeddings"),
     ):
         description = f"P Fig. {name[-1]}: {text}. The planes take ten times --samples."
-        parser = what.add_parser(name, help=text, description=description)
+        parser = _command(what, name, _toy_figure, help=text, description=description)
         parser.add_argument("--output", type=Path, required=True, help="folder for PNG and NPZ")
         _add_descent(parser)
-        _finish(parser, _toy_figure, STARTS_OVER)
 
 
 def _add_descent(parser: argparse.ArgumentParser) -> None:
@@ -463,8 +441,10 @@ def _toy_figure(args: argparse.Namespace) -> None:
 
 
 def _add_figures(commands: Any) -> None:
-    parser = commands.add_parser(
+    parser = _command(
+        commands,
         "figures",
+        _figures,
         help="draw the paper's figures 3, 4, 7 and 8, or metrics, from runs",
         description="3: C's eigenvalues and the accuracy of each run; 4: alignment of trained "
         "linear predictors with C's eigenvectors; 7: runs with an EMA target beside runs without; "
@@ -473,8 +453,7 @@ def _add_figures(commands: Any) -> None:
     )
     parser.add_argument("what", choices=("3", "4", "7", "8", "metrics"), help="which figure")
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="folders of runs")
-    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="where it goes")
-    _finish(parser, _figures, STARTS_OVER)
+    parser.add_argument("--output", type=Path, required=True, help="where it goes")
 
 
 def _figures(args: argparse.Namespace) -> None:
@@ -488,8 +467,10 @@ def _figures(args: argparse.Namespace) -> None:
 
 
 def _add_reproduce(commands: Any) -> None:
-    parser = commands.add_parser(
+    parser = _command(
+        commands,
         "reproduce",
+        _reproduce,
         help="train the runs of one of the paper's tables, and print it beside the paper's",
         description="Trains every method of the table with several seeds, one run after the "
         "other. The same command skips finished runs and continues stopped ones.",
@@ -519,23 +500,14 @@ def _add_reproduce(commands: Any) -> None:
         help="small: a narrow network for 10 epochs (40 on the digits), one seed, with figures 3 "
         "and 7",
     )
-    parser.add_argument(
-        "--seeds", type=_count, metavar="N", help="seeds 0 to N-1 (5; with --scale small 1)"
-    )
-    parser.add_argument(
-        "--epochs", type=_count, metavar="N", help="default: the scale's, 1,000 for the paper's"
-    )
-    parser.add_argument(
-        "--root", type=Path, required=True, metavar="DIR", help="holds each data set as DIR/NAME"
-    )
-    parser.add_argument(
-        "--runs", type=Path, default=Path("runs/reproduce"), metavar="DIR", help="where runs go"
-    )
+    parser.add_argument("--seeds", type=_count, help="seeds 0 to N-1 (5; with --scale small 1)")
+    parser.add_argument("--epochs", type=_count, help="default: the scale's, 1,000 for the paper's")
+    parser.add_argument("--root", type=Path, required=True, help="holds each data set as DIR/NAME")
+    parser.add_argument("--runs", type=Path, default=Path("runs/reproduce"), help="where runs go")
     parser.add_argument(
         "--launcher",
-        type=_command,
+        type=shlex.split,
         default=[sys.executable],
-        metavar="COMMAND",
         help="how to start launch/train.py, such as 'deepspeed --num_gpus 4' or 'srun "
         ".venv/bin/python' (default: this Python)",
     )
@@ -546,14 +518,13 @@ def _add_reproduce(commands: Any) -> None:
         metavar="KEY=VALUE",
         help="override one key in every run; may be repeated",
     )
-    parser.add_argument("--train-script", type=Path, metavar="FILE", help="launch/train.py")
+    parser.add_argument("--train-script", type=Path, help="launch/train.py")
     parser.add_argument(
         "--dry-run",
         action="store_true",
         help="write the runs' config files and print the commands, for a scheduler or by hand; "
         "start nothing",
     )
-    _finish(parser, _reproduce, GOES_ON)
 
 
 def _reproduce(args: argparse.Namespace) -> None:
@@ -574,14 +545,6 @@ def _reproduce(args: argparse.Namespace) -> None:
         train_script=args.train_script or TRAIN_SCRIPT,
     )
     reproduce(request, lambda text: print(text, flush=True), dry_run=args.dry_run)
-
-
-def _command(text: str) -> list[str]:
-    """Split a shell command into words."""
-    try:
-        return shlex.split(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{error} in {text!r}") from None
 
 
 def _words(text: str) -> list[str]:

@@ -7,7 +7,6 @@ import traceback
 from collections.abc import Callable
 
 GOES_ON = "the same command goes on from what is complete"
-STARTS_OVER = "the same command starts over"
 
 
 class UserError(ValueError):
@@ -38,16 +37,13 @@ class Stopped(Exception):
         self.exit_code = 0 if number == signal.SIGUSR1 else 128 + number
 
 
-def exit_code_of(
-    command: Callable[[], None], *, debug: bool, rank: int = 0, interrupted: str = GOES_ON
-) -> int:
+def exit_code_of(command: Callable[[], None], *, debug: bool, rank: int = 0) -> int:
     """Run ``command``; return 0, or print its error and return that error's exit code.
 
     Args:
         command: what to run.
         debug: print tracebacks of user errors too.
         rank: this process's; only rank 0 prints errors common to all ranks.
-        interrupted: what repeating the command after Ctrl-C does.
     """
     try:
         command()
@@ -71,6 +67,6 @@ def exit_code_of(
         return 1
     except KeyboardInterrupt:
         if rank == 0:
-            sys.stderr.write(f"\ninterrupted; {interrupted}\n")
+            sys.stderr.write(f"\ninterrupted; {GOES_ON}, or starts over\n")
         return 130
     return 0

@@ -44,11 +44,11 @@ def load_config(path: str | PathLike[str], overrides: Sequence[str] = ()) -> Con
         raise UserError(f"cannot read {path} as JSON: {error}") from None
     if not isinstance(raw, dict):
         raise UserError(f"{path} must hold a JSON object of sections, got {type(raw).__name__}")
-    return resolve(raw, overrides)
+    return validate(raw, overrides)
 
 
-def resolve(raw: Mapping[str, Any], overrides: Sequence[str] = ()) -> Config:
-    """Return the config of a tree of sections with ``--set`` overrides; ``raw`` is not changed.
+def validate(raw: Mapping[str, Any], overrides: Sequence[str] = ()) -> Config:
+    """Return the config of a tree of sections with ``--set`` overrides, presets filled in.
 
     Raises:
         UserError: a key or value is not allowed.
@@ -56,19 +56,10 @@ def resolve(raw: Mapping[str, Any], overrides: Sequence[str] = ()) -> Config:
     tree = copy.deepcopy(dict(raw))
     for override in overrides:
         _apply_override(tree, override)
-    return validate(tree)
-
-
-def validate(raw: Mapping[str, Any]) -> Config:
-    """Return the config of a tree of sections, presets filled in.
-
-    Raises:
-        UserError: a key or value is not allowed.
-    """
     try:
-        return Config.model_validate(raw)
+        return Config.model_validate(tree)
     except ValidationError as error:
-        known = list(_keys(Config, _method_section(raw)))
+        known = list(_keys(Config, _method_section(tree)))
         lines = [
             _explain(dict(item), known)
             for item in error.errors()

@@ -6,7 +6,6 @@ Shapes: B images of a view, C x H x W pixels, F backbone features, D embedding d
 import importlib
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import partial
 from typing import Any
 
 import torch
@@ -141,7 +140,11 @@ class Branch(nn.Module):
         if self.pieces == 1:
             return self._of_piece(batch.x_NCHW)
         views = (x_BCHW.chunk(self.pieces) for x_BCHW in batch.x_NCHW.chunk(2))
-        contexts = partial(_recomputing, self)
+
+        def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+            # the repetition leaves running statistics alone
+            return nullcontext(), _momentum_zero(self)
+
         found = [
             checkpoint(self._of_piece, torch.cat(both), use_reentrant=False, context_fn=contexts)
             for both in zip(*views, strict=True)
@@ -170,13 +173,6 @@ def autocast(x: Tensor, precision: torch.dtype) -> AbstractContextManager[object
     if precision == torch.float32:
         return nullcontext()
     return torch.autocast(x.device.type, precision)
-
-
-def _recomputing(
-    module: nn.Module,
-) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-    """Contexts of a forward and of its repetition, which leaves running statistics alone."""
-    return nullcontext(), _momentum_zero(module)
 
 
 @contextmanager

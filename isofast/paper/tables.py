@@ -12,7 +12,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any, Literal
 
-from isofast.config.load import LAUNCH, resolve
+from isofast.config.load import LAUNCH, validate
 from isofast.config.presets import merge
 from isofast.config.schema import SCHEMA_KEY, Config, changed_keys
 from isofast.data.files import write_json
@@ -151,7 +151,7 @@ class Request:
         no_ema = "" if row.ema or row.method == "simsiam" else "-no-ema"
         run_dir = self.folder / dataset / f"{row.method}{no_ema}" / f"seed-{seed}"
         settings = self._settings(dataset, row, seed)
-        config, fixed = resolve(settings, self.overrides), resolve(settings)
+        config, fixed = validate(settings, self.overrides), validate(settings)
         for key in _FIXED_KEYS:
             if _value(config, key) != _value(fixed, key):
                 raise UserError(

@@ -95,13 +95,10 @@ class Recorder:
         self._began = time.perf_counter()
         self._lap = _Lap()
 
-    def waited(self, seconds: float) -> None:
-        """Count seconds spent waiting for a batch."""
-        self._lap.waited += seconds
-
-    def stepped(self) -> None:
-        """Count a step."""
+    def stepped(self, waited_s: float = 0.0) -> None:
+        """Count a step, and the seconds it waited for its batch."""
         self._lap.steps += 1
+        self._lap.waited += waited_s
 
     def resume_clock(self) -> None:
         """Restart the timer, excluding time since the last record."""

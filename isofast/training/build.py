@@ -43,6 +43,10 @@ class TrainState:
     optimizer: Optimizer
     engine: Any
     """DeepSpeed's; None where the step is a graph, in one process."""
+    compiled: bool
+    """Whether the networks go through torch.compile."""
+    graphed: bool
+    """Whether the step is a CUDA graph."""
 
     @property
     def method(self) -> Method:
@@ -161,7 +165,7 @@ def build(config: Config, world: World, classes: int) -> TrainState:
     torch.backends.cudnn.benchmark = cuda
     side = recipe_for(config.data.dataset, crop=config.data.crop).crop
     synchronised = synchronises_batch_norm(config, world)
-    compiled = compiles(config, cuda)
+    compiled = config.train.compile == "on" or (config.train.compile == "auto" and cuda)
     fused = compiled and cuda
     branch = Branch(
         config.encoder,
@@ -195,7 +199,7 @@ def build(config: Config, world: World, classes: int) -> TrainState:
     for module in (online, target):
         if module is not None:
             module.to(memory_format=torch.channels_last)
-    return TrainState(world, online, target, optimizer, engine)
+    return TrainState(world, online, target, optimizer, engine, compiled, graphed)
 
 
 def train_loader(
@@ -229,11 +233,6 @@ def train_loader(
 def synchronises_batch_norm(config: Config, world: World) -> bool:
     """Whether BatchNorm's statistics are those of all ranks."""
     return world.size > 1 and config.train.batch_norm != "local"
-
-
-def compiles(config: Config, cuda: bool) -> bool:
-    """Whether the networks go through torch.compile."""
-    return config.train.compile == "on" or (config.train.compile == "auto" and cuda)
 
 
 def is_graphed(config: Config, world: World) -> bool:

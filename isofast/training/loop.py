@@ -11,7 +11,7 @@ from typing import NoReturn
 import torch
 
 from isofast.config.schema import Config
-from isofast.data import Batch, ImageFolder, Recipe, recipe_for, resolve_backend
+from isofast.data import ImageFolder, Recipe, recipe_for, resolve_backend
 from isofast.data.images import (
     Images,
     agree_on_images,
@@ -41,8 +41,6 @@ from isofast.run.summary import Summary
 from isofast.training.build import (
     TrainState,
     build,
-    compiles,
-    is_graphed,
     synchronises_batch_norm,
     train_loader,
 )
@@ -157,10 +155,9 @@ class _Run:
             else Evaluator(config, train, val, recipe, world, watch, backend=self.loader.backend)
         )
         precision = str(self.state.online.branch.precision).removeprefix("torch.")
-        graphed = "on" if is_graphed(config, world) else "off"
-        compiled = "on" if compiles(config, world.device.type == "cuda") else "off"
-        resolved = {"backend": self.loader.backend, "precision": precision}
-        resolved |= {"compile": compiled, "cuda_graph": graphed}
+        switches = {"compile": self.state.compiled, "cuda_graph": self.state.graphed}
+        resolved = {name: "on" if on else "off" for name, on in switches.items()}
+        resolved |= {"backend": self.loader.backend, "precision": precision}
         statistics = "synchronised" if self.synchronised else "local"
         environment = describe_environment(world, batch_norm=statistics, **resolved)
         environment["val_images"] = None if val is None else len(val)
@@ -187,16 +184,17 @@ class _Run:
     def train(self, signals: Signals) -> None:
         """The loop."""
         config, state, recorder = self.config, self.state, self.recorder
-        graphed = is_graphed(config, self.world)
-        take_step = GraphedStep(state.step, self.world.device) if graphed else state.step
-        compiling = compiles(config, self.world.device.type == "cuda")
+        take_step = GraphedStep(state.step, self.world.device) if state.graphed else state.step
+        compiling = state.compiled
         local_statistics = self.world.size > 1 and not self.synchronised
         state.online.train()
         if self.step == 0 and config.evaluation.at_start:
             self.evaluate()
         recorder.resume_clock()
         while self.step < self.last_step:
-            batch = self._next_batch()
+            began = time.perf_counter()
+            batch = next(self.batches)
+            waited_s = time.perf_counter() - began
             if self.step == 0 and self.world.is_main:
                 write_views(batch, self.recipe, self.run_dir / "views.png")
             lr = set_lr(state.optimizer, self.step, self.steps_per_epoch, config)
@@ -212,7 +210,7 @@ class _Run:
                 mean_of_statistics_over_ranks_(state.online)
             self.all_finite &= torch.isfinite(output.loss.detach())
             self.step += 1
-            recorder.stepped()
+            recorder.stepped(waited_s)
 
             at_end = self.step == self.last_step
             record_is_due = at_end or self.step % config.logging.every_steps == 0
@@ -360,15 +358,9 @@ class _Run:
             if self.step < self.last_step
             else f"{self.run_dir} is at step {self.step} and has nothing left to do",
         ]
-        if compiles(config, world.device.type == "cuda") and self.step < self.last_step:
+        if self.state.compiled and self.step < self.last_step:
             lines.append("the first step compiles the networks, a minute or two")
         return lines
-
-    def _next_batch(self) -> Batch:
-        began = time.perf_counter()
-        batch = next(self.batches)
-        self.recorder.waited(time.perf_counter() - began)
-        return batch
 
     def _evaluation_is_due(self) -> bool:
         every = self.config.evaluation.every_epochs

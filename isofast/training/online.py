@@ -3,14 +3,13 @@
 Shapes: N images of the bank, M queries, V views, F features, K classes.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 from tqdm import tqdm
 
@@ -79,12 +78,13 @@ class Evaluator:
 
     @torch.no_grad()
     def __call__(self, online: Online) -> Evaluation:
-        """Evaluate in eval mode and leave the module in the mode that it had."""
-        with eval_mode(online):
-            bank_NF, bank_y_N = self._collect(self._bank, online.branch.features)
-            val_MF, val_y_M = self._collect(self._val, online.branch.features)
-            right = int((online.probe(val_MF).argmax(1) == val_y_M).sum())
-            measured = self._label_free(online, val_MF)
+        """Evaluate in eval mode, and go back to training."""
+        online.eval()
+        bank_NF, bank_y_N = self._collect(self._bank, online.branch.features)
+        val_MF, val_y_M = self._collect(self._val, online.branch.features)
+        right = int((online.probe(val_MF).argmax(1) == val_y_M).sum())
+        measured = self._label_free(online, val_MF)
+        online.train()
         return Evaluation(
             right / len(val_y_M), self._knn(bank_NF, bank_y_N, val_MF, val_y_M), measured
         )
@@ -224,14 +224,3 @@ def _views(
             f"--set evaluation.metrics_images=0"
         ) from None
     return x_NVCHW.flatten(0, 1)
-
-
-@contextmanager
-def eval_mode(module: nn.Module) -> Iterator[None]:
-    """``module`` in eval mode; afterwards as it was."""
-    training = module.training
-    module.eval()
-    try:
-        yield
-    finally:
-        module.train(training)

@@ -55,32 +55,23 @@ class LARS(Optimizer):
         if closure is not None:
             raise ValueError("LARS takes no closure")
         for group in self.param_groups:
-            params: list[Tensor] = []
-            grads: list[Tensor] = []
-            for p in group["params"]:
-                if p.grad is not None:
-                    params.append(p)
-                    grads.append(p.grad)
-                    if "velocity" not in self.state[p]:
-                        self.state[p]["velocity"] = torch.zeros_like(p)
+            params = [p for p in group["params"] if p.grad is not None]
             if not params:
                 continue
+            grads = [p.grad for p in params]
+            for p in params:
+                if "velocity" not in self.state[p]:
+                    self.state[p]["velocity"] = torch.zeros_like(p)
             velocities = [self.state[p]["velocity"] for p in params]
             torch._foreach_mul_(velocities, group["momentum"])
             if group["adapt"]:
                 self._add_adapted(velocities, params, grads, group)
             else:
-                self._add_plain(velocities, params, grads, group["weight_decay"])
+                torch._foreach_add_(velocities, grads)
+                if group["weight_decay"]:
+                    torch._foreach_add_(velocities, params, alpha=group["weight_decay"])
             lr = torch.as_tensor(group["lr"], dtype=params[0].dtype, device=params[0].device)
             add_scaled_(params, velocities, lr, value=-1)
-
-    @staticmethod
-    def _add_plain(
-        velocities: list[Tensor], params: list[Tensor], grads: list[Tensor], decay: float
-    ) -> None:
-        torch._foreach_add_(velocities, grads)
-        if decay != 0:
-            torch._foreach_add_(velocities, params, alpha=decay)
 
     @staticmethod
     def _add_adapted(

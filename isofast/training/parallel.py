@@ -57,10 +57,8 @@ def check_pass_through(config: Config) -> None:
     # the weights, and a checkpoint has the first rank's.
     if stage != 0:
         raise UserError(
-            f"deepspeed.zero_optimization.stage must be 0, got {stage!r}: higher stages hand the "
-            f"optimizer one flat tensor, a part a rank, which takes away the layers that LARS "
-            f"adapts to and what a checkpoint must hold, and a ResNet's state fits any GPU. Remove "
-            f"the key"
+            f"deepspeed.zero_optimization.stage must be 0, got {stage!r}: higher stages cut apart "
+            f"the layers that LARS adapts to and a checkpoint holds, and a ResNet fits any GPU"
         )
 
 

@@ -14,7 +14,7 @@ from isofast.data.images import check_images, list_images
 from isofast.distributed import World, launched_world_size
 from isofast.errors import UserError
 from isofast.run.directory import describe_environment
-from isofast.training.build import build, compiles, is_graphed, train_loader
+from isofast.training.build import build, train_loader
 from isofast.training.graph import WARMUP_STEPS, GraphedStep
 from isofast.training.optim import set_lr
 from isofast.training.parallel import close_world, init_world
@@ -94,8 +94,7 @@ def _profile(config: Config, train: ImageFolder, world: World, output: Path, ste
     backend = resolve_backend(data.backend, train, recipe, world.device, data.resident_limit_gb)
     precision = state.online.branch.precision
     loader = train_loader(config, world, train, recipe, backend=backend, dtype=precision)
-    graphed = is_graphed(config, world)
-    take_step = GraphedStep(state.step, world.device) if graphed else state.step
+    take_step = GraphedStep(state.step, world.device) if state.graphed else state.step
 
     def synchronised_clock() -> float:
         if cuda:
@@ -104,7 +103,7 @@ def _profile(config: Config, train: ImageFolder, world: World, output: Path, ste
 
     # at the rate of the first step, the same throughout
     set_lr(state.optimizer, 0, loader.steps_per_epoch, config)
-    for _ in range(WARMUP_STEPS + 2 if graphed and cuda else 3):
+    for _ in range(WARMUP_STEPS + 2 if state.graphed and cuda else 3):
         take_step(next(loader))
     waits, began = [], synchronised_clock()
     for _ in range(steps):
@@ -132,7 +131,7 @@ def _profile(config: Config, train: ImageFolder, world: World, output: Path, ste
         parts_ms={name: statistics.median(times) for name, times in parts.items()},
         operations=_slowest(profiler, steps, cuda, set(parts)),
         memory_gb=memory_gb,
-        advice=_advice(config, precision, cuda, backend, wait_ms / step_ms),
+        advice=_advice(state.compiled, precision, backend, wait_ms / step_ms),
         trace=trace,
     )
 
@@ -149,9 +148,7 @@ def _slowest(
     return sorted(rows, key=lambda row: -row[2])[:10]
 
 
-def _advice(
-    config: Config, precision: torch.dtype, cuda: bool, backend: str, waiting: float
-) -> list[str]:
+def _advice(compiled: bool, precision: torch.dtype, backend: str, waiting: float) -> list[str]:
     """What would make the step faster, most first."""
     advice = []
     if waiting > 0.1:
@@ -159,6 +156,6 @@ def _advice(
         advice.append(f"more data.threads{also}: {waiting:.0%} of a step waits for the batch")
     if precision == torch.float32:
         advice.append("--set train.precision=bf16: the networks run in fp32")
-    if not compiles(config, cuda):
+    if not compiled:
         advice.append("--set train.compile=on: the networks run uncompiled")
     return advice

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from isofast.config.load import resolve
+from isofast.config.load import validate
 from isofast.config.schema import to_json
 from isofast.data.recipe import recipe_for
 from isofast.errors import UserError
@@ -72,13 +72,13 @@ def test_presets_are_the_papers(name):
 def test_a_run_can_set_every_strength():
     raw = {"data": {"dataset": "stl10", "root": "x"}}
     overrides = ["data.augmentation.view1.jitter_p=0.5", "data.augmentation.view2.scale=[0.5, 2]"]
-    data = resolve(raw, overrides).data
+    data = validate(raw, overrides).data
     recipe = recipe_for("stl10", augmentation=data.augmentation)
     assert recipe.view1.model_dump() == TABLE["stl10"][4] | {"jitter_p": 0.5}
     assert recipe.view2.model_dump() == TABLE["stl10"][5] | {"scale": (0.5, 2.0)}
-    stored = json.loads(to_json(resolve(raw, overrides)))
+    stored = json.loads(to_json(validate(raw, overrides)))
     assert stored["data"]["augmentation"]["view1"]["blur_p"] == 1.0
-    assert resolve(stored).data == data
+    assert validate(stored).data == data
 
 
 @pytest.mark.parametrize(
@@ -95,7 +95,7 @@ def test_a_run_can_set_every_strength():
 )
 def test_an_impossible_strength_is_refused_by_its_key(override, words):
     with pytest.raises(UserError, match=words):
-        resolve({"data": {"root": "x"}}, [f"data.augmentation.{override}"])
+        validate({"data": {"root": "x"}}, [f"data.augmentation.{override}"])
 
 
 def test_another_crop_keeps_the_proportion():

@@ -208,7 +208,7 @@ def test_a_dry_run_prints_commands_that_work(tmp_path, capsys):
         (["--set", "encoder.widht=8"], ["Did you mean encoder.width"]),
         (["--train-script", "no.py"], ["no.py", "--train-script"]),
         (["--launcher", "no-such-program"], ["--launcher"]),
-        (["--launcher", "srun 'x"], ["argument --launcher", "srun 'x", "No closing quotation"]),
+        (["--launcher", "srun 'x"], ["argument --launcher", "srun 'x", "invalid split value"]),
         (["--datasets", ","], ["argument --datasets: expected at least one name, got ','"]),
         (["--methods", ","], ["argument --methods: expected at least one name, got ','"]),
         (["--seeds", "0"], ["argument --seeds: expected a whole number of at least 1, got '0'"]),

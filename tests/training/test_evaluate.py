@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 from sklearn.neighbors import KNeighborsClassifier
-from torch import nn
 
 from isofast.config.schema import Config
 from isofast.data import EvalLoader, Recipe, recipe_for
@@ -14,7 +13,7 @@ from isofast.data.images import Images, check_images, list_images
 from isofast.run.labelfree import label_free
 from isofast.run.metrics import read_metrics
 from isofast.training.build import build
-from isofast.training.online import Evaluator, eval_mode, knn_top1
+from isofast.training.online import Evaluator, knn_top1
 from isofast.training.stall import StallWatch
 
 from ..support.runs import ALONE, fit_apart
@@ -46,18 +45,6 @@ def test_knn_in_pieces_counts_every_query():
     assert knn_top1(bank, torch.arange(4), bank[query_y], (query_y + 1) % 4, classes=4, k=1) == 0.0
 
 
-def test_eval_mode_gives_back_the_mode_it_found():
-    module = nn.BatchNorm1d(3)
-    with pytest.raises(RuntimeError), eval_mode(module):
-        assert not module.training
-        raise RuntimeError
-    assert module.training
-    module.eval()
-    with eval_mode(module):
-        pass
-    assert not module.training
-
-
 def evaluator_of(config: Config) -> tuple[Evaluator, Images, Recipe]:
     images = check_images(config, list_images(config))
     recipe = recipe_for("digits", augmentation=config.data.augmentation)
@@ -85,7 +72,8 @@ def test_metrics_without_labels_are_of_a_fixed_sample(small_config):
         "dali", images.val, recipe, range(355), batch_size=355, device=ALONE.device, threads=1
     )
     (x_NCHW, _), *_ = loader
-    with torch.no_grad(), eval_mode(online):
+    online.eval()
+    with torch.no_grad():
         h_NF, z_ND = online.branch(x_NCHW)
     views = torch.zeros(2, 2, 2)
     for suffix, x in (("", h_NF), ("_z", z_ND)):
