@@ -6,10 +6,11 @@ Shapes: B images of a view, C x H x W pixels, F backbone features, D embedding d
 import importlib
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import conv2d, pad, pixel_unshuffle
 from torch.nn.modules.batchnorm import _NormBase
 from torch.utils.checkpoint import checkpoint
 from torchvision.models import resnet
@@ -258,10 +259,30 @@ class _JoinedResNet(resnet.ResNet):  # type: ignore[misc]
     def _forward_impl(self, x_BCHW: Tensor) -> Tensor:
         # an Identity where the stem does not pool
         pool = isinstance(self.maxpool, nn.MaxPool2d)
-        h_BCHW = self.bn1(self.conv1(x_BCHW), relu=True, pool=pool)
+        h_BCHW = self.bn1(_aligned_convolution(self.conv1, x_BCHW), relu=True, pool=pool)
         h_BCHW = self.layer4(self.layer3(self.layer2(self.layer1(h_BCHW))))
         h_BF: Tensor = self.fc(self.avgpool(h_BCHW).flatten(1))
         return h_BF
+
+
+def _aligned_convolution(conv: nn.Conv2d, x_BCHW: Tensor) -> Tensor:
+    """A stem's convolution, of channels that tensor cores take eight at a time.
+
+    Those of images are filled up with zeros. For the 7 x 7 kernel, which moves by two pixels, two
+    by two pixels are one of four times the channels, and its taps are 4 x 4 of those.
+    """
+    weight = conv.weight
+    padding: Any = conv.padding
+    sides = (0, 0, 0, 0)
+    if conv.kernel_size == (7, 7) and conv.stride == (2, 2) and padding == (3, 3):
+        x_BCHW = pad(x_BCHW, (0, x_BCHW.shape[3] % 2, 0, x_BCHW.shape[2] % 2))
+        x_BCHW, weight = pixel_unshuffle(x_BCHW, 2), pixel_unshuffle(pad(weight, (1, 0, 1, 0)), 2)
+        sides, padding = (2, 1, 2, 1), 0
+    elif conv.stride != (1, 1):
+        return cast(Tensor, conv(x_BCHW))
+    more = -x_BCHW.shape[1] % 8
+    x_BCHW, weight = pad(x_BCHW, (*sides, 0, more)), pad(weight, (0, 0, 0, 0, 0, more))
+    return conv2d(x_BCHW, weight, padding=padding)
 
 
 _JOINED: dict[type[nn.Module], type[nn.Module]] = {

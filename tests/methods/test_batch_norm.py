@@ -22,6 +22,7 @@ from ..support.runs import forked, launched
 BUDGET = {torch.float32: 1e-5, torch.float64: 1e-12}
 LINEAR = ("1.0.bias", "projector.0.bias")
 STEMS = {"cifar": 16, "tiny": 32, "imagenet": 48}
+Stem = Literal["cifar", "tiny", "imagenet"]
 
 
 def network(stem: str, dtype: torch.dtype) -> nn.Module:
@@ -53,7 +54,7 @@ def results(net: nn.Module, z_ND: Tensor) -> dict[str, Tensor]:
     return found | {n: b for n, b in net.named_buffers() if b.is_floating_point()}
 
 
-def fused_branch(name: str, fused: bool, stem: Literal["cifar", "tiny"] = "cifar") -> Branch:
+def fused_branch(name: str, fused: bool, stem: Stem = "cifar") -> Branch:
     """In float64, both views in one call."""
     torch.manual_seed(0)
     config = EncoderConfig(name=name, stem=stem, width=8 if name == "resnet18" else 64)
@@ -134,6 +135,7 @@ def test_a_large_mean_costs_digits(std):
     [
         ("resnet18", "cifar"),
         ("resnet18", "tiny"),
+        ("resnet18", "imagenet"),
         pytest.param("resnet50", "cifar", marks=pytest.mark.slow),
     ],
 )

@@ -11,7 +11,7 @@ from torchvision.models import resnet18, resnet50
 
 from isofast.config.schema import EncoderConfig, ProjectorConfig
 from isofast.errors import UserError
-from isofast.methods.networks import Branch, feature_dim, make_encoder
+from isofast.methods.networks import Branch, _aligned_convolution, feature_dim, make_encoder
 
 
 @pytest.mark.parametrize(
@@ -95,3 +95,14 @@ def test_an_encoder_for_another_size_names_the_key():
     assert feature_dim(vit, 224) == 192
     with pytest.raises(UserError, match=r"32 x 32 pixels .* set data\.crop"):
         feature_dim(vit, 32)
+
+
+@pytest.mark.parametrize("side", [16, 17])
+@pytest.mark.parametrize(("kernel", "stride", "padding"), [(3, 1, 1), (3, 1, 0), (7, 2, 3)])
+def test_a_stems_convolution_of_aligned_channels_is_torchs(kernel, stride, padding, side):
+    conv = nn.Conv2d(3, 8, kernel, stride, padding, bias=False).double()
+    x_BCHW = torch.randn(2, 3, side, side + 1, dtype=torch.float64)
+    both = [conv(x_BCHW), _aligned_convolution(conv, x_BCHW)]
+    gradients = [torch.autograd.grad(y.square().sum(), conv.weight) for y in both]
+    torch.testing.assert_close(*both, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(*gradients, rtol=1e-12, atol=1e-12)
