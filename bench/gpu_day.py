@@ -42,7 +42,7 @@ KERNEL_TESTS = [*PYTEST, "--confcutdir=tests/kernels", "tests/kernels"]
 # every kernel in a few small shapes
 SANITIZED = (
     "3x17 or 37x129-fp32 or 37x129-bf16 or test_correlation_ema or test_whole_views "
-    "or (test_matrix_power and 37-) or test_norm_pool"
+    "or (test_matrix_power and 37-) or (test_norm_pool and 4x80x6x7)"
 )
 ISOFAST = [sys.executable, "-c", "import sys; from isofast.cli import main; sys.exit(main())"]
 TINY = ("encoder.width=4", "projector.hidden=32", "train.batch_size=64")
@@ -86,7 +86,9 @@ def plan(work: Path, data: Path | None, epochs: int, dry: bool) -> list[Stage]:
     colds = ("--cold",) if dry else ("", "--cold")
     kernels = [script("kernels", cold, f"{power} {cold}") for cold in colds]
     step = script("step", "--datasets cifar10", f"{tiny} --width 4")
-    peers = script("peers", "--steps 50", f"{tiny} --width 4 --steps 1 --workers 1 --only fp32")
+    peers = script(
+        "peers", "--rounds 5 --steps 25", f"{tiny} --width 4 --steps 1 --workers 1 --only fp32"
+    )
     loaders = script("data", "--rounds 5 --seconds 1", f"{tiny} --seconds 0.1 --workers 1")
     embed = script("embed", "", "--images 256 --width 4 --rounds 2")
     isofast = ("isofast.training.loop", "torchvision")
@@ -103,11 +105,11 @@ def plan(work: Path, data: Path | None, epochs: int, dry: bool) -> list[Stage]:
         ),
         Stage("kernels", 2, kernels),
         Stage("step", 4, [step], isofast),
-        Stage("peers", 2, [[*peers, *root]], isofast),
+        Stage("peers", 3, [[*peers, *root]], isofast),
         Stage("data", 1.5, [[*loaders, "--recipe", "cifar10", *root], embed], isofast),
         Stage("profile", 1, [[*profile, "--steps", "2" if dry else "20"]], isofast),
         Stage("run", 3, run("run", "method.ema=false", *ends), isofast),
-        Stage("run-ema", 4, run("run-ema", "method.ema=true", ends[1]), isofast),
+        Stage("run-ema", 3, run("run-ema", "method.ema=true", ends[1]), isofast),
     ]
 
 
