@@ -44,9 +44,8 @@ def _norm_pool_kernel(
     mean_C = tl.load(mean_ptr + of_C, mask=c_C < C, other=0.0)
     slope_C = tl.load(slope_ptr + of_C, mask=c_C < C, other=0.0)
     bias_C = tl.load(bias_ptr + c_C, mask=c_C < C, other=0.0)
-    sign_C = tl.where(slope_C < 0, -1.0, 1.0)
-    # all taps of a flat map are alike, and the first counts
-    sign_C = tl.where(slope_C == 0, 0.0, sign_C)
+    # 0 of a flat map, all of whose taps are alike, so that the first counts
+    sign_C = (slope_C > 0).to(tl.float32) - (slope_C < 0).to(tl.float32)
     # the image's place may pass 2^31
     x_ptr += image.to(tl.int64) * (H * W * C)
     place_KC = k_K[:, None] * C + c_C[None, :]
@@ -186,22 +185,23 @@ def norm_pool_launch(
 ) -> tuple[Tensor, Tensor]:
     """y_NCPQ in x's dtype and taps_NCPQ (uint8), channels_last; statistics and weights are fp32."""
     n, channels, height, width = x_NCHW.shape
-    shape = (n, (height + 1) // 2, (width + 1) // 2, channels)
-    y_NPQC = torch.empty(shape, dtype=x_NCHW.dtype, device=x_NCHW.device)
-    taps_NPQC = torch.empty(shape, dtype=torch.uint8, device=x_NCHW.device)
+    shape = (n, channels, (height + 1) // 2, (width + 1) // 2)
+    where = {"device": x_NCHW.device, "memory_format": torch.channels_last}
+    y_NCPQ = torch.empty(shape, dtype=x_NCHW.dtype, **where)
+    taps_NCPQ = torch.empty(shape, dtype=torch.uint8, **where)
     options = tile_options(channels)
     _norm_pool_kernel[_grid(x_NCHW, options["BLOCK_C"], options["BLOCK_K"])](
         _last(x_NCHW),
         mean_VC.contiguous(),
         slope_VC.contiguous(),
         bias_C.contiguous(),
-        y_NPQC,
-        taps_NPQC,
+        y_NCPQ,
+        taps_NCPQ,
         n // len(mean_VC),
         **_shape(x_NCHW),
         **options,
     )
-    return y_NPQC.permute(0, 3, 1, 2), taps_NPQC.permute(0, 3, 1, 2)
+    return y_NCPQ, taps_NCPQ
 
 
 def norm_pool_sums_launch(
@@ -243,7 +243,7 @@ def norm_pool_gradient_launch(
 ) -> Tensor:
     """dx_NCHW = slope g - shift - along (x - mean), channels_last, in x's dtype."""
     x_NCHW = _last(x_NCHW)
-    dx_NCHW = torch.empty_like(x_NCHW)
+    dx_NCHW = torch.empty_like(x_NCHW, memory_format=torch.channels_last)
     options = tile_options(x_NCHW.shape[1])
     _norm_pool_gradient_kernel[_grid(x_NCHW, options["BLOCK_C"], options["BLOCK_K"])](
         _last(dy_NCPQ),

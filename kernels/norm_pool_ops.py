@@ -17,7 +17,7 @@ if HAS_TRITON:
 @torch.library.custom_op("isofast_kernels::norm_pool", mutates_args=())
 def norm_pool(x: Tensor, mean: Tensor, slope: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
     """`reference.norm_pool_reference`, outside autograd; channels_last."""
-    if runs_triton(x):
+    if _runs_triton(x):
         with device_of(x):
             return norm_pool_launch(x, mean, slope, bias)
     y, taps = reference.norm_pool_reference(x, mean, slope, bias)
@@ -27,14 +27,15 @@ def norm_pool(x: Tensor, mean: Tensor, slope: Tensor, bias: Tensor) -> tuple[Ten
 @norm_pool.register_fake
 def _(x: Tensor, mean: Tensor, slope: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
     n, channels, height, width = x.shape
-    y = x.new_empty((n, (height + 1) // 2, (width + 1) // 2, channels)).permute(0, 3, 1, 2)
+    y = x.new_empty((n, channels, (height + 1) // 2, (width + 1) // 2))
+    y = y.to(memory_format=torch.channels_last)
     return y, torch.empty_like(y, dtype=torch.uint8)
 
 
 @torch.library.custom_op("isofast_kernels::norm_pool_sums", mutates_args=())
 def norm_pool_sums(dy: Tensor, taps: Tensor, x: Tensor, mean: Tensor) -> Tensor:
     """Sums of g and of g (x - mean) over each view, (2, V, C), with g of `reference`."""
-    if runs_triton(x, dy):
+    if _runs_triton(x, dy):
         with device_of(x):
             return norm_pool_sums_launch(dy, taps, x, mean)
     g = reference.norm_pool_gradient_reference(dy, taps, x, mean.dtype)
@@ -58,7 +59,7 @@ def norm_pool_gradient(
     along: Tensor,
 ) -> Tensor:
     """dx = slope g - shift - along (x - mean), in x's dtype, channels_last."""
-    if runs_triton(x, dy):
+    if _runs_triton(x, dy):
         with device_of(x):
             return norm_pool_gradient_launch(dy, taps, x, mean, slope, shift, along)
     g = reference.norm_pool_gradient_reference(dy, taps, x, mean.dtype)
@@ -77,6 +78,11 @@ def _(
     along: Tensor,
 ) -> Tensor:
     return torch.empty_like(x, memory_format=torch.channels_last)
+
+
+def _runs_triton(*tensors: Tensor) -> bool:
+    # the kernels compute in fp32
+    return tensors[0].dtype != torch.float64 and runs_triton(*tensors)
 
 
 def _last(x_NCHW: Tensor) -> Tensor:

@@ -13,11 +13,15 @@ GUARD = 4096
 """Elements of NaN on either side of a guarded tensor; keeps the alignment kernels rely on."""
 
 
-def guarded_empty(shape, dtype, device):
+def guarded_empty(shape, dtype, device, channels_last=False):
     """A NaN-filled tensor between two guards of NaN, and the whole buffer."""
     count = torch.Size(shape).numel()
     buffer = torch.full((count + 2 * GUARD,), float("nan"), dtype=dtype, device=device)
-    return buffer[GUARD : GUARD + count].view(shape), buffer
+    within = buffer[GUARD : GUARD + count]
+    if channels_last:
+        n, c, h, w = shape
+        return within.view(n, h, w, c).permute(0, 3, 1, 2), buffer
+    return within.view(shape), buffer
 
 
 @pytest.fixture(autouse=INTERPRET)
@@ -49,7 +53,8 @@ def guard_inputs():
     buffers = []
 
     def guard(tensor):
-        copy, buffer = guarded_empty(tensor.shape, tensor.dtype, tensor.device)
+        last = tensor.ndim == 4 and tensor.is_contiguous(memory_format=torch.channels_last)
+        copy, buffer = guarded_empty(tensor.shape, tensor.dtype, tensor.device, last)
         buffers.append(buffer)
         return copy.copy_(tensor)
 
@@ -67,10 +72,11 @@ def poisoned_empty(monkeypatch):
 
     def poisoned(*size, dtype=None, device=None, **options):
         dtype = dtype or torch.get_default_dtype()
-        if options or not dtype.is_floating_point:
+        last = options == {"memory_format": torch.channels_last}
+        if (options and not last) or not dtype.is_floating_point:
             return empty(*size, dtype=dtype, device=device, **options)
         shape = size[0] if len(size) == 1 and not isinstance(size[0], int) else size
-        tensor, buffer = guarded_empty(shape, dtype, device)
+        tensor, buffer = guarded_empty(shape, dtype, device, last)
         buffers.append(buffer)
         return tensor
 

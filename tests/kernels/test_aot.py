@@ -91,6 +91,12 @@ def test_rows_of_the_losses_are_found_in_64_bits(name):
     assert len(re.findall(r"arith\.extsi .* i32 to i64", code)) >= 3
 
 
+@pytest.mark.parametrize("name", ["norm_pool", "norm_pool_sums", "norm_pool_gradient"])
+def test_images_of_the_stem_are_found_in_64_bits(name):
+    code = aot.compile_for(build_named(f"{name} bf16 64x64x64"), 90).asm["ttir"]
+    assert len(re.findall(r"arith\.muli .* : i64", code)) >= 2
+
+
 @pytest.mark.parametrize("capability", [80, 90])
 @pytest.mark.parametrize(
     "name",

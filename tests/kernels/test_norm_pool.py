@@ -20,7 +20,7 @@ CASES = pytest.mark.parametrize(
 
 
 def problem(views, shape, dtype=torch.float32):
-    """x, dy, and mean, slope, bias, shift and along; slopes of both signs, one of them 0."""
+    """x, dy, and mean, slope, bias, shift and along; two slopes are 0, and one's bias."""
     generator = torch.Generator().manual_seed(0)
     n, channels, height, width = shape
 
@@ -30,9 +30,11 @@ def problem(views, shape, dtype=torch.float32):
     x = randn(*shape) + 1
     dy = randn(n, channels, (height + 1) // 2, (width + 1) // 2)
     mean, slope, shift, along = (randn(views, channels) for _ in range(4))
-    slope[:, 1] = 0
+    bias = randn(channels)
+    slope[:, 1:3] = 0
+    bias[2] = 0
     images = [image.to(DEVICE, dtype, memory_format=torch.channels_last) for image in (x, dy)]
-    return *images, *(of.to(DEVICE) for of in (mean, slope, randn(channels), shift, along))
+    return *images, *(of.to(DEVICE) for of in (mean, slope, bias, shift, along))
 
 
 @CASES
