@@ -160,9 +160,10 @@ def figure8(runs: Sequence[Run]) -> Figure:
     """Eigenvalues by weight decay, the largest first, and the accuracies below."""
     decays = {run.config.optimizer.weight_decay for run in runs}
     if len(decays) < 2:
+        decay = decays.pop()
         raise UserError(
-            f"figure 8 compares weight decays, but all runs have {decays.pop():g}. Add a run with "
-            "another, such as --set optimizer.weight_decay=1e-5"
+            f"figure 8 compares weight decays, but all runs have {decay:g}. Add a run with "
+            f"another, such as --set optimizer.weight_decay={decay / 10 or 1e-5:g}"
         )
     ordered = sorted(runs, key=lambda run: -run.config.optimizer.weight_decay)
     return figure3(ordered, ["optimizer.weight_decay"])
