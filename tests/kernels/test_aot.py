@@ -198,23 +198,16 @@ def test_what_is_over_budget_exits_with_1(capsys, monkeypatch):
 def test_every_kernel_dtype_and_tile_is_listed(all_widths):
     names = [build.name for build in aot.builds(all_widths)]
     assert len(set(names)) == len(names)
-    dtypes = len(aot.DTYPES)
-    pools = len(aot.STEMS) * dtypes
-    widths = len(aot.WIDTHS if all_widths else aot.FEATURES)
-    power_widths = len(set(aot.POWER_WIDTHS) & set(aot.WIDTHS if all_widths else aot.FEATURES))
+    dtypes, widths = len(aot.DTYPES), set(aot.WIDTHS if all_widths else aot.FEATURES)
+    losses = dtypes * len(aot.LOSS_FEATURES + aot.RAGGED * all_widths)
+    powers, pools = len(widths & set(aot.POWER_WIDTHS)), dtypes * len(aot.STEMS)
+    # the correlation with and without EMA, of one view and more
     assert Counter(name.split()[0] for name in names) == {
-        "rows_times_w": dtypes * len(aot.LOSS_FEATURES + aot.RAGGED * all_widths),
-        "asymmetric_loss": 4 * dtypes * len(aot.LOSS_FEATURES + aot.RAGGED * all_widths),
-        # with and without EMA, of one view and more
-        "correlation": 4 * dtypes * widths,
-        "normalize": power_widths,
-        # spectral, bounded or both
-        "shift": 3 * power_widths,
+        **{"rows_times_w": losses, "asymmetric_loss": 4 * losses},
+        **{"correlation": 4 * dtypes * len(widths), "augment": dtypes * len(aot.VIEWS)},
+        **{"normalize": powers, "shift": 3 * powers, "finish": 2 * powers},
         # alone, with a square, a product with the quotient too
-        "polynomial": 2 * power_widths,
-        "product": 3 * power_widths,
-        "finish": 2 * power_widths,
-        "augment": len(aot.VIEWS) * dtypes,
+        **{"polynomial": 2 * powers, "product": 3 * powers},
         **dict.fromkeys(("norm_pool", "norm_pool_sums", "norm_pool_gradient"), pools),
     }
 

@@ -108,14 +108,3 @@ def test_the_same_inputs_give_the_same_views_in_any_batch():
     for k in range(3):
         alone, _ = both(images, index[k : k + 1], table[:, k : k + 1], 20, blur=True)
         assert ((alone - whole[:, k : k + 1]).abs() > bound).float().mean() <= bound
-
-
-def test_only_the_window_counts():
-    images = noise(2, 40, 30)
-    table = rows(1, 2, 20, 11, top=7, left=13, blur_sigma=1.0, contrast=0.7)
-    expected, _ = both(images, torch.arange(2), table, 16, blur=True)
-    inside = images[:, 7:27, 13:24].clone()
-    images = 255 - images
-    images[:, 7:27, 13:24] = inside
-    got, _ = both(images, torch.arange(2), table, 16, blur=True)
-    assert torch.equal(got, expected)

@@ -42,6 +42,7 @@ def test_a_graphed_run_is_the_plain_one_also_resumed(method, config_file, tmp_pa
         ("cuda", {"encoder": {"name": "timm:resnet18", "width": 64}}, True),
         # an eigendecomposition waits for the host, which a capture refuses
         ("cuda", {"method": {"name": "directpred", "alpha": 0.25}}, False),
+        ("cuda", {"method": {"name": "directpred", "alpha": 0.3, "eps": 0.25}}, False),
         ("cuda", {"method": {"name": "directpred", "alpha": 0.25, "eps": 0.25}}, True),
         ("cuda", {"method": {"name": "directcopy", "metric": "euclidean"}}, True),
     ],
