@@ -41,13 +41,14 @@ def test_every_image_at_most_once_an_epoch_over_three_ranks(train_set, make_load
 
 
 @BOTH
-def test_streams_are_equal_by_seed_and_differ_by_seed(make_loader, backend):
+def test_streams_are_equal_by_seed_and_differ_by_seed(photo_set, make_loader, backend):
     first, again, other = (
-        take(make_loader(backend=backend, seed=s, threads=t), 3)
+        take(make_loader(numbered(photo_set), backend=backend, seed=s, threads=t), 3)
         for s, t in ((5, 1), (5, 2), (6, 2))
     )
     assert_same(first, again)
     assert not torch.equal(first[0].x1_BCHW, other[0].x1_BCHW)
+    assert not torch.equal(first[0].y_B, other[0].y_B)
 
 
 @BOTH
@@ -135,7 +136,7 @@ def test_clean_images_are_exactly_the_files(tmp_path, backend):
 
 
 @BOTH
-@pytest.mark.parametrize("size", [(300, 200), (90, 131), (40, 40), (20, 900)], ids=str)
+@pytest.mark.parametrize("size", [(300, 200), (90, 131), (50, 53), (40, 40), (20, 900)], ids=str)
 def test_clean_images_of_any_size_are_resized_and_cropped(tmp_path, size, backend):
     coarse = np.random.default_rng(1).integers(0, 256, (6, 6, 3), dtype=np.uint8)
     image = Image.fromarray(coarse).resize((size[1], size[0]), Image.Resampling.BICUBIC)
