@@ -59,13 +59,6 @@ def test_an_error_is_raised_once(background, by):
     assert background.do(lambda: 4).result() == 4
 
 
-def test_a_host_copy_is_of_its_moment():
-    tensor = torch.ones(3)
-    copy = HostCopy(tensor)
-    tensor.zero_()
-    assert copy.get().tolist() == [1, 1, 1]
-
-
 @pytest.mark.gpu
 def test_a_host_copy_of_a_gpu_tensor_is_of_its_moment_and_is_not_waited_for():
     tensor = torch.ones(256, 256, device="cuda")
