@@ -4,10 +4,8 @@ import sys
 from types import SimpleNamespace
 
 import pytest
-import timm
 import torch
 from torch import nn
-from torchvision.models import resnet18, resnet50
 
 from isofast.config.schema import EncoderConfig, ProjectorConfig
 from isofast.errors import UserError
@@ -33,17 +31,6 @@ def test_features_have_the_promised_size(width):
     assert encoder.training and encoder.bn1.num_batches_tracked == 1
 
 
-@pytest.mark.parametrize("theirs", [resnet18, resnet50], ids=lambda make: make.__name__)
-def test_names_and_shapes_are_torchvisions(theirs):
-    def shapes(module: nn.Module) -> dict[str, torch.Size]:
-        state = module.state_dict()
-        return {name: value.shape for name, value in state.items() if name[:3] != "fc."}
-
-    assert shapes(make_encoder(EncoderConfig(name=theirs.__name__))) == shapes(theirs())
-    if theirs is resnet18:
-        assert shapes(make_encoder(EncoderConfig(width=8))).keys() == shapes(theirs()).keys()
-
-
 def test_narrow_convolutions_keep_torchvisions_initialisation():
     torch.manual_seed(0)
     conv = make_encoder(EncoderConfig(width=32)).layer4[1].conv2
@@ -59,14 +46,6 @@ def test_bf16_autocast_keeps_parameters_and_batchnorm_in_fp32():
     assert {t.dtype for t in branch.parameters()} == {torch.float32}
     assert branch.encoder.bn1.running_mean.dtype == torch.float32
     assert branch.features(torch.randn(4, 3, 16, 16)).dtype == torch.float32
-
-
-def test_an_encoder_of_timm_is_timms():
-    branch = Branch(EncoderConfig(name="timm:resnet10t"), ProjectorConfig(output=8), torch.float32)
-    theirs = timm.create_model("resnet10t", num_classes=0)
-    theirs.load_state_dict(dict(branch.encoder.state_dict()))
-    h_BF, z_BD = branch(torch.randn(2, 3, 32, 32))
-    assert h_BF.shape == (2, theirs.num_features) and z_BD.shape == (2, 8)
 
 
 def test_an_encoder_of_your_own(monkeypatch):

@@ -46,13 +46,6 @@ def rates_of_modes(toy: Toy, v_SMN: Tensor) -> Array:
 
 
 @pytest.mark.parametrize("name", EUCLIDEAN)
-def test_a_euclidean_mode_starts_at_the_rate_of_its_equation(name):
-    lr = 1e-7
-    start, after = spectra(replace(EUCLIDEAN[name], steps=1, lr=lr))
-    np.testing.assert_allclose((after - start) / lr, RATES[name](start), rtol=1e-5, atol=1e-7)
-
-
-@pytest.mark.parametrize("name", EUCLIDEAN)
 def test_a_euclidean_mode_follows_its_equation_to_the_end(name):
     """The solution of lambda' against gradient descent on V, whose own error is of order lr."""
     lr, steps = 1e-3, 4000
@@ -73,16 +66,6 @@ def test_an_embedding_moves_at_the_papers_rate(name, power):
     z, after = track.points[:, 0, 0]
     modes = np.array(values)
     np.testing.assert_allclose((after - z) / lr / z, modes**power * (1 - modes), rtol=1e-5)
-
-
-def test_a_small_mode_waits_for_the_plain_loss_and_not_for_iso_loss():
-    start = diagonal_weights([1.0, 0.02], 3)
-    sizes = {"inputs": 3, "outputs": 2}
-    plain, iso = (
-        simulate(replace(EUCLIDEAN[name], **sizes), start).eigenvalues[-1, 0]
-        for name in ("euclidean", "iso_euclidean")
-    )
-    assert plain[1] == pytest.approx(0.05, abs=0.003) and iso[1] > 0.998
 
 
 @pytest.mark.parametrize(
