@@ -19,13 +19,6 @@ sys.path.append(str(HERE))
 from vicreg import VICReg  # noqa: E402
 
 
-def test_the_loss_is_zero_where_there_is_nothing_to_improve():
-    method = VICReg(VICReg.Config(name="vicreg:VICReg"), ProjectorConfig(output=3))
-    # equal views, uncorrelated dimensions, standard deviations above 1
-    z_BD = torch.tensor([[2.0, 2, 2], [2, -2, -2], [-2, 2, -2], [-2, -2, 2]])
-    assert method.loss(Views(z_BD, z_BD, z_BD, z_BD)).item() == 0.0
-
-
 def test_each_term_is_the_papers():
     torch.manual_seed(0)
     z1, z2 = torch.randn(2, 32, 6, dtype=torch.float64)
