@@ -4,15 +4,9 @@ import importlib
 from types import ModuleType
 
 import pytest
-from PIL import Image
-
-from isofast.config.presets import VIEWS_OF_DATASET
-from isofast.data.recipe import recipe_for
 
 from ..conftest import load_script
 from ..support.runs import ROOT
-
-CROPS = {recipe_for(name).crop for name in VIEWS_OF_DATASET}
 
 
 @pytest.fixture(autouse=True)
@@ -72,19 +66,6 @@ def test_only_questions_with_green_tests_are_timed_and_no_result_is_overwritten(
     assert set(now) == {"some-001.png", "some-004.csv", "some-005.csv", "some-005.png"}
     assert now["some-004.csv"] == kept["some-001.csv"]
     assert now["some-001.png"] == kept["some-001.png"]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("side", sorted(CROPS | {600}))
-def test_pictures_are_made_in_the_size_of_every_recipe(tmp_path, side):
-    """Also where the photographs, 640 x 427 pixels, have no four times larger square, or none."""
-    bench = load_script(ROOT / "bench" / "data.py")
-    bench.generate(tmp_path, side, 20)
-    files = sorted(tmp_path.glob("train/class?/*.jpg"))
-    assert len({path.read_bytes() for path in files}) > 15 and len(files) == 20
-    for path in files:
-        with Image.open(path) as image:
-            assert image.size == (side, side)
 
 
 def test_the_notes_have_the_paired_ratio():

@@ -68,26 +68,6 @@ def test_a_day_goes_on_after_failures_and_is_taken_up_again(day, tmp_path, monke
     assert done.read_text().split()[7:] == ["last", "good"]
 
 
-@pytest.mark.slow
-def test_errors_of_kernel_tests_are_listed_beside_their_budgets(day, tmp_path):
-    chosen = ["-m", "", "-k", "test_loss_pair and 3x17-fp32-iso_cosine"]
-    log = tmp_path / "log"
-    with log.open("w") as file:
-        assert day.call([*day.KERNEL_TESTS, *chosen], file, 120) == 0
-    rows = day.near_budgets(log)
-    assert len(rows) >= 3
-    for test, error, budget, ratio in rows:
-        assert test.startswith("test_loss_pair[3x17-fp32-iso_cosine], ")
-        assert float(ratio) == pytest.approx(float(error) / float(budget), abs=0.006)
-        assert float(error) <= float(budget)
-
-
-@pytest.mark.slow
-def test_sizes_are_not_measured_without_a_gpu(tmp_path):
-    printed = call([sys.executable, "bench/gpu_day.py"], code=2, cwd=ROOT).stderr
-    assert "--dry-run" in printed
-
-
 @pytest.mark.long
 def test_a_dry_run_of_everything(tmp_path):
     output = tmp_path / "day"
