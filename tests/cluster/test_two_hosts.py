@@ -7,7 +7,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -20,8 +19,8 @@ from ..support.runs import (
     ROOT,
     Process,
     assert_same_run,
-    command_of,
     environment,
+    started,
     timeless,
     train,
     wait_for_step,
@@ -38,44 +37,33 @@ def ip(*arguments: str) -> None:
     subprocess.run(["ip", *arguments], check=True, capture_output=True)
 
 
-@dataclass
-class Hosts:
-    """Two namespaces, by name; the cable's ends are called ``cable`` in both."""
-
-    names: list[str]
-
-    def start(self, config: Path, run_dir: Path, by: str) -> list[Process]:
-        """A launcher on both, as an administrator without ssh starts it."""
-        hostfile = config.with_name("hostfile")
-        hostfile.write_text("".join(f"{address} slots=2\n" for address in ADDRESSES))
-        launchers = {
-            "deepspeed": f"deepspeed.launcher.runner --hostfile {hostfile} --no_ssh "
-            f"--node_rank NODE --master_addr {ADDRESSES[0]} --log_level error",
-            "torchrun": "torch.distributed.run --nnodes 2 --nproc-per-node 2 --node-rank NODE "
-            f"--master-addr {ADDRESSES[0]}",
-        }
-        started = []
-        for node, name in enumerate(self.names):
-            launcher = ["-m", *launchers[by].replace("NODE", str(node)).split()]
-            program = [str(ROOT / "launch" / "train.py"), "--config", str(config)]
-            command = [sys.executable, *launcher, *program, "--run-dir", str(run_dir)]
-            started.append(
-                subprocess.Popen(
-                    ["ip", "netns", "exec", name, *command],
-                    stderr=subprocess.PIPE,
-                    stdout=subprocess.DEVNULL,
-                    text=True,
-                    env=environment(GLOO_SOCKET_IFNAME="cable"),
-                )
-            )
-        return started
-
-    def set_cable(self, state: str) -> None:
-        ip("-n", self.names[0], "link", "set", "cable", state)
+def start(hosts: list[str], config: Path, run_dir: Path, by: str) -> list[Process]:
+    """A launcher on both, as an administrator without ssh starts it."""
+    hostfile = config.with_name("hostfile")
+    hostfile.write_text("".join(f"{address} slots=2\n" for address in ADDRESSES))
+    launcher = {
+        "deepspeed": f"deepspeed.launcher.runner --hostfile {hostfile} --no_ssh "
+        f"--node_rank NODE --master_addr {ADDRESSES[0]} --log_level error",
+        "torchrun": "torch.distributed.run --nnodes 2 --nproc-per-node 2 --node-rank NODE "
+        f"--master-addr {ADDRESSES[0]}",
+    }[by]
+    program = [str(ROOT / "launch" / "train.py"), "--config", str(config)]
+    command = [sys.executable, "-m", *launcher.split(), *program, "--run-dir", str(run_dir)]
+    return [
+        subprocess.Popen(
+            ["ip", "netns", "exec", host, *(x.replace("NODE", str(node)) for x in command)],
+            stderr=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            text=True,
+            env=environment(GLOO_SOCKET_IFNAME="cable"),
+        )
+        for node, host in enumerate(hosts)
+    ]
 
 
 @pytest.fixture
-def hosts() -> Iterator[Hosts]:
+def hosts() -> Iterator[list[str]]:
+    """Two namespaces, by name; the cable's ends are called ``cable`` in both."""
     if os.geteuid() != 0 or shutil.which("ip") is None:
         pytest.skip("network namespaces need root and iproute2")
     names = [f"isofast-{os.getpid()}-{side}" for side in "ab"]
@@ -91,7 +79,7 @@ def hosts() -> Iterator[Hosts]:
             ip("-n", name, "address", "add", f"{address}/24", "dev", "cable")
             for device in ("cable", "lo"):
                 ip("-n", name, "link", "set", device, "up")
-        yield Hosts(names)
+        yield names
     finally:
         for name in names:
             ip("netns", "delete", name)
@@ -127,9 +115,9 @@ def test_two_hosts_train_as_one_and_outlive_a_cut_cable(hosts, config, tmp_path)
 
     for launcher in ("deepspeed", "torchrun"):
         cut = tmp_path / launcher
-        processes = hosts.start(config, cut, launcher)
+        processes = start(hosts, config, cut, launcher)
         wait_for_step(8, cut, *processes)
-        hosts.set_cable("down")
+        ip("-n", hosts[0], "link", "set", "cable", "down")
         began = time.monotonic()
         printed = end_of(processes, ENDS_WITHIN_S)
         assert time.monotonic() - began < ENDS_WITHIN_S
@@ -139,7 +127,7 @@ def test_two_hosts_train_as_one_and_outlive_a_cut_cable(hosts, config, tmp_path)
             # torchrun shows a traceback of its own
             assert 'launch/train.py", line' not in text, text
 
-        hosts.set_cable("up")
+        ip("-n", hosts[0], "link", "set", "cable", "up")
         # goes on where it is given, here on one host; the losses of two are bitwise those of one
         assert "continuing from" in train(config, cut, ranks=4)
         assert_same_run(whole, cut)
@@ -147,26 +135,20 @@ def test_two_hosts_train_as_one_and_outlive_a_cut_cable(hosts, config, tmp_path)
 
 def test_a_rank_that_hangs_ends_the_run(config, tmp_path):
     """The one that keeps the ranks' addresses, or another; two runs side by side."""
-    hung, started = [], []
-    for rank in (0, 1):
-        command = command_of(config, tmp_path / str(rank), ranks=4)
-        started.append(
-            subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment())
-        )
+    hung, processes = [], []
     try:
-        for rank, process in enumerate(started):
-            wait_for_step(3, tmp_path / str(rank), process)
-            children = psutil.Process(process.pid).children(recursive=True)
+        for rank in (0, 1):
+            processes.append(started(config, tmp_path / str(rank), ranks=4, step=3))
+            children = psutil.Process(processes[rank].pid).children(recursive=True)
             hung += [child for child in children if f"--local_rank={rank}" in child.cmdline()]
             hung[rank].send_signal(signal.SIGSTOP)
-        printed = end_of(started, 2 * ENDS_WITHIN_S)
+        printed = end_of(processes, 2 * ENDS_WITHIN_S)
     finally:
         for child in hung:
             if child.is_running():
                 child.kill()
-    for process, text, named in zip(
-        started, printed, ("rank 0 or its machine", "rank 1"), strict=True
-    ):
+    names = ("rank 0 or its machine", "rank 1")
+    for process, text, named in zip(processes, printed, names, strict=True):
         assert process.returncode != 0
         assert text.count("\nerror") == 1 and "Traceback" not in text, text
         assert f"{named} has not answered for 30 s" in text, text

@@ -17,8 +17,7 @@ from isofast.data.images import Images
 from isofast.data.prepare import prepare
 from isofast.errors import RunError, UserError
 
-from ..support.launcher import UNPRIVILEGED
-from ..support.runs import ISOFAST, call
+from ..support.runs import ISOFAST, UNPRIVILEGED, call
 from .conftest import checked
 
 

@@ -24,8 +24,7 @@ from isofast.data import EvalLoader, check_folder, open_dataset, recipe_for
 from isofast.evaluation.embed import list_pictures
 
 from ..support.encoders import write_run
-from ..support.launcher import UNPRIVILEGED
-from ..support.runs import ISOFAST, call
+from ..support.runs import ISOFAST, UNPRIVILEGED, call
 
 IMAGES = {
     "b/one.jpg": (40, 60),
