@@ -10,7 +10,6 @@ import torch
 from isofast.run.labelfree import alignment, alpha_req, label_free, lidar, rankme, uniformity
 
 Array = npt.NDArray[np.float64]
-SHAPES = pytest.mark.parametrize("shape", [(40, 7), (7, 40), (300, 130)], ids=str)
 
 
 def embeddings(*shape: int, seed: int = 0) -> Array:
@@ -33,7 +32,7 @@ def smooth_rank(values: Array) -> float:
     return math.exp(-(p * np.log(p)).sum())
 
 
-@SHAPES
+@pytest.mark.parametrize("shape", [(40, 7), (7, 40), (300, 130)], ids=str)
 def test_rankme_is_garridos(shape):
     z_NF = embeddings(*shape)
     sigma = np.sqrt(np.clip(np.linalg.eigvalsh(z_NF @ z_NF.T), 0, None))
