@@ -19,7 +19,7 @@ from isofast_kernels.matrix_power import (
     power_by_products,
 )
 
-from .emulation import TorchSteps, halves, product_of_halves
+from .emulation import TorchSteps, halves, product_of_halves, product_on_tensor_cores
 
 BUDGET = 5e-4
 """Spectral norm of W's error where |W| = 1; below bf16's rounding of z by a factor of eight."""
@@ -138,6 +138,17 @@ def test_along_an_isotropic_stream(rows):
     for alpha, eps in ((0.5, 0.0), (1.0, 0.25), (1.0, 0.0)):
         w = power_by_products(corr, alpha, eps, "spectral", TorchSteps(corr, product_of_halves))
         assert spectral_error(w, corr, alpha, eps) <= BUDGET
+
+
+@pytest.mark.slow
+def test_tensor_cores_cost_less_where_the_sums_of_highs_begin_anew():
+    corr = correlation("tail_1e-8")
+    chained = functools.partial(product_on_tensor_cores, restart=FEATURES)
+    errors = [
+        spectral_error(root(corr, product), corr, 0.5, 0.0)
+        for product in (product_of_halves, product_on_tensor_cores, chained)
+    ]
+    assert errors[1] < 1.1 * errors[0] < errors[2]
 
 
 def test_the_squares_of_a_flat_spectrum_stay_where_fp16_is_normal():

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from matplotlib.axes import Axes
+from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from PIL import Image
@@ -89,7 +90,7 @@ def assert_stored(arrays: Arrays, name: str, fields: tuple[str, ...], track: Tra
 
 
 def assert_plane(axes: Axes, points_TPM: NDArray[Any]) -> None:
-    """Paths as lines, marked where they begin and end."""
+    """Paths as lines, circles where they begin, dots where they end."""
     first, last = axes.collections
     for found, expected in (
         (np.stack(lines_of(axes)), points_TPM.T),
@@ -97,16 +98,19 @@ def assert_plane(axes: Axes, points_TPM: NDArray[Any]) -> None:
         (last.get_offsets(), points_TPM[-1]),
     ):
         np.testing.assert_allclose(found, expected, rtol=1e-7, atol=1e-12)
+    assert len(first.get_facecolor()) == 0 and len(last.get_facecolor()) == 1
     low, high = axes.get_xlim()
     assert low <= points_TPM.min() and points_TPM.max() <= high
 
 
 def assert_spectrum(axes: Axes, values_TM: NDArray[Any]) -> None:
-    """An eigenvalue a line over the steps, on a logarithmic axis."""
+    """An eigenvalue a line over the steps, the larger the lighter, on a logarithmic axis."""
     x, y = lines_of(axes)
     assert (x == np.arange(STEPS + 1)).all()
     np.testing.assert_allclose(y, values_TM.T, rtol=1e-7)
     assert axes.get_yscale() == "log"
+    light = [sum(to_rgb(line.get_color())) for line in axes.lines if line.get_linestyle() == "-"]
+    assert (np.diff(light) < 0).all()
 
 
 @pytest.mark.parametrize(("figure", "seed"), [("figure2", 1), ("figure6", 0)])
@@ -131,12 +135,18 @@ def test_every_panel_shows_the_loss_its_title_and_row_name(drawn, figure, seed):
             assert_spectrum(below, spectrum.eigenvalues[:, 0])
             assert_stored(arrays, f"{metric}_{variant}_spectrum", FIELDS, spectrum)
             ends[metric, title] = spectrum.eigenvalues[-1, 0]
+            dotted = [line for line in below.lines if line.get_linestyle() == ":"]
+            assert len(dotted) == (metric == "euclidean" and not relu)
+            assert all(list(line.get_ydata()) == [1, 1] for line in dotted)
     assert len(ends) == 9 and not arrays
     distinct = np.unique(np.round(list(ends.values()), 6), axis=0)
     assert len(distinct) == 9, "panels alike could be swapped unseen"
     # the Euclidean loss has no derivative of the paper's: its place says how the others differ
     assert [place for place, panel in axes.items() if not panel.axison] == [(0, 1), (1, 1)]
     assert title_of(axes[2, 1]) == DIVERGES
+    (note,) = axes[0, 1].texts
+    assert "App. C.2" in note.get_text()
+    assert ("IsoLoss: views below 0.1" in note.get_text()) == relu
 
 
 @pytest.mark.parametrize("seed", [0, 1])
