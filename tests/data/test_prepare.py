@@ -159,7 +159,7 @@ def test_ctrl_c_says_what_is_kept(tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(module, "_write_digits", stop)
     assert main(["prepare", "digits", "--root", str(tmp_path / "root")]) == 130
-    assert "starts over, but for a whole download" in capsys.readouterr().err
+    assert "goes on from what is complete, or starts over" in capsys.readouterr().err
     assert not any((tmp_path / "root").iterdir())
 
 

@@ -72,7 +72,7 @@ def test_the_table_says_what_was_run(capsys):
         ("simulate --loss mse", "invalid choice: 'mse'"),
         ("simulate", "required: --loss"),
         ("figure5", "required: --output"),
-        ("", "required: WHAT"),
+        ("", "required: theory"),
         ("figure5 --output new --samples 0", "samples: got 0"),
     ],
 )
