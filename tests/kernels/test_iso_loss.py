@@ -156,6 +156,37 @@ def test_a_run_resumed_through_state_dict_has_the_losses_of_the_uncut_one(tmp_pa
     assert next(losses(*second, x[4:])) != uncut[0]
 
 
+def test_with_gradient_accumulation_c_moves_at_each_call():
+    calls, decay = 4, 0.9
+    torch.manual_seed(0)
+    encoder, x = nn.Linear(5, DIM).double(), torch.randn(calls, 2, BATCH, 5).double()
+    criterion = IsoLoss(DIM, decay=decay ** (1 / calls)).double()
+    start = torch.eye(DIM).double()
+    criterion.corr_DD.copy_(start)
+    for views in x:
+        (criterion(*encoder(views).unbind()) / calls).backward()
+    with torch.no_grad():
+        z = encoder(x)
+    moments = torch.einsum("kvbi,kvbj->kij", z, z) / (2 * BATCH)
+    weights = decay ** (torch.arange(calls).flip(0) / calls) * (1 - decay ** (1 / calls))
+    expected = decay * start + torch.einsum("k,kij->ij", weights.double(), moments)
+    torch.testing.assert_close(criterion.corr_DD, expected)
+
+    # each call's loss is at the C of its turn
+    grad, corr = 0, start
+    for views, moment in zip(x, moments, strict=True):
+        corr = decay ** (1 / calls) * corr + (1 - decay ** (1 / calls)) * moment
+        values, u = torch.linalg.eigh(corr)
+        w = u @ (values / values.max()).sqrt().diag() @ u.T
+        z1, z2 = encoder(views).unbind()
+        pairs = ((z1, z2.detach()), (z2, z1.detach()))
+        options = {"metric": "cosine", "isotropic": True}
+        losses = [reference.losses_reference(z, t, w, **options).mean() for z, t in pairs]
+        (alone,) = torch.autograd.grad(2 * sum(losses) / calls, encoder.weight)
+        grad = grad + alone
+    torch.testing.assert_close(encoder.weight.grad, grad)
+
+
 @pytest.mark.slow
 def test_two_ranks_are_one_process_on_the_whole_batch(tmp_path):
     """DDP in a loop and around the loss, with lightly's heads and teacher, FSDP2, torch.compile."""

@@ -8,8 +8,10 @@ import pytest
 import torch
 
 from isofast.run.labelfree import alignment, alpha_req, label_free, lidar, rankme, uniformity
+from isofast.run.spectrum import Spectrum
 
 Array = npt.NDArray[np.float64]
+SHAPES = pytest.mark.parametrize("shape", [(40, 7), (7, 40), (300, 130)], ids=str)
 
 
 def embeddings(*shape: int, seed: int = 0) -> Array:
@@ -32,7 +34,7 @@ def smooth_rank(values: Array) -> float:
     return math.exp(-(p * np.log(p)).sum())
 
 
-@pytest.mark.parametrize("shape", [(40, 7), (7, 40), (300, 130)], ids=str)
+@SHAPES
 def test_rankme_is_garridos(shape):
     z_NF = embeddings(*shape)
     sigma = np.sqrt(np.clip(np.linalg.eigvalsh(z_NF @ z_NF.T), 0, None))
@@ -40,6 +42,18 @@ def test_rankme_is_garridos(shape):
     assert rankme(tensor(z_NF)) == pytest.approx(want, rel=1e-6)
     assert rankme(1e4 * tensor(z_NF)) == pytest.approx(want, rel=1e-6)
     assert rankme(tensor(z_NF) + 5) != pytest.approx(want, rel=0.05)
+
+
+def test_rankme_of_known_spectra():
+    # eps adds 1e-7 D log D
+    assert rankme(torch.eye(50)) == pytest.approx(50, rel=1e-4)
+    assert rankme(torch.outer(torch.arange(1, 31.0), torch.ones(7))) == pytest.approx(1, rel=1e-4)
+    # covariance eigenvalues 1/k: counted by singular values more dimensions than by themselves
+    eigenvalues = 1 / np.arange(1, 65)
+    z_NF = orthogonal(200, 64) * np.sqrt(eigenvalues) @ orthogonal(64, 64, 1).T
+    assert rankme(tensor(z_NF)) == pytest.approx(55.0, abs=0.05)
+    by_eigenvalues = Spectrum(eigenvalues.astype(np.float32)).effective_rank_entropy
+    assert by_eigenvalues == pytest.approx(29.1, abs=0.05)
 
 
 @pytest.mark.parametrize("shape", [(30, 10, 6), (5, 3, 20)], ids=str)
@@ -57,6 +71,21 @@ def test_lidar_is_thilaks(shape):
     assert lidar(tensor(e_NVF)) == pytest.approx(want, rel=1e-6)
     assert lidar(tensor(e_NVF @ orthogonal(dim, dim))) == pytest.approx(want, rel=1e-6)
     assert lidar(tensor(e_NVF + 7)) == pytest.approx(want, rel=1e-6)
+
+
+def test_lidar_counts_what_outlasts_the_views():
+    """RankMe sees dimensions in use, LiDAR only those in which images differ from their views."""
+    random = np.random.default_rng(0)
+    noise = 0.01 * random.normal(size=(200, 20, 40))
+    images = np.zeros((200, 1, 40))
+    images[..., :8] = random.normal(size=(200, 1, 8))
+    assert lidar(tensor(images + noise)) == pytest.approx(8, rel=0.1)
+    noise[..., 4:] *= 1000
+    assert lidar(tensor(images + noise)) == pytest.approx(4, rel=0.1)
+    assert rankme(tensor((images + noise)[:, 0])) > 30
+    # N means about their own mean span N - 1 dimensions
+    few = orthogonal(40, 6).T[:, None].repeat(3, 1)
+    assert lidar(tensor(few)) == pytest.approx(5, rel=1e-3)
 
 
 @pytest.mark.parametrize("alpha", [0.5, 1.0, 2.3])
@@ -93,6 +122,17 @@ def test_alignment_and_uniformity_are_wang_and_isolas():
     assert uniformity(tensor(z_NF)) == pytest.approx(
         np.log(np.mean(np.exp(-2 * np.array(squares))))
     )
+
+
+def test_alignment_and_uniformity_of_known_points():
+    opposite, orthogonal_pair = torch.tensor([[1.0, 0], [-3, 0]]), torch.tensor([[2.0, 0], [0, 1]])
+    assert alignment(opposite[None]) == pytest.approx(4)
+    assert alignment(orthogonal_pair[None]) == pytest.approx(2)
+    assert uniformity(opposite) == pytest.approx(-8)
+    assert uniformity(torch.ones(6, 3)) == pytest.approx(0, abs=1e-12)
+    # independent directions in many dimensions have |u - u'|^2 = 2
+    many = torch.randn(500, 4000, generator=torch.Generator().manual_seed(0))
+    assert uniformity(many) == pytest.approx(-4, abs=0.01)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf], ids=str)
