@@ -184,6 +184,9 @@ def build(config: Config, world: World, classes: int) -> TrainState:
     online.to(world.device)
     target = EmaTarget(online.branch, config.method.ema_base) if config.method.ema else None
     if compiled:
+        # all networks of a process share their code, of which torch would keep eight builds
+        limits = torch._dynamo.config
+        limits.recompile_limit = max(limits.recompile_limit, 64)
         options = _INDUCTOR if cuda else None
         # in place, so that parameters keep their names
         online.branch.compile(options=options)

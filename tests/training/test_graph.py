@@ -98,6 +98,20 @@ def test_compiled_networks_train_as_eager_ones_in_one_graph_each(small_config):
     assert losses["on"] == pytest.approx(losses["off"], rel=2e-4)
 
 
+@pytest.mark.slow
+def test_networks_of_many_sizes_stay_compiled_in_one_process(small_config):
+    torch._dynamo.reset()
+    counters.clear()
+    for hidden in range(8, 80, 8):
+        sizes = {"encoder": {"width": 4}, "projector": {"hidden": hidden}}
+        config = small_config(**sizes, train={"compile": "on", "cuda_graph": "on"})
+        branch = build(config, ALONE, 10).online.branch
+        # without Inductor, which takes ten seconds for each
+        branch.compile(backend="aot_eager")
+        branch(torch.zeros(4, 3, 16, 16))
+    assert counters["stats"]["unique_graphs"] == 9
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("optimizer", ["lars", "sgd", "adamw"])
 @pytest.mark.parametrize("method", ["isoloss", "byol"])
