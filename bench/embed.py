@@ -5,8 +5,8 @@
 The pictures are JPEGs of 64 pixels cut from two photographs, the encoder a ResNet-18 with the tiny
 stem. Decoding is the command's own, as far as the pixels that the network takes; the network alone
 gets them decoded; the loader makes both views of as many pictures. On a GPU the command should take
-as long as the slower half, on a CPU as both together. Each round times every
-contender once, in rotating order. Results go to bench/results/embed-NNN.csv and .png.
+as long as the slower half, on a CPU as both together. Each round times every contender once, in
+rotating order. Results go to bench/results/embed-NNN.csv and .png.
 """
 
 import argparse

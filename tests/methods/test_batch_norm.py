@@ -107,8 +107,7 @@ def test_a_fused_layer_is_torchs(shape, then, views, dtype):
     for layer in layers:
         leaf = x.clone().requires_grad_(True)
         y = layer(leaf, **{then: True} if then else {})
-        assert y.shape == (x.shape if then != "pool" else (12, 5, 2, 2))
-        assert y.is_contiguous(memory_format=torch.channels_last) or x.ndim == 2
+        assert y.stride() == (x.stride() if then != "pool" else (20, 1, 10, 5))
         found.append(results(layer, y) | {"grad x": leaf.grad})
     assert_equal(found[1], found[0], BUDGET[dtype])
 
