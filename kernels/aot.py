@@ -39,7 +39,12 @@ from .matrix_power_triton import (
     _shift_kernel,
 )
 from .matrix_power_triton import tile_options as power_tiles
-from .norm_pool import SUMMED_TILES, _norm_pool_gradient_kernel, _norm_pool_kernel
+from .norm_pool import (
+    FORWARD_TILE,
+    SUMMED_TILES,
+    _norm_pool_gradient_kernel,
+    _norm_pool_kernel,
+)
 from .norm_pool import tile_options as pool_tiles
 
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
@@ -240,7 +245,7 @@ def _pool_builds(channels: int, side: int, dtype: str) -> Iterator[Build]:
     of = dict.fromkeys(("mean_ptr", "slope_ptr", "bias_ptr", "shift_ptr", "along_ptr"), "*fp32")
     types = images | of | {"images": "i32"}
     shape = {"C": channels, "H": side, "W": side, **pool_tiles(channels)}
-    yield _build(f"norm_pool {words}", types, dict(shape))
+    yield _build(f"norm_pool {words}", types, shape | pool_tiles(channels, FORWARD_TILE))
     for name, out, steps in (("sums", "*fp32", SUMMED_TILES), ("gradient", f"*{dtype}", 1)):
         flags = {"SUMS": name == "sums", "STEPS": steps}
         yield _build(f"norm_pool_{name} {words}", types | {"out_ptr": out}, shape | flags)

@@ -2,7 +2,7 @@
 
 `reference.losses_and_gradients_reference` says what is computed. Shape letters: B rows of a
 batch, D features, V directions (z1 -> t2 and z2 -> t1 in the same launches), K a step of the inner
-dimension, N losses.
+dimension, N sums of losses.
 """
 
 import torch
@@ -55,7 +55,9 @@ def _tile_times_w(
             sum_BD = tl.dot(x_BK, mid_KD, tl.dot(x_BK, low_KD))
             acc_BD += tl.dot(x_BK, high_KD, sum_BD)
         else:
-            acc_BD = tl.dot(x_BK.to(tl.float32), w_KD, acc_BD, input_precision="tf32x3")
+            # of few features 3xTF32 would err more than fp32 does
+            precision: tl.constexpr = "ieee" if D <= BLOCK_K else "tf32x3"
+            acc_BD = tl.dot(x_BK.to(tl.float32), w_KD, acc_BD, input_precision=precision)
     tl.store(
         out_ptr + first * D + row_B[:, None] * D + col_D[None, :],
         acc_BD,
@@ -104,7 +106,7 @@ def _loss_and_gradient_rows(
     BLOCK_B: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Loss and gradient of a block of rows, multiplied by `scale`: in p, or in z if isotropic."""
+    """The sum of a block's losses and their gradient, times `scale`: in p, or in z if isotropic."""
     first = tl.program_id(0).to(tl.int64) * BLOCK_B
     row_B = tl.arange(0, BLOCK_B)
     col_D = tl.arange(0, BLOCK_D)
@@ -130,7 +132,8 @@ def _loss_and_gradient_rows(
             half_B = 0.5 * cosine_B * tl.sum(z_BD * p_BD, axis=1) * inv_a_B
             loss_B = tl.sum(z_BD * g_BD, axis=1) - half_B
     tl.store(g_ptr + offset_BD, g_BD * scale, mask=mask_BD)
-    tl.store(loss_ptr + first + row_B, loss_B * scale, mask=mask_B)
+    # rows beyond B have a loss of 0
+    tl.store(loss_ptr + tl.program_id(0), tl.sum(loss_B, axis=0) * scale)
 
 
 @triton.jit(do_not_specialize=["B"])
@@ -153,7 +156,7 @@ def _loss_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """Grid (row blocks, V). The program that ends last adds up all losses, in one order."""
+    """Grid (row blocks, V). The program that ends last adds up all sums, in one order."""
     if tl.program_id(1) == 0:
         _loss_and_gradient_rows(
             z1_ptr,
@@ -175,7 +178,7 @@ def _loss_kernel(
             z2_ptr,
             target2_ptr,
             p_ptr + start,
-            loss_ptr + B,
+            loss_ptr + tl.num_programs(0),
             g_ptr + start,
             scale,
             B,
@@ -185,11 +188,11 @@ def _loss_kernel(
             BLOCK_B,
             BLOCK_D,
         )
-    # all threads have stored their losses before one of them counts the program
+    # the loss is stored before the program is counted
     tl.debug_barrier()
     ended = tl.atomic_add(count_ptr, 1)
-    if ended == tl.num_programs(0) * tl.num_programs(1) - 1:
-        total = B * tl.num_programs(1)
+    total = tl.num_programs(0) * tl.num_programs(1)
+    if ended == total - 1:
         sum_N = tl.zeros([BLOCK_N], dtype=tl.float32)
         for start in range(0, total, BLOCK_N):
             n_N = start + tl.arange(0, BLOCK_N)
@@ -215,7 +218,7 @@ def row_tiles(features: int) -> dict[str, int]:
     return {
         "BLOCK_B": max(1, 1024 // block_d),
         "BLOCK_D": block_d,
-        "BLOCK_N": 2048,
+        "BLOCK_N": 128,
         "num_warps": 4,
         "num_stages": 1,
     }
@@ -249,7 +252,7 @@ def asymmetric_loss_launch(
     count = empty(dtype=torch.int32)
     p_VBD = empty(directions, rows, features)
     dz_VBD = empty(directions, rows, features)
-    loss, loss_VB = empty(), empty(directions, rows)
+    loss = empty()
 
     def times_w(xs: list[Tensor] | Tensor, out_VBD: Tensor) -> None:
         tiles = product_tiles(features)
@@ -260,13 +263,14 @@ def asymmetric_loss_launch(
 
     times_w(zs, p_VBD)
     tiles = row_tiles(features)
-    _loss_kernel[(triton.cdiv(rows, tiles["BLOCK_B"]), directions)](
+    blocks = triton.cdiv(rows, tiles["BLOCK_B"])
+    _loss_kernel[(blocks, directions)](
         zs[0],
         zs[-1],
         targets[0],
         targets[-1],
         p_VBD,
-        loss_VB,
+        empty(directions, blocks),
         loss,
         count,
         # the gradient in p takes the place of p, row by row

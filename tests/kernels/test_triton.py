@@ -20,8 +20,8 @@ from .emulation import TorchSteps
 
 pytestmark = ON_DEVICE
 
-# ragged in B and D, one row, one tile, more than one tile, wide tiles, more losses than are added
-# up at a time
+# ragged in B and D, one row, one tile, more than one tile, wide tiles, more sums of losses than are
+# added up at a time
 SHAPES = [
     (37, 129),
     (1, 256),
@@ -30,7 +30,7 @@ SHAPES = [
     (16, 64),
     (3, 17),
     (18, 600),
-    (1300, 5),
+    (2100, 5),
     (3, 1100),
 ]
 # the interpreter takes seconds for the large ones: fp32 is enough for them there
@@ -79,8 +79,8 @@ def torch_losses(zs, targets, w, metric, isotropic):
 @pytest.mark.parametrize(("rows", "features", "dtype"), CASES)
 def test_loss_pair(make_problem, guard_inputs, rows, features, metric, isotropic, dtype):
     results = []
-    # the errors of one row, and of its loss, are luck: of several draws together
-    for seed in range(16 if rows == 1 else 1):
+    # the errors of one row, of its loss and of few numbers are luck: of several draws together
+    for seed in range(16 if rows == 1 or rows * features < 100 else 1):
         problem = make_problem(rows, features, dtype=dtype, device=DEVICE, seed=seed)
         z1, z2, t1, t2, w = (guard_inputs(x) for x in problem)
         leaves = [z1.requires_grad_(), z2.requires_grad_()]
