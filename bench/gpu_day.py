@@ -15,7 +15,7 @@ digits. --dry-run does the same on a CPU, in sizes that measure nothing.
 import argparse
 import contextlib
 import csv
-import importlib
+import importlib.util
 import json
 import os
 import re
@@ -39,6 +39,8 @@ GRACE_S = 20.0
 PYTEST = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-m", "gpu", "-rP"]
 # these need no more than torch and Triton, so none of the other tests' fixtures
 KERNEL_TESTS = [*PYTEST, "--confcutdir=tests/kernels", "tests/kernels"]
+# compiling is most of it
+AT_ONCE = ["-n", "8"] if importlib.util.find_spec("xdist") else []
 # every kernel in a few small shapes
 SANITIZED = (
     "3x17 or 37x129-fp32 or 37x129-bf16 or test_correlation_ema or test_whole_views "
@@ -95,13 +97,17 @@ def plan(work: Path, data: Path | None, epochs: int, dry: bool) -> list[Stage]:
     # a run ends after some steps, then goes on
     ends = (4, 8) if dry else (150, "null")
     return [
-        Stage("kernel-tests", 5, [KERNEL_TESTS], ("pytest",), gpu=True),
+        Stage("kernel-tests", 4, [[*KERNEL_TESTS, *AT_ONCE]], ("pytest",), gpu=True),
         Stage("tests", 3, [[*PYTEST, "tests/training", "tests/run"]], ("pytest", *isofast), True),
         *(
             Stage(
-                tool, 1.5, [[*sanitizer, tool, *KERNEL_TESTS, "-k", SANITIZED]], ("pytest",), True
+                tool,
+                minutes,
+                [[*sanitizer, tool, *KERNEL_TESTS, "-k", SANITIZED]],
+                ("pytest",),
+                True,
             )
-            for tool in ("memcheck", "racecheck", "initcheck")
+            for tool, minutes in (("memcheck", 1.5), ("racecheck", 2.5), ("initcheck", 1.5))
         ),
         Stage("kernels", 2, kernels),
         Stage("step", 4, [step], isofast),
