@@ -43,7 +43,10 @@ class EmaTarget(nn.Module):
     @torch.no_grad()
     def move_(self, online: Branch) -> None:
         """Move the parameters towards the online ones; a CUDA graph follows the tau that is set."""
-        lerp_(list(self.branch.parameters()), list(online.parameters()), self._weight)
+        self.lerp_(list(self.branch.parameters()), list(online.parameters()), self._weight)
+
+    # torch.compile makes one pass of it
+    lerp_ = staticmethod(lerp_)
 
 
 def ema_decay(progress: float, base: float) -> float:

@@ -1,6 +1,7 @@
 """Everything a run consists of, built from its config, saved and restored as one."""
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from isofast.methods.ema import EmaTarget
 from isofast.methods.networks import Branch
 from isofast.methods.weights import initialise
 from isofast.run.directory import cpu_has_bf16
-from isofast.training.optim import load_optimizer_state, make_optimizer
+from isofast.training.optim import LARS, load_optimizer_state, make_optimizer
 from isofast.training.parallel import make_engine, restore_engine
 from isofast.training.parts import part
 from isofast.training.step import Online, StepOutput
@@ -196,6 +197,13 @@ def build(config: Config, world: World, classes: int) -> TrainState:
         if target is not None:
             target.branch.compile(options=options)
     optimizer = make_optimizer(online, config)
+    if fused:
+        # norms are read where they are stacked, not copied there one by one
+        one_pass = partial(torch.compile, dynamic=False, options={"max_pointwise_cat_inputs": 64})
+        if isinstance(optimizer, LARS):
+            optimizer.update = one_pass(optimizer.update)  # type: ignore[method-assign]
+        if target is not None:
+            target.lerp_ = one_pass(target.lerp_)
     graphed = is_graphed(config, world)
     engine = None if graphed else make_engine(online, optimizer, config, world)
     # only now: DeepSpeed's first broadcast refuses parameters that are not contiguous

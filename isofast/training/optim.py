@@ -54,43 +54,44 @@ class LARS(Optimizer):
         """One update of every parameter that has a gradient."""
         if closure is not None:
             raise ValueError("LARS takes no closure")
+        groups = []
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
             if not params:
                 continue
-            grads = [p.grad for p in params]
             for p in params:
                 if "velocity" not in self.state[p]:
                     self.state[p]["velocity"] = torch.zeros_like(p)
             velocities = [self.state[p]["velocity"] for p in params]
-            torch._foreach_mul_(velocities, group["momentum"])
-            if group["adapt"]:
-                self._add_adapted(velocities, params, grads, group)
-            else:
-                torch._foreach_add_(velocities, grads)
-                if group["weight_decay"]:
-                    torch._foreach_add_(velocities, params, alpha=group["weight_decay"])
             lr = torch.as_tensor(group["lr"], dtype=params[0].dtype, device=params[0].device)
-            add_scaled_(params, velocities, lr, value=-1)
+            settings = [group[name] for name in ("momentum", "weight_decay", "eta", "adapt")]
+            groups.append((params, [p.grad for p in params], velocities, lr, *settings))
+        self.update(groups)
 
     @staticmethod
-    def _add_adapted(
-        velocities: list[Tensor],
-        params: list[Tensor],
-        grads: list[Tensor],
-        group: dict[str, Any],
-    ) -> None:
-        wd = group["weight_decay"]
-        # a rate of 0 moves nothing, whatever the scale
-        lr = torch.as_tensor(group["lr"], device=params[0].device).clamp(min=1e-38)
-        p_norm = torch.stack(torch._foreach_norm(params))
-        g_norm = torch.stack(torch._foreach_norm(grads))
-        applies = (p_norm > 0) & (g_norm > 0)
-        trust = group["eta"] * p_norm / (g_norm + wd * p_norm + 1e-8)
-        scale = torch.where(applies, (trust / lr).clamp(max=1), 1.0)
-        decay = torch.where(applies, wd * scale, 0.0)
-        add_each_scaled_(velocities, grads, scale.unbind())
-        add_each_scaled_(velocities, params, decay.unbind())
+    def update(groups: list[tuple[Any, ...]]) -> None:
+        """The step of each group's (params, grads, velocities, lr, momentum, wd, eta, adapt).
+
+        torch.compile makes one pass of it.
+        """
+        for params, grads, velocities, lr, momentum, wd, eta, adapt in groups:
+            torch._foreach_mul_(velocities, momentum)
+            if adapt:
+                # a rate of 0 moves nothing, whatever the scale
+                rate = lr.clamp(min=1e-38)
+                p_norm = torch.stack(torch._foreach_norm(params))
+                g_norm = torch.stack(torch._foreach_norm(grads))
+                applies = (p_norm > 0) & (g_norm > 0)
+                trust = eta * p_norm / (g_norm + wd * p_norm + 1e-8)
+                scale = torch.where(applies, (trust / rate).clamp(max=1), 1.0)
+                decay = torch.where(applies, wd * scale, 0.0)
+                add_each_scaled_(velocities, grads, scale.unbind())
+                add_each_scaled_(velocities, params, decay.unbind())
+            else:
+                torch._foreach_add_(velocities, grads)
+                if wd:
+                    torch._foreach_add_(velocities, params, alpha=wd)
+            add_scaled_(params, velocities, lr, value=-1)
 
 
 def make_optimizer(online: Online, config: Config) -> Optimizer:

@@ -136,6 +136,27 @@ def test_a_replayed_step_is_the_eager_one(optimizer, method, small_config):
     assert losses["on"] == losses["off"]
 
 
+@pytest.mark.gpu
+def test_compiled_updates_are_the_eager_ones(small_config):
+    """LARS and the target's move, which a GPU has compiled."""
+    device = torch.device("cuda", torch.cuda.current_device())
+    ends = []
+    for mode in ("off", "on"):
+        train = {"compile": mode, "cuda_graph": "on"}
+        config = small_config(method={"ema": True}, optimizer={"name": "lars"}, train=train)
+        state = build(config, World(0, 1, 0, device), classes=10)
+        assert state.target is not None
+        state.target.set_decay(0.5)
+        generator = torch.Generator(device).manual_seed(0)
+        for _ in range(3):
+            for p in state.online.parameters():
+                p.grad = torch.empty_like(p).normal_(generator=generator)
+            state.optimizer.step()
+            state.target.move_(state.online.branch)
+        ends.append([*state.online.parameters(), *state.target.parameters()])
+    torch.testing.assert_close(*ends, rtol=1e-5, atol=1e-6)
+
+
 def test_a_graphed_run_needs_no_deepspeed(small_config, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "deepspeed", None)
     summary = fit(small_config(train={"cuda_graph": "on"}), tmp_path / "run")

@@ -50,9 +50,10 @@ def _lars_by_hand(
 
 
 @on_devices
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("kind", [float, torch.tensor], ids=["number", "tensor"])
 @pytest.mark.parametrize("lr", [1.0, 0.003], ids=["trust-limited", "clipped"])
-def test_lars_follows_its_formula(lr, kind, device):
+def test_lars_follows_its_formula(lr, kind, compiled, device):
     torch.manual_seed(0)
     start = [torch.randn(5, 3), torch.zeros(4, 2), torch.randn(2, 3, 3, 3) * 10]
     grads = [[torch.randn_like(p) for p in start] for _ in range(4)]
@@ -60,6 +61,8 @@ def test_lars_follows_its_formula(lr, kind, device):
     params = [nn.Parameter(p.to(device, copy=True)) for p in start]
     without = nn.Parameter(torch.ones(3, 3, device=device))
     optimizer = LARS([*params, without], lr=kind(lr), weight_decay=1e-2, eta=0.02)
+    if compiled:
+        optimizer.update = torch.compile(optimizer.update, dynamic=False)
     expected = [(p.double(), torch.zeros_like(p).double()) for p in start]
     for step in grads:
         for p, g in zip(params, step, strict=True):
