@@ -39,6 +39,7 @@ GRACE_S = 20.0
 PYTEST = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-m", "gpu", "-rP"]
 # these need no more than torch and Triton, so none of the other tests' fixtures
 KERNEL_TESTS = [*PYTEST, "--confcutdir=tests/kernels", "tests/kernels"]
+TRAINING_TESTS = ["tests/training", "tests/run", "tests/methods"]
 # compiling is most of it
 AT_ONCE = ["-n", "8"] if importlib.util.find_spec("xdist") else []
 # every kernel in a few small shapes
@@ -98,14 +99,14 @@ def plan(work: Path, data: Path | None, epochs: int, dry: bool) -> list[Stage]:
     ends = (4, 8) if dry else (150, "null")
     return [
         Stage("kernel-tests", 4, [[*KERNEL_TESTS, *AT_ONCE]], ("pytest",), gpu=True),
-        Stage("tests", 3, [[*PYTEST, "tests/training", "tests/run"]], ("pytest", *isofast), True),
+        Stage("tests", 3, [[*PYTEST, *TRAINING_TESTS]], ("pytest", *isofast), gpu=True),
         *(
             Stage(
                 tool,
                 minutes,
                 [[*sanitizer, tool, *KERNEL_TESTS, "-k", SANITIZED]],
                 ("pytest",),
-                True,
+                gpu=True,
             )
             for tool, minutes in (("memcheck", 1.5), ("racecheck", 2.5), ("initcheck", 1.5))
         ),

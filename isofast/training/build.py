@@ -197,14 +197,15 @@ def build(config: Config, world: World, classes: int) -> TrainState:
         if target is not None:
             target.branch.compile(options=options)
     optimizer = make_optimizer(online, config)
-    if fused:
-        # norms are read where they are stacked, not copied there one by one
+    graphed = is_graphed(config, world)
+    # outside a graph the host would check 400 tensors a step
+    if fused and graphed:
+        # up to 64 norms are read where they are, not copied to be stacked
         one_pass = partial(torch.compile, dynamic=False, options={"max_pointwise_cat_inputs": 64})
         if isinstance(optimizer, LARS):
             optimizer.update = one_pass(optimizer.update)  # type: ignore[method-assign]
         if target is not None:
             target.lerp_ = one_pass(target.lerp_)
-    graphed = is_graphed(config, world)
     engine = None if graphed else make_engine(online, optimizer, config, world)
     # only now: DeepSpeed's first broadcast refuses parameters that are not contiguous
     for module in (online, target):

@@ -72,6 +72,11 @@ def test_every_product_is_three_tf32(name):
     assert products and all("inputPrecision = tf32x3" in line for line in products)
 
 
+def test_products_of_few_features_are_fp32():
+    code = aot.compile_for(build_named("rows_times_w fp32 D=32"), 90).asm["ttir"]
+    assert "tt.dot" in code and "tf32" not in code
+
+
 @pytest.mark.parametrize("features", [256, 1024])
 def test_bf16_rows_meet_w_in_three_parts(features):
     build = build_named(f"rows_times_w bf16 D={features}")

@@ -79,8 +79,8 @@ def torch_losses(zs, targets, w, metric, isotropic):
 @pytest.mark.parametrize(("rows", "features", "dtype"), CASES)
 def test_loss_pair(make_problem, guard_inputs, rows, features, metric, isotropic, dtype):
     results = []
-    # the errors of one row, of its loss and of few numbers are luck: of several draws together
-    for seed in range(16 if rows == 1 or rows * features < 100 else 1):
+    # the errors of few numbers, and of one row's loss, are luck: of several draws together
+    for seed in range(16 if rows * features < 300 else 1):
         problem = make_problem(rows, features, dtype=dtype, device=DEVICE, seed=seed)
         z1, z2, t1, t2, w = (guard_inputs(x) for x in problem)
         leaves = [z1.requires_grad_(), z2.requires_grad_()]

@@ -146,9 +146,10 @@ def test_compiled_updates_are_the_eager_ones(small_config):
         config = small_config(method={"ema": True}, optimizer={"name": "lars"}, train=train)
         state = build(config, World(0, 1, 0, device), classes=10)
         assert state.target is not None
-        state.target.set_decay(0.5)
         generator = torch.Generator(device).manual_seed(0)
-        for _ in range(3):
+        for step in range(3):
+            set_lr(state.optimizer, step, 10, config)
+            state.target.set_decay(step / 3)
             for p in state.online.parameters():
                 p.grad = torch.empty_like(p).normal_(generator=generator)
             state.optimizer.step()

@@ -50,27 +50,36 @@ def _lars_by_hand(
 
 
 @on_devices
-@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 @pytest.mark.parametrize("kind", [float, torch.tensor], ids=["number", "tensor"])
 @pytest.mark.parametrize("lr", [1.0, 0.003], ids=["trust-limited", "clipped"])
 def test_lars_follows_its_formula(lr, kind, compiled, device):
     torch.manual_seed(0)
-    start = [torch.randn(5, 3), torch.zeros(4, 2), torch.randn(2, 3, 3, 3) * 10]
+    start = [torch.randn(5, 3), torch.zeros(4, 2), torch.randn(2, 3, 3, 3) * 10, torch.randn(7)]
     grads = [[torch.randn_like(p) for p in start] for _ in range(4)]
     grads[1][0].zero_()
     params = [nn.Parameter(p.to(device, copy=True)) for p in start]
     without = nn.Parameter(torch.ones(3, 3, device=device))
-    optimizer = LARS([*params, without], lr=kind(lr), weight_decay=1e-2, eta=0.02)
+    groups = [
+        {"params": [*params[:2], without]},
+        {"params": params[2:3], "weight_decay": 5e-2, "eta": 0.1},
+        {"params": params[3:], "weight_decay": 3e-2, "adapt": False},
+    ]
+    # so much trust is none
+    settings = [(lr, 1e-2, 0.02), (lr, 1e-2, 0.02), (lr / 3, 5e-2, 0.1), (lr / 7, 3e-2, 1e30)]
+    optimizer = LARS(groups, lr=lr, weight_decay=1e-2, eta=0.02)
     if compiled:
-        optimizer.update = torch.compile(optimizer.update, dynamic=False)
+        optimizer.update = torch.compile(optimizer.update, backend="aot_eager", fullgraph=True)
     expected = [(p.double(), torch.zeros_like(p).double()) for p in start]
-    for step in grads:
+    for turn, step in enumerate(grads, 1):
+        for group, (rate, *_) in zip(optimizer.param_groups, settings[1:], strict=True):
+            group["lr"] = kind(rate * turn)
         for p, g in zip(params, step, strict=True):
             p.grad = g.to(device, copy=True)
         optimizer.step()
         expected = [
-            _lars_by_hand(p, g.double(), v, lr, 1e-2, 0.02)
-            for (p, v), g in zip(expected, step, strict=True)
+            _lars_by_hand(p, g.double(), v, rate * turn, *rest)
+            for (p, v), g, (rate, *rest) in zip(expected, step, settings, strict=True)
         ]
     for p, g, (q, _) in zip(params, grads[-1], expected, strict=True):
         torch.testing.assert_close(p.detach().cpu(), q.float(), rtol=1e-5, atol=1e-6)
