@@ -39,7 +39,6 @@ GRACE_S = 20.0
 PYTEST = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-m", "gpu", "-rP"]
 # these need no more than torch and Triton, so none of the other tests' fixtures
 KERNEL_TESTS = [*PYTEST, "--confcutdir=tests/kernels", "tests/kernels"]
-TRAINING_TESTS = ["tests/training", "tests/run", "tests/methods"]
 # compiling is most of it
 AT_ONCE = ["-n", "8"] if importlib.util.find_spec("xdist") else []
 # every kernel in a few small shapes
@@ -85,6 +84,8 @@ def plan(work: Path, data: Path | None, epochs: int, dry: bool) -> list[Stage]:
     profile = [*ISOFAST, "profile", *config, "--output", str(work / "profile")]
     # on a busy machine its own ten seconds are too few for Python to reach the GPU
     sanitizer = ["compute-sanitizer", "--launch-timeout=60", "--error-exitcode=1", "--tool"]
+    few = [*KERNEL_TESTS, "-k", SANITIZED]
+    training = ["tests/training", "tests/run", "tests/methods"]
     power, tiny = "--batch 32 --features 32 --rounds 3 --only power", "--batch 8 --rounds 2"
     colds = ("--cold",) if dry else ("", "--cold")
     kernels = [script("kernels", cold, f"{power} {cold}") for cold in colds]
@@ -99,15 +100,9 @@ def plan(work: Path, data: Path | None, epochs: int, dry: bool) -> list[Stage]:
     ends = (4, 8) if dry else (150, "null")
     return [
         Stage("kernel-tests", 4, [[*KERNEL_TESTS, *AT_ONCE]], ("pytest",), gpu=True),
-        Stage("tests", 3, [[*PYTEST, *TRAINING_TESTS]], ("pytest", *isofast), gpu=True),
+        Stage("tests", 3, [[*PYTEST, *training]], ("pytest", *isofast), gpu=True),
         *(
-            Stage(
-                tool,
-                minutes,
-                [[*sanitizer, tool, *KERNEL_TESTS, "-k", SANITIZED]],
-                ("pytest",),
-                gpu=True,
-            )
+            Stage(tool, minutes, [[*sanitizer, tool, *few]], ("pytest",), gpu=True)
             for tool, minutes in (("memcheck", 1.5), ("racecheck", 2.5), ("initcheck", 1.5))
         ),
         Stage("kernels", 2, kernels),

@@ -39,12 +39,7 @@ from .matrix_power_triton import (
     _shift_kernel,
 )
 from .matrix_power_triton import tile_options as power_tiles
-from .norm_pool import (
-    FORWARD_TILE,
-    SUMMED_TILES,
-    _norm_pool_gradient_kernel,
-    _norm_pool_kernel,
-)
+from .norm_pool import FORWARD_TILE, SUMMED_TILES, _norm_pool_gradient_kernel, _norm_pool_kernel
 from .norm_pool import tile_options as pool_tiles
 
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}

@@ -2,7 +2,8 @@
 
 All tensors of a call are on one device, paired ones of equal shapes. On a CPU memory traffic
 counts: one pass over each tensor, with the scalar expanded. On a GPU launches count: temporaries
-cost less than a launch per tensor. ``one_pass`` None chooses by the device.
+cost less than a launch per tensor, and torch.compile leaves them out. ``one_pass`` None chooses by
+the device.
 """
 
 from collections.abc import Sequence

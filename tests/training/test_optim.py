@@ -65,7 +65,7 @@ def test_lars_follows_its_formula(lr, kind, compiled, device):
         {"params": params[2:3], "weight_decay": 5e-2, "eta": 0.1},
         {"params": params[3:], "weight_decay": 3e-2, "adapt": False},
     ]
-    # so much trust is none
+    # trust of 1e30 always counts as 1
     settings = [(lr, 1e-2, 0.02), (lr, 1e-2, 0.02), (lr / 3, 5e-2, 0.1), (lr / 7, 3e-2, 1e30)]
     optimizer = LARS(groups, lr=lr, weight_decay=1e-2, eta=0.02)
     if compiled:
