@@ -13,7 +13,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from isofast.config.schema import Config
-from isofast.distributed import World, launched_rank, launched_world_size, under_srun
+from isofast.distributed import World, cores_of_rank, launched_rank, launched_world_size, under_srun
 from isofast.errors import RankError, UserError
 
 # keys that the pass-through section may not set, and what sets them
@@ -85,9 +85,14 @@ def init_world() -> World:
             )
         torch.cuda.set_device(gpu)
     device = torch.device("cuda", gpu) if cuda else torch.device("cpu")
-    if os.environ["WORLD_SIZE"] == "1" and importlib.util.find_spec("deepspeed") is None:
+    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    world = World(rank, size, local_rank, device)
+    if size == 1 and importlib.util.find_spec("deepspeed") is None:
         # enough for a step in a CUDA graph, which takes no engine
-        return World(0, 1, local_rank, device)
+        return world
+    if not cuda and size > 1 and "OMP_NUM_THREADS" not in os.environ:
+        # ranks that each take all cores wait for each other at every barrier of OpenMP
+        torch.set_num_threads(cores_of_rank(world))
     deepspeed = _import_deepspeed()
     if not cuda:
         # DeepSpeed would compile a shared-memory all-reduce at the first start: 40 s and a
@@ -104,12 +109,7 @@ def init_world() -> World:
             f"port {os.environ['MASTER_PORT']} is taken, by another run on this machine most "
             f"likely; give the launcher another one, such as deepspeed --master_port 29501"
         ) from None
-    return World(
-        rank=int(os.environ["RANK"]),
-        size=int(os.environ["WORLD_SIZE"]),
-        local_rank=local_rank,
-        device=device,
-    )
+    return world
 
 
 def close_world() -> None:

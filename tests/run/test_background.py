@@ -50,6 +50,16 @@ def test_jobs_run_in_order_and_a_caller_far_ahead_waits(background, gate):
     assert done == [*range(40)]
 
 
+def test_a_job_takes_one_core_and_leaves_the_caller_all(background):
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        assert background.do(torch.get_num_threads).result() == 1
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
+
+
 @pytest.mark.parametrize("by", ["the next job", "waiting"])
 def test_an_error_is_raised_once(background, by):
     failed = background.do(lambda: 1 / 0)

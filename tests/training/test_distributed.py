@@ -11,6 +11,7 @@ import torch
 from isofast.config.load import load_config
 from isofast.errors import UserError
 from isofast.training.loop import fit
+from isofast.training.parallel import close_world, init_world
 
 from ..support.runs import TORCHRUN, forked, launched, timeless, train
 from ..support.two_ranks import main
@@ -82,6 +83,23 @@ def test_ranks_agree_on_their_images_or_stop_together(results):
 def test_state_in_a_group_of_one(results):
     assert results[1]["steps restored"] == 3
     assert "was on a cuda and is on a cpu" in results[1]["another device"]
+
+
+def test_ranks_of_a_cpu_share_its_cores_unless_told():
+    told = launched(2)
+    silent = launched(2)
+    for environment in silent:
+        del environment["OMP_NUM_THREADS"]
+    share = max(1, len(os.sched_getaffinity(0)) // 2)
+    assert forked(_threads_are, 5, environments=told) == [0, 0]
+    assert forked(_threads_are, share, environments=silent) == [0, 0]
+
+
+def _threads_are(expected: int) -> None:
+    torch.set_num_threads(5)
+    init_world()
+    assert torch.get_num_threads() == expected
+    close_world()
 
 
 @pytest.mark.long
