@@ -3,6 +3,7 @@
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from typing import TypeVar
 
 import torch
@@ -14,12 +15,16 @@ _MOST_PENDING = 16
 
 
 class Background:
-    """Runs jobs in order on one thread; the next ``do`` or ``wait`` raises a job's error."""
+    """Runs jobs in order on one thread; the next ``do`` or ``wait`` raises a job's error.
 
-    def __init__(self) -> None:
-        # A second thread's OpenMP team would leave no core free to spin on, and libgomp's threads
-        # then sleep at every barrier of the loop's: digits at 390 images/s in place of 690.
-        self._pool = ThreadPoolExecutor(1, "isofast-background", torch.set_num_threads, (1,))
+    Args:
+        one_core: for a loop that computes on the CPU. A second OpenMP team there has libgomp's
+            threads sleep at each of the loop's barriers: digits at 390 images/s instead of 690.
+    """
+
+    def __init__(self, *, one_core: bool = False) -> None:
+        initializer = partial(torch.set_num_threads, 1) if one_core else None
+        self._pool = ThreadPoolExecutor(1, "isofast-background", initializer)
         self._pending: deque[Future[object]] = deque()
 
     def do(self, job: Callable[[], _Result]) -> "Future[_Result]":

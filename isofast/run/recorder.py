@@ -77,7 +77,7 @@ class Recorder:
         self._run_dir, self._environment = run_dir, environment
         self._batch_size = config.train.batch_size
         self._steps_per_epoch = steps_per_epoch
-        self._background = Background()
+        self._background = Background(one_core=world.device.type == "cpu")
         self._spectrum: Future[Spectrum] | None = None
         self._finding: Future[Finding | None] | None = None
         self._watch = CollapseWatch(config, steps_per_epoch)

@@ -21,7 +21,7 @@ from ..support.runs import ALONE
 
 @pytest.fixture
 def background() -> Iterator[Background]:
-    with closing(Background()) as background:
+    with closing(Background(one_core=True)) as background:
         yield background
 
 
