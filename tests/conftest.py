@@ -1,14 +1,11 @@
 """Shared fixtures: real digits on the disk, small configurations, the launch program in-process."""
 
-import importlib.util
 import json
 import os
 import shutil
 import subprocess
-import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -184,13 +181,3 @@ def request_of(digits: Path, tmp_path: Path) -> Callable[..., Request]:
         return Request(**(given | {"runs": tmp_path / "runs"} | changes))
 
     return make
-
-
-def load_script(path: Path) -> ModuleType:
-    """A program of the repository that is not part of a package."""
-    name = f"script_{path.stem}"
-    spec = importlib.util.spec_from_file_location(name, path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module

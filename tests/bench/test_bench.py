@@ -5,7 +5,6 @@ from types import ModuleType
 
 import pytest
 
-from ..conftest import load_script
 from ..support.runs import ROOT
 
 
@@ -22,7 +21,7 @@ def harness() -> ModuleType:
 
 @pytest.mark.parametrize("name", ["kernels", "data"])
 def test_the_interpreter_is_not_timed(name, monkeypatch, capsys):
-    script = load_script(ROOT / "bench" / f"{name}.py")
+    script = importlib.import_module(name)
     monkeypatch.setattr(script, "INTERPRET", True)
     with pytest.raises(SystemExit, match="2"):
         script.main([])
@@ -70,7 +69,7 @@ def test_only_questions_with_green_tests_are_timed_and_no_result_is_overwritten(
 
 def test_the_notes_have_the_paired_ratio():
     """When rounds slow down together, the ratio of medians is not the median of ratios."""
-    bench = load_script(ROOT / "bench" / "data.py")
+    bench = importlib.import_module("data")
     first, second = (
         bench.Contender(name, lambda: None, note, times_ms)
         for name, note, times_ms in (

@@ -1,5 +1,6 @@
 """bench/gpu_day.py: what becomes of stages of real programs, and all of it on a CPU."""
 
+import importlib
 import json
 import os
 import subprocess
@@ -9,14 +10,13 @@ from types import ModuleType
 
 import pytest
 
-from ..conftest import load_script
 from ..support.runs import ROOT, call
 
 
 @pytest.fixture
 def day(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     monkeypatch.syspath_prepend(str(ROOT / "bench"))
-    return load_script(ROOT / "bench" / "gpu_day.py")
+    return importlib.import_module("gpu_day")
 
 
 def test_a_day_goes_on_after_failures_and_is_taken_up_again(day, tmp_path, monkeypatch):

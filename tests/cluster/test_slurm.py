@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from ..support.runs import ROOT, Process, assert_same_run, environment, train, wait_for_step
+from ..support.runs import ROOT, assert_same_run, environment, opened, train, wait_for_step
 
 pytestmark = pytest.mark.long
 
@@ -57,10 +57,7 @@ def test_a_job_that_reaches_its_time_limit_is_requeued_and_goes_on(config_file, 
     script = str(ROOT / "launch" / "slurm.sh")
     command = ["bash", script, "--config", str(config), "--run-dir", str(tmp_path / "job-%a")]
 
-    def submit() -> Process:
-        return subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True)
-
-    process = submit()
+    process = opened(command, env=env)
     wait_for_step(1, job, process)
     # as Slurm does two minutes before the end: to the steps, not to the batch script
     (srun,) = subprocess.check_output(["pgrep", "-P", str(process.pid)], text=True).split()
@@ -69,7 +66,7 @@ def test_a_job_that_reaches_its_time_limit_is_requeued_and_goes_on(config_file, 
     assert process.returncode == 0 and "Slurm was asked" in printed, printed
     assert (tmp_path / "requeued").read_text() == f"{os.getpid()}\n"
 
-    process = submit()
+    process = opened(command, env=env)
     _, printed = process.communicate(timeout=120)
     assert process.returncode == 0 and "continuing from" in printed, printed
     assert_same_run(whole, job)

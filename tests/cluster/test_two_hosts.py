@@ -20,6 +20,7 @@ from ..support.runs import (
     Process,
     assert_same_run,
     environment,
+    opened,
     started,
     timeless,
     train,
@@ -50,11 +51,8 @@ def start(hosts: list[str], config: Path, run_dir: Path, by: str) -> list[Proces
     program = [str(ROOT / "launch" / "train.py"), "--config", str(config)]
     command = [sys.executable, "-m", *launcher.split(), *program, "--run-dir", str(run_dir)]
     return [
-        subprocess.Popen(
+        opened(
             ["ip", "netns", "exec", host, *(x.replace("NODE", str(node)) for x in command)],
-            stderr=subprocess.PIPE,
-            stdout=subprocess.DEVNULL,
-            text=True,
             env=environment(GLOO_SOCKET_IFNAME="cable"),
         )
         for node, host in enumerate(hosts)

@@ -145,13 +145,6 @@ def take(loader: TrainLoader, count: int) -> list[Batch]:
     return list(islice(loader, count))
 
 
-def assert_same(ours: list[Batch], theirs: list[Batch]) -> None:
-    assert len(ours) == len(theirs)
-    for a, b in zip(ours, theirs, strict=True):
-        for x, y in zip(a, b, strict=True):
-            assert torch.equal(x, y)
-
-
 @pytest.fixture(scope="session")
 def photos(tmp_path_factory: pytest.TempPathFactory) -> ImageFolder:
     """1,000 validation pictures of the real TinyImageNet, 64 x 64, some of them gray."""

@@ -5,6 +5,7 @@ import json
 import os
 import signal
 import struct
+import threading
 import time
 import zlib
 from pathlib import Path
@@ -13,8 +14,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from isofast.data import ImageFolder, open_dataset, recipe_for
-from isofast.data.check import OnBad, notes_on
+from isofast.data import open_dataset, recipe_for
+from isofast.data.check import notes_on
 from isofast.data.dali import SingleDecoder
 from isofast.data.folder import read_sizes
 from isofast.errors import UserError
@@ -84,10 +85,6 @@ def root(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def check(root: Path, on_bad: OnBad = "stop", **options: object) -> ImageFolder:
-    return checked(root, on_bad=on_bad, **options)
-
-
 def keep_stamp(path: Path, content: bytes) -> None:
     """Write other bytes into a file that looks unchanged."""
     before = path.stat()
@@ -102,36 +99,36 @@ def test_a_bad_file_is_named_and_can_be_skipped(root, kind, decoder):
     content, refused_by, by_headers = BAD[kind]
     path = root / "train" / "a" / "01.png"
     path.write_bytes(content)
-    assert len(check(root, check="off")) == 6
+    assert len(checked(root, check="off")) == 6
     if by_headers:
         with pytest.raises(UserError, match=r"1 of 6 train images"):
-            check(root, check="headers")
+            checked(root, check="headers")
     else:
-        assert len(check(root, check="headers")) == 6
+        assert len(checked(root, check="headers")) == 6
     if decoder not in refused_by:
-        assert len(check(root, decoder=decoder)) == 6
+        assert len(checked(root, decoder=decoder)) == 6
         return
     with pytest.raises(UserError, match=r"Replace or delete.*data\.on_bad_image=skip") as caught:
-        check(root, decoder=decoder)
+        checked(root, decoder=decoder)
     assert f"1 of 6 train images cannot be read: {path} (" in str(caught.value)
-    kept = check(root, "skip", decoder=decoder)
+    kept = checked(root, on_bad="skip", decoder=decoder)
     assert set(kept.skipped) == {"train/a/01.png"} and len(kept) == len(kept.labels) == 5
     assert len(kept.sizes) == len(kept.stamps) == 5
     (note,) = notes_on([kept])
     assert note.startswith("1 of 6 train images cannot be read: train/a/01.png (")
     # what is trained on is what the root would be without the file
     path.unlink()
-    assert check(root, decoder=decoder).fingerprint == kept.fingerprint
+    assert checked(root, decoder=decoder).fingerprint == kept.fingerprint
 
 
 def test_no_file_is_to_blame_where_dali_decodes_nothing(root, monkeypatch):
     # after which nothing is left to remember
-    check(root, decoder="pillow")
+    checked(root, decoder="pillow")
     with monkeypatch.context() as broken:
         broken.setattr(SingleDecoder, "decodes", lambda self, content: False)
         with pytest.raises(UserError, match=r"6 of 6 .*decodes nothing at all at the moment"):
-            check(root, decoder="dali")
-    assert len(check(root, "skip", decoder="dali")) == 6
+            checked(root, decoder="dali")
+    assert len(checked(root, on_bad="skip", decoder="dali")) == 6
 
 
 def test_who_stops_a_check_does_not_wait_for_its_end(tmp_path):
@@ -141,18 +138,11 @@ def test_who_stops_a_check_does_not_wait_for_its_end(tmp_path):
     for k in range(1, 2000):
         (folder / f"{k:02d}.png").hardlink_to(folder / "00.png")
 
-    def stop(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    handler = signal.signal(signal.SIGALRM, stop)
-    try:
-        signal.setitimer(signal.ITIMER_REAL, 0.5)
-        start = time.monotonic()
-        with pytest.raises(KeyboardInterrupt):
-            check(tmp_path, decoder="pillow")
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, handler)
+    ctrl_c = threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT))
+    ctrl_c.start()
+    start = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        checked(tmp_path, decoder="pillow")
     assert time.monotonic() - start < 5
 
 
@@ -160,58 +150,58 @@ def test_many_bad_files_are_counted(root):
     for k in range(7):
         (root / "train" / "b" / f"bad{k}.png").write_text("no picture")
     with pytest.raises(UserError, match=r"7 of 13.*cannot identify.*and 2 more"):
-        check(root)
+        checked(root)
 
 
 def test_a_class_without_readable_images_is_an_error(root):
     for path in (root / "train" / "b").iterdir():
         path.write_text("no picture")
     with pytest.raises(UserError, match=r"3 of 6 train images.*no image of the class b"):
-        check(root, "skip")
+        checked(root, on_bad="skip")
 
 
 @BOTH
 def test_what_was_checked_is_not_read_again(root, decoder):
-    first = check(root, decoder=decoder)
+    first = checked(root, decoder=decoder)
     good, bad = root / "train" / "a" / "00.png", root / "train" / "b" / "00.png"
     # damage that looks like no change stays unseen
     keep_stamp(good, bytes(len(PNG)))
-    again = check(root, decoder=decoder)
+    again = checked(root, decoder=decoder)
     assert np.array_equal(first.sizes, again.sizes) and np.array_equal(first.stamps, again.stamps)
     # a new time of change: read again, and remembered as bad
     os.utime(good, ns=(1, 1))
-    assert set(check(root, "skip", decoder=decoder).skipped) == {"train/a/00.png"}
+    assert set(checked(root, on_bad="skip", decoder=decoder).skipped) == {"train/a/00.png"}
     keep_stamp(good, PNG)
-    assert set(check(root, "skip", decoder=decoder).skipped) == {"train/a/00.png"}
+    assert set(checked(root, on_bad="skip", decoder=decoder).skipped) == {"train/a/00.png"}
     # who is stopped by a file may have mended it
-    assert len(check(root, decoder=decoder)) == 6
+    assert len(checked(root, decoder=decoder)) == 6
     Image.new("RGB", (9, 7)).save(bad)
-    changed = check(root, decoder=decoder)
+    changed = checked(root, decoder=decoder)
     assert changed.sizes[changed.paths.index("train/b/00.png")].tolist() == [7, 9]
 
 
 def test_one_decoder_does_not_answer_for_the_other(root):
     path = root / "train" / "a" / "01.png"
     path.write_bytes(SHORT_PNG)
-    assert len(check(root, decoder="pillow")) == 6
+    assert len(checked(root, decoder="pillow")) == 6
     with pytest.raises(UserError, match=r"01\.png \(DALI cannot decode it"):
-        check(root, decoder="dali")
+        checked(root, decoder="dali")
     path.write_bytes(PNG)
-    check(root, decoder="dali")
+    checked(root, decoder="dali")
     # either will do for the headers
     keep_stamp(path, bytes(len(PNG)))
-    assert len(check(root, check="headers")) == 6
+    assert len(checked(root, check="headers")) == 6
     # which leaves the full check's memory as it was
-    assert len(check(root, decoder="dali")) == 6
+    assert len(checked(root, decoder="dali")) == 6
     with pytest.raises(UserError, match=r"1\.png"):
-        check(root, decoder="pillow")
+        checked(root, decoder="pillow")
 
 
 @pytest.mark.parametrize("memory", ["{", '{"format": 4}', '{"format": 6, "files": ["a"]}'])
 def test_a_damaged_memory_is_written_anew(root, memory):
     path = root / ".isofast-checked-train.json"
     path.write_text(memory)
-    assert len(check(root, decoder="dali")) == 6
+    assert len(checked(root, decoder="dali")) == 6
     assert len(json.loads(path.read_text())["files"]) == 6
     assert not list(root.glob(".*.part*"))
 
@@ -219,15 +209,15 @@ def test_a_damaged_memory_is_written_anew(root, memory):
 def test_a_root_that_cannot_be_written_is_checked_all_the_same(root):
     # a folder in the place of the file, which stops even those whom no permission stops
     (root / ".isofast-checked-train.json").mkdir()
-    assert len(check(root)) == 6
+    assert len(checked(root)) == 6
 
 
 def test_a_file_that_cannot_be_read_now_is_tried_again(root):
     """A file of the kernel's, which nobody can read from its start, not even root."""
     (root / "train" / "a" / "closed.png").symlink_to("/proc/self/mem")
     with pytest.raises(UserError, match=r"closed\.png \(Input/output error\)"):
-        check(root)
-    assert set(check(root, "skip").skipped) == {"train/a/closed.png"}
+        checked(root)
+    assert set(checked(root, on_bad="skip").skipped) == {"train/a/closed.png"}
     files = json.loads((root / ".isofast-checked-train.json").read_text())["files"]
     assert len(files) == 6 and "train/a/closed.png" not in files
 
@@ -240,7 +230,7 @@ def test_broken_links_are_named_and_links_to_no_files_ignored(root, tmp_path):
     assert len(open_dataset(root, "train")) == 6
     (root / "train" / "a" / "gone.png").symlink_to(tmp_path / "unmounted.png")
     with pytest.raises(UserError, match=r"1 of 7 .*gone\.png \(No such file"):
-        check(root)
+        checked(root)
 
 
 @BOTH

@@ -50,20 +50,6 @@ def test_half_labelled_digits_train_on_two_ranks(config_file, half_labelled, tmp
     assert all(record["probe_loss"] > 0 for record in records if "probe_loss" in record)
 
 
-def test_pictures_without_any_label_train(config_file, half_labelled, tmp_path):
-    (half_labelled / "unlabeled" / "7-000.png").unlink()
-    for split in ("train", "val"):
-        shutil.rmtree(half_labelled / split)
-    config = config_file(data={"root": str(half_labelled)})
-    printed = train(config, tmp_path / "run")
-    records = read_metrics(tmp_path / "run" / "metrics.jsonl")
-    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
-    assert "images without labels" in printed
-    assert summary["completed"] is True and summary["val_top1"] is None
-    assert [record["probe_loss"] for record in records] == [0.0] * 6
-    assert all(record["loss"] < 0 for record in records)
-
-
 def test_without_validation_images_the_way_out_is_said(
     config_file, half_labelled, tmp_path, refused
 ):

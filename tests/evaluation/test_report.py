@@ -16,6 +16,7 @@ from isofast.config.load import validate
 from isofast.evaluation.embed import embed
 from isofast.evaluation.intervals import newcombe
 from isofast.evaluation.pictures import look
+from isofast.run.metrics import read_metrics
 
 from ..support.runs import train
 
@@ -138,6 +139,11 @@ def test_without_labels_it_says_so(config_file, digits, tmp_path):
     config = config_file(data={"dataset": "imagefolder", "root": str(root), "crop": 16})
     shown = train(config, tmp_path / "run", report=True)
     assert f"report: {tmp_path / 'run' / 'report.html'}" in shown
+    records = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert "images without labels" in shown
+    assert summary["completed"] is True and summary["val_top1"] is None
+    assert [record["probe_loss"] for record in records] == [0.0] * summary["steps"]
     page = Page(tmp_path / "run" / "report.html")
     assert page.text.startswith("Run run Judged without labels")
     assert all(word in page.text for word in ("RankMe of the features", "no number says"))

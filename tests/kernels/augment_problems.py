@@ -107,7 +107,7 @@ def levels_of(views):
     return (views.double().cpu() * std + mean) * 255
 
 
-def assert_same_levels(got, expected, share=2e-3):
+def assert_levels(got, expected, share=2e-3):
     difference = (levels_of(got) - levels_of(expected)).abs()
     assert (difference > 0.5).double().mean() <= share
     assert difference.mean() <= 0.01

@@ -57,24 +57,18 @@ def test_a_kernel_is_within_its_budget(name, capability):
 
 
 @pytest.mark.parametrize(
-    "name",
+    ("name", "tf32"),
     [
-        "rows_times_w fp32 D=256",
-        "rows_times_w fp16 D=256",
-        "rows_times_w fp32 D=512",
-        "correlation ema fp32 D=256",
+        *((f"rows_times_w {of}", True) for of in ("fp32 D=256", "fp16 D=256", "fp32 D=512")),
+        *(("correlation ema fp32 D=256", True), ("rows_times_w fp32 D=32", False)),
     ],
 )
-def test_every_product_is_three_tf32(name):
+def test_products_are_three_tf32_and_of_few_features_fp32(name, tf32):
     """One TF32 product would not show in the interpreter."""
-    code = aot.compile_for(build_named(name), 90).asm["ttir"].splitlines()
-    products = [line for line in code if "tt.dot" in line]
-    assert products and all("inputPrecision = tf32x3" in line for line in products)
-
-
-def test_products_of_few_features_are_fp32():
-    code = aot.compile_for(build_named("rows_times_w fp32 D=32"), 90).asm["ttir"]
-    assert "tt.dot" in code and "tf32" not in code
+    code = aot.compile_for(build_named(name), 90).asm["ttir"]
+    products = [line for line in code.splitlines() if "tt.dot" in line]
+    assert products and all(("inputPrecision = tf32x3" in line) is tf32 for line in products)
+    assert tf32 or "tf32" not in code
 
 
 @pytest.mark.parametrize("features", [256, 1024])

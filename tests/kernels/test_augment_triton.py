@@ -10,19 +10,11 @@ from isofast_kernels import augment_views
 from isofast_kernels.augment_reference import augment_views_reference
 from isofast_kernels.dispatch import INTERPRET
 
-from .augment_problems import (
-    MEAN,
-    STD,
-    assert_same_levels,
-    levels_of,
-    noise,
-    photos,
-    random_rows,
-    rows,
-)
+from .augment_problems import MEAN, STD, assert_levels, levels_of, noise, photos, random_rows, rows
 from .cases import DEVICE, KERNELS_ONLY, ON_DEVICE, TRITON
 
 pytestmark = ON_DEVICE
+ROUNDED = pytest.mark.skipif(INTERPRET, reason="it truncates")
 
 # stored height, width, side: no power of two, one block and more, enlarged and reduced
 SHAPES = [(20, 20, 20), (37, 29, 15), (13, 11, 35), (64, 64, 64), (9, 50, 33)]
@@ -47,7 +39,7 @@ def test_whole_views(guard_inputs, height, width, side, blur):
     table = guard_inputs(random_rows(2, 4, height, width, blur=blur))
     got, expected = both(images, index, table, side, blur=blur)
     assert got.shape == (2, 4, 3, side, side)
-    assert_same_levels(got, expected)
+    assert_levels(got, expected)
 
 
 OPERATIONS = {
@@ -74,7 +66,7 @@ def test_each_operation(name):
     got, expected = both(images, index, table, 48, blur="blur" in name)
     # only filters sum floats
     share = 1e-3 if name in ("window", "blur", "narrow blur") else 0.0
-    assert_same_levels(got, expected, share)
+    assert_levels(got, expected, share)
     plain, _ = both(images, index, rows(1, 3, 48, 48), 48, blur=False)
     changed = (levels_of(got) - levels_of(plain)).abs().mean()
     assert changed > 0.3 or name in ("nothing", "narrow blur")
@@ -82,13 +74,7 @@ def test_each_operation(name):
 
 @KERNELS_ONLY
 @pytest.mark.usefixtures("poisoned_empty")
-@pytest.mark.parametrize(
-    "dtype",
-    [
-        torch.float16,
-        pytest.param(torch.bfloat16, marks=pytest.mark.skipif(INTERPRET, reason="it truncates")),
-    ],
-)
+@pytest.mark.parametrize("dtype", [torch.float16, pytest.param(torch.bfloat16, marks=ROUNDED)])
 def test_half_precision_views_are_the_rounded_ones(dtype):
     images, index = noise(3, 20, 20), torch.tensor([2, 0, 1])
     table = random_rows(2, 3, 20, 20, blur=True)

@@ -59,16 +59,6 @@ def test_half_precision_embeddings(make_problem, dtype):
     assert torch.equal(dz, (dz_BD / 37 * 2.0**16).to(dtype))
 
 
-def test_one_tensor_and_a_sequence_of_its_parts_give_one_moment():
-    z = torch.randn(30, 8, dtype=torch.float64)
-    whole = second_moment(z)
-    torch.testing.assert_close(second_moment([z[:7], z[7:20], z[20:]]), whole)
-    torch.testing.assert_close(second_moment((z[:10], z[10:])), whole)
-    corr = torch.eye(8, dtype=torch.float64)
-    assert correlation_ema_(corr, (z[:10], z[10:]), 0.9) is corr
-    torch.testing.assert_close(corr, 0.9 * torch.eye(8, dtype=torch.float64) + 0.1 * whole)
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["fp32", "fp64"])
 @pytest.mark.parametrize(("metric", "isotropic"), LOSSES)
 def test_opcheck_loss(make_problem, metric, isotropic, dtype):

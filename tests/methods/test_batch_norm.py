@@ -156,15 +156,6 @@ def test_one_value_a_channel_and_half_a_view_are_refused(fused):
         ViewBatchNorm(3, fused=fused)(torch.randn(7, 3))
 
 
-@pytest.mark.slow
-def test_compiled_without_a_graph_break():
-    ours = convert_batch_norm(network("cifar", torch.float32), views=2)
-    compiled = torch.compile(copy.deepcopy(ours), backend="aot_eager", fullgraph=True)
-    x_NCHW = images(16, torch.float32).flatten(0, 1)
-    compiled_results = results(compiled._orig_mod, compiled(x_NCHW))
-    assert_equal(compiled_results, results(ours, ours(x_NCHW)), 1e-5)
-
-
 def assert_gradients_as_good(ours: Branch, plain: Branch, x_NCHW: Tensor) -> None:
     """No parameter lacks one, and they are no further from float64's than the plain branch's."""
     plain.load_state_dict(ours.state_dict())

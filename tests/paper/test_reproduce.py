@@ -16,7 +16,7 @@ from isofast.config.load import load_config
 from isofast.errors import UserError
 from isofast.paper.tables import TABLES
 
-from ..support.runs import ISOFAST, Process, call, environment, wait_for_step
+from ..support.runs import ISOFAST, Process, call, opened, wait_for_step
 
 pytestmark = pytest.mark.slow
 
@@ -37,15 +37,8 @@ def command(root: Path, runs: Path, *more: str, seeds: int = 1) -> list[str]:
 
 def start(arguments: list[str]) -> Process:
     """In a process group of its own, on the CPU."""
-    return subprocess.Popen(
-        [*ISOFAST, *arguments],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-        preexec_fn=_hear_signals,
-        env=environment(),
-    )
+    own = {"start_new_session": True, "preexec_fn": _hear_signals}
+    return opened([*ISOFAST, *arguments], stdout=subprocess.PIPE, **own)
 
 
 def _hear_signals() -> None:
@@ -206,7 +199,6 @@ def test_a_dry_run_prints_commands_that_work(tmp_path, capsys):
         (["--runs", "/proc/x"], ["cannot write /proc/x", "--runs"]),
         (["--runs", "/dev/null"], ["/dev/null", "--runs"]),
         (["--set", "encoder.widht=8"], ["Did you mean encoder.width"]),
-        (["--train-script", "no.py"], ["no.py", "--train-script"]),
         (["--launcher", "no-such-program"], ["--launcher"]),
         (["--launcher", "srun 'x"], ["argument --launcher", "srun 'x", "invalid split value"]),
         (["--datasets", ","], ["argument --datasets: expected at least one name, got ','"]),

@@ -1,7 +1,6 @@
 """The collapse watch on recorded runs and on made-up records."""
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,22 +20,17 @@ RUNS = [
 ]
 
 
-@pytest.fixture
-def config(tmp_path: Any) -> Callable[..., Config]:
-    """Of runs on the digits; keyword arguments are the method's."""
-
-    def make(**method: Any) -> Config:
-        return validate(
-            {
-                "data": {"dataset": "digits", "root": str(tmp_path)},
-                "method": {"decay": 0.99} | method,
-                "projector": {"output": 128},
-                "train": {"epochs": 12},
-                "optimizer": {"name": "adamw", "lr": 8e-3},
-            }
-        )
-
-    return make
+def config_of(**method: Any) -> Config:
+    """Of a run on the digits; keyword arguments are the method's."""
+    return validate(
+        {
+            "data": {"dataset": "digits", "root": "somewhere"},
+            "method": {"decay": 0.99} | method,
+            "projector": {"output": 128},
+            "train": {"epochs": 12},
+            "optimizer": {"name": "adamw", "lr": 8e-3},
+        }
+    )
 
 
 def findings(run: dict[str, Any]) -> list[tuple[int, Finding]]:
@@ -97,6 +91,7 @@ def at(step: int, share: float | None = 1.0, **more: float) -> Record:
 
 
 LONG = {"norm_spread": 9.0, "prediction_norm": 0.0}
+GROWING = [at(1), at(2, embedding_norm=3e3), at(3, embedding_norm=5e3)]
 LONG_RUN = [at(10, **LONG), at(20), at(30, **LONG), at(40, **LONG)]
 
 
@@ -115,16 +110,12 @@ LONG_RUN = [at(10, **LONG), at(20), at(30, **LONG), at(40, **LONG)]
         ({"decay": 0.998}, [at(100, 0.2), at(220, 0.2)], [None, None]),
         ({}, [at(1000, 0.2)], [None]),
         # a norm a thousand times the first, or NaN
-        (
-            {},
-            [at(1), at(2, embedding_norm=3e3), at(3, embedding_norm=5e3)],
-            [None, None, "blow-up"],
-        ),
+        ({}, GROWING, [None, None, "blow-up"]),
         ({}, [at(1), at(2, None)], [None, "blow-up"]),
     ],
 )
-def test_each_kind_of_collapse_is_told_from_a_healthy_run(method, records, expected, config):
-    watch = CollapseWatch(config(**method), steps_per_epoch=22)
+def test_each_kind_of_collapse_is_told_from_a_healthy_run(method, records, expected):
+    watch = CollapseWatch(config_of(**method), steps_per_epoch=22)
     found = [watch.judge(record) for record in records]
     assert [finding and finding.kind for finding in found] == expected
 
@@ -145,7 +136,7 @@ def test_each_kind_of_collapse_is_told_from_a_healthy_run(method, records, expec
         ({}, "blow-up", ["optimizer.lr below 0.008", "a longer"]),
     ],
 )
-def test_what_to_try_fits_the_method(method, kind, expected, config):
-    tries = remedies(config(**method), kind)
+def test_what_to_try_fits_the_method(method, kind, expected):
+    tries = remedies(config_of(**method), kind)
     assert len(tries) == len(expected)
     assert all(text.startswith(first) for text, first in zip(tries, expected, strict=True))

@@ -65,6 +65,12 @@ def command_of(config: Path, run_dir: Path, *options: str, ranks: int = 0) -> li
     return [sys.executable, *program, "--run-dir", str(run_dir), *options]
 
 
+def opened(command: Sequence[str], **more: Any) -> Process:
+    """A process, on the CPU, whose errors are kept for ``communicate``."""
+    kept: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command, **(kept | {"env": environment()} | more))
+
+
 def started(
     config: Path,
     run_dir: Path,
@@ -75,13 +81,8 @@ def started(
     **env: str,
 ) -> Process:
     """A run in processes of its own that has recorded ``step``."""
-    process = subprocess.Popen(
-        command_of(config, run_dir, *options, ranks=ranks),
-        stderr=subprocess.PIPE,
-        text=True,
-        env=environment(**env),
-        start_new_session=start_new_session,
-    )
+    command = command_of(config, run_dir, *options, ranks=ranks)
+    process = opened(command, env=environment(**env), start_new_session=start_new_session)
     wait_for_step(step, run_dir, process)
     return process
 

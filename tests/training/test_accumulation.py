@@ -92,8 +92,7 @@ def test_pieces_equal_the_whole_batch(small_config, kind, compiled):
             | {name: left[name] / share[name] for name in share if name.startswith("encoder.bn1")}
         )
     whole, parts = found
-    for name, expected in whole.items():
-        torch.testing.assert_close(parts[name], expected, rtol=1e-5, atol=1e-7, msg=name)
+    torch.testing.assert_close(parts, whole, rtol=1e-5, atol=1e-7)
 
 
 def test_activations_of_pieces_are_not_held(small_config):

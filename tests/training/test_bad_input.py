@@ -42,15 +42,6 @@ def test_settings_that_cannot_be(refuses, setting, words):
     refuses(*words, setting=setting)
 
 
-def test_images_that_cannot_be(refuses, own_digits):
-    victim = sorted((own_digits / "train" / "5").iterdir())[7]
-    victim.write_bytes(victim.read_bytes()[:60])
-    refuses(victim.name, setting=f"data.root={own_digits}")
-    for image in (own_digits / "train" / "3").iterdir():
-        image.unlink()
-    refuses(str(own_digits / "train" / "3"), setting=f"data.root={own_digits}")
-
-
 def test_srun_without_an_address(refuses, monkeypatch):
     for name, value in (("STEP_NUM_TASKS", "4"), ("PROCID", "0"), ("LOCALID", "0")):
         monkeypatch.setenv(f"SLURM_{name}", value)

@@ -8,7 +8,7 @@ import torch
 from sklearn.neighbors import KNeighborsClassifier
 
 from isofast.config.schema import Config
-from isofast.data import EvalLoader, Recipe, recipe_for
+from isofast.data import Recipe, recipe_for
 from isofast.data.images import Images, check_images, list_images
 from isofast.run.labelfree import label_free
 from isofast.run.metrics import read_metrics
@@ -16,6 +16,7 @@ from isofast.training.build import build
 from isofast.training.online import Evaluator, knn_top1
 from isofast.training.stall import StallWatch
 
+from ..data.conftest import eval_loader
 from ..support.runs import ALONE, fit_apart
 
 
@@ -68,10 +69,7 @@ def test_metrics_without_labels_are_of_a_fixed_sample(small_config):
     assert torch.equal(torch.get_rng_state(), before[0]) and online.training
     assert all(map(torch.equal, online.buffers(), before[1]))
 
-    loader = EvalLoader(
-        "dali", images.val, recipe, range(355), batch_size=355, device=ALONE.device, threads=1
-    )
-    (x_NCHW, _), *_ = loader
+    ((x_NCHW, _),) = eval_loader(images.val, recipe, range(355), batch_size=355)
     online.eval()
     with torch.no_grad():
         h_NF, z_ND = online.branch(x_NCHW)

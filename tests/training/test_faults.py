@@ -118,7 +118,6 @@ SHIFTED = """
 #include <stdlib.h>
 #include <sys/mman.h>
 #include <sys/syscall.h>
-#include <sys/time.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -132,18 +131,6 @@ int clock_gettime(clockid_t clock, struct timespec *now) {
     if (!failed && shift && (clock == CLOCK_REALTIME || clock == CLOCK_REALTIME_COARSE))
         now->tv_sec += *shift;
     return failed;
-}
-int gettimeofday(struct timeval *now, void *zone) {
-    struct timespec precise;
-    int failed = clock_gettime(CLOCK_REALTIME, &precise);
-    now->tv_sec = precise.tv_sec;
-    now->tv_usec = precise.tv_nsec / 1000;
-    return failed;
-}
-time_t time(time_t *now) {
-    struct timespec precise;
-    clock_gettime(CLOCK_REALTIME, &precise);
-    return now ? *now = precise.tv_sec : precise.tv_sec;
 }
 """
 

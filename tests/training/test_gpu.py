@@ -11,18 +11,10 @@ import pytest
 import torch
 from PIL import Image
 
-from isofast.data import (
-    Batch,
-    EvalLoader,
-    ImageFolder,
-    Recipe,
-    TrainLoader,
-    check_folder,
-    open_dataset,
-    recipe_for,
-)
+from isofast.data import Batch, ImageFolder, Recipe, TrainLoader, recipe_for
 from isofast.run.metrics import read_metrics
 
+from ..data.conftest import checked, eval_loader
 from ..support.runs import call, command_of, train
 
 pytestmark = pytest.mark.gpu
@@ -30,7 +22,7 @@ pytestmark = pytest.mark.gpu
 
 @pytest.fixture
 def images(digits: Path) -> ImageFolder:
-    return check_folder(open_dataset(digits, "train"))
+    return checked(digits)
 
 
 def loader_on(device: str, backend: str, images: ImageFolder, recipe: Recipe) -> TrainLoader:
@@ -69,13 +61,13 @@ def test_dali_decodes_jpegs_as_on_the_cpu(tmp_path):
         coarse.resize((64, 64), Image.Resampling.NEAREST).save(
             folder / f"{k}.jpg", quality=95, subsampling="4:2:0"
         )
-    images = check_folder(open_dataset(tmp_path, "train"))
+    images = checked(tmp_path)
     recipe = recipe_for("imagefolder", crop=64)
     levels = 255 * torch.tensor(recipe.std).view(-1, 1, 1)
     made = []
     for device in ("cpu", "cuda", "cuda"):
-        options: dict[str, Any] = {"batch_size": 64, "device": torch.device(device), "threads": 2}
-        ((x_BCHW, _),) = EvalLoader("dali", images, recipe, range(64), **options)
+        where = torch.device(device)
+        ((x_BCHW, _),) = eval_loader(images, recipe, range(64), batch_size=64, device=where)
         made.append(x_BCHW.cpu() * levels)
     on_cpu, on_gpu, again = made
     # without enlarging chroma smoothly they are 7 levels away

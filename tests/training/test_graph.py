@@ -69,6 +69,8 @@ def steps(state: TrainState, config: Config, numbers: range) -> list[float]:
         y_B = torch.randint(10, (8,), generator=generator)
         batch = Batch(*(x.to(state.world.device) for x in (x_NCHW, y_B)))
         set_lr(state.optimizer, step, 10, config)
+        if state.target is not None:
+            state.target.set_decay(step / 40)
         losses.append(take_step(batch).loss.item())
     return losses
 
@@ -122,7 +124,8 @@ def test_a_replayed_step_is_the_eager_one(optimizer, method, small_config):
         config = small_config(
             method={"name": method, "ema": True},
             optimizer={"name": optimizer, "lr": 0.01},
-            train={"compile": "off", "cuda_graph": "on"},
+            # rates that go on changing behind the capture
+            train={"compile": "off", "cuda_graph": "on", "epochs": 4},
         )
         state = build(config, World(0, 1, 0, device), classes=10)
         state.online.train()

@@ -14,7 +14,7 @@ import pytest
 from isofast.run.checkpoint import newest_checkpoint
 from isofast.training.signals import ECHO_S, stopped
 
-from ..support.runs import ALONE, assert_same_run, started, train
+from ..support.runs import ALONE, assert_same_run, opened, started, train
 
 
 @pytest.fixture
@@ -119,12 +119,7 @@ with Signals(World(0, 1, 0, torch.device("cpu")), grace_s=float(sys.argv[1])):
 @pytest.mark.slow
 @pytest.mark.parametrize(("grace_s", "signals"), [(0.5, 1), (60, 2)])
 def test_a_run_that_cannot_stop_is_ended(grace_s, signals):
-    process = subprocess.Popen(
-        [sys.executable, "-c", STUCK, str(grace_s)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    process = opened([sys.executable, "-c", STUCK, str(grace_s)], stdout=subprocess.PIPE)
     process.stdout.readline()
     for _ in range(signals):
         process.send_signal(signal.SIGTERM)
