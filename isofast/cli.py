@@ -221,7 +221,7 @@ def _profile(args: argparse.Namespace) -> None:
     from isofast.config.load import load_config
     from isofast.training.profile import profile_steps
 
-    _say(str(profile_steps(load_config(args.config, args.set), args.output, args.steps)))
+    _say(profile_steps(load_config(args.config, args.set), args.output, args.steps))
 
 
 def _add_evaluate(commands: Any) -> None:
@@ -518,7 +518,6 @@ def _add_reproduce(commands: Any) -> None:
         metavar="KEY=VALUE",
         help="override one key in every run; may be repeated",
     )
-    parser.add_argument("--train-script", type=Path, help="launch/train.py")
     parser.add_argument(
         "--dry-run",
         action="store_true",
@@ -529,7 +528,7 @@ def _add_reproduce(commands: Any) -> None:
 
 def _reproduce(args: argparse.Namespace) -> None:
     from isofast.paper.reproduce import reproduce
-    from isofast.paper.tables import TRAIN_SCRIPT, Request
+    from isofast.paper.tables import Request
 
     request = Request(
         table=args.table,
@@ -542,7 +541,6 @@ def _reproduce(args: argparse.Namespace) -> None:
         methods=[name for names in args.methods for name in names],
         overrides=args.set,
         launcher=args.launcher,
-        train_script=args.train_script or TRAIN_SCRIPT,
     )
     reproduce(request, lambda text: print(text, flush=True), dry_run=args.dry_run)
 

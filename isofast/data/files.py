@@ -1,4 +1,4 @@
-"""Write files that are whole or absent, whenever the machine stops."""
+"""Files that are whole or absent, whenever the machine stops."""
 
 import json
 import os
@@ -36,6 +36,15 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write ``content``, whole or not at all."""
     write_text(path, json.dumps(content, indent=2) + "\n")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return a JSON object; empty where there is none, as after an interruption."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
 
 
 def check_output(path: Path, option: str = "--output") -> None:

@@ -108,7 +108,7 @@ class TrainLoader:
                 f"the training set has {len(dataset)} images, fewer than one global batch of "
                 f"{global_batch}; lower train.batch_size or add images"
             )
-        self._dataset, self._recipe, self._seed, self._step = dataset, recipe, seed, start_step
+        self._dataset, self._recipe, self._seed = dataset, recipe, seed
         self._batch_size, self._rank, self._world_size = batch_size, rank, world_size
         self.steps_per_epoch, self.dropped_per_epoch = divmod(len(dataset), global_batch)
         self.backend = resolve_backend(backend, dataset, recipe, device, resident_limit_gb)
@@ -134,12 +134,7 @@ class TrainLoader:
         made = next(self._batches, None)
         if made is None:
             raise RunError("this data loader has been closed, or has failed; make a new one")
-        self._step += 1
         return Batch(*made)
-
-    def state_dict(self) -> dict[str, int | str]:
-        """Return {"step": the start_step that continues from here, "backend": its name}."""
-        return {"step": self._step, "backend": self.backend}
 
     def describe(self) -> str:
         """One line on what makes the batches."""

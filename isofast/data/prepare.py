@@ -22,7 +22,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from isofast.data.check import OnBad, check_folder, notes_on
-from isofast.data.files import write_text
+from isofast.data.files import read_json, write_text
 from isofast.data.folder import SPLITS, UNLABELED, UNLABELLED, ImageFolder, open_dataset, some_of
 from isofast.errors import UserError
 
@@ -129,7 +129,7 @@ def make_root(
                 _verify_prepared(command, root, content, option)
             else:
                 # a finished build has its manifest: only the move was stopped
-                if not content.items() <= _manifest(partial).items():
+                if not content.items() <= read_json(partial / MANIFEST).items():
                     _refuse_other_images(command, root, option)
                     _build(partial, content, build, on_bad)
                 for entry in sorted(partial.iterdir(), key=lambda path: path.name == MANIFEST):
@@ -147,7 +147,7 @@ def make_root(
 
 def prepared_name(root: Path) -> str | None:
     """Return the name of the data set that `isofast prepare` made in root; None for another."""
-    return _manifest(root).get("name")
+    return read_json(root / MANIFEST).get("name")
 
 
 def _refuse_other_images(command: str, root: Path, option: str) -> None:
@@ -223,16 +223,8 @@ def _count(name: str, root: Path, on_bad: OnBad, *, already_there: bool) -> Prep
     )
 
 
-def _manifest(root: Path) -> dict[str, Any]:
-    """What was written of a prepared root; empty if it is missing or damaged."""
-    try:
-        return dict(json.loads((root / MANIFEST).read_text()))
-    except (OSError, ValueError, TypeError):
-        return {}
-
-
 def _verify_prepared(command: str, root: Path, content: Mapping[str, Any], option: str) -> None:
-    found = _manifest(root)
+    found = read_json(root / MANIFEST)
     if found and not content.items() <= found.items():
         held, wanted = found.get("name"), command
         if "shards" in content:

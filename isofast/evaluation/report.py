@@ -1,6 +1,5 @@
 """One HTML file about one run or several: verdict, curves, spectrum, neighbours, settings."""
 
-import json
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -11,7 +10,7 @@ from jinja2 import Environment, PackageLoader
 from markupsafe import Markup
 
 from isofast.data import open_dataset
-from isofast.data.files import check_output, write_text
+from isofast.data.files import check_output, read_json, write_text
 from isofast.data.folder import printable
 from isofast.errors import UserError
 from isofast.evaluation.chart import Line, chart
@@ -93,7 +92,9 @@ def write_report(
 
 def _page(run: Run, name: str, root: Path, with_pictures: bool) -> dict[str, Any]:
     """A run as the template takes it."""
-    summary, environment = (_read(run.path / f"{what}.json") for what in ("summary", "environment"))
+    summary, environment = (
+        read_json(run.path / f"{what}.json") for what in ("summary", "environment")
+    )
     pictures, why = None, "the run failed; isofast report draws them"
     if with_pictures:
         try:
@@ -184,12 +185,3 @@ def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
         inner = isinstance(value, dict) and value
         rows |= _flat(value, f"{prefix}{key}.") if inner else {f"{prefix}{key}": value}
     return rows
-
-
-def _read(path: Path) -> dict[str, Any]:
-    """A JSON object; empty where there is none, as after an interruption."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from isofast.config.schema import RESNETS, EncoderConfig
 from isofast.data import Recipe, recipe_for
+from isofast.data.folder import some_of
 from isofast.errors import UserError
 from isofast.methods.networks import make_encoder
 
@@ -21,7 +22,6 @@ _CLASSIFIERS = ("fc.", "classifier.", "head.", "head_dist.")
 # BatchNorm in training has none, and no evaluation reads it
 _COUNTER = "num_batches_tracked"
 _FIRST = "conv1.weight"
-_SHOWN = 5
 
 
 class Weights(NamedTuple):
@@ -136,7 +136,7 @@ def load_weights(encoder: nn.Module, weights: Weights, *, other_stem: bool = Fal
     ]
     faults = {"missing there": missing, "unknown here": unknown, "of another shape": misfits}
     if any(faults.values()):
-        listed = "; ".join(f"{what}: {_some(names)}" for what, names in faults.items() if names)
+        listed = "; ".join(f"{what}: {some_of(names)}" for what, names in faults.items() if names)
         raise UserError(f"the weights in {weights.path} do not fit the encoder. {listed}")
     encoder.load_state_dict(given, strict=False)
     return kept
@@ -219,8 +219,3 @@ def _recipe_of_timm(recipe: Recipe, card: Mapping[str, Any]) -> Recipe:
 
 def _size(shape: torch.Size) -> str:
     return " x ".join(map(str, shape))
-
-
-def _some(names: list[str]) -> str:
-    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return ", ".join(names[:_SHOWN]) + more

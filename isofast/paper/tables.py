@@ -15,7 +15,7 @@ from typing import Any, Literal
 from isofast.config.load import LAUNCH, validate
 from isofast.config.presets import merge
 from isofast.config.schema import SCHEMA_KEY, Config, changed_keys
-from isofast.data.files import write_json
+from isofast.data.files import read_json, write_json
 from isofast.errors import UserError
 from isofast.run.stored import TITLES, read_config
 
@@ -27,7 +27,6 @@ DATASETS = {
 }
 # The shipped config of each data set. Digits are not in the paper: a quick check of everything.
 SHIPPED = {"digits": "quickstart.json"} | {name: f"{name}.json" for name in DATASETS}
-TRAIN_SCRIPT = LAUNCH / "train.py"
 # Changes to the shipped configs: the table reports the end of each run.
 _PAPER: dict[str, Any] = {"evaluation": {"at_start": False, "knn_pixels": False}}
 _SMALL: dict[str, Any] = {
@@ -98,7 +97,6 @@ class Request:
     methods: Sequence[str] = ()
     overrides: Sequence[str] = ()
     launcher: Sequence[str] = (sys.executable,)
-    train_script: Path = TRAIN_SCRIPT
 
     @property
     def folder(self) -> Path:
@@ -122,15 +120,10 @@ class Request:
         """Return all runs, validated, without writing anything.
 
         Raises:
-            UserError: an unknown data set or method, an override of a key the table fixes, no train
-                script, or a run directory that holds another configuration.
+            UserError: an unknown data set or method, an override of a key the table fixes, or a run
+                directory that holds another configuration.
         """
         datasets, methods, seeds = self._selected()
-        if not self.train_script.is_file():
-            raise UserError(
-                f"there is no train script {self.train_script}. A checkout of isofast has it as "
-                "launch/train.py; name it with --train-script"
-            )
         rows = [row for row in TABLES[self.table] if row.method in methods]
         return [self._planned(*place) for place in product(datasets, rows, range(seeds))]
 
@@ -158,7 +151,7 @@ class Request:
                     f"--set {key} is fixed by the table; use --seeds, --epochs, --root, "
                     "--datasets or --methods"
                 )
-        command = [*self.launcher, str(self.train_script)]
+        command = [*self.launcher, str(LAUNCH / "train.py")]
         command += ["--config", str(run_dir.with_suffix(".json")), "--run-dir", str(run_dir)]
         command += [word for override in self.overrides for word in ("--set", override)]
         run = PlannedRun(dataset, row, seed, run_dir, settings, config, tuple(command))
@@ -172,7 +165,7 @@ class Request:
 
     def _settings(self, dataset: str, row: Row, seed: int) -> dict[str, Any]:
         """The shipped config of the data set with the table's changes."""
-        path = self.train_script.parent / SHIPPED[dataset]
+        path = LAUNCH / SHIPPED[dataset]
         shipped: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         # quickstart.json has an optimizer and a method, for IsoLoss with EMA
         for key in (SCHEMA_KEY, "optimizer", "method"):
@@ -221,8 +214,7 @@ class PlannedRun:
 
     def summary(self) -> dict[str, Any]:
         """Return the content of summary.json; empty until there is one."""
-        path = self.run_dir / "summary.json"
-        return dict(json.loads(path.read_text("utf-8"))) if path.exists() else {}
+        return read_json(self.run_dir / "summary.json")
 
     def state(self) -> Literal["new", "stopped", "finished", "crashed"]:
         """Return how far the run is; one ended by a collapse has crashed, which is a result."""

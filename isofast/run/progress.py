@@ -44,7 +44,7 @@ class Progress:
         if self._lines and (now - self._last_line > self._line_every_s or done == self._total):
             self._last_line = now
             left = (now - self._began) / max(done - self._start, 1) * (self._total - done)
-            self.say(f"step {done}/{self._total}  {shown}  left {duration(left)}")
+            self.say(f"step {done}/{self._total}  {shown}  left {tqdm.format_interval(left)}")
 
     @contextmanager
     def waiting(self, what: str) -> Iterator[None]:
@@ -53,7 +53,7 @@ class Progress:
 
         def show() -> None:
             while not done.wait(self._line_every_s if self._lines else 1.0):
-                text = f"{what}, {duration(time.monotonic() - began)}"
+                text = f"{what}, {tqdm.format_interval(time.monotonic() - began)}"
                 self._bar.set_postfix_str(text)
                 self.note(text)
 
@@ -78,10 +78,3 @@ class Progress:
     def close(self) -> None:
         """Leave the bar as it is."""
         self._bar.close()
-
-
-def duration(seconds: float) -> str:
-    """Return 3725 as "1:02:05", 65 as "1:05"."""
-    hours, rest = divmod(round(seconds), 3600)
-    minutes, left = divmod(rest, 60)
-    return f"{hours}:{minutes:02d}:{left:02d}" if hours else f"{minutes}:{left:02d}"

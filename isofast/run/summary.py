@@ -4,8 +4,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from tqdm import tqdm
+
 from isofast.run.checkpoint import checkpoint_path
-from isofast.run.progress import duration
 
 Summary = dict[str, Any]
 
@@ -30,7 +31,7 @@ def results_table(run_dir: Path, summary: Mapping[str, Any], environment: Mappin
         "effective rank of C": number("effective_rank", ",.1f"),
         "epochs, steps": f"{summary['epochs']:g}, {summary['steps']}",
         "images/s while training": number("images_per_s", ",.1f"),
-        "wall time": duration(summary["wall_s"]),
+        "wall time": tqdm.format_interval(summary["wall_s"]),
         "device": f"{environment['device']}, {ranks} process(es)",
         "BatchNorm across processes": batch_norm if ranks > 1 else None,
     }

@@ -260,7 +260,8 @@ def is_graphed(config: Config, world: World) -> bool:
             f"process(es) and train.accumulation={pieces}; leave it at auto"
         )
     # a graph keeps the Python values of its capture, and only our own code is known to have none
-    ours = ":" not in config.method.name and not _is_a_users_function(config.encoder.name)
+    encoder = config.encoder.name
+    ours = ":" not in config.method.name and (":" not in encoder or encoder.startswith("timm:"))
     auto = world.device.type == "cuda" and world.size == pieces == 1 and ours
     auto = auto and not _decomposes(config.method)
     return config.train.cuda_graph == "on" or (config.train.cuda_graph == "auto" and auto)
@@ -271,10 +272,6 @@ def _decomposes(method: MethodConfig) -> bool:
     if not isinstance(method, ClosedForm.Config) or method.alpha == 1:
         return False
     return not runs_by_products(method.alpha, method.eps, method.normalize)
-
-
-def _is_a_users_function(name: str) -> bool:
-    return ":" in name and not name.startswith("timm:")
 
 
 def _precision(config: Config, cuda: bool) -> torch.dtype:

@@ -222,12 +222,12 @@ class _Run:
             else:
                 recorder.progress.advance(self.step)
             best = (at_end or self._evaluation_is_due()) and self.evaluate()
-            asked = signals.poll(save=self.world.is_main and self.saver.is_due())
+            save, stop = signals.poll(save=self.world.is_main and self.saver.is_due())
             due = self.step % config.checkpoint.every_steps == 0
-            if at_end or best or asked.save or due:
-                self.checkpoint(last=at_end or asked.stop is not None)
-            if asked.stop and not at_end:
-                raise stopped(asked.stop, self.step, self.world)
+            if at_end or best or save or due:
+                self.checkpoint(last=at_end or stop is not None)
+            if stop and not at_end:
+                raise stopped(stop, self.step, self.world)
 
     def log(self, output: StepOutput, lr: float) -> None:
         """Record this step; the only place where the loop waits for the GPU."""
@@ -275,7 +275,7 @@ class _Run:
         if self.world.is_main:
             totals, records = self.recorder.flush()
             state["totals"] = asdict(totals)
-            state["loader"] = self.loader.state_dict()
+            state["loader"] = {"backend": self.loader.backend}
             state["images"] = self.fingerprints
             encoder = self.state.online.branch.encoder.state_dict()
             self.saver.save(self.step, state, encoder, totals.best_step, records)

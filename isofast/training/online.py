@@ -5,11 +5,12 @@ Shapes: N images of the bank, M queries, V views, F features, K classes.
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 from tqdm import tqdm
 
@@ -51,7 +52,13 @@ class Evaluator:
         backend: str,
     ) -> None:
         self._config, self._watch = config, watch
-        self._classes = len(train.classes)
+        settings = config.evaluation
+        self._knn = partial(
+            knn_top1,
+            classes=len(train.classes),
+            k=settings.knn_k,
+            temperature=settings.knn_temperature,
+        )
         self._speak = world.is_main
         labelled = np.flatnonzero(train.labels != UNLABELLED)
         order = np.random.default_rng(config.seed).permutation(labelled)
@@ -92,10 +99,7 @@ class Evaluator:
     @torch.no_grad()
     def pixels(self) -> float:
         """The k-NN of the clean pixels themselves, the same images and settings."""
-
-        def flat(x_BCHW: Tensor) -> Tensor:
-            return x_BCHW.flatten(1)
-
+        flat = nn.Flatten()
         return self._knn(*self._collect(self._bank, flat), *self._collect(self._val, flat))
 
     def _label_free(self, online: Online, val_MF: Tensor) -> Callable[[], Record]:
@@ -130,18 +134,6 @@ class Evaluator:
         return (
             gather_rows(torch.cat([h_BF for h_BF, _ in parts])),
             gather_rows(torch.cat([y_B for _, y_B in parts])),
-        )
-
-    def _knn(self, bank_NF: Tensor, bank_y_N: Tensor, val_MF: Tensor, val_y_M: Tensor) -> float:
-        settings = self._config.evaluation
-        return knn_top1(
-            bank_NF,
-            bank_y_N,
-            val_MF,
-            val_y_M,
-            classes=self._classes,
-            k=settings.knn_k,
-            temperature=settings.knn_temperature,
         )
 
 

@@ -2,7 +2,6 @@
 
 import statistics
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -21,45 +20,8 @@ from isofast.training.parallel import close_world, init_world
 from isofast.training.parts import timed_parts
 
 
-@dataclass(frozen=True)
-class Profile:
-    """Measured steps; times in milliseconds."""
-
-    device: str
-    step_ms: float
-    """Median of a step as a run takes it, with its wait for the batch."""
-    wait_ms: float
-    """Median wait for the batch."""
-    images_per_s: float
-    parts_ms: dict[str, float]
-    """Median of each part of an eager step, of the GPU where there is one."""
-    operations: list[tuple[str, float, float]]
-    """The slowest operations: name, calls a step, milliseconds a step without what they call."""
-    memory_gb: float
-    """Peak memory of the GPU, in 10^9 bytes; 0 without one."""
-    advice: list[str]
-    trace: Path
-    """For https://ui.perfetto.dev or chrome://tracing."""
-
-    def __str__(self) -> str:
-        total = sum(self.parts_ms.values())
-        rows = [
-            f"{self.step_ms:.1f} ms a step, {self.images_per_s:,.0f} images/s, "
-            f"{self.wait_ms:.1f} ms of it waiting for the batch; {self.device}",
-            *([f"{self.memory_gb:.2f} GB of GPU memory at the peak"] if self.memory_gb else []),
-            f"\n{'part of an eager step':30}{'ms':>9}{'share':>8}",
-            *(f"{name:30}{ms:9.2f}{ms / total:8.0%}" for name, ms in self.parts_ms.items()),
-            f"\n{'slowest operations':46}{'calls':>7}{'ms':>9}",
-            *(f"{name[:45]:46}{calls:7.0f}{ms:9.2f}" for name, calls, ms in self.operations),
-            "",
-            *(f"try: {line}" for line in self.advice),
-            f"trace: {self.trace}",
-        ]
-        return "\n".join(rows)
-
-
-def profile_steps(config: Config, output: Path, steps: int = 20) -> Profile:
-    """Time ``steps`` training steps of a run of one process, and write their trace.
+def profile_steps(config: Config, output: Path, steps: int = 20) -> str:
+    """Time ``steps`` training steps of a run of one process, write their trace, return a table.
 
     Nothing is saved but the trace. The first steps, in which kernels compile, are left out.
 
@@ -86,7 +48,7 @@ def profile_steps(config: Config, output: Path, steps: int = 20) -> Profile:
         close_world()
 
 
-def _profile(config: Config, train: ImageFolder, world: World, output: Path, steps: int) -> Profile:
+def _profile(config: Config, train: ImageFolder, world: World, output: Path, steps: int) -> str:
     data, cuda = config.data, world.device.type == "cuda"
     recipe = recipe_for(data.dataset, crop=data.crop, augmentation=data.augmentation)
     state = build(config, world, max(1, len(train.classes)))
@@ -123,29 +85,32 @@ def _profile(config: Config, train: ImageFolder, world: World, output: Path, ste
     trace = output / "trace.json"
     profiler.export_chrome_trace(str(trace))
     wait_ms = statistics.median(waits)
-    return Profile(
-        device=describe_environment(world)["device"],
-        step_ms=step_ms,
-        wait_ms=wait_ms,
-        images_per_s=1e3 * config.batch_size_per_rank(world.size) / step_ms,
-        parts_ms={name: statistics.median(times) for name, times in parts.items()},
-        operations=_slowest(profiler, steps, cuda, set(parts)),
-        memory_gb=memory_gb,
-        advice=_advice(state.compiled, precision, backend, wait_ms / step_ms),
-        trace=trace,
-    )
-
-
-def _slowest(
-    profiler: profile, steps: int, cuda: bool, parts: set[str]
-) -> list[tuple[str, float, float]]:
-    kind = "self_device_time_total" if cuda else "self_cpu_time_total"
+    parts_ms = {name: statistics.median(times) for name, times in parts.items()}
+    total = sum(parts_ms.values())
+    advice = _advice(state.compiled, precision, backend, wait_ms / step_ms)
     rows = [
-        (event.key, event.count / steps, getattr(event, kind) / steps / 1e3)
-        for event in profiler.key_averages()
-        if event.key not in parts
+        f"{step_ms:.1f} ms a step, {1e3 * config.train.batch_size / step_ms:,.0f} images/s, "
+        f"{wait_ms:.1f} ms of it waiting for the batch; {describe_environment(world)['device']}",
+        *([f"{memory_gb:.2f} GB of GPU memory at the peak"] if cuda else []),
+        f"\n{'part of an eager step':30}{'ms':>9}{'share':>8}",
+        *(f"{name:30}{ms:9.2f}{ms / total:8.0%}" for name, ms in parts_ms.items()),
+        f"\n{'slowest operations':46}{'calls':>7}{'ms':>9}",
+        *_slowest(profiler, steps, cuda, set(parts)),
+        "",
+        *(f"try: {line}" for line in advice),
+        f"trace: {trace}",
     ]
-    return sorted(rows, key=lambda row: -row[2])[:10]
+    return "\n".join(rows)
+
+
+def _slowest(profiler: profile, steps: int, cuda: bool, parts: set[str]) -> list[str]:
+    """The slowest operations: name, calls a step, ms a step without what they call."""
+    kind = "self_device_time_total" if cuda else "self_cpu_time_total"
+    events = [event for event in profiler.key_averages() if event.key not in parts]
+    return [
+        f"{event.key[:45]:46}{event.count / steps:7.0f}{getattr(event, kind) / steps / 1e3:9.2f}"
+        for event in sorted(events, key=lambda event: -getattr(event, kind))[:10]
+    ]
 
 
 def _advice(compiled: bool, precision: torch.dtype, backend: str, waiting: float) -> list[str]:

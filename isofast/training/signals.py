@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Callable
 from types import FrameType
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -23,13 +23,6 @@ ECHO_S = 3.0
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 # below every signal's number
 _SAVE = 1
-
-
-class Asked(NamedTuple):
-    """What a run is asked to do after a step."""
-
-    save: bool
-    stop: signal.Signals | None
 
 
 class Signals:
@@ -53,7 +46,7 @@ class Signals:
         self._handled = threading.Event()
         self._handlers: dict[signal.Signals, Any] = {}
         self._threads: list[threading.Thread] = []
-        self._group = dist.new_group(backend="gloo") if world.size > 1 else None
+        self._group: Any = dist.new_group(backend="gloo") if world.size > 1 else None
         self._exchange: tuple[Any, torch.Tensor] | None = None
 
     def __enter__(self) -> "Signals":
@@ -89,8 +82,8 @@ class Signals:
         """The first signal that asks this process to stop."""
         return signal.Signals(self._received) if self._received else None
 
-    def poll(self, save: bool = False) -> Asked:
-        """Exchange what the ranks are asked to do; return the same on all of them.
+    def poll(self, save: bool = False) -> tuple[bool, signal.Signals | None]:
+        """Return whether to save after this step, and what stops the run; the same on all ranks.
 
         With several ranks it is what they had at the poll before, so that the step between hides
         the exchange.
@@ -101,13 +94,15 @@ class Signals:
         asked = self._received or (_SAVE if save else 0)
         if self._group is not None:
             before, mine = self._exchange, torch.tensor(asked)
-            self._exchange = _maximum(mine, self._group), mine
+            maximum = dist.ReduceOp.MAX
+            work = dist.all_reduce(mine, maximum, group=self._group, async_op=True)
+            self._exchange = work, mine
             asked = 0
             if before is not None:
                 work, number = before
                 work.wait()
                 asked = int(number)
-        return Asked(asked > 0, signal.Signals(asked) if asked > _SAVE else None)
+        return asked > 0, signal.Signals(asked) if asked > _SAVE else None
 
     def _listen(self) -> None:
         while data := os.read(self._reader, 1):
@@ -151,10 +146,6 @@ def stopped(
         except (OSError, subprocess.CalledProcessError) as error:
             message += f". Slurm will not give it by itself ({error})"
     return Stopped(number, message)
-
-
-def _maximum(tensor: torch.Tensor, group: Any) -> Any:
-    return dist.all_reduce(tensor, dist.ReduceOp.MAX, group=group, async_op=True)
 
 
 def _ignore(number: int, frame: FrameType | None) -> None:
