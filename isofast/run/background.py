@@ -18,11 +18,14 @@ class Background:
     """Runs jobs in order on one thread; the next ``do`` or ``wait`` raises a job's error.
 
     Args:
-        one_core: for a loop that computes on the CPU. A second OpenMP team there has libgomp's
-            threads sleep at each of the loop's barriers: digits at 390 images/s instead of 690.
+        one_core: for a loop that computes on the CPU. This thread and all that begin before
+            ``close`` take one core: a second OpenMP team has libgomp's threads sleep at each of the
+            loop's barriers, and digits train at 390 images/s instead of 690.
     """
 
     def __init__(self, *, one_core: bool = False) -> None:
+        # asked first, for a thread's first call sets it to what any thread has set last
+        self._threads = torch.get_num_threads() if one_core else None
         initializer = partial(torch.set_num_threads, 1) if one_core else None
         self._pool = ThreadPoolExecutor(1, "isofast-background", initializer)
         self._pending: deque[Future[object]] = deque()
@@ -46,6 +49,8 @@ class Background:
         """Finish queued jobs and end the thread. Raises nothing."""
         self._pool.shutdown(wait=True)
         self._pending.clear()
+        if self._threads is not None:
+            torch.set_num_threads(self._threads)
 
 
 class HostCopy:

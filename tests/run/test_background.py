@@ -3,6 +3,7 @@
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,7 +22,7 @@ from ..support.runs import ALONE
 
 @pytest.fixture
 def background() -> Iterator[Background]:
-    with closing(Background(one_core=True)) as background:
+    with closing(Background()) as background:
         yield background
 
 
@@ -50,12 +51,16 @@ def test_jobs_run_in_order_and_a_caller_far_ahead_waits(background, gate):
     assert done == [*range(40)]
 
 
-def test_a_job_takes_one_core_and_leaves_the_caller_all(background):
+def test_threads_of_a_run_take_one_core_until_its_end():
     before = torch.get_num_threads()
     torch.set_num_threads(3)
     try:
-        assert background.do(torch.get_num_threads).result() == 1
-        assert torch.get_num_threads() == 3
+        with closing(Background(one_core=True)) as background, ThreadPoolExecutor(1) as saver:
+            for pool in (background.do, saver.submit):
+                assert pool(torch.get_num_threads).result() == 1
+            assert torch.get_num_threads() == 3
+        with ThreadPoolExecutor(1) as later:
+            assert later.submit(torch.get_num_threads).result() == torch.get_num_threads() == 3
     finally:
         torch.set_num_threads(before)
 
