@@ -20,12 +20,14 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+from safetensors.torch import load_file
 
 from isofast.config.presets import merge
 
 from .conftest import SMALL
 from .support.runs import (
     ISOFAST,
+    assert_equal_trees,
     assert_same_run,
     call,
     command_of,
@@ -122,6 +124,9 @@ def soak(ranks: int, kills: int, folder: Path, draw: random.Random) -> Counter[s
         run_dir = folder / f"ranks-{ranks}-run-{counts['runs'] + 1}"
         killed = _train_and_kill(config, run_dir, ranks, kills - counts["kills"], draw)
         assert_same_run(whole, run_dir)
+        newest = [max(run.glob("checkpoints/step_*")) for run in (whole, run_dir)]
+        encoders = [load_file(path / "encoder.safetensors") for path in newest]
+        assert_equal_trees(*encoders, "encoder")
         counts += killed
         counts["runs"] += 1
     return counts

@@ -39,7 +39,7 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Return a JSON object; empty where there is none, as after an interruption."""
+    """Return a JSON object; empty where the file is missing, unreadable or damaged."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):

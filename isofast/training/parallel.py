@@ -92,7 +92,7 @@ def init_world() -> World:
         return world
     if not cuda and size > 1 and "OMP_NUM_THREADS" not in os.environ:
         # ranks that each take all cores wait for each other at every barrier of OpenMP
-        torch.set_num_threads(cores_of_rank(world))
+        torch.set_num_threads(min(torch.get_num_threads(), cores_of_rank(world)))
     deepspeed = _import_deepspeed()
     if not cuda:
         # DeepSpeed would compile a shared-memory all-reduce at the first start: 40 s and a

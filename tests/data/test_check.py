@@ -141,8 +141,11 @@ def test_who_stops_a_check_does_not_wait_for_its_end(tmp_path):
     ctrl_c = threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT))
     ctrl_c.start()
     start = time.monotonic()
-    with pytest.raises(KeyboardInterrupt):
-        checked(tmp_path, decoder="pillow")
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            checked(tmp_path, decoder="pillow")
+    finally:
+        ctrl_c.cancel()
     assert time.monotonic() - start < 5
 
 

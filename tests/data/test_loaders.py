@@ -16,7 +16,7 @@ from torchvision.transforms import functional as F
 
 from isofast.data import Batch, TrainLoader, open_dataset, recipe_for
 from isofast.data.resident import clean_image
-from isofast.errors import RunError
+from isofast.errors import RunError, UserError
 
 from ..support.runs import assert_equal_trees, call, environment, forked
 from .conftest import checked, eval_loader, levels_of, numbered, take
@@ -213,12 +213,19 @@ def _use_no_more_memory(root: Path) -> None:
     recipe = recipe_for("tinyimagenet", crop=16)
     options = {"batch_size": 16, "seed": 0, "device": torch.device("cpu"), "threads": 2}
     loader = TrainLoader("dali", open_dataset(root, "train"), recipe, **options)
-    take(loader, 100)
+    for _ in range(100):
+        next(loader)
     before = psutil.Process().memory_info().rss
     # 39 MB of pixels that a leak would keep
     for _ in range(400):
         next(loader)
     assert psutil.Process().memory_info().rss - before < 8 * 2**20
+
+
+@BOTH
+def test_too_few_images_are_refused(make_loader, backend):
+    with pytest.raises(UserError, match=r"51 images, fewer than one global batch of 60"):
+        make_loader(backend=backend, batch_size=30, world_size=2)
 
 
 @pytest.mark.parametrize("check", ["full", "headers", "off"])

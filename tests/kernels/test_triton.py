@@ -171,6 +171,22 @@ def test_a_decay_of_zero_forgets_even_nan(guard_inputs):
     assert torch.equal(corr, second_moment(views))
 
 
+def test_the_same_inputs_give_the_same_bits(make_problem):
+    z1, z2, t1, t2, w = make_problem(20, 50, dtype=torch.float32, device=DEVICE)
+    leaves = [z1.requires_grad_(), z2.requires_grad_()]
+
+    def run():
+        loss = asymmetric_loss_pair(z1, z2, t1, t2, w, metric="cosine", isotropic=False)
+        corr = correlation_ema_(w.clone(), [z1, z2], 0.5)
+        power = matrix_power(corr, 0.5)
+        moment = second_moment([z1, z2])
+        return loss.detach(), *torch.autograd.grad(loss, leaves), corr, power, moment
+
+    first = run()
+    for _ in range(99 if DEVICE == "cuda" else 9):
+        assert all(torch.equal(a, b) for a, b in zip(first, run(), strict=True))
+
+
 def test_a_stream_of_updates_stays_symmetric_and_positive():
     corr = torch.zeros(70, 70, device=DEVICE)
     for seed in range(5):

@@ -51,18 +51,24 @@ def test_jobs_run_in_order_and_a_caller_far_ahead_waits(background, gate):
     assert done == [*range(40)]
 
 
-def test_threads_of_a_run_take_one_core_until_its_end():
+@pytest.fixture
+def three_threads() -> Iterator[None]:
     before = torch.get_num_threads()
     torch.set_num_threads(3)
-    try:
-        with closing(Background(one_core=True)) as background, ThreadPoolExecutor(1) as saver:
-            for pool in (background.do, saver.submit):
-                assert pool(torch.get_num_threads).result() == 1
-            assert torch.get_num_threads() == 3
-        with ThreadPoolExecutor(1) as later:
-            assert later.submit(torch.get_num_threads).result() == torch.get_num_threads() == 3
-    finally:
-        torch.set_num_threads(before)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("three_threads")
+def test_threads_of_a_run_take_one_core_until_its_end():
+    with closing(Background(one_core=True)) as background, ThreadPoolExecutor(1) as saver:
+        for pool in (background.do, saver.submit):
+            assert pool(torch.get_num_threads).result() == 1
+        assert torch.get_num_threads() == 3
+    with ThreadPoolExecutor(1) as later, closing(Background()) as background:
+        for pool in (background.do, later.submit):
+            assert pool(torch.get_num_threads).result() == 3
+    assert torch.get_num_threads() == 3
 
 
 @pytest.mark.parametrize("by", ["the next job", "waiting"])
@@ -145,6 +151,17 @@ def test_the_loop_waits_for_no_spectrum_and_records_keep_their_order(
     assert {step: one.eigenvalues_D[0] for step, one in spectra.items()} == {1: 1, 2: 2, 3: 3}
     assert recorder.finding() is None
     recorder.close()
+
+
+@pytest.mark.usefixtures("three_threads")
+def test_records_of_a_run_on_the_cpu_take_one_core(make_recorder, monkeypatch):
+    threads: list[int] = []
+    asking = SimpleNamespace(flush=lambda: None, close=lambda: None)
+    asking.log = lambda record: threads.append(torch.get_num_threads())
+    monkeypatch.setitem(sys.modules, "my_loggers", SimpleNamespace(Asking=lambda *_: asking))
+    with closing(make_recorder(0, "my_loggers:Asking")) as recorder:
+        record(recorder, 1, torch.eye(16))
+    assert threads == [1]
 
 
 def test_a_collapse_that_recovers_is_forgotten(make_recorder, tmp_path):
