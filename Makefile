@@ -1,11 +1,11 @@
-# Every target sets up .venv by itself when it is missing or older than what defines it.
+# Every target sets up .venv first if it is missing or out of date.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.ready
 SHELL := /bin/bash
 
-# a worker a core; each on one thread
+# one worker per core, each with one thread
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal
 INTERPRETED := $(addprefix tests/kernels/test_,triton.py augment_triton.py norm_pool.py)
 
@@ -21,7 +21,7 @@ test: lint
 check: lint
 	$(PYTEST) -m "not slow and not long"
 
-# whole runs: hosts, kills, compilers, tables
+# whole runs: several hosts, kills, compilation, tables
 test-long: $(STAMP)
 	$(PYTEST) -m long
 
@@ -51,11 +51,11 @@ bench: $(STAMP)
 	$(BIN)/python bench/step.py
 	$(BIN)/python bench/peers.py
 
-# tests, benchmarks and short runs on a GPU, in half an hour; goes on where it was stopped
+# tests, benchmarks and short runs on a GPU, in half an hour; resumes where it was stopped
 gpu: $(STAMP)
 	$(BIN)/python bench/gpu_day.py --output runs/gpu-day
 
-# kills runs at random moments and compares what they end as; 25 minutes
+# kills runs at random moments and compares their results; 25 minutes
 soak: $(STAMP)
 	$(BIN)/python -m tests.soak
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# One process a GPU, started by srun: sbatch launch/slurm.sh --config launch/tinyimagenet.json
-# Two minutes before the time limit it saves and puts itself back in the queue; after a preemption too
-# the same job continues from the newest whole checkpoint.
+# One process per GPU, started by srun: sbatch launch/slurm.sh --config launch/tinyimagenet.json
+# Two minutes before the time limit the job saves and requeues itself; after that, or a preemption,
+# it continues from the newest intact checkpoint.
 #SBATCH --job-name=isofast
 #SBATCH --nodes=1
 #SBATCH --gpus-per-node=4
@@ -15,6 +15,6 @@ cd "${SLURM_SUBMIT_DIR:-.}"
 MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000))
 export MASTER_ADDR MASTER_PORT
-# one process that fails ends them all, instead of leaving the others waiting
-# %a is the task of an array, as in sbatch's own file names
+# a process that fails ends them all instead of leaving the others waiting
+# %a is the array task, as in sbatch's own file names
 srun --kill-on-bad-exit=1 .venv/bin/python launch/train.py "${@//%a/${SLURM_ARRAY_TASK_ID-%a}}"
