@@ -11,6 +11,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from stat import S_ISDIR
 from typing import BinaryIO
 
 import numpy as np
@@ -179,7 +180,7 @@ def printable(text: str) -> str:
 
 
 def _listed(root: Path, split: str) -> ImageFolder:
-    if not root.is_dir():
+    if not _is_folder(root):
         raise UserError(
             f"the data root {root} is not a folder. Make it with `isofast prepare NAME --root "
             f"{root}` (NAME: digits, cifar10, cifar100, stl10, tinyimagenet) or point data.root at "
@@ -192,7 +193,7 @@ def _listed(root: Path, split: str) -> ImageFolder:
         tops.remove(split)
     indexes = {top: read_index(root / top) for top in tops}
     classes = _class_names(root, split, indexes[split]) if split in tops else ()
-    if split == "val" and any((root / name).is_dir() for name in ("train", UNLABELED)):
+    if split == "val" and any(_is_folder(root / name) for name in ("train", UNLABELED)):
         _require_same_classes(root, classes)
     tars: list[Tar] = []
     pictures: set[str] = set()
@@ -257,12 +258,16 @@ def _class_names(root: Path, split: str, index: Index | None) -> tuple[str, ...]
 
 def _is_folder(path: Path) -> bool:
     """Whether a path is a folder; a broken link is an error, as it may be an unmounted disk."""
-    if path.is_symlink() and not path.exists():
-        raise UserError(
-            f"{path} is a broken link to {os.readlink(path)}. Restore its target, or remove the "
-            "link to train without it"
-        )
-    return path.is_dir()
+    # not is_dir(), which from Python 3.14 on takes any error, such as of permissions, for False
+    try:
+        return S_ISDIR(path.stat().st_mode)
+    except (FileNotFoundError, NotADirectoryError):
+        if path.is_symlink():
+            raise UserError(
+                f"{path} is a broken link to {os.readlink(path)}. Restore its target, or remove "
+                "the link to train without it"
+            ) from None
+        return False
 
 
 def _require_same_classes(root: Path, val: tuple[str, ...]) -> None:

@@ -150,7 +150,7 @@ def test_the_last_program_sees_every_loss():
     # a barrier of the block's threads, then the count, then losses from where all stores are seen
     counted = (
         r"(?:gpu|ttg)\.barrier.*\n.*(%\w+) = tt\.atomic_rmw add, acq_rel, gpu(?s:.*)"
-        r"arith\.cmpi eq, \1,(?s:.*)cacheModifier = cg"
+        r"arith\.cmpi eq, \1,(?s:.*)cache_?[mM]odifier = cg"
     )
     assert len(re.findall(counted, code)) == 1
 
