@@ -1,13 +1,13 @@
-"""Count what the ranks exchange in a training step, and reckon what it costs.
+"""Count the collectives of a training step and estimate their cost.
 
     python bench/collectives.py [--ranks 1 2 4 8 64] [--gloo 2 4] [--step-ms 10]
 
-Each preset takes a step, both views in one call as on a GPU, in a process that torch's fake process
-group has count as one of so many ranks. torch's profiler counts every collective; the part of the
-step that it is in names it. A collective is then reckoned as a latency and the bytes that a rank
-sends in a ring, 2 (n - 1) / n of the message, over a bandwidth, and none hides behind the rest of
-the step, which takes --step-ms. gloo's latency and bandwidth are measured here, those of NVLink and
-InfiniBand are published (`link_of`). Results go to bench/results/collectives-NNN.csv.
+Each preset takes one step, with both views in one call as on a GPU, in a single process that acts
+as one of n ranks through torch's fake process group. torch's profiler counts the collectives, named
+after the part of the step that they are in. Each is modelled as a latency plus the bytes that a
+rank sends in a ring, 2 (n - 1) / n of the message, over a bandwidth, without overlap with the rest
+of the step, which takes --step-ms. gloo's latency and bandwidth are measured here, those of NVLink
+and InfiniBand are published (`link_of`). Results go to bench/results/collectives-NNN.csv.
 """
 
 import argparse
@@ -37,9 +37,9 @@ from isofast.training.signals import Signals
 
 PRESETS = ["cifar10", "cifar10 with EMA", "tinyimagenet", "tinyimagenet with EMA"]
 KNOWN = [f"{dataset}{ema}" for dataset in CLASSES for ema in ("", " with EMA")]
-# over gloo, behind the next step, so that no step waits for it
+# over gloo, overlapped with the next step, so that no step waits for it
 EXCHANGE = "stop and save"
-# by the part of the step, and whether it is BatchNorm's
+# keyed by the part of the step and whether BatchNorm issues it
 KINDS = {
     ("forward", True): "BatchNorm, forward",
     ("backward", True): "BatchNorm, backward",
@@ -55,14 +55,14 @@ GPUS_A_NODE = 8
 
 
 class Sent(NamedTuple):
-    """Collectives of one kind in a step, and the bytes of their messages together."""
+    """The number of collectives of one kind in a step, and their total message size."""
 
     calls: int
     bytes: int
 
 
 class Link(NamedTuple):
-    """What joins the ranks."""
+    """An interconnect between ranks."""
 
     name: str
     latency_us: float
@@ -70,18 +70,18 @@ class Link(NamedTuple):
 
 
 class Step(NamedTuple):
-    """A preset's step on one of so many ranks, and its collectives by kind."""
+    """A preset's step on one of ``ranks`` ranks, and its collectives by kind."""
 
     preset: str
     ranks: int
     sent: dict[str, Sent]
 
     def ring_bytes(self, kind: str) -> float:
-        """Return what a rank sends."""
+        """Return the bytes that a rank sends."""
         return 2 * (self.ranks - 1) / self.ranks * self.sent[kind].bytes
 
     def ms(self, kind: str, link: Link) -> float:
-        """Return how long the step waits."""
+        """Return how long the step waits for this kind."""
         waits = kind != EXCHANGE
         latency_ms = self.sent[kind].calls * link.latency_us / 1e3
         return waits * (latency_ms + self.ring_bytes(kind) / link.gb_per_s / 1e6)
@@ -92,12 +92,12 @@ class Step(NamedTuple):
 
 
 def link_of(ranks: int) -> Link:
-    """Return published numbers for H100s, eight a node.
+    """Return published numbers for H100s, eight per node.
 
-    Latency: NCCL's own model of a small all-reduce, a tree and protocol LL (src/graph/tuning.cc at
-    b647562): 6.8 us, twice 0.6 us for every other GPU of a node, twice 5 us for every doubling of
-    the nodes. Bandwidth: NVLink 4 moves 450 GB/s one way (NVIDIA's data sheet), and each of a
-    node's eight NDR adapters 46 to 48 (NVIDIA/nccl-tests, issue 290). Long messages reach it.
+    Latency: NCCL's own model of a small tree all-reduce with protocol LL (src/graph/tuning.cc at
+    b647562): 6.8 us, plus twice 0.6 us per other GPU in a node, plus twice 5 us per doubling of the
+    nodes. Bandwidth, reached by long messages: NVLink 4 moves 450 GB/s one way (NVIDIA's data
+    sheet), each of a node's eight NDR adapters 46 to 48 (NVIDIA/nccl-tests, issue 290).
     """
     nodes = -(-ranks // GPUS_A_NODE)
     neighbours = min(ranks, GPUS_A_NODE) - 1
@@ -108,7 +108,7 @@ def link_of(ranks: int) -> Link:
 
 
 def count(preset: str, ranks: int, width: int) -> Step:
-    """Count the collectives of one step; once in a process."""
+    """Count the collectives of one step; call once per process."""
     dataset, *ema = preset.split(" with ")
     os.environ |= {"RANK": "0", "WORLD_SIZE": str(ranks), "LOCAL_RANK": "0"}
     torch.set_num_threads(1)
@@ -142,7 +142,7 @@ def count(preset: str, ranks: int, width: int) -> Step:
             part = next((name for name in within if name in _PARTS), "")
             kind = KINDS[part, "isofast::mean_over_ranks" in within]
             calls[kind] += 1
-            # only an all-reduce has one: any other collective ends the count
+            # only all-reduces have one: any other collective fails here
             (note,) = (name for name in within if name.startswith(_BYTES))
             size[kind] += int(note.removeprefix(_BYTES))
     return Step(preset, ranks, {kind: Sent(calls[kind], size[kind]) for kind in calls})
@@ -157,10 +157,10 @@ def _ancestors(event: Any) -> list[str]:
 
 
 def count_all(presets: list[str], ranks: list[int], width: int = 64) -> list[Step]:
-    """Count every preset's step on every number of ranks, each in a process of its own."""
+    """Count every preset's step on every number of ranks, each in its own process."""
     processes = multiprocessing.get_context("forkserver")
     processes.set_forkserver_preload(["isofast.training.loop", "deepspeed"])
-    # the server's: a GPU is not needed, and the profiler complains where there is none
+    # for the fork server: no GPU is needed, and the profiler complains without one
     quiet = {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu", "KINETO_LOG_LEVEL": "99"}
     asked = itertools.product(presets, ranks, [width])
     with mock.patch.dict(os.environ, quiet), processes.Pool(1, maxtasksperchild=1) as pool:
@@ -168,7 +168,7 @@ def count_all(presets: list[str], ranks: list[int], width: int = 64) -> list[Ste
 
 
 def gloo(ranks: int, size: int) -> Link:
-    """Measure gloo between processes here: its latency at 1 kB, its bandwidth at ``size`` bytes."""
+    """Measure gloo between local processes: latency at 1 kB, bandwidth at ``size`` bytes."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -199,7 +199,7 @@ def _median_s(tensor: torch.Tensor, repeats: int) -> float:
 
 
 def kinds_table(steps: list[Step]) -> str:
-    """Return calls and bytes by kind, a column a step."""
+    """Return calls and bytes by kind, one column per step."""
     lines = _head(f"collectives of a step, {steps[0].ranks} ranks", *(s.preset for s in steps))
     for kind in KINDS.values():
         sent = [step.sent.get(kind) for step in steps]
@@ -208,9 +208,9 @@ def kinds_table(steps: list[Step]) -> str:
 
 
 def cost_table(steps: list[Step], links: dict[int, Link], step_ms: float) -> str:
-    """Return how long a step waits, a row a number of ranks and a column a preset.
+    """Return how long a step waits, one row per number of ranks and one column per preset.
 
-    With ``step_ms``, of a step beside that, also its efficiency.
+    A ``step_ms`` above 0, the rest of the step, adds the efficiency.
     """
     presets = list(dict.fromkeys(step.preset for step in steps))
     lines = _head("ranks", "over", "a call", "GB/s", *presets)
@@ -239,13 +239,13 @@ def _size(size: float) -> str:
 
 
 def main() -> None:
-    """Count, measure, print and write."""
+    """Count and measure; print and write the results."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4, 8, 64])
     parser.add_argument("--gloo", type=int, nargs="*", default=[2, 4], help="ranks to measure")
     parser.add_argument("--presets", nargs="+", choices=KNOWN, default=PRESETS)
     parser.add_argument("--width", type=int, default=64)
-    parser.add_argument("--step-ms", type=float, default=10.0, help="a step without collectives")
+    parser.add_argument("--step-ms", type=float, default=10.0, help="of a step without collectives")
     args = parser.parse_args()
     for key, value in harness.environment().items():
         print(f"{key}: {value}")
@@ -254,7 +254,7 @@ def main() -> None:
     published = {ranks: link_of(ranks) for ranks in args.ranks if ranks > 1}
     measured = {ranks: gloo(ranks, size) for ranks in args.gloo}
     print("\n" + kinds_table([step for step in steps if step.ranks == args.ranks[-1]]))
-    print(f"\n{args.step_ms:g} ms a step beside its collectives:\n")
+    print(f"\n{args.step_ms:g} ms per step besides its collectives:\n")
     print(cost_table(steps, published, args.step_ms))
     if measured:
         print("\n" + cost_table(steps, measured, 0))

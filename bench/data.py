@@ -2,12 +2,12 @@
 
     python bench/data.py [--root DIR] [--recipe tinyimagenet] [--rounds 9] [--seconds 3]
 
-Contenders, on the same files with the same recipe: torchvision's DataLoader with Pillow images and
-with the v2 transforms on tensors, DALI, and resident images; with a GPU also DALI and resident
-there, and every batch ends on it. Each round times every contender once, in rotating order, after a
-pause in which the others' workers finish their prefetching; the contender's own prefetched batches
-are discarded. Without --root the files are JPEGs cut from two photographs. The tests of the
-contenders run first. Results go to bench/results/data-NNN.csv and .png.
+Contenders, on the same files with the same recipe: torch's DataLoader with torchvision's transforms
+on Pillow images and its v2 transforms on tensors, DALI on the CPU, and resident images; with a GPU,
+DALI also runs and images reside there, and every batch ends up on it. Each round times every
+contender once, in rotating order, after a pause in which the other contenders' workers finish
+prefetching; its own prefetched batches are discarded. Without --root the files are JPEGs cropped
+from two photographs. Their tests run first. Results go to bench/results/data-NNN.csv and .png.
 """
 
 import argparse
@@ -53,15 +53,15 @@ _PAUSE_S = 1.0
 
 
 def both(views: list[Callable[[Any], Any]], image: Any) -> tuple[Any, ...]:
-    """Every view of an image."""
+    """Return every view of an image."""
     return tuple(view(image) for view in views)
 
 
 def transform(t: Any, recipe: Recipe, row: ViewConfig) -> Callable[[Any], Any]:
-    """One view by torchvision's v1 transforms on Pillow images, or v2 on uint8 tensors."""
+    """Return one view's torchvision transform: v1 for Pillow images or v2 for uint8 tensors."""
     to_float = v1.ToTensor() if t is v1 else v2.ToDtype(torch.float32, scale=True)
     jitter = t.ColorJitter(row.brightness, row.contrast, row.saturation, row.hue)
-    # torchvision has one window for every sigma: the widest
+    # torchvision uses one kernel size for every sigma: the largest
     window = 2 * round(3 * row.blur_sigma[1]) + 1
     blur = [t.RandomApply([t.GaussianBlur(window, row.blur_sigma)], row.blur_p)]
     solarize = [t.RandomSolarize(row.solarize_threshold, row.solarize_p)]
@@ -87,7 +87,7 @@ def transform(t: Any, recipe: Recipe, row: ViewConfig) -> Callable[[Any], Any]:
 def torchvision_batches(
     root: Path, recipe: Recipe, t: Any, batch: int, workers: int, device: torch.device
 ) -> Iterator[Any]:
-    """Endless batches as a user of torchvision configures them."""
+    """Yield endless batches, configured as torchvision's users do."""
     views = [transform(t, recipe, row) for row in (recipe.view1, recipe.view2)]
     decode = functools.partial(decode_image, mode=ImageReadMode.RGB)
     reader = {"loader": decode} if t is v2 else {}
@@ -108,7 +108,7 @@ def torchvision_batches(
 def contenders(
     dataset: ImageFolder, recipe: Recipe, batch: int, workers: int, stack: contextlib.ExitStack
 ) -> list[Contender]:
-    """Every contender of this machine; a call makes a batch."""
+    """Return every contender for this machine; each call makes one batch."""
     cpu = torch.device("cpu")
     device = torch.device("cuda", 0) if torch.cuda.is_available() else cpu
 
@@ -135,15 +135,15 @@ def contenders(
     if has_dali():
         found.append(ours(f"DALI on the CPU, {workers} threads", "dali", cpu))
     if device == cpu:
-        note = "the kernel's reference, decoded before"
+        note = "the kernel's reference, decoded in advance"
         return [*found, ours("resident on the CPU", "resident", cpu, note)]
     if has_dali():
         found.append(ours(f"DALI on the GPU, {workers} threads", "dali", device))
-    return [*found, ours("resident on the GPU", "resident", device, "decoded before")]
+    return [*found, ours("resident on the GPU", "resident", device, "decoded in advance")]
 
 
 def time_batches(contender: Contender, count: int) -> float:
-    """Milliseconds per batch, over `count` of them, until the device is done."""
+    """Return ms per batch over ``count`` batches, including the final device sync."""
     _wait()
     began = time.perf_counter()
     for _ in range(count):
@@ -159,8 +159,8 @@ def _wait() -> None:
 
 def compare(found: list[Contender], rounds: int, seconds: float, workers: int) -> None:
     """Fill in the contenders' times."""
-    # more than is prefetched: a DataLoader makes two batches per worker, DALI two in all. Resident
-    # makes none, but may draw the parameters of 4,096 images, 25 ms of a core's work
+    # more than is prefetched: a DataLoader prefetches two batches per worker, DALI two in total,
+    # resident none, but it may draw the parameters of 4,096 images, 25 ms of one core
     drained = max(3, 2 * workers + 1)
     counts = []
     for contender in found:
@@ -176,15 +176,15 @@ def compare(found: list[Contender], rounds: int, seconds: float, workers: int) -
 
 
 def versions() -> dict[str, str]:
-    """Return the versions of packages the contenders use, besides the harness's."""
-    # DALI's package is named after its CUDA
+    """Return the versions of packages that the contenders use, in addition to the harness's."""
+    # DALI's package is named after its CUDA version
     dali = [d.version for d in metadata.distributions() if d.name.startswith("nvidia-dali-cuda")]
     named = {name: metadata.version(name) for name in ("torchvision", "pillow")}
     return {"dali": " and ".join(dali) or "absent", **named}
 
 
 def add_speeds(found: list[Contender], batch: int) -> None:
-    """Put images per second, and how many times the first contender's, into the notes."""
+    """Add images per second, and the ratio to the first contender's, to the notes."""
     first = found[0]
     for contender in found:
         speed = f"{1e3 * batch / statistics.median(contender.times_ms):,.0f} images/s"
@@ -198,14 +198,14 @@ def add_speeds(found: list[Contender], batch: int) -> None:
 
 
 def generate(root: Path, side: int, images: int) -> None:
-    """Write JPEGs of random squares of scikit-learn's two photographs."""
+    """Write JPEGs of random square crops of scikit-learn's two photographs."""
     from sklearn.datasets import load_sample_images
 
     photos = [Image.fromarray(image) for image in load_sample_images().images]
     draws = torch.Generator().manual_seed(0)
     for k in range(images):
         photo = photos[k % 2]
-        # squares of a small photograph are enlarged
+        # crops of a small photograph are upscaled
         most = min(4 * side, *photo.size)
         size = int(torch.randint(min(side, most - 1), most, (), generator=draws))
         left = int(torch.randint(photo.width - size, (), generator=draws))
@@ -226,7 +226,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--rounds", type=int, default=9, help="n")
     parser.add_argument("--seconds", type=float, default=3.0, help="per contender and round")
-    parser.add_argument("--dry", action="store_true", help="write no result")
+    parser.add_argument("--dry", action="store_true", help="write no results")
     options = parser.parse_args(arguments)
     if INTERPRET:
         parser.error("TRITON_INTERPRET=1 times the interpreter; unset it")
@@ -249,7 +249,7 @@ def main(arguments: list[str] | None = None) -> int:
         for key, value in (harness.environment() | versions()).items():
             print(f"{key}: {value}")
         if not torch.cuda.is_available():
-            print("there is no GPU: resident is the kernel's reference in torch on the CPU")
+            print("no GPU: resident is the kernel's torch reference on the CPU")
         found = contenders(dataset, recipe, options.batch, options.workers, stack)
         compare(found, options.rounds, options.seconds, options.workers)
     add_speeds(found, options.batch)

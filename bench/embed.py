@@ -1,12 +1,12 @@
-"""Time `isofast embed` beside its two halves, decoding and the network, and training's loader.
+"""Time `isofast embed`, its two halves (decoding and the network) and the training loader.
 
     python bench/embed.py [--images 10000] [--width 16] [--rounds 5]
 
-The pictures are JPEGs of 64 pixels cut from two photographs, the encoder a ResNet-18 with the tiny
-stem. Decoding is the command's own, as far as the pixels that the network takes; the network alone
-gets them decoded; the loader makes both views of as many pictures. On a GPU the command should take
-as long as the slower half, on a CPU as both together. Each round times every contender once, in
-rotating order. Results go to bench/results/embed-NNN.csv and .png.
+The images are 64-pixel JPEGs cropped from two photographs, the encoder a ResNet-18 with the tiny
+stem. Decoding is the command's own, up to the pixels that the network takes; the network is timed
+on decoded pixels; the loader makes both views of the same number of images. On a GPU the command
+should take as long as the slower half, on a CPU as long as both. Each round times every contender
+once, in rotating order. Results go to bench/results/embed-NNN.csv and .png.
 """
 
 import argparse
@@ -36,7 +36,7 @@ SIDE = 64
 
 
 def contenders(folder: Path, width: int) -> list[Contender]:
-    """The halves and the whole; a call does all pictures below ``folder``."""
+    """Return the halves and the whole; each call processes all images below ``folder``."""
     source, config = folder / "encoder.safetensors", EncoderConfig(stem="tiny", width=width)
     about = describe(config, recipe_for("imagefolder", crop=SIDE))
     save_file(make_encoder(config).state_dict(), source, about)

@@ -1,6 +1,6 @@
-"""Draw docs/method/first-steps.png: what C of embeddings and C of directions make of a short run.
+"""Draw docs/method/first-steps.png: short runs with C of embeddings and with C of directions.
 
-The runs are those of bench/results/first-steps.json.
+The runs are those in bench/results/first-steps.json.
 """
 
 import argparse
@@ -28,7 +28,7 @@ DASHES = ("-", "--", "-.")
 
 
 def kept_runs() -> list[dict[str, Any]]:
-    """IsoLoss without EMA on the folder of pictures: SGD 0.1, warm-ups of 1.5 to 15 epochs."""
+    """Return IsoLoss runs without EMA on the image folder: SGD 0.1, warm-up 1.5 to 15 epochs."""
     recorded = json.loads(KEPT.read_text(encoding="utf-8"))
     chosen = [
         run
@@ -37,7 +37,7 @@ def kept_runs() -> list[dict[str, Any]]:
         and (run["method"], run["ema"], run["lr"]) == ("isoloss", False, 0.1)
         and run["epochs"] == 15
         and "stem" not in run["data"]
-        # lies on the other two
+        # overlaps the other two
         and (run["correlation"], run["warmup_epochs"]) != ("directions", 5)
     ]
     for run in chosen:

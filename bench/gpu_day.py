@@ -1,15 +1,15 @@
-"""Take every measurement that needs a GPU, one stage after the other, in half an hour.
+"""Run every measurement that needs a GPU, stage by stage, in half an hour.
 
     python bench/gpu_day.py [--output DIR] [--data DIR] [--minutes 30] [--stage N [N ...]]
 
-Tests come first, then benchmarks, then runs. A stage is one or more programs under a time limit,
-with a log of its own, DIR/NN-NAME.log. One that fails or runs out of time does not stop the others,
-one that lacks something is skipped. The same command goes on: what passed is left out unless
---stage asks for it, and a run that was stopped continues. DIR/stages.json says what became of each,
-DIR/summary.md that and the tables. Only DIR/work, which has the runs, is large.
+Tests come first, then benchmarks, then training runs. A stage is one or more programs under a time
+limit, with its own log, DIR/NN-NAME.log. A stage that fails or times out does not stop the others;
+one that lacks a requirement is skipped. The same command resumes: stages that passed are left out
+unless --stage names them, and an interrupted run continues. DIR/stages.json records the outcomes,
+DIR/summary.md the outcomes and the tables. Only DIR/work, which holds the runs, is large.
 
---data is CIFAR-10 as `isofast prepare cifar10` makes it; without it runs are on scikit-learn's
-digits. --dry-run does the same on a CPU, in sizes that measure nothing.
+--data is CIFAR-10 as prepared by `isofast prepare cifar10`; without it the runs use scikit-learn's
+digits. --dry-run runs everything on a CPU, at sizes too small to measure anything.
 """
 
 import argparse
@@ -34,14 +34,14 @@ import harness
 import torch
 
 MINUTES = 30
-# a run that is told to stop saves first
+# a run that is asked to stop saves a checkpoint first
 GRACE_S = 20.0
 PYTEST = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-m", "gpu", "-rP"]
-# these need no more than torch and Triton, so none of the other tests' fixtures
+# these need only torch and Triton, and none of the other tests' fixtures
 KERNEL_TESTS = [*PYTEST, "--confcutdir=tests/kernels", "tests/kernels"]
-# compiling is most of it
+# most of the time goes into compiling
 AT_ONCE = ["-n", "8"] if importlib.util.find_spec("xdist") else []
-# every kernel in a few small shapes
+# every kernel at a few small shapes
 SANITIZED = (
     "3x17 or 37x129-fp32 or 37x129-bf16 or test_correlation_ema or test_whole_views "
     "or (test_matrix_power and 37-) or (test_norm_pool and 4x80x6x7)"
@@ -55,7 +55,7 @@ Outcomes = dict[str, dict[str, Any]]
 
 
 class Stage(NamedTuple):
-    """Programs to run one after the other within some minutes, and the modules they import."""
+    """Programs to run in sequence within ``minutes``, and the modules they import."""
 
     name: str
     minutes: float
@@ -65,7 +65,7 @@ class Stage(NamedTuple):
 
 
 def plan(work: Path, data: Path | None, epochs: int, dry: bool) -> list[Stage]:
-    """Return all stages, what matters most first; their limits sum to MINUTES."""
+    """Return all stages, most important first; their limits sum to MINUTES."""
 
     def script(name: str, full: str, tiny: str) -> list[str]:
         return [sys.executable, f"bench/{name}.py", *(tiny if dry else full).split()]
@@ -82,7 +82,7 @@ def plan(work: Path, data: Path | None, epochs: int, dry: bool) -> list[Stage]:
     config = ["--config", "launch/cifar10.json"]
     config += settings(f"data.root={images}", f"train.epochs={epochs}", *TINY * dry)
     profile = [*ISOFAST, "profile", *config, "--output", str(work / "profile")]
-    # on a busy machine its own ten seconds are too few for Python to reach the GPU
+    # on a busy machine Python does not reach the GPU within the default ten seconds
     sanitizer = ["compute-sanitizer", "--launch-timeout=60", "--error-exitcode=1", "--tool"]
     few = [*KERNEL_TESTS, "-k", SANITIZED]
     training = ["tests/training", "tests/run", "tests/methods"]
@@ -96,7 +96,7 @@ def plan(work: Path, data: Path | None, epochs: int, dry: bool) -> list[Stage]:
     loaders = script("data", "--rounds 5 --seconds 1", f"{tiny} --seconds 0.1 --workers 1")
     embed = script("embed", "", "--images 256 --width 4 --rounds 2")
     isofast = ("isofast.training.loop", "torchvision")
-    # a run ends after some steps, then goes on
+    # a run stops after some steps, then resumes
     ends = (4, 8) if dry else (150, "null")
     return [
         Stage("kernel-tests", 4, [[*KERNEL_TESTS, *AT_ONCE]], ("pytest",), gpu=True),
@@ -116,7 +116,7 @@ def plan(work: Path, data: Path | None, epochs: int, dry: bool) -> list[Stage]:
 
 
 def lacking(stage: Stage) -> str:
-    """What keeps a stage from running here; empty if nothing does."""
+    """Return what keeps a stage from running here; empty if nothing does."""
     if stage.gpu and not torch.cuda.is_available():
         return "needs a GPU"
     program = stage.commands[0][0]
@@ -131,7 +131,7 @@ def lacking(stage: Stage) -> str:
 
 
 def call(command: list[str], log: IO[str], limit_s: float) -> int | None:
-    """Run a program; return its exit code, or None if the limit ended it."""
+    """Run a program; return its exit code, or None if it hit the limit."""
     process = subprocess.Popen(
         command, cwd=harness.ROOT, stdout=log, stderr=log, start_new_session=True
     )
@@ -140,7 +140,7 @@ def call(command: list[str], log: IO[str], limit_s: float) -> int | None:
     except subprocess.TimeoutExpired:
         return None
     finally:
-        # Ctrl-C comes here too, and children may outlive their parent
+        # also after Ctrl-C; children may outlive their parent
         with contextlib.suppress(ProcessLookupError, subprocess.TimeoutExpired):
             os.killpg(process.pid, signal.SIGTERM)
             process.wait(GRACE_S)
@@ -150,7 +150,7 @@ def call(command: list[str], log: IO[str], limit_s: float) -> int | None:
 
 
 def run_stage(stage: Stage, log: Path, limit_s: float) -> dict[str, Any]:
-    """Run a stage's programs until one fails or the time is over."""
+    """Run a stage's programs until one fails or time runs out."""
     began, code = time.monotonic(), None
     with log.open("w+", errors="replace") as file:
         for command in stage.commands:
@@ -170,7 +170,7 @@ def run_stage(stage: Stage, log: Path, limit_s: float) -> dict[str, Any]:
 def run_stages(
     stages: list[Stage], output: Path, *, scale: float = 1.0, only: Iterable[int] = ()
 ) -> Outcomes:
-    """Run what has not passed yet, or ``only`` these numbers; keep and return all outcomes."""
+    """Run the stages that have not passed yet, or ``only`` those; save and return all outcomes."""
     kept = output / "stages.json"
     outcomes: Outcomes = json.loads(kept.read_text()) if kept.exists() else {}
     commit = harness.environment()["commit"]
@@ -194,14 +194,14 @@ def run_stages(
 
 
 def table(title: str, head: Iterable[str], rows: Iterable[Iterable[object]]) -> str:
-    """A section with a table."""
+    """Return a section with a table."""
     cells = [[str(cell).replace("|", "/") for cell in row] for row in (head, *rows)]
     lines = [f"| {' | '.join(row)} |" for row in cells]
     return "\n".join([f"## {title}\n", lines[0], "|" + " --- |" * len(cells[0]), *lines[1:], ""])
 
 
 def near_budgets(log: Path) -> list[tuple[str, ...]]:
-    """Test, error, budget and their ratio where errors come nearest to budgets, or beyond."""
+    """Return test, error, budget and ratio of the ten errors largest relative to their budgets."""
     rows, test = [], ""
     for line in log.read_text(errors="replace").splitlines() if log.exists() else []:
         if heading := re.fullmatch(r"_+ (\S.*) _+", line):
@@ -213,7 +213,7 @@ def near_budgets(log: Path) -> list[tuple[str, ...]]:
 
 
 def summary(output: Path, outcomes: Outcomes) -> Iterator[str]:
-    """The sections of the page: machine, stages, errors, benchmarks, runs."""
+    """Yield the page's sections: machine, stages, errors, benchmarks, runs."""
     about = harness.environment()
     if shutil.which("nvidia-smi"):
         query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
@@ -239,17 +239,17 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, default=harness.ROOT / "runs" / "gpu-day")
     parser.add_argument("--data", type=Path, help="prepared CIFAR-10; default: digits")
-    parser.add_argument("--minutes", type=float, default=MINUTES, help="of all limits (30)")
+    parser.add_argument("--minutes", type=float, default=MINUTES, help="for all stages (30)")
     parser.add_argument("--stage", type=int, nargs="+", default=[], metavar="N", help="only these")
-    parser.add_argument("--dry-run", action="store_true", help="on a CPU, in tiny sizes")
+    parser.add_argument("--dry-run", action="store_true", help="on a CPU, at tiny sizes")
     options = parser.parse_args()
     if options.dry_run:
         os.environ |= {"CUDA_VISIBLE_DEVICES": "", "TORCHDYNAMO_DISABLE": "1"}
     elif not torch.cuda.is_available():
         parser.error("torch finds no GPU; --dry-run runs the stages on the CPU")
     if options.data and not options.data.is_dir():
-        parser.error(f"--data {options.data} is no folder; isofast prepare cifar10 makes one")
-    # as Ctrl-C: the stage's programs end too
+        parser.error(f"--data {options.data} is not a folder; isofast prepare cifar10 makes one")
+    # like Ctrl-C: the stage's programs end too
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     output, data = options.output.resolve(), options.data and options.data.resolve()
     work = output / "work"

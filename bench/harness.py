@@ -1,8 +1,8 @@
 """Fair timing: interleaved contenders, medians with spread, and the environment.
 
-`compare` warms every contender up, then times rounds in which each runs once, in rotating order,
-so that drift of the clock or the machine's load affects all alike. CUDA contenders are timed by
-events around a batch of calls, CPU contenders by the wall clock.
+`compare` warms up every contender, then times rounds in which each runs once, in rotating order, so
+that clock drift and machine load affect all alike. CUDA contenders are timed with events around a
+batch of calls, CPU contenders with the wall clock.
 """
 
 import csv
@@ -28,7 +28,7 @@ NOT_TIMED = "not timed: its tests fail (above)"
 
 @dataclass(frozen=True)
 class Timing:
-    """n rounds of one contender; milliseconds a call."""
+    """n rounds of one contender, in milliseconds per call."""
 
     question: str
     contender: str
@@ -46,18 +46,18 @@ class Timing:
 
     @property
     def share_of_floor(self) -> float:
-        """1 at the floor; more if a cache is faster than the memory that `limits` measures."""
+        """1 at the floor; above 1 if a cache is faster than the memory that `limits` measures."""
         return self.floor_ms / self.median_ms
 
 
 @dataclass(frozen=True)
 class Work:
-    """The least work of any answer.
+    """The minimum work that any contender must do.
 
     Attributes:
         bytes: read and written, each tensor once.
-        flop: of the matrix products, two for a multiplication and an addition.
-        dtype: of the products that the floor is reckoned by.
+        flop: of the matrix products, two per multiply-add.
+        dtype: of the matrix products, whose speed sets the compute floor.
     """
 
     bytes: int
@@ -77,7 +77,7 @@ class Contender:
 
 @dataclass(frozen=True)
 class Question:
-    """What is timed, and the tests that have to pass before."""
+    """What is timed, and the tests that must pass first."""
 
     name: str
     tests: list[str]
@@ -99,7 +99,7 @@ def environment() -> dict[str, str]:
 
 
 def _git(*arguments: str) -> str:
-    """The output of git; empty without git or a repository."""
+    """Return git's output; empty without git or a repository."""
     try:
         process = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True)
     except OSError:
@@ -130,10 +130,10 @@ def compare(
     Args:
         question: what is timed, for the table.
         contenders: what to time; each call does the whole work once.
-        rounds: n, the timed rounds.
-        work: the least work of any answer.
+        rounds: n, the number of timed rounds.
+        work: the minimum work that any contender must do.
         batch_ms: calls are repeated within a round until they take about this long.
-        cold: before each call the caches are filled with something else.
+        cold: flush the caches before each call.
     """
     time_ms = _time_cold_ms if cold else _time_ms
     repeats = []
@@ -150,10 +150,9 @@ def compare(
 
 
 def summarize(question: str, contenders: list[Contender], work: Work) -> list[Timing]:
-    """Return the median of each contender with the 10th and 90th percentile.
+    """Return each contender's median with its 10th and 90th percentiles.
 
-    The floor is the time to move or to multiply, the longer of the two, at the speeds that `limits`
-    measures.
+    The floor is the longer of the memory and compute times at the speeds that `limits` measures.
     """
     bytes_per_ms, flop_per_ms = limits(work.dtype)
     floor_ms = max(work.bytes / bytes_per_ms, work.flop / flop_per_ms)
@@ -176,7 +175,7 @@ def summarize(question: str, contenders: list[Contender], work: Work) -> list[Ti
 def limits(dtype: torch.dtype = torch.float32) -> tuple[float, float]:
     """Return bytes per ms of a large in-place pass and flop per ms of a large random product.
 
-    float32 products are in TF32 on a GPU; both are medians of 9.
+    float32 products use TF32 on a GPU; both numbers are medians of 9.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     tensor = torch.ones(64 << 20, device=device)
@@ -197,7 +196,7 @@ def limits(dtype: torch.dtype = torch.float32) -> tuple[float, float]:
 
 
 def spread(times_ms: list[float]) -> tuple[float, float]:
-    """Return the 10th and the 90th percentile."""
+    """Return the 10th and 90th percentiles."""
     deciles = statistics.quantiles(times_ms, n=10, method="inclusive")
     return deciles[0], deciles[-1]
 
@@ -233,15 +232,15 @@ def _time_cold_ms(call: Callable[[], object], repeats: int) -> float:
 def tests_pass(*arguments: str) -> bool:
     """Return whether pytest passes with these arguments; show its output if not.
 
-    On a GPU also those marked gpu, which alone see it. With BENCH_UNTESTED set none is run: the
-    caller has run them.
+    With a GPU, also run the tests marked gpu, the only ones that see it. With BENCH_UNTESTED set,
+    run none: the caller already has.
     """
     if os.environ.get("BENCH_UNTESTED"):
         return True
     for marked in ([], ["-m", "gpu"])[: 1 + torch.cuda.is_available()]:
         command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *marked, *arguments]
         process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-        # 5: none is marked
+        # 5: no test is marked gpu
         if process.returncode not in ((0, 5) if marked else (0,)):
             sys.stderr.write(process.stdout + process.stderr)
             return False
@@ -274,13 +273,13 @@ def run(
 
 
 def write(name: str, timings: list[Timing], results: Path = RESULTS, **versions: str) -> list[Path]:
-    """Write results/NAME-NNN.csv and .png, with the number after the last; return the paths.
+    """Write results/NAME-NNN.csv and .png, numbered after the last; return the paths.
 
     Args:
-        name: of the files, before their number.
+        name: the files' name, without the number.
         timings: the rows.
         results: the folder.
-        versions: of packages the contenders use, besides the `environment`.
+        versions: of packages that the contenders use, in addition to the `environment`.
     """
     multiplied = (f"{limits(d)[1] / 1e6:.1f} in {d}" for d in (torch.float32, torch.bfloat16))
     versions["limits"] = f"{limits()[0] / 1e6:.1f} GB/s moved; GFLOP/s: {', '.join(multiplied)}"
@@ -339,7 +338,7 @@ def _plot(path: Path, timings: list[Timing]) -> None:
         axis.set_title(textwrap.fill(f"{question} (n = {group[0].n})", 75), fontsize=10)
     about = environment()
     figure.suptitle(f"{about['device']}\ntorch {about['torch']}, {about['commit']}", fontsize=9)
-    axes[-1, 0].set_xlabel("ms a call, median with 10th and 90th percentile")
+    axes[-1, 0].set_xlabel("ms per call, median with 10th and 90th percentiles")
     figure.tight_layout()
     figure.savefig(path, dpi=130)
     plt.close(figure)

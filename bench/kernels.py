@@ -2,13 +2,12 @@
 
     python bench/kernels.py [--batch 256] [--features 256] [--rounds 31] [--only TEXT] [--cold]
 
-Contenders: this package; the reference, eager and compiled by torch; torch.addmm for the
+Contenders: this package; the reference, eager and under torch.compile; torch.addmm for the
 correlation; torch.linalg.eigh and eig for the root; for the whole step, the code released with the
-paper: an update and a non-symmetric eigendecomposition for each view, W and its root formed,
-autograd through all of it; and, on a GPU only, torch's layers for the pooled stem of --batch images
-a view. Without one this times the CPU path, the reference in closed form.
-Nothing is timed while a test of the operations fails. Results go to bench/results/kernels-NNN.csv
-and .png.
+paper (per view one update and one non-symmetric eigendecomposition, W and its root materialised,
+autograd through everything); and, only on a GPU, torch's layers for the pooled stem on --batch
+images per view. Without a GPU this times the CPU path, the closed-form reference. Nothing is timed
+while a test of the operations fails. Results go to bench/results/kernels-NNN.csv and .png.
 """
 
 import argparse
@@ -40,7 +39,7 @@ TESTS = [
 
 
 class Problem:
-    """Two views, two targets and a correlation as in training."""
+    """Two views, two targets and a correlation, as in training."""
 
     def __init__(self, rows: int, features: int) -> None:
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -58,14 +57,14 @@ class Problem:
         return torch.autograd.grad(loss, (self.z1, self.z2))
 
     def work(self, *tensors: Tensor, products: int = 0) -> Work:
-        """Move each tensor once; multiply all rows of both views with D x D ``products`` times."""
+        """Count each tensor once, and ``products`` products of both views with a D x D matrix."""
         rows, features = self.z1.shape
         moved = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
         return Work(moved, products * 2 * 2 * rows * features**2)
 
 
 def reference_loss(problem: Problem, w_DD: Tensor) -> Tensor:
-    """The loss both ways by definition, for autograd."""
+    """Return the loss in both directions by its definition, for autograd."""
     p = problem
     one = reference.losses_reference(p.z1, p.t2, w_DD, **KIND).mean()
     return one + reference.losses_reference(p.z2, p.t1, w_DD, **KIND).mean()
@@ -91,7 +90,7 @@ def released_step(problem: Problem, corr_DD: Tensor) -> tuple[Tensor, ...]:
 
 
 def captured(call: Callable[[], object]) -> Callable[[], None]:
-    """`call` as a CUDA graph."""
+    """Capture ``call`` in a CUDA graph; return its replay."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -104,7 +103,7 @@ def captured(call: Callable[[], object]) -> Callable[[], None]:
 
 
 def ours(call: Callable[[], object]) -> Iterator[Contender]:
-    """This package, and on a GPU the same in a graph."""
+    """Yield this package; on a GPU also as a CUDA graph."""
     if torch.cuda.is_available():
         yield Contender("isofast, CUDA graph", captured(call))
         yield Contender("isofast, Triton", call)
@@ -183,7 +182,7 @@ def step_contenders(p: Problem) -> tuple[list[Contender], Work]:
 
 
 def stem_contenders(p: Problem) -> tuple[list[Contender], Work]:
-    # needs isofast's own packages, which the kernels do not
+    # needs isofast's dependencies, which the kernels do not
     from isofast.methods.batch_norm import ViewBatchNorm
 
     x = torch.randn(2 * len(p.z1), 64, 64, 64, device=p.device, dtype=p.z1.dtype)
@@ -227,16 +226,16 @@ QUESTIONS = {
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--batch", type=int, default=256, help="rows of a view")
+    parser.add_argument("--batch", type=int, default=256, help="rows per view")
     parser.add_argument("--features", type=int, default=256, help="D")
     parser.add_argument("--rounds", type=int, default=31, help="n")
-    parser.add_argument("--only", default="", help="only operations whose name has this text")
-    parser.add_argument("--cold", action="store_true", help="nothing is in a cache before a call")
+    parser.add_argument("--only", default="", help="only operations whose name contains this")
+    parser.add_argument("--cold", action="store_true", help="flush the caches before each call")
     options = parser.parse_args(arguments)
     if INTERPRET:
         parser.error("TRITON_INTERPRET=1 times the interpreter; unset it")
     if not torch.cuda.is_available():
-        print("there is no GPU: what follows are times of the CPU path")
+        print("no GPU: timing the CPU path")
     stem = torch.cuda.is_available() and importlib.util.find_spec("pydantic") is not None
     problem = Problem(options.batch, options.features)
     questions = [
@@ -249,7 +248,7 @@ def main(arguments: list[str] | None = None) -> int:
         if options.only in name and (name != "stem" or stem)
     ]
     if not questions:
-        parser.error(f"no operation has {options.only!r} in its name: {', '.join(QUESTIONS)}")
+        parser.error(f"no operation's name contains {options.only!r}: {', '.join(QUESTIONS)}")
     return harness.run("kernels", questions, options.rounds, cold=options.cold)
 
 

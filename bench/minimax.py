@@ -1,10 +1,10 @@
-"""How the polynomials of the square-root iteration were computed.
+"""Compute the polynomials of the square-root iteration.
 
 `python bench/minimax.py` prints the tables of kernels/matrix_power.py; a test compares them.
 
-The iteration multiplies x = sqrt(eigenvalue) towards 1: x <- x (a + b x^2 + c x^4). For x known
-to lie in [l, u], the odd quintic nearest to 1 in the largest deviation e is found by Remez's
-exchange; it maps [l, u] onto [1 - e, 1 + e], for which the next step's polynomial is found.
+The iteration drives x = sqrt(eigenvalue) towards 1: x <- x (a + b x^2 + c x^4). For x in [l, u],
+the Remez exchange finds the odd quintic with the smallest maximum deviation e from 1; it maps
+[l, u] onto [1 - e, 1 + e], the interval for the next step's polynomial.
 """
 
 import sys
@@ -21,7 +21,7 @@ from isofast_kernels.matrix_power import (
 
 
 def minimax_steps(floor: float, steps: int) -> tuple[Coefficients, float]:
-    """The polynomials (a, b, c) for eigenvalues in [floor, 1] and what they leave of |x - 1|."""
+    """Return the polynomials (a, b, c) for eigenvalues in [floor, 1], and the final max |x - 1|."""
     low, high, deviation, found = floor**0.5, 1.0, 1.0, []
     for _ in range(steps):
         (a, b, c), deviation = minimax_quintic(low / high)
@@ -31,10 +31,10 @@ def minimax_steps(floor: float, steps: int) -> tuple[Coefficients, float]:
 
 
 def minimax_quintic(low: float) -> tuple[tuple[float, float, float], float]:
-    """(a, b, c) and e = max |a x + b x^3 + c x^5 - 1| over [low, 1], the least there is.
+    """Return (a, b, c) with the smallest e = max |a x + b x^3 + c x^5 - 1| over [low, 1], and e.
 
-    Remez's exchange: solve for equal deviations of alternating sign at four points, move the
-    two inner points to where the derivative is zero, repeat.
+    Remez exchange: solve for equal deviations of alternating sign at four points, move the two
+    inner points to where the derivative is zero, repeat.
     """
     sign_4 = torch.tensor([1.0, -1.0, 1.0, -1.0], dtype=torch.float64)
     angle_4 = torch.arange(4, dtype=torch.float64) * torch.pi / 3

@@ -1,11 +1,11 @@
-"""Time the passes of the optimizer and the EMA target over a ResNet-18 with its projector.
+"""Time the optimizer and EMA target updates of a ResNet-18 with projector.
 
     python bench/passes.py [--width 64] [--rounds 31]
 
-LARS: ours, with its rate in a tensor; the code released with the paper, tensor by tensor with norms
-compared on the host; and as a floor torch's foreach SGD, which does not adapt the rate.
-Target: ours; a loop over the tensors; torch's moving average, whose weight is a number.
-Results go to bench/results/passes-NNN.csv and .png, never over an earlier one.
+LARS: ours, with the learning rate in a tensor; the code released with the paper, which loops over
+tensors and compares norms on the host; and, as a floor, torch's foreach SGD, which does not adapt
+the rate. Target: ours; a loop over tensors; torch's moving average, whose weight is a float.
+Results go to bench/results/passes-NNN.csv and .png, never overwriting earlier ones.
 """
 
 import argparse
@@ -28,7 +28,7 @@ TESTS = ["tests/training/test_optim.py"]
 
 
 def released_lars(params: list[Tensor], velocities: list[Tensor], lr: float) -> None:
-    """The released code's step (2e8d364): two comparisons on the host for each tensor."""
+    """The released code's step (2e8d364): three host comparisons per tensor with ndim > 1."""
     for p, v in zip(params, velocities, strict=True):
         g = p.grad
         if p.ndim > 1:
@@ -91,7 +91,7 @@ def target_contenders(width: int) -> tuple[list[Contender], Work]:
     return [
         Contender("isofast", lambda: target.move_(online)),
         Contender("tensor by tensor", loop),
-        Contender("torch.optim.swa_utils", torch_own, "tau is a number"),
+        Contender("torch.optim.swa_utils", torch_own, "tau is a float"),
     ], Work(3 * sum(t.numel() * t.element_size() for t, _ in pairs))
 
 

@@ -1,15 +1,15 @@
-"""Time training as users of other code write it beside isofast: the same work, loaders included.
+"""Time isofast's training against other libraries' on the same work, data loading included.
 
     python bench/peers.py [--root DIR] [--methods simsiam byol] [--batch 256] [--width 64]
 
 CIFAR-10-shaped files, ResNet-18 with the 3x3 stem, projector and predictor of equal sizes, SGD, two
-views by the same recipe. isofast runs from its defaults and in fp32 (with the probe that it always
-trains). The peers read by torchvision's DataLoader and v2 transforms, channels_last: lightly's
-modules as its documentation combines them, in fp32 and under bf16 autocast, and a step written as
-solo-learn writes it, with its online classifier. Each contender is a process that
-takes its steps when asked to, in rotating order. Memory is the GPU's peak or, on a CPU, what the
-process and its workers hold. Without --root the files are cut from two photographs. Without lightly
-isofast is timed alone. Results go to bench/results/peers-NNN.csv and .png.
+views with the same recipe. isofast runs with its defaults and in fp32 (including the probe that it
+always trains). The peers use torch's DataLoader with torchvision's v2 transforms, channels_last:
+lightly's modules combined as in its documentation, in fp32 and under bf16 autocast, and a step
+written as in solo-learn, with its online classifier. Each contender is a process that takes steps
+on request, in rotating order. Memory is the GPU's peak or, on a CPU, what the process and its
+workers hold. Without --root the files are cropped from two photographs. Without lightly its rows
+are left out. Results go to bench/results/peers-NNN.csv and .png.
 """
 
 import argparse
@@ -51,7 +51,7 @@ Step = Callable[[], object]
 def isofast_step(
     root: Path, method: str, batch: int, width: int, workers: int, precision: str
 ) -> Step:
-    """A step of a run, with its loader."""
+    """A run's step, with its loader."""
     config = validate(
         {
             "data": {"dataset": "cifar10", "root": str(root), "threads": workers},
@@ -88,7 +88,7 @@ def torchvision_views(
 def lightly_step(
     root: Path, method: str, batch: int, width: int, workers: int, precision: str
 ) -> Step:
-    """SimSiam's or BYOL's step of lightly's documentation."""
+    """The SimSiam or BYOL step from lightly's documentation."""
     from lightly.loss import NegativeCosineSimilarity
     from lightly.models.modules.heads import BYOLPredictionHead, BYOLProjectionHead
     from lightly.models.utils import deactivate_requires_grad, update_momentum
@@ -153,7 +153,7 @@ def solo_step(
         features = online[0](x_BCHW)
         z_BD = online[1](features)
         logits = classifier(features.detach())
-        # accuracy at 1 and 5, logged every step
+        # top-1 and top-5 accuracy, logged every step
         top = logits.topk(5)[1].eq(y_B[:, None])
         (top[:, 0].float().mean().item(), top.any(1).float().mean().item())
         with torch.no_grad():
@@ -180,7 +180,7 @@ def solo_step(
 
 
 def serve(asked: Connection, make: Callable[[], Step]) -> None:
-    """Answer each number of steps with the milliseconds of one and the 10^9 bytes held."""
+    """Take each requested number of steps; reply with ms per step and 10^9 bytes held."""
     step = make()
     cuda = torch.cuda.is_available()
     process = psutil.Process()
@@ -203,12 +203,12 @@ class Served(Contender):
         super().__init__(name, lambda: None)
         spawn = multiprocessing.get_context("spawn")
         self.connection, theirs = spawn.Pipe()
-        # not a daemon: its loader has processes of its own
+        # not a daemon: its loader starts processes
         self.process = spawn.Process(target=serve, args=(theirs, make))
         self.process.start()
 
     def take(self, steps: int) -> tuple[float, float]:
-        """Milliseconds a step, 10^9 bytes held."""
+        """Take ``steps`` steps; return ms per step and 10^9 bytes held."""
         self.connection.send(steps)
         took_ms, held_gb = self.connection.recv()
         return took_ms, held_gb
@@ -257,14 +257,14 @@ def main() -> int:
     parser.add_argument("--width", type=int, default=64 if cuda else 32)
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--rounds", type=int, default=9, help="n")
-    parser.add_argument("--steps", type=int, default=100 if cuda else 3, help="in a round")
+    parser.add_argument("--steps", type=int, default=100 if cuda else 3, help="per round")
     names = ("isofast", "solo-learn", "lightly", "fp32", "bf16")
     parser.add_argument(
-        "--only", choices=names, default="", help="only those with this in their name"
+        "--only", choices=names, default="", help="only contenders whose name contains this"
     )
     options = parser.parse_args()
     if not importlib.util.find_spec("lightly"):
-        print("lightly is not installed (pip install lightly): isofast alone")
+        print("lightly is not installed (pip install lightly): its rows are left out")
     versions = {
         name: metadata.version(name)
         for name in ("torchvision", "lightly")
@@ -286,7 +286,7 @@ def main() -> int:
                 for contender in found:
                     contender.stop()
             question = f"{method}, ResNet-18 of width {options.width}, batch {options.batch}"
-            # no floor: most of the time is the networks'
+            # no floor: the networks take most of the time
             timings += harness.summarize(question, found, Work(0))
             print(harness.table(timings[-len(found) :]))
     print(*harness.write("peers", timings, **versions), sep="\n")

@@ -1,11 +1,11 @@
-"""Time a training step on one, two and four ranks of this CPU, at one global batch.
+"""Time a training step on one, two and four CPU ranks with the same global batch.
 
     python bench/ranks.py [--ranks 1 2 4] [--batch 64] [--width 16] [--rounds 9] [--steps 3]
 
-CIFAR-10's preset on batches that are already there, in fp32, one thread a rank, over gloo. All
-groups of ranks are alive together and take their steps in rotating order. The first rank's time
-within its collectives includes waiting for the others; memory is its peak. With more ranks than
-cores ranks wait for a core. Results go to bench/results/ranks-NNN.csv and .png.
+The CIFAR-10 preset on a batch already in memory, in fp32, one thread per rank, over gloo. All
+groups of ranks are alive at once and take steps in rotating order. Rank 0's time in collectives
+includes waiting for the others; memory is its peak. With more ranks than cores, ranks also wait for
+a core. Results go to bench/results/ranks-NNN.csv and .png.
 """
 
 import argparse
@@ -31,7 +31,7 @@ from isofast.training.parallel import init_world
 
 
 def serve(asked: Connection, rank: int, ranks: int, port: int, batch: int, width: int) -> None:
-    """Answer each number of steps with ms a step, those in collectives, and MB at the peak."""
+    """Take each requested number of steps; reply with ms per step, ms in collectives, peak MB."""
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_RANK": str(rank)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.set_num_threads(1)
@@ -67,7 +67,7 @@ def serve(asked: Connection, rank: int, ranks: int, port: int, batch: int, width
 
 
 class Ranks(Contender):
-    """A group of ranks, each a process."""
+    """A group of ranks, one process each."""
 
     def __init__(self, ranks: int, batch: int, width: int) -> None:
         super().__init__(f"{ranks} rank{'s' * (ranks > 1)}", lambda: None)
@@ -83,7 +83,7 @@ class Ranks(Contender):
             spawn.Process(target=serve, args=arguments, daemon=True).start()
 
     def take(self, steps: int) -> tuple[float, float, float]:
-        """Return the first rank's answer."""
+        """Take ``steps`` steps on every rank; return rank 0's reply."""
         for connection in self.connections:
             connection.send(steps)
         first, *_ = [connection.recv() for connection in self.connections]
@@ -95,13 +95,13 @@ class Ranks(Contender):
 
 
 def main() -> None:
-    """Time, print and write."""
+    """Time the groups, print and write the results."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4])
-    parser.add_argument("--batch", type=int, default=64, help="of all ranks together")
+    parser.add_argument("--batch", type=int, default=64, help="over all ranks")
     parser.add_argument("--width", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=9, help="n")
-    parser.add_argument("--steps", type=int, default=3, help="in a round")
+    parser.add_argument("--steps", type=int, default=3, help="per round")
     args = parser.parse_args()
     # before any rank asks for a device
     os.environ |= {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
@@ -123,7 +123,7 @@ def main() -> None:
         share = f"{statistics.median(group.shares):.0%} [{low:.0%}, {high:.0%}] in collectives"
         group.note = f"{share}, {peak_mb[ranks]:,.0f} MB a rank"
     question = f"cifar10 with EMA, global batch {args.batch}, width {args.width}, fp32"
-    # no floor: most of the time is the networks'
+    # no floor: the networks take most of the time
     timings = harness.summarize(question, list[Contender](groups), Work(0))
     print(harness.table(timings))
     print(*harness.write("ranks", timings), sep="\n")

@@ -1,12 +1,12 @@
-"""Time the start of a run on many small images, as a folder of files and as tar shards.
+"""Time a run's start-up on many small images, as a folder of files and as tar shards.
 
     python bench/start_up.py DIR [--images 1000000]
 
-Makes DIR/folder (32-pixel JPEGs in 1,000 classes) and packs it to DIR/shards, unless they are
-there. Each start is a process of its own: it lists the images, checks their headers, and makes the
-first batch of 256, by DALI on one thread. The first start of each remembers nothing of an earlier
-one; three follow that do. Disk caches are warm. Prints a table: seconds by the clock, and of the
-CPU in all threads.
+Makes DIR/folder (32-pixel JPEGs in 1,000 classes) and packs it into DIR/shards, unless they exist.
+Each start is a separate process that lists the images, checks their headers and makes the first
+batch of 256 with DALI on one thread. The first start of each has no cache from an earlier one; the
+three that follow do. Disk caches are warm. Prints a table of wall-clock seconds, and of CPU seconds
+over all threads.
 """
 
 import argparse
@@ -32,7 +32,7 @@ _AGAIN = 3
 
 
 def write_folder(root: Path, images: int) -> None:
-    """Write as many training images, and a validation image of each class."""
+    """Write ``images`` training images and one validation image per class."""
     rng = np.random.default_rng(0)
     contents = []
     for _ in range(64):
@@ -49,7 +49,7 @@ def write_folder(root: Path, images: int) -> None:
 
 
 def measure(root: Path) -> dict[str, float]:
-    """Seconds of each phase of a start, by the clock and of the CPU."""
+    """Return wall-clock and CPU seconds for each phase of a start."""
     laps = [(time.perf_counter(), time.process_time())]
     dataset = open_dataset(root, "train")
     laps.append((time.perf_counter(), time.process_time()))
@@ -64,20 +64,20 @@ def measure(root: Path) -> dict[str, float]:
 
 
 def apart(root: Path) -> dict[str, float]:
-    """The same in a process of its own."""
+    """Return the same from a separate process."""
     command = [sys.executable, __file__, str(root), "--measure"]
     done = subprocess.run(command, check=True, capture_output=True, text=True)
     return dict(json.loads(done.stdout))
 
 
 def row(name: str, starts: list[dict[str, float]]) -> str:
-    """A line of the table: medians."""
+    """Return a row of the table: medians."""
     cells = [f"{statistics.median(s[key] for s in starts):.2f}" for key in COLUMNS]
     return f"| {name} | {' | '.join(cells)} | {len(starts)} |"
 
 
 def main() -> None:
-    """Make the images, and time their starts."""
+    """Make the images and time the starts."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("dir", type=Path)
     parser.add_argument("--images", type=int, default=1_000_000)
@@ -92,7 +92,7 @@ def main() -> None:
     if not shards.exists():
         began = time.perf_counter()
         pack(folder, shards, shard_mib=256)
-        print(f"packed, after a check of every image, in {time.perf_counter() - began:.0f} s")
+        print(f"packed, after checking every image, in {time.perf_counter() - began:.0f} s")
     for key, value in harness.environment().items():
         print(f"{key}: {value}")
     print(f"| {args.images:,} images, start | {' | '.join(COLUMNS)} | n |")

@@ -1,14 +1,13 @@
-"""Time a whole training step, from plain torch to the step as isofast takes it.
+"""Time a whole training step, from plain torch to isofast's own.
 
     python bench/step.py [--datasets cifar10 stl10] [--width 64] [--batch 256] [--rounds 31]
 
-Each row adds one thing to the row above, on batches that are already on the device: eager fp32,
-channels_last, bf16, both views in one forward, torch.compile, the CUDA graph (on a CPU the same
-calls, eager). The last row takes the step through DeepSpeed's engine, if it is
-installed. Matrix work is counted from the networks, and the share is of the dense bf16 peak that a
-large product reaches here.
-On a CPU the defaults are a narrow network and one data set. Results go to
-bench/results/step-NNN.csv and .png, never over an earlier one.
+Each row adds one thing to the row above, on batches already on the device: eager fp32,
+channels_last, bf16, both views in one forward, torch.compile, a CUDA graph (on a CPU the same calls
+without one). The last row runs the step through DeepSpeed's engine, if it is installed. The FLOPs
+of the matrix products are counted on the eager step, and the share is of the dense bf16 peak that a
+large product reaches here. On a CPU the defaults are a narrow network and one data set. Results go
+to bench/results/step-NNN.csv and .png, never overwriting earlier ones.
 """
 
 import argparse
@@ -45,7 +44,7 @@ def make_state(
     compiled: bool = False,
     engine: bool = False,
 ) -> TrainState:
-    """A run's state at a rung of the ladder."""
+    """Build a run's state for one rung of the ladder."""
     train = {
         "precision": precision,
         "compile": "on" if compiled else "off",
@@ -70,7 +69,7 @@ def make_state(
 def ladder(
     world: World, settings: dict[str, dict[str, object]]
 ) -> tuple[list[Contender], TrainState, Batch]:
-    """The contenders, and the state and batch of the last but the engine."""
+    """Return the contenders, and the state and batch of the last one before the engine."""
     make = partial(make_state, world, settings)
     best = {"precision": "bf16", "channels_last": True, "stacked": world.device.type == "cuda"}
     rungs: dict[str, dict[str, object]] = {
@@ -106,18 +105,18 @@ def ladder(
 
 
 def measure_memory(contender: Contender) -> str:
-    """Peak memory of a step on a GPU, beside what all contenders hold; empty on a CPU."""
+    """Return a step's peak GPU memory beyond what all contenders hold; empty on a CPU."""
     contender.call()
     if not torch.cuda.is_available():
         return ""
     held = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     contender.call()
-    return f", {(torch.cuda.max_memory_allocated() - held) / 1e9:.2f} GB beside what is kept"
+    return f", {(torch.cuda.max_memory_allocated() - held) / 1e9:.2f} GB beyond what is kept"
 
 
 def time_dataset(dataset: str, ema: bool, args: argparse.Namespace, world: World) -> list[Timing]:
-    """Print and return the ladder of a data set's preset, and the parts of the last step."""
+    """Time and print a preset's ladder and the parts of its last step; return the timings."""
     settings: dict[str, dict[str, object]] = {
         "data": {"dataset": dataset, "root": "none"},
         "encoder": {"width": args.width},

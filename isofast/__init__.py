@@ -6,7 +6,7 @@ __all__ = ["fit", "load_config", "load_encoder"]
 
 
 def __getattr__(name: str) -> Any:
-    """Import on first use, for torch and DeepSpeed take their time to load."""
+    """Import on first use: torch and DeepSpeed are slow to load."""
     if name == "fit":
         from isofast.training.loop import fit
 

@@ -18,7 +18,7 @@ from isofast.errors import RunError, UserError, exit_code_of
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; return the exit code."""
     args = parser_of_all().parse_args(arguments)
-    # Pillow takes a large picture for an attack
+    # Pillow warns that a large image could be an attack
     warnings.filterwarnings("ignore", r"Image size \(\d+ pixels\)")
     rank = 0
     if args.command == "train":
@@ -52,32 +52,32 @@ def parser_of_all() -> argparse.ArgumentParser:
 
 
 def _command(commands: Any, name: str, run: Any, **words: str) -> argparse.ArgumentParser:
-    """Add a command with what all of them share."""
+    """Add a command, with the options common to all."""
     parser: argparse.ArgumentParser = commands.add_parser(name, **words)
-    parser.add_argument("--debug", action="store_true", help="show tracebacks of user errors too")
+    parser.add_argument("--debug", action="store_true", help="also show tracebacks of user errors")
     parser.set_defaults(run=run)
     return parser
 
 
 def _add_prepare(commands: Any) -> None:
-    parser = _command(commands, "prepare", _prepare, help="turn a data set into folders of classes")
+    parser = _command(commands, "prepare", _prepare, help="turn a data set into class folders")
     parser.add_argument(
         "name",
-        help="digits, cifar10, cifar100, stl10, tinyimagenet or imagefolder; pack: the images of "
-        "--root as tar shards in --output",
+        help="digits, cifar10, cifar100, stl10, tinyimagenet or imagefolder; pack: write the "
+        "images in --root to --output as tar shards",
     )
     parser.add_argument("--root", type=Path, required=True, help="folder to fill or check")
-    parser.add_argument("--output", type=Path, help="pack: folder to fill")
-    parser.add_argument("--shard-mib", type=int, default=256, help="pack: size of a tar (256)")
-    parser.add_argument("--archive", type=Path, help="the official archive; nothing is downloaded")
+    parser.add_argument("--output", type=Path, help="pack: output folder")
+    parser.add_argument("--shard-mib", type=int, default=256, help="pack: shard size (default 256)")
+    parser.add_argument("--archive", type=Path, help="the official archive, instead of a download")
     parser.add_argument(
         "--on-bad-image",
         choices=("stop", "skip"),
         default="stop",
-        help="what to do about unreadable images: stop (default) or leave them out",
+        help="what to do about unreadable images: stop (default) or skip them",
     )
     parser.add_argument(
-        "--preview", type=Path, help="also draw some images with both of their augmented views"
+        "--preview", type=Path, help="also draw some images with their two augmented views"
     )
 
 
@@ -90,8 +90,8 @@ def _prepare(args: argparse.Namespace) -> None:
     packs = args.name == "pack"
     if packs != (args.output is not None) or (packs and (args.archive or args.preview)):
         raise UserError(
-            "`isofast prepare pack` takes --root and --output, and no --archive nor --preview; the "
-            "other commands take no --output"
+            "`isofast prepare pack` takes --root and --output, but no --archive or --preview; the "
+            "other names take no --output"
         )
     if packs:
         from isofast.data.pack import pack
@@ -109,20 +109,20 @@ def _add_train(commands: Any) -> None:
         commands,
         "train",
         _train,
-        help="train a configuration, or continue it",
-        description="Trains in one process. A launcher starts several of launch/train.py, which is "
-        "the same: deepspeed launch/train.py --config ...",
+        help="train a configuration, or resume its run",
+        description="Trains in one process. For several, start launch/train.py, which does the "
+        "same, with a launcher: deepspeed launch/train.py --config ...",
     )
     _add_config(parser)
     parser.add_argument("--run-dir", type=Path, help="where results go (default: runs/NAME)")
     parser.add_argument(
-        "--fresh", action="store_true", help="start over in a new folder beside the run dir"
+        "--fresh", action="store_true", help="start over in a new folder next to the run dir"
     )
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
 
 
 def _train(args: argparse.Namespace) -> None:
-    # one import after the other, so that a wrong key is refused at once
+    # the slow imports come later, so that a wrong key is reported at once
     from isofast.config.load import load_config
 
     config = load_config(args.config, args.set)
@@ -133,15 +133,15 @@ def _train(args: argparse.Namespace) -> None:
     try:
         fit(config, run_dir)
     except RunError:
-        # after the message, for a launcher may end this process soon; without pictures, for the GPU
-        # may be what failed
+        # after the message, because a launcher may soon kill this process; without pictures,
+        # because the GPU may have failed
         atexit.register(_write_own_report, run_dir, pictures=False)
         raise
     _write_own_report(run_dir, pictures=True)
 
 
 def _write_own_report(run_dir: Path, *, pictures: bool) -> None:
-    """Write a run's report beside it, on one rank; the run has ended well or not without it."""
+    """Write the run's report, on rank 0 only; an error here does not change how the run ended."""
     from isofast.distributed import launched_rank
 
     metrics = run_dir / "metrics.jsonl"
@@ -154,7 +154,7 @@ def _write_own_report(run_dir: Path, *, pictures: bool) -> None:
         write_report([run_dir], run_dir / "report.html", pictures=pictures)
         _say(f"report: {run_dir / 'report.html'}", sys.stderr)
     except Exception as error:
-        _say(f"no report ({error}); isofast report {run_dir} writes one", sys.stderr)
+        _say(f"no report ({error}); write it with `isofast report {run_dir}`", sys.stderr)
 
 
 def _add_config(parser: argparse.ArgumentParser) -> None:
@@ -178,7 +178,7 @@ def _add_doctor(commands: Any) -> None:
         commands,
         "doctor",
         _doctor,
-        help="say whether training can run here, and what is missing",
+        help="check whether training can run here, and what is missing",
         description="Imports every library and runs kernels on every device. Exits with 1 if "
         "training cannot run.",
     )
@@ -188,13 +188,13 @@ def _add_doctor(commands: Any) -> None:
 def _doctor(args: argparse.Namespace) -> None:
     try:
         from isofast.run.doctor import examine
-    # a broken library raises what it likes
+    # a broken library may raise anything
     except Exception as error:
         verdict = "training cannot run here"
         problem = f"isofast cannot be imported: {type(error).__name__}: {error}"
         if args.json:
             print(json.dumps({"ok": False, "verdict": verdict, "problems": [problem]}))
-        raise RunError(f"{verdict}: {problem}. Install that library again") from error
+        raise RunError(f"{verdict}: {problem}. Reinstall that library") from error
 
     report = examine()
     _say(json.dumps(asdict(report)) if args.json else str(report))
@@ -207,16 +207,16 @@ def _add_profile(commands: Any) -> None:
         commands,
         "profile",
         _profile,
-        help="say where the time of a training step goes",
-        description="Trains some steps of a run and saves nothing but a trace of them.",
+        help="show where a training step spends its time",
+        description="Trains for a few steps and saves only a trace of them.",
     )
     _add_config(parser)
     parser.add_argument("--steps", type=_count, default=20, help="default 20")
-    parser.add_argument("--output", type=Path, default=Path("runs/profile"), help="for trace.json")
+    parser.add_argument("--output", type=Path, default=Path("runs/profile"), help="output folder")
 
 
 def _profile(args: argparse.Namespace) -> None:
-    # before torch is loaded: its profiler reports its start and end
+    # set before torch is loaded: silences the start and end messages of its profiler
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     from isofast.config.load import load_config
     from isofast.training.profile import profile_steps
@@ -229,33 +229,33 @@ def _add_evaluate(commands: Any) -> None:
         commands,
         "evaluate",
         _evaluate,
-        help="accuracies of a run's frozen features: k-NN, logistic regression, few labels",
-        description="Takes the encoder of the newest checkpoint and the clean training and "
-        "validation images of the run.",
+        help="evaluate a run's frozen features: k-NN, logistic regression, few labels",
+        description="Uses the encoder of the newest checkpoint, and the run's clean training and "
+        "validation images.",
     )
     parser.add_argument("run_dir", type=Path, metavar="RUN", help="a run's folder")
     parser.add_argument(
         "--protocol",
         choices=("knn", "linear", "few", "all"),
         default="all",
-        help="knn: weighted vote, k = 20 and 200; linear: logistic regression; few: the same on 1, "
-        "5 and 10 labels a class (default: all of them)",
+        help="knn: weighted vote, k = 20 and 200; linear: logistic regression; few: the same with "
+        "1, 5 and 10 labels per class (default: all)",
     )
     parser.add_argument(
         "--baselines",
         type=_words,
         default=[],
         metavar="NAME,...",
-        help="compare with random (the network before training), pixels (for small images), files "
-        "of weights for the same encoder (.safetensors)",
+        help="compare with random (the untrained network), pixels (for small images) or weight "
+        "files of the same encoder (.safetensors)",
     )
     parser.add_argument(
         "--train-images",
         type=_count,
         default=50_000,
-        help="labelled training images, at most (default 50,000)",
+        help="maximum number of labelled training images (default 50,000)",
     )
-    parser.add_argument("--root", type=Path, help="the images (default: the run's data.root)")
+    parser.add_argument("--root", type=Path, help="data root (default: the run's data.root)")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
@@ -274,14 +274,14 @@ def _evaluate(args: argparse.Namespace) -> None:
 
 
 def _add_embed(commands: Any) -> None:
-    parser = _command(commands, "embed", _embed, help="write the features of a folder of pictures")
+    parser = _command(commands, "embed", _embed, help="write the features of a folder of images")
     _add_source(parser)
-    parser.add_argument("--images", type=Path, required=True, help="pictures, read recursively")
+    parser.add_argument("--images", type=Path, required=True, help="image folder, read recursively")
     parser.add_argument(
         "--output",
         type=Path,
         required=True,
-        help=".npz or .pt with embeddings (N, F) and filenames, or .csv with a row a picture",
+        help=".npz or .pt with embeddings (N, F) and filenames, or .csv with one row per image",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
@@ -293,7 +293,7 @@ def _embed(args: argparse.Namespace) -> None:
     for name, problem in done.skipped.items():
         _say(f"{name}: {problem}", sys.stderr)
     if done.skipped:
-        _say(f"{len(done.skipped)} unreadable file(s) are left out", sys.stderr)
+        _say(f"{len(done.skipped)} unreadable file(s) skipped", sys.stderr)
     if args.json:
         print(json.dumps(asdict(done)))
     else:
@@ -308,7 +308,7 @@ def _add_export(commands: Any) -> None:
         commands,
         "export",
         _export,
-        help="write an encoder for other libraries",
+        help="export an encoder to other libraries",
         description="Writes the encoder without a classifier, and prints how to load it.",
     )
     _add_source(parser)
@@ -317,7 +317,7 @@ def _add_export(commands: Any) -> None:
         choices=("safetensors", "torchvision", "timm", "onnx", "huggingface"),
         required=True,
         help="torchvision and timm: a state dict (.pth or .safetensors); huggingface: a folder "
-        "that timm loads",
+        "for timm",
     )
     parser.add_argument("--output", type=Path, required=True)
 
@@ -333,7 +333,7 @@ def _add_source(parser: argparse.ArgumentParser) -> None:
         "source",
         type=Path,
         metavar="RUN|FILE",
-        help="a run's folder, its encoder.safetensors, or a checkpoint of torchvision or timm",
+        help="a run's folder, its encoder.safetensors, or a torchvision or timm checkpoint",
     )
 
 
@@ -342,13 +342,13 @@ def _add_report(commands: Any) -> None:
         commands,
         "report",
         _report,
-        help="write one HTML file about runs: verdict, curves, spectrum, neighbours",
-        description="Needs no network, neither to be written nor to be read. Training writes one "
-        "into each run's folder.",
+        help="write a one-file HTML report on runs: verdict, curves, spectrum, neighbours",
+        description="Neither writing nor reading the report needs network access. Training writes "
+        "one to each run's folder.",
     )
-    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="folders of runs")
+    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run folders")
     parser.add_argument("--output", type=Path, default=Path("report.html"), help="report.html")
-    parser.add_argument("--root", type=Path, help="the images (default: each run's data.root)")
+    parser.add_argument("--root", type=Path, help="data root (default: each run's data.root)")
 
 
 def _report(args: argparse.Namespace) -> None:
@@ -361,42 +361,42 @@ def _report(args: argparse.Namespace) -> None:
 def _add_theory(commands: Any) -> None:
     theory = commands.add_parser("theory", help="the paper's toy networks")
     what = theory.add_subparsers(dest="theory", required=True)
-    parser = _command(what, "simulate", _simulate, help="one network; prints its spectrum")
+    parser = _command(what, "simulate", _simulate, help="train one network and print its spectrum")
     parser.add_argument(
         "--loss", choices=("euclidean", "iso_euclidean", "cosine", "iso_cosine"), required=True
     )
     for name, text in (
-        ("stop-gradient", "learn through the target"),
-        ("predictor", "W = I in place of V V^T"),
+        ("stop-gradient", "let the gradient flow through the target"),
+        ("predictor", "use W = I instead of V V^T"),
     ):
         dest = name.replace("-", "_")
         parser.add_argument(f"--no-{name}", dest=dest, action="store_false", help=text)
-    parser.add_argument("--relu", action="store_true", help="a ReLU on the embeddings")
+    parser.add_argument("--relu", action="store_true", help="apply a ReLU to the embeddings")
     parser.add_argument(
         "--paper-gradient",
         action="store_true",
-        help="the cosine without stop-gradient as the paper prints it, which is not the derivative",
+        help="cosine without stop-gradient: the gradient that the paper prints, not the derivative",
     )
     parser.add_argument("--inputs", type=int, default=15, help="default 15")
     parser.add_argument("--outputs", type=int, default=10, help="default 10")
     parser.add_argument(
-        "--lr", type=float, help="default 0.1; for the Euclidean losses with a predictor 0.01"
+        "--lr", type=float, help="default 0.1, or 0.01 for the Euclidean losses with a predictor"
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     _add_descent(parser)
     for name, text in (
         ("figure2", "linear networks under every loss: embeddings and eigenvalues"),
         ("figure5", "the Euclidean and the cosine loss from three initialisations"),
-        ("figure6", "as figure2, with a ReLU on the embeddings"),
+        ("figure6", "like figure2, with a ReLU on the embeddings"),
     ):
-        description = f"P Fig. {name[-1]}: {text}. The planes take ten times --samples."
+        description = f"P Fig. {name[-1]}: {text}. The planes use ten times --samples."
         parser = _command(what, name, _toy_figure, help=text, description=description)
-        parser.add_argument("--output", type=Path, required=True, help="folder for PNG and NPZ")
+        parser.add_argument("--output", type=Path, required=True, help="output folder (PNG, NPZ)")
         _add_descent(parser)
 
 
 def _add_descent(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--steps", type=int, help="default 1,500; without predictor 100,000")
+    parser.add_argument("--steps", type=int, help="default 1,500, or 100,000 without predictor")
     parser.add_argument(
         "--samples",
         type=int,
@@ -412,7 +412,7 @@ def _simulate(args: argparse.Namespace) -> None:
     from isofast.paper.toy import Toy, simulate
 
     toy = Toy(**{field.name: getattr(args, field.name) for field in fields(Toy)})
-    # the matrices are small: threads cost more than they give
+    # the matrices are small: threads cost more than they gain
     torch.set_num_threads(1)
     initial, final = simulate(toy).eigenvalues[[0, -1], 0]
     trace = [initial.sum(), final.sum()]
@@ -445,15 +445,15 @@ def _add_figures(commands: Any) -> None:
         commands,
         "figures",
         _figures,
-        help="draw the paper's figures 3, 4, 7 and 8, or metrics, from runs",
-        description="3: C's eigenvalues and the accuracy of each run; 4: alignment of trained "
-        "linear predictors with C's eigenvectors; 7: runs with an EMA target beside runs without; "
-        "8: weight decays; metrics: each metric that needs no labels against k-NN accuracy, over "
-        "all evaluations, as PNG and CSV.",
+        help="draw the paper's figures 3, 4, 7 and 8, or the metrics, from runs",
+        description="3: eigenvalues of C and accuracy of each run; 4: alignment of trained linear "
+        "predictors with C's eigenvectors; 7: runs with and without an EMA target; 8: weight "
+        "decays; metrics: each label-free metric against k-NN accuracy, over all evaluations, as "
+        "PNG and CSV.",
     )
     parser.add_argument("what", choices=("3", "4", "7", "8", "metrics"), help="which figure")
-    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="folders of runs")
-    parser.add_argument("--output", type=Path, required=True, help="where it goes")
+    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run folders")
+    parser.add_argument("--output", type=Path, required=True, help="output folder")
 
 
 def _figures(args: argparse.Namespace) -> None:
@@ -471,9 +471,9 @@ def _add_reproduce(commands: Any) -> None:
         commands,
         "reproduce",
         _reproduce,
-        help="train the runs of one of the paper's tables, and print it beside the paper's",
-        description="Trains every method of the table with several seeds, one run after the "
-        "other. The same command skips finished runs and continues stopped ones.",
+        help="train the runs of one of the paper's tables, and compare with its results",
+        description="Trains every method of the table with several seeds, one run after "
+        "another. Repeat the command to skip finished runs and resume stopped ones.",
     )
     parser.add_argument(
         "table",
@@ -487,8 +487,8 @@ def _add_reproduce(commands: Any) -> None:
         nargs="+",
         default=[],
         metavar="NAME",
-        help="some of cifar10, cifar100, stl10, tinyimagenet, digits (default: all but digits; "
-        "with --scale small cifar10)",
+        help="any of cifar10, cifar100, stl10, tinyimagenet, digits (default: all but digits, or "
+        "cifar10 with --scale small)",
     )
     parser.add_argument(
         "--methods", type=_words, nargs="+", default=[], metavar="NAME", help="only these"
@@ -497,12 +497,11 @@ def _add_reproduce(commands: Any) -> None:
         "--scale",
         choices=("paper", "small"),
         default="paper",
-        help="small: a narrow network for 10 epochs (40 on the digits), one seed, with figures 3 "
-        "and 7",
+        help="small: a narrow network for 10 epochs (40 on digits), one seed, with figures 3 and 7",
     )
-    parser.add_argument("--seeds", type=_count, help="seeds 0 to N-1 (5; with --scale small 1)")
-    parser.add_argument("--epochs", type=_count, help="default: the scale's, 1,000 for the paper's")
-    parser.add_argument("--root", type=Path, required=True, help="holds each data set as DIR/NAME")
+    parser.add_argument("--seeds", type=_count, help="seeds 0 to N-1 (default 5; small: 1)")
+    parser.add_argument("--epochs", type=_count, help="default: set by --scale; 1,000 for paper")
+    parser.add_argument("--root", type=Path, required=True, help="holds each data set as ROOT/NAME")
     parser.add_argument("--runs", type=Path, default=Path("runs/reproduce"), help="where runs go")
     parser.add_argument(
         "--launcher",
@@ -521,7 +520,7 @@ def _add_reproduce(commands: Any) -> None:
     parser.add_argument(
         "--dry-run",
         action="store_true",
-        help="write the runs' config files and print the commands, for a scheduler or by hand; "
+        help="write the config files and print the commands, to run by hand or by a scheduler; "
         "start nothing",
     )
 
@@ -560,7 +559,7 @@ def _count(text: str) -> int:
 
 
 def _say(text: str, stream: TextIO | None = None) -> None:
-    """Print what may hold file names, which need not be text in the terminal's encoding."""
+    """Print text with file names, which the terminal's encoding may not represent."""
     stream = stream or sys.stdout
     encoding = stream.encoding or "utf-8"
     print(text.encode(encoding, "backslashreplace").decode(encoding), file=stream)

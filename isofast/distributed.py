@@ -1,4 +1,4 @@
-"""The ranks of a run: who they are, and means and gathers over them."""
+"""Ranks of a run: rank and world size, and collectives."""
 
 import os
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ _T = TypeVar("_T")
 
 @dataclass(frozen=True)
 class World:
-    """This process among its peers."""
+    """Rank, world size and device of this process."""
 
     rank: int
     size: int
@@ -28,31 +28,31 @@ class World:
 
 
 def under_srun() -> bool:
-    """Whether srun started this process, rather than a batch script by itself."""
+    """Whether srun started this process, rather than a batch script directly."""
     return "RANK" not in os.environ and int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1
 
 
 def launched_rank() -> int:
-    """Return the rank that the launcher assigned; 0 without one."""
+    """Return the rank that the launcher assigned; 0 without a launcher."""
     return int(os.environ.get("SLURM_PROCID" if under_srun() else "RANK", "0"))
 
 
 def launched_world_size() -> int:
-    """Return the number of processes that the launcher started; 1 without one."""
+    """Return the number of processes that the launcher started; 1 without a launcher."""
     return int(os.environ.get("SLURM_STEP_NUM_TASKS" if under_srun() else "WORLD_SIZE", "1"))
 
 
 def cores_of_rank(world: World) -> int:
-    """Return this rank's share of the cores; srun has already bound its processes to theirs."""
+    """Return the number of cores for this rank; srun has already bound its tasks to theirs."""
     env = os.environ
     known = env.get("LOCAL_WORLD_SIZE") or env.get("LOCAL_SIZE") or world.size
-    # a task of srun may be a shell or a launcher that starts the ranks
+    # an srun task may be a shell or a launcher that starts the ranks
     sharing = 1 if env.get("SLURM_STEP_NUM_TASKS") == str(world.size) else int(known)
     return max(1, len(os.sched_getaffinity(0)) // sharing)
 
 
 def mean_over_ranks_(tensor: Tensor) -> Tensor:
-    """Replace ``tensor`` on every rank by its mean over the ranks; return it."""
+    """Average ``tensor`` over the ranks, in place; return it."""
     if world_size() > 1:
         dist.all_reduce(tensor)
         tensor.div_(world_size())
@@ -60,7 +60,7 @@ def mean_over_ranks_(tensor: Tensor) -> Tensor:
 
 
 def mean_of_statistics_over_ranks_(module: nn.Module) -> None:
-    """Average BatchNorm's running statistics over the ranks, in one collective.
+    """Average BatchNorm's running statistics over the ranks, in one all-reduce.
 
     DeepSpeed reduces gradients only; local statistics would drift apart.
     """
@@ -89,7 +89,7 @@ def gather_objects(item: _T) -> list[_T]:
 
 
 def world_size() -> int:
-    """Return the number of processes in the group; 1 without one."""
+    """Return the number of processes in the group; 1 without a group."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 

@@ -1,4 +1,4 @@
-"""Errors of commands and the exit codes they become."""
+"""Errors that commands raise, and their exit codes."""
 
 import errno
 import signal
@@ -6,18 +6,18 @@ import sys
 import traceback
 from collections.abc import Callable
 
-GOES_ON = "the same command goes on from what is complete"
+GOES_ON = "rerun the same command to continue"
 
 
 class UserError(ValueError):
-    """A user's mistake; the message says what was got, what is allowed and what to do.
+    """A user's mistake; the message says what was wrong, what is allowed and what to do.
 
     Commands print it without a traceback and exit with code 2.
     """
 
 
 class RankError(UserError):
-    """A user's mistake that only some ranks see; each of those prints it."""
+    """A user's mistake that only some ranks see; each of them prints it."""
 
 
 class RunError(RuntimeError):
@@ -25,7 +25,7 @@ class RunError(RuntimeError):
 
 
 class Stopped(Exception):
-    """A signal stopped a run, which has saved and can continue.
+    """A signal stopped a run; its state is saved and it can continue.
 
     Args:
         number: the signal. After SIGUSR1 commands exit with code 0, else with 128 + ``number``.
@@ -42,8 +42,8 @@ def exit_code_of(command: Callable[[], None], *, debug: bool, rank: int = 0) -> 
 
     Args:
         command: what to run.
-        debug: print tracebacks of user errors too.
-        rank: this process's; only rank 0 prints errors common to all ranks.
+        debug: also print tracebacks of user errors.
+        rank: rank of this process; only rank 0 prints errors common to all ranks.
     """
     try:
         command()
@@ -63,10 +63,10 @@ def exit_code_of(command: Callable[[], None], *, debug: bool, rank: int = 0) -> 
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         if rank == 0:
-            sys.stderr.write(f"\nerror: {error}. Make room, then give the same command again\n")
+            sys.stderr.write(f"\nerror: {error}. Free some space, then rerun the same command\n")
         return 1
     except KeyboardInterrupt:
         if rank == 0:
-            sys.stderr.write(f"\ninterrupted; {GOES_ON}, or starts over\n")
+            sys.stderr.write(f"\ninterrupted; {GOES_ON} from what is complete, or to start over\n")
         return 130
     return 0

@@ -1,9 +1,9 @@
-"""Kernels of non-contrastive self-supervised learning.
+"""Kernels for non-contrastive self-supervised learning.
 
-The asymmetric losses of IsoLoss, DirectPred and DirectCopy, alone and as the module `IsoLoss`, the
-correlation state they share, the predictor made of it, and the augmentation of images that lie on
-the device. CUDA tensors run Triton, CPU tensors the plain torch of `reference` and
-`augment_reference`. Needs torch and, for CUDA, triton.
+The asymmetric losses of IsoLoss, DirectPred and DirectCopy, as functions and as the module
+`IsoLoss`, the correlation matrix they share, the predictor computed from it, and augmentation of
+images stored on the device. CUDA tensors run Triton, CPU tensors the plain torch of `reference`
+and `augment_reference`. Requires torch and, for CUDA, triton.
 """
 
 from .augment_ops import augment_views

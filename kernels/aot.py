@@ -1,11 +1,11 @@
-"""Compiles every kernel for given GPUs on a machine without one, and checks what it costs.
+"""Compile every kernel for given GPUs on a machine without one, and check its resource usage.
 
     python -m isofast_kernels.aot [--targets sm_80,sm_90,sm_100] [--only TEXT] [--all-widths]
 
-prints a row a kernel and target: registers a thread, spilling instructions (LDL and STL in the
-machine code), stack and shared memory. Exits 1 when a kernel spills, has a stack or asks for more
-shared memory than a block of its target has. Kernels are compiled as a launch would: with the
-tiles of a launch, pointers aligned to 16 bytes, sizes fixed and B unknown.
+prints one row per kernel and target: registers per thread, spill instructions (LDL and STL in the
+machine code), stack and shared memory. Exits with 1 if a kernel spills, uses a stack or needs more
+shared memory than its target gives a block. Kernels are compiled as in a launch: with its tile
+sizes, pointers aligned to 16 bytes, fixed sizes and B unknown.
 """
 
 import argparse
@@ -43,35 +43,35 @@ from .norm_pool import FORWARD_TILE, SUMMED_TILES, _norm_pool_gradient_kernel, _
 from .norm_pool import tile_options as pool_tiles
 
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
-"""Bytes of shared memory that one block may have, by compute capability."""
+"""Maximum bytes of shared memory per block, by compute capability."""
 
 FEATURES = (32, 64, 128, 256, 512, 1024)
 """One D for every tile that a launch may choose."""
 
 LOSS_FEATURES = (*FEATURES, 2048)
-"""The same of the losses."""
+"""The same for the losses."""
 
 RAGGED = (37, 250, 528)
-"""Some D of the losses that no tile divides."""
+"""Some D for the losses that no tile divides."""
 
 WIDTHS = (*range(32, 512, 32), *range(512, 1025, 64))
-"""Every D up to 1024 of the correlation: a launch pads others to the next."""
+"""Every D up to 1024 for the correlation; a launch pads other widths to the next."""
 
 POWER_WIDTHS = tuple(range(64, 1025, 64))
-"""The same of the matrix power."""
+"""The same for the matrix power."""
 
 DTYPES = ("fp32", "fp16", "bf16")
 
 VIEWS = ((32, 32, False), (64, 64, False), (96, 96, True), (96, 64, True), (256, 224, False))
-"""Sides of stored images and of views, and whether there is blur: the presets', and reductions."""
+"""Sides of stored images and views, and whether there is blur: the presets and downscaling."""
 
 STEMS = ((64, 64), (64, 48), (64, 112), (48, 23))
-"""Channels and side of what is pooled: the presets', ImageNet's, and one that no tile divides."""
+"""Channels and side of the pooled map: presets, ImageNet, and one that no tile divides."""
 
 
 @dataclass(frozen=True)
 class Build:
-    """One specialisation of a kernel: what a launch would compile."""
+    """One specialisation of a kernel, as a launch would compile it."""
 
     name: str
     types: dict[str, str]
@@ -83,7 +83,7 @@ class Build:
 
 @dataclass(frozen=True)
 class Usage:
-    """What ptxas made of a build."""
+    """Resources that ptxas assigned to a build."""
 
     name: str
     target: int
@@ -120,7 +120,7 @@ def _build(name: str, types: dict[str, str], constants: dict[str, Any]) -> Build
 
 
 def builds(all_widths: bool = False) -> Iterator[Build]:
-    """Every kernel with every dtype, tile and flag; with `all_widths`, WIDTHS and RAGGED too."""
+    """Yield every kernel with every dtype, tile and flag; `all_widths` adds WIDTHS and RAGGED."""
     widths = WIDTHS if all_widths else FEATURES
     for dtype in DTYPES:
         for features in (*LOSS_FEATURES, *RAGGED) if all_widths else LOSS_FEATURES:
@@ -181,7 +181,7 @@ def _power_builds(features: int) -> Iterator[Build]:
     def pointers(kind: str, *names: str) -> dict[str, str]:
         return dict.fromkeys((f"{name}_ptr" for name in names), f"*{kind}")
 
-    # a bound, the largest eigenvalue, or both, from so many squares
+    # a bound, the largest eigenvalue, or both, from this many squares
     for spectral, bounded, squares in (
         (False, True, BOUND_SQUARINGS),
         (True, False, SQUARINGS),
@@ -247,7 +247,7 @@ def _pool_builds(channels: int, side: int, dtype: str) -> Iterator[Build]:
 
 
 def compile_for(build: Build, capability: int) -> Any:
-    """Compile `build` for a compute capability (80, 90, 100), as Triton's compiled kernel."""
+    """Compile `build` for a compute capability (80, 90, 100); return Triton's compiled kernel."""
     kernel = KERNELS[build.name.split()[0]]
     constants = dict.fromkeys(build.constants, "constexpr")
     # ASTSource matches by position
@@ -275,18 +275,18 @@ def compile_for(build: Build, capability: int) -> Any:
 
 
 def measure(build: Build, capability: int) -> Usage:
-    """Compile `build` and read what its machine code takes."""
+    """Compile `build` and measure the resources of its machine code."""
     compiled = compile_for(build, capability)
     with tempfile.TemporaryDirectory() as folder:
         path = os.path.join(folder, "kernel.cubin")
         with open(path, "wb") as file:
             file.write(compiled.asm["cubin"])
         usage = _tool(triton.knobs.nvidia.cuobjdump.path, "-res-usage", path)
-        # one function a cubin; "SHARED" there is only what is static, metadata has the whole
+        # one function per cubin; its "SHARED" counts static memory only, metadata has the total
         registers, stack, local = (
             int(re.findall(rf"{key}:(\d+)", usage)[-1]) for key in ("REG", "STACK", "LOCAL")
         )
-        # what is spilled lies on the stack; reading the code takes as long as compiling it
+        # spills live on the stack; disassembling takes as long as compiling
         code = _tool(triton.knobs.nvidia.nvdisasm.path, "-c", path) if stack or local else ""
     spills = len(re.findall(r"\b(?:LDL|STL)\b", code))
     return Usage(build.name, capability, registers, spills, stack, compiled.metadata.shared)
@@ -304,13 +304,13 @@ def _measure_all(pairs: list[tuple[Build, int]], jobs: int) -> Iterator[Usage]:
     if jobs == 1:
         yield from map(_measure, pairs)
         return
-    # spawn: a fork of a process that has run torch's threads may hang
+    # spawn, because forking a process that has run torch's threads may hang
     with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
         yield from pool.map(_measure, pairs, chunksize=4)
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Print the table; 1 if anything is over budget, 2 if the arguments are wrong."""
+    """Print the table; return 1 if anything is over budget, exit with 2 on bad arguments."""
     parser = argparse.ArgumentParser(
         prog="python -m isofast_kernels.aot", description=__doc__.splitlines()[0]
     )
@@ -319,9 +319,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--all-widths",
         action="store_true",
-        help="also the D that are no power of two: all of some kernels, a sample of the losses",
+        help="add D that are not powers of two: all for some kernels, a sample for the losses",
     )
-    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="number of processes")
     options = parser.parse_args(arguments)
     if INTERPRET:
         parser.error("TRITON_INTERPRET=1 leaves nothing to compile; unset it")
@@ -331,7 +331,7 @@ def main(arguments: list[str] | None = None) -> int:
     targets = [target.strip() for target in options.targets.split(",")]
     unknown = sorted(set(targets) - set(known))
     if unknown:
-        parser.error(f"unknown target {', '.join(unknown)}; choose among {', '.join(known)}")
+        parser.error(f"unknown target {', '.join(unknown)}; choose from {', '.join(known)}")
     pairs = [
         (build, known[target])
         for target in targets
@@ -339,7 +339,7 @@ def main(arguments: list[str] | None = None) -> int:
         if options.only in build.name
     ]
     if not pairs:
-        parser.error(f"no kernel's name has {options.only!r} in it")
+        parser.error(f"no kernel name contains {options.only!r}")
     print(f"{'kernel':44} {'target':6} {'registers':>9} {'spills':>6} {'stack':>5} {'shared':>7}")
     over = []
     for usage in _measure_all(pairs, options.jobs):
@@ -352,7 +352,7 @@ def main(arguments: list[str] | None = None) -> int:
             over.append(row)
         print(row, flush=True)
     print(f"{len(pairs)} kernels compiled, {len(over)} over budget")
-    # again at the end, where one looks
+    # repeat at the end, where people look
     print(*over, sep="\n", end="\n" if over else "")
     return 1 if over else 0
 

@@ -1,4 +1,4 @@
-"""What the public operations refuse, as ValueError: what was got, what is allowed, what to do."""
+"""Argument checks of the public operations; a ValueError says what is allowed and what to do."""
 
 from collections.abc import Sequence
 
@@ -9,17 +9,17 @@ from . import augment_reference, reference
 
 KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 MAX_FEATURES = 8192
-"""Of the losses on CUDA: what the registers of a block hold."""
+"""Largest D of the losses on CUDA, limited by a block's registers."""
 
 
 def check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
-    """Refuse a name that is not among ``allowed``."""
+    """Reject a name that is not in ``allowed``."""
     if value not in allowed:
         raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(map(repr, allowed))}.")
 
 
 def check_same_device(names: str, tensors: Sequence[Tensor]) -> None:
-    """Refuse tensors on different devices."""
+    """Reject tensors on different devices."""
     devices = {tensor.device for tensor in tensors}
     if len(devices) > 1:
         listed = ", ".join(sorted(map(str, devices)))
@@ -29,7 +29,7 @@ def check_same_device(names: str, tensors: Sequence[Tensor]) -> None:
 
 
 def check_square(name: str, x_DD: Tensor) -> None:
-    """Refuse what is not a matrix (D, D) of a type that C and W may have."""
+    """Reject anything but a (D, D) matrix of a dtype that C and W may have."""
     if x_DD.ndim != 2 or x_DD.shape[0] != x_DD.shape[1] or x_DD.shape[0] == 0:
         raise ValueError(
             f"{name} has shape {tuple(x_DD.shape)}; it must be (D, D) with D at least 1."
@@ -47,7 +47,7 @@ def check_square(name: str, x_DD: Tensor) -> None:
 
 
 def check_rows(name: str, x_BD: Tensor) -> None:
-    """Refuse what is not a batch of rows (B, D) of a type that the kernels take."""
+    """Reject anything but a batch of rows (B, D) of a dtype that the kernels support."""
     if x_BD.ndim != 2 or 0 in x_BD.shape:
         raise ValueError(
             f"{name} has shape {tuple(x_BD.shape)}; it must be (B, D) with B and D at least 1."
@@ -63,7 +63,7 @@ def check_rows(name: str, x_BD: Tensor) -> None:
 def check_loss_arguments(
     zs: dict[str, Tensor], targets: dict[str, Tensor], w_DD: Tensor, metric: str
 ) -> None:
-    """Refuse embeddings, targets and a W that do not fit each other."""
+    """Reject embeddings, targets and a W that do not match each other."""
     check_choice("metric", metric, reference.METRICS)
     check_square("w_DD", w_DD)
     first = next(iter(zs.values()))
@@ -77,26 +77,26 @@ def check_loss_arguments(
         if x_BD.shape != first.shape:
             raise ValueError(
                 f"{name} has shape {tuple(x_BD.shape)} and {next(iter(zs))} has "
-                f"{tuple(first.shape)}; embeddings and targets must have one shape (B, D)."
+                f"{tuple(first.shape)}; embeddings and targets must have the same shape (B, D)."
             )
     for group in (zs, targets):
         dtypes = {x_BD.dtype for x_BD in group.values()}
         if len(dtypes) > 1:
             raise ValueError(
                 f"{', '.join(group)} have dtypes {', '.join(sorted(map(str, dtypes)))}; both "
-                "directions must have one. Convert with .to(dtype)."
+                "directions must have the same dtype. Convert with .to(dtype)."
             )
     if w_DD.shape[0] != first.shape[1]:
         raise ValueError(
             f"w_DD has shape {tuple(w_DD.shape)} and the embeddings have D = {first.shape[1]}; "
-            "w_DD must be (D, D) of the same D."
+            "w_DD must be (D, D) with the same D."
         )
     everything = {**zs, **targets, "w_DD": w_DD}
     check_same_device(", ".join(everything), list(everything.values()))
 
 
 def as_views(z_BD: Tensor | Sequence[Tensor]) -> list[Tensor]:
-    """One tensor or a sequence of them as a list of detached views that fit each other."""
+    """Return one tensor or a sequence of tensors as a list of matching, detached views."""
     views = [z_BD] if isinstance(z_BD, Tensor) else list(z_BD)
     if not views:
         raise ValueError("z_BD is an empty sequence; give at least one tensor (B, D).")
@@ -106,8 +106,8 @@ def as_views(z_BD: Tensor | Sequence[Tensor]) -> list[Tensor]:
         if view.shape[1] != views[0].shape[1] or view.dtype != views[0].dtype:
             raise ValueError(
                 f"{name} is (B, {view.shape[1]}) of {view.dtype} and the first view is "
-                f"(B, {views[0].shape[1]}) of {views[0].dtype}; all views must have one D and "
-                "one dtype."
+                f"(B, {views[0].shape[1]}) of {views[0].dtype}; all views must have the same D "
+                "and dtype."
             )
     check_same_device("the views", views)
     return [view.detach() for view in views]
@@ -122,10 +122,10 @@ def check_augment_arguments(
     std: Sequence[float],
     dtype: torch.dtype,
 ) -> None:
-    """Refuse what cannot be augmented; the values of indices and parameters are not looked at."""
+    """Reject what cannot be augmented; values of indices and parameters are not checked."""
     if images.ndim != 4 or images.shape[3] != 3 or 0 in images.shape:
         raise ValueError(
-            f"images_NHW3 has shape {tuple(images.shape)}; it must be (N, H, W, 3), not empty."
+            f"images_NHW3 has shape {tuple(images.shape)}; it must be (N, H, W, 3) and not empty."
         )
     if images.dtype != torch.uint8 or not images.is_contiguous():
         raise ValueError(
@@ -152,6 +152,6 @@ def check_augment_arguments(
         raise ValueError(f"side is {side}; it must be at least 1 pixel.")
     if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
         raise ValueError(
-            f"mean is {tuple(mean)} and std is {tuple(std)}; both have three values, std above 0."
+            f"mean is {tuple(mean)} and std is {tuple(std)}; both need three values, std above 0."
         )
     check_same_device("images_NHW3, index_B and parameters_VBP", [images, index, parameters])

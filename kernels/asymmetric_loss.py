@@ -1,8 +1,8 @@
-"""The asymmetric losses in Triton: a product, then the value and gradient of every row.
+"""The asymmetric losses in Triton: a matmul, then the value and gradient of every row.
 
-`reference.losses_and_gradients_reference` says what is computed. Shape letters: B rows of a
+`reference.losses_and_gradients_reference` defines what is computed. Shape letters: B rows of a
 batch, D features, V directions (z1 -> t2 and z2 -> t1 in the same launches), K a step of the inner
-dimension, N sums of losses.
+dimension, N partial sums of losses.
 """
 
 import torch
@@ -26,8 +26,8 @@ def _tile_times_w(
     BLOCK_D: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """A tile of X W, accumulated in fp32 along D in a fixed order."""
-    # 64 bits here, once: B * D may pass 2^31, offsets within a block do not
+    """Compute a tile of X W, accumulated in fp32 along D in a fixed order."""
+    # 64 bits only here: B * D may exceed 2^31, offsets within a block do not
     first = tl.program_id(0).to(tl.int64) * BLOCK_B
     row_B = tl.arange(0, BLOCK_B)
     col_D = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
@@ -46,8 +46,8 @@ def _tile_times_w(
             other=0.0,
         )
         if x_BK.dtype == tl.bfloat16:
-            # fp32 is three numbers in bf16, whose products with x are exact; summed from zero and
-            # from the smallest, as tensor cores truncate what they add to an accumulator
+            # split fp32 into three bf16 numbers, whose products with x are exact; sum from zero,
+            # smallest first, because tensor cores truncate what they add to an accumulator
             high_KD = w_KD.to(tl.bfloat16)
             w_KD -= high_KD.to(tl.float32)
             mid_KD = w_KD.to(tl.bfloat16)
@@ -55,7 +55,7 @@ def _tile_times_w(
             sum_BD = tl.dot(x_BK, mid_KD, tl.dot(x_BK, low_KD))
             acc_BD += tl.dot(x_BK, high_KD, sum_BD)
         else:
-            # of few features 3xTF32 would err more than fp32 does
+            # for few features 3xTF32 would be less accurate than fp32
             precision: tl.constexpr = "ieee" if D <= BLOCK_K else "tf32x3"
             acc_BD = tl.dot(x_BK.to(tl.float32), w_KD, acc_BD, input_precision=precision)
     tl.store(
@@ -65,7 +65,7 @@ def _tile_times_w(
     )
 
 
-# one build for all B, so that batches of other sizes compile nothing anew
+# one build for all B, so that other batch sizes do not recompile
 @triton.jit(do_not_specialize=["B"])
 def _rows_times_w_kernel(
     x1_ptr,
@@ -79,9 +79,9 @@ def _rows_times_w_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """out[v] = X_v W, grid (B tiles, D tiles, V). Either X has a pointer, whose alignment is kept.
+    """out[v] = X_v W, grid (B tiles, D tiles, V). Each X has its own pointer, to keep alignment.
 
-    Sets to zero what `_loss_kernel` counts in.
+    Also zeroes the counter of `_loss_kernel`.
     """
     if tl.program_id(2) == 0:
         tl.store(count_ptr, 0, mask=(tl.program_id(0) == 0) & (tl.program_id(1) == 0))
@@ -106,7 +106,7 @@ def _loss_and_gradient_rows(
     BLOCK_B: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """The sum of a block's losses and their gradient, times `scale`: in p, or in z if isotropic."""
+    """Store a block's summed loss and its gradient in p, or in z if isotropic, times `scale`."""
     first = tl.program_id(0).to(tl.int64) * BLOCK_B
     row_B = tl.arange(0, BLOCK_B)
     col_D = tl.arange(0, BLOCK_D)
@@ -127,7 +127,7 @@ def _loss_and_gradient_rows(
         g_BD = (cosine_B[:, None] * p_BD - t_BD) * inv_a_B[:, None]
         loss_B = -cosine_B
         if ISOTROPIC:
-            # P Eq. 17 is z.g minus half of the term in z.p
+            # P Eq. 17 is z.g minus half of its z.p term
             z_BD = tl.load(z_ptr + offset_BD, mask=mask_BD, other=0.0).to(tl.float32)
             half_B = 0.5 * cosine_B * tl.sum(z_BD * p_BD, axis=1) * inv_a_B
             loss_B = tl.sum(z_BD * g_BD, axis=1) - half_B
@@ -156,7 +156,7 @@ def _loss_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """Grid (row blocks, V). The program that ends last adds up all sums, in one order."""
+    """Grid (row blocks, V). The last program to finish adds all sums in a fixed order."""
     if tl.program_id(1) == 0:
         _loss_and_gradient_rows(
             z1_ptr,
@@ -188,7 +188,7 @@ def _loss_kernel(
             BLOCK_B,
             BLOCK_D,
         )
-    # the loss is stored before the program is counted
+    # store the loss before counting this program as done
     tl.debug_barrier()
     ended = tl.atomic_add(count_ptr, 1)
     total = tl.num_programs(0) * tl.num_programs(1)
@@ -196,13 +196,13 @@ def _loss_kernel(
         sum_N = tl.zeros([BLOCK_N], dtype=tl.float32)
         for start in range(0, total, BLOCK_N):
             n_N = start + tl.arange(0, BLOCK_N)
-            # from where other multiprocessors' stores are seen
+            # .cg reads where other multiprocessors' stores are visible
             sum_N += tl.load(loss_ptr + n_N, mask=n_N < total, other=0.0, cache_modifier=".cg")
         tl.store(sum_ptr, tl.sum(sum_N, axis=0))
 
 
 def product_tiles(features: int) -> dict[str, int]:
-    """Tiles and warps of the product for D = `features`; small, to fill the device at D = 256."""
+    """Return tiles and warps of the matmul; tiles are small, to fill the device at D = 256."""
     return {
         "BLOCK_B": 16,
         "BLOCK_D": 32 if features <= 256 else 64,
@@ -213,7 +213,7 @@ def product_tiles(features: int) -> dict[str, int]:
 
 
 def row_tiles(features: int) -> dict[str, int]:
-    """Tiles and warps of the losses for D = `features`."""
+    """Return tiles and warps of the losses for D = `features`."""
     block_d = max(32, triton.next_power_of_2(features))
     return {
         "BLOCK_B": max(1, 1024 // block_d),
@@ -227,11 +227,11 @@ def row_tiles(features: int) -> dict[str, int]:
 def asymmetric_loss_launch(
     zs: list[Tensor], targets: list[Tensor], w_DD: Tensor, metric: str, isotropic: bool
 ) -> tuple[Tensor, Tensor]:
-    """Value and gradient of the V = 1 or 2 directions zs[v] -> targets[v].
+    """Compute value and gradient of the V = 1 or 2 directions zs[v] -> targets[v].
 
     Args:
-        zs, targets: V tensors (B, D) each, float32, float16 or bfloat16; all zs of one dtype,
-            all targets of one dtype.
+        zs, targets: V tensors (B, D) each, float32, float16 or bfloat16; all zs have one dtype,
+            all targets have one dtype.
         w_DD: the predictor, (D, D), symmetric, float32.
         metric: "cosine" or "euclidean".
         isotropic: the IsoLoss of that metric.
@@ -273,7 +273,7 @@ def asymmetric_loss_launch(
         empty(directions, blocks),
         loss,
         count,
-        # the gradient in p takes the place of p, row by row
+        # the gradient in p overwrites p, row by row
         dz_VBD if isotropic else p_VBD,
         1.0 / rows,
         rows,

@@ -1,10 +1,10 @@
-"""Both views of a batch from stored 8-bit images in Triton, one launch.
+"""All views of a batch from stored 8-bit images in Triton, one launch.
 
-`augment_reference` says what is computed. A program owns one view of one image and goes over it in
-blocks of pixels. What the next pass reads from other pixels (the rows that the resize has made,
-levels whose mean the contrast needs, the neighbours that a blur sees) waits in scratch memory that
-only this program touches; a barrier of its threads lies between. Shape letters as there, and I for
-the pixels of a block. Scratch is planar, (3, rows, S).
+`augment_reference` defines what is computed. A program owns one view of one image and processes it
+in blocks of pixels. What a later pass reads from other pixels (resized rows, levels whose mean the
+contrast needs, neighbours in a blur) is kept in scratch memory that only this program touches, with
+a thread barrier in between. Shape letters as there, plus I for the pixels of a block. Scratch is
+planar, (3, rows, S).
 """
 
 import math
@@ -64,7 +64,7 @@ def _store_view(
     inv_b,
     S: tl.constexpr,
 ):
-    """Solarize, flip, normalise, and write NHWC."""
+    """Solarize, flip, normalise and write NHWC."""
     solarize_from = tl.load(row_ptr + _SOLARIZE).to(tl.int32)
     r_I = tl.where(r_I >= solarize_from, 255 - r_I, r_I).to(tl.float32)
     g_I = tl.where(g_I >= solarize_from, 255 - g_I, g_I).to(tl.float32)
@@ -98,8 +98,8 @@ def _augment_kernel(
     BLUR: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Grid (B, V). Means and inverse deviations are those of levels."""
-    # 64 bits here, once: a store of images may pass 2^31 bytes, what one program sees does not
+    """Grid (B, V). Means and inverse standard deviations are in levels."""
+    # 64 bits only here: the stored images may exceed 2^31 bytes, one program's data do not
     program = (tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)).to(tl.int64)
     image_ptr = images_ptr + tl.load(index_ptr + tl.program_id(0)).to(tl.int64) * (H * W * 3)
     row_ptr = parameters_ptr + program * _COLUMNS
@@ -119,7 +119,7 @@ def _augment_kernel(
         _store_rgb(lines_ptr + pixel_I, S * H, r_I, g_I, b_I, mask_I)
     tl.debug_barrier()
 
-    # the contrast needs a mean over the image as it is when its turn comes
+    # contrast needs the mean of the image at its place in the order
     turn = 0
     for place in tl.static_range(1, 4):
         turn = tl.where(tl.load(row_ptr + _ORDER + place) == _CONTRAST, place, turn)
@@ -204,12 +204,12 @@ def _augment_kernel(
 
 
 def taps(stored: int, side: int) -> int:
-    """The most pixels that a resize from at most `stored` pixels to `side` looks at."""
+    """Return the most pixels that a resize from at most `stored` pixels to `side` reads."""
     return math.ceil(2 * CUBIC_REACH * max(1.0, stored / side))
 
 
 def tile_options(side: int) -> dict[str, int]:
-    """Pixels of a block and warps: 4 pixels a thread; with 8 the largest builds spill (aot.py)."""
+    """Return block size and warps: 4 pixels per thread, as with 8 large builds spill (aot.py)."""
     return {
         "BLOCK": min(512, triton.next_power_of_2(side * side)),
         "num_warps": 4,
@@ -227,7 +227,7 @@ def augment_launch(
     blur: bool,
     dtype: torch.dtype,
 ) -> Tensor:
-    """Every view of a batch in one launch; arguments as in `isofast_kernels.augment_views`.
+    """Create every view of a batch in one launch; arguments as in `isofast_kernels.augment_views`.
 
     Returns:
         views_VBSS3, (V, B, side, side, 3), `dtype`.
@@ -257,7 +257,7 @@ def augment_launch(
         TAPS_Y=taps(stored_height, side),
         TAPS_X=taps(stored_width, side),
         BLUR=blur,
-        # a product and a sum are rounded one by one, as the reference does, on every device
+        # round products and sums separately, as the reference does, on every device
         enable_fp_fusion=False,
         **tile_options(side),
     )

@@ -1,6 +1,6 @@
-"""The augmentation as an operation: dispatch, shapes for tracing; `ops` has the others.
+"""The augmentation as a custom op: dispatch and fake shapes; `ops` has the other ops.
 
-CUDA tensors run Triton, CPU tensors `augment_reference`, which explains the shape letters.
+CUDA tensors run Triton, CPU tensors `augment_reference`, which defines the shape letters.
 """
 
 from collections.abc import Sequence
@@ -27,7 +27,7 @@ def _augment_views(
     blur: bool,
     dtype: torch.dtype,
 ) -> Tensor:
-    """views_VBSS3; the pixels of a view lie together, as channels_last has them."""
+    """Return views_VBSS3, the channels_last memory layout."""
     if runs_triton(parameters):
         with device_of(images):
             return augment_launch(images, index, parameters, side, mean, std, blur, dtype)
@@ -63,30 +63,30 @@ def augment_views(
     blur: bool,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """Every view of a batch, made of stored 8-bit images in one launch.
+    """Create every view of a batch from stored 8-bit images in one launch.
 
-    A window is resized (bicubic, antialiased), its colours are jittered in the order drawn for
-    it, turned gray, blurred, solarized, flipped and normalised: torchvision's operations on Pillow
-    images, rounded to levels where those are. `isofast_kernels.augment_reference` spells them
-    out. Nothing is drawn here: the same arguments give the same bits.
+    A window is resized (bicubic, antialiased), colour-jittered in its drawn order, converted to
+    gray, blurred, solarized, flipped and normalised: torchvision's operations on Pillow images,
+    rounded to levels where Pillow rounds. `isofast_kernels.augment_reference` spells them out.
+    Nothing is random here: the same arguments give the same bits.
 
     Args:
         images_NHW3: the stored images, (N, H, W, 3), uint8, RGB, contiguous.
-        index_B: which of them make the batch, (B,), int64, each from 0 to N - 1.
-        parameters_VBP: what to do to them, (V, B, 16), float32, V views; the columns are
-            `augment_reference.COLUMNS`. Windows lie within the stored image.
-        side: of a view, in pixels.
-        mean, std: of the three channels, for pixels in [0, 1].
-        blur: whether any row blurs at all; without, column blur_sigma is not looked at. A blur
-            reaches ceil(3 sigma) pixels, which must be less than `side`.
-        dtype: of the views: float32, float16 or bfloat16.
+        index_B: indices of the batch's images, (B,), int64, each from 0 to N - 1.
+        parameters_VBP: transform parameters, (V, B, 16), float32, for V views; the columns are
+            `augment_reference.COLUMNS`. Windows must lie within the stored image.
+        side: side of a view in pixels.
+        mean, std: per channel, for pixels in [0, 1].
+        blur: whether any row blurs; if false, column blur_sigma is ignored. A blur reaches
+            ceil(3 sigma) pixels, which must be less than `side`.
+        dtype: dtype of the views: float32, float16 or bfloat16.
 
     Returns:
         views_VBCSS, (V, B, 3, side, side); each view is contiguous as channels_last.
 
     Raises:
-        ValueError: a shape, dtype, device or size that is not allowed. Values on the device are
-            not looked at, which would wait for it: an index or a window outside is undefined.
+        ValueError: a shape, dtype, device or size is not allowed. Values on the device are not
+            checked, which would need a host sync: an index or window out of range is undefined.
     """
     check_augment_arguments(images_NHW3, index_B, parameters_VBP, side, mean, std, dtype)
     views_VBSS3 = _augment_views(

@@ -1,7 +1,7 @@
-"""What happens to a block of pixels of an image: filters, blends and the turn of a hue, in Triton.
+"""Operations on a block of pixels in Triton: filters, blends and hue rotation.
 
-`augment_reference` says what is computed. Shape letters: I pixels of a block, each of them three
-tensors r, g and b; S the side of a view. Levels are int32 or whole float32, 0 to 255.
+`augment_reference` defines what is computed. Shape letters: I pixels of a block, as three tensors
+r, g and b; S the side of a view. Levels are int32 or integral float32, 0 to 255.
 """
 
 import triton
@@ -26,7 +26,7 @@ def _cubic(distance):
 
 @triton.jit
 def level(x):
-    """The nearest 8-bit level."""
+    """Round to the nearest 8-bit level."""
     return tl.minimum(tl.maximum(tl.floor(x + 0.5), 0.0), 255.0)
 
 
@@ -41,7 +41,7 @@ def resized(
     S: tl.constexpr,
     TAPS: tl.constexpr,
 ):
-    """Pixel `place` of a line of `length` pixels, `step` apart, that is resized to S pixels."""
+    """Return pixel `place` of a line of `length` pixels, `step` apart, resized to S pixels."""
     scale = length / S
     filter_scale = tl.maximum(scale, 1.0)
     center_I = (place_I.to(tl.float32) + 0.5) * scale
@@ -64,7 +64,7 @@ def resized(
 
 @triton.jit
 def blurred(line_ptr_I, place_I, sigma, step, mask_I, S: tl.constexpr):
-    """Pixel `place` of a line of S pixels, `step` apart, blurred; float32, not rounded."""
+    """Return blurred pixel `place` of a line of S pixels, `step` apart; float32, not rounded."""
     inverse = tl.where(sigma > 0.0, 1.0 / tl.where(sigma > 0.0, sigma, 1.0), 0.0)
     reach = _BLUR_REACH * sigma
     radius = reach.to(tl.int32)
@@ -75,7 +75,7 @@ def blurred(line_ptr_I, place_I, sigma, step, mask_I, S: tl.constexpr):
     for tap in range(0, 2 * radius + 1):
         x = (tap - radius) * inverse
         weight = tl.exp(-0.5 * x * x)
-        # mirrored at the middle of the first and the last pixel
+        # mirrored at the centres of the first and last pixel
         pixel_I = tl.abs(place_I + tap - radius)
         pixel_I = S - 1 - tl.abs(S - 1 - pixel_I)
         ptr_I = line_ptr_I + pixel_I * step
@@ -99,7 +99,7 @@ def blend(below, level, factor):
 
 @triton.jit
 def _turned(r, g, b, steps):
-    """The hue of 8-bit HSV turned by whole steps, all in integers."""
+    """Rotate the hue of 8-bit HSV by whole steps, all in integers."""
     v = tl.maximum(r, tl.maximum(g, b))
     spread = v - tl.minimum(r, tl.minimum(g, b))
     divisor = tl.maximum(spread, 1)
@@ -127,7 +127,7 @@ def _turned(r, g, b, steps):
 
 @triton.jit
 def jittered(r, g, b, row_ptr, begin, end):
-    """The operations from place `begin` to `end` of the drawn order; none of them the contrast."""
+    """Apply operations `begin` to `end` of the drawn order; none of them is the contrast."""
     for place in range(begin, end):
         operation = tl.load(row_ptr + _ORDER + place).to(tl.int32)
         factor = tl.load(row_ptr + _FACTORS + operation)

@@ -1,11 +1,11 @@
 """The specification of the augmentation in plain torch: torchvision on Pillow images, batched.
 
-Every operation gives 8-bit levels, as Pillow's do, so what is rounded where is part of the
-definition. NUMERICS.md has the distance of each operation to torchvision's.
+Every operation returns 8-bit levels, as Pillow's do, so where values are rounded is part of the
+definition. NUMERICS.md lists each operation's deviation from torchvision's.
 
-Shape letters: N stored images of H x W pixels, B images of a batch, V views, X images that are
-worked on at once (V B, or some of them), S the side of a view, P the columns of a parameter row.
-Levels are int32, 0 to 255, (X, H, W, 3).
+Shape letters: N stored images of H x W pixels, B images of a batch, V views, X images processed at
+once (V B, or some of them), S the side of a view, P the columns of a parameter row. Levels are
+int32, 0 to 255, (X, H, W, 3).
 """
 
 from collections.abc import Sequence
@@ -20,22 +20,22 @@ COLUMNS = (
     *("first", "second", "third", "fourth"),
     *("gray", "blur_sigma", "solarize_from", "flip"),
 )
-"""What a row of parameters holds, in float32, which all of it fits exactly.
+"""Columns of a parameter row, float32, which represents all of them exactly.
 
 top, left, height, width: the window of the stored image that the view shows, in pixels.
 brightness, contrast, saturation: factors; 1 changes nothing.
-hue: a share of the colour circle, in [-1, 1]; 0 leaves out the operation.
-first to fourth: which operation comes when: 0 brightness, 1 contrast, 2 saturation, 3 hue.
+hue: shift as a fraction of the colour circle, in [-1, 1]; 0 skips the operation.
+first to fourth: order of the operations: 0 brightness, 1 contrast, 2 saturation, 3 hue.
 gray, flip: 0 or 1. blur_sigma: in pixels of the view, 0 for none.
-solarize_from: levels from here on are inverted; 256 for none.
+solarize_from: levels from here up are inverted; 256 for none.
 """
 
 _FACTORS = COLUMNS.index("brightness")
 _ORDER = COLUMNS.index("first")
 CUBIC_REACH = 2.0
-"""Pixels (of the coarser grid) on either side that the cubic filter sees."""
+"""Radius of the cubic filter, in pixels of the coarser grid."""
 BLUR_REACH = 3.0
-"""Standard deviations on either side that a blur sees."""
+"""Radius of the blur, in standard deviations."""
 
 
 def augment_views_reference(
@@ -71,7 +71,7 @@ def augment_views_reference(
 
 
 def without_blur(parameters_VBP: Tensor) -> Tensor:
-    """The same parameters, none of which blurs."""
+    """Return the same parameters without blur."""
     parameters_VBP = parameters_VBP.clone()
     parameters_VBP[..., COLUMNS.index("blur_sigma")] = 0
     return parameters_VBP
@@ -80,7 +80,7 @@ def without_blur(parameters_VBP: Tensor) -> Tensor:
 def resize(images_XHW3: Tensor, windows_X4: Tensor, side: int) -> Tensor:
     """Resize windows (top, left, height, width) to side x side, bicubic and antialiased.
 
-    Along x first, then along y, each pass rounded to levels. No pixel outside the window counts.
+    First along x, then along y, each pass rounded to levels. Pixels outside the window are ignored.
     """
     top, left, height, width = windows_X4.float().unbind(1)
     weights_XSH = cubic_weights(top, height, images_XHW3.shape[1], side)
@@ -92,10 +92,10 @@ def resize(images_XHW3: Tensor, windows_X4: Tensor, side: int) -> Tensor:
 
 
 def cubic_weights(start_X: Tensor, length_X: Tensor, stored: int, side: int) -> Tensor:
-    """What each of `stored` pixels counts in each of `side` that a window is resized to.
+    """Return the weight of each of `stored` pixels in each of a resized window's `side` pixels.
 
-    The filter is Keys's cubic with a = -1/2, widened by the factor of a reduction; its sum within
-    the window is made 1.
+    The filter is Keys's cubic with a = -1/2, widened when downscaling and normalised to sum to 1
+    within the window.
 
     Returns:
         weights_XSL, (X, side, stored), float32.
@@ -113,7 +113,7 @@ def cubic_weights(start_X: Tensor, length_X: Tensor, stored: int, side: int) -> 
 
 
 def jitter(levels: Tensor, factors_X4: Tensor, order_X4: Tensor) -> Tensor:
-    """Brightness, contrast, saturation and hue of each image in its own order."""
+    """Apply brightness, contrast, saturation and hue to each image in its own order."""
     operations = (brightness, contrast, saturation, hue)
     for step in range(len(operations)):
         for number, operation in enumerate(operations):
@@ -125,12 +125,12 @@ def jitter(levels: Tensor, factors_X4: Tensor, order_X4: Tensor) -> Tensor:
 
 
 def brightness(levels: Tensor, factor_X: Tensor) -> Tensor:
-    """Blend with black; above 1 away from it."""
+    """Blend with black; factors above 1 move away from it."""
     return _blend(torch.zeros_like(levels), levels, factor_X)
 
 
 def contrast(levels: Tensor, factor_X: Tensor) -> Tensor:
-    """Blend with the image's mean luma, itself a level."""
+    """Blend with the image's mean luma, rounded to a level."""
     pixels = levels.shape[1] * levels.shape[2]
     total_X = luma(levels).sum((1, 2), dtype=torch.int64)
     mean_X = (2 * total_X + pixels) // (2 * pixels)
@@ -138,35 +138,35 @@ def contrast(levels: Tensor, factor_X: Tensor) -> Tensor:
 
 
 def saturation(levels: Tensor, factor_X: Tensor) -> Tensor:
-    """Blend with the gray image."""
+    """Blend with the grayscale image."""
     return _blend(luma(levels)[..., None], levels, factor_X)
 
 
 def hue(levels: Tensor, shift_X: Tensor) -> Tensor:
-    """Turn the hue of 8-bit HSV by a share of the circle, cut to whole steps of 1/255."""
+    """Rotate the hue of 8-bit HSV by a fraction of the circle, truncated to steps of 1/255."""
     h, s, v = rgb_to_hsv(levels)
     steps_X = (shift_X * 255).trunc().int()
-    # & 255 is Pillow's wrap: 256 steps, one of them of no width
+    # & 255 is Pillow's wrap: 256 steps, one of them with zero width
     return hsv_to_rgb((h + steps_X.view(-1, 1, 1)) & 255, s, v)
 
 
 def gray(levels: Tensor) -> Tensor:
-    """Three channels of luma."""
+    """Return luma in all three channels."""
     return luma(levels)[..., None].expand_as(levels)
 
 
 def luma(levels: Tensor) -> Tensor:
-    """0.299 R + 0.587 G + 0.114 B in 16-bit fixed point, rounded, (X, H, W)."""
+    """Return 0.299 R + 0.587 G + 0.114 B in 16-bit fixed point, rounded, (X, H, W)."""
     r, g, b = levels.unbind(-1)
     return (19595 * r + 38470 * g + 7471 * b + 32768) >> 16
 
 
 def rgb_to_hsv(levels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Hue, saturation and value as levels, each (X, H, W); quotients are cut, in integers."""
+    """Return hue, saturation and value as levels, (X, H, W); integer quotients are truncated."""
     r, g, b = levels.unbind(-1)
     v = levels.amax(-1)
     spread = v - levels.amin(-1)
-    # a gray pixel has hue and saturation 0; the divisor only has to be something
+    # a gray pixel has hue and saturation 0, whatever the divisor
     divisor = spread.clamp(min=1)
     sixth = torch.where(
         r == v, g - b, torch.where(g == v, 2 * divisor + b - r, 4 * divisor + r - g)
@@ -177,7 +177,7 @@ def rgb_to_hsv(levels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def hsv_to_rgb(h: Tensor, s: Tensor, v: Tensor) -> Tensor:
-    """The inverse, rounded: 255 steps of hue are the circle."""
+    """Invert `rgb_to_hsv`, with rounding; the hue circle has 255 steps."""
     sector, rest = 6 * h // 255 % 6, 6 * h % 255
     full = 255 * 255
     p = (2 * v * (255 - s) + 255) // (2 * 255)
@@ -191,7 +191,7 @@ def hsv_to_rgb(h: Tensor, s: Tensor, v: Tensor) -> Tensor:
 
 
 def blur(levels: Tensor, sigma_X: Tensor) -> Tensor:
-    """Gaussian blur of ceil(3 sigma) pixels to each side, mirrored at the border; 0 is none."""
+    """Apply a Gaussian blur of radius ceil(3 sigma), mirrored at the border; sigma 0 is none."""
     radius = int((BLUR_REACH * sigma_X).ceil().max())
     if radius == 0:
         return levels
@@ -204,7 +204,7 @@ def blur(levels: Tensor, sigma_X: Tensor) -> Tensor:
 
 
 def gauss_weights(sigma_X: Tensor, radius: int) -> Tensor:
-    """Gaussians on -radius to radius, cut at ceil(3 sigma) each and of sum 1, (X, 2 radius + 1)."""
+    """Return Gaussians on [-radius, radius], cut at ceil(3 sigma), sum 1, (X, 2 radius + 1)."""
     offset_K = torch.arange(-radius, radius + 1, device=sigma_X.device, dtype=torch.float32)
     inverse_X1 = torch.where(sigma_X > 0, 1 / sigma_X, 0)[:, None]
     reach_X1 = (BLUR_REACH * sigma_X).ceil()[:, None]
@@ -214,7 +214,7 @@ def gauss_weights(sigma_X: Tensor, radius: int) -> Tensor:
 
 
 def _where(chosen_X: Tensor, levels: Tensor, operation, argument_X: Tensor | None = None) -> Tensor:  # type: ignore[no-untyped-def]
-    """`operation` on the chosen images only."""
+    """Apply `operation` to the chosen images only."""
     if not chosen_X.any():
         return levels
     argument = chosen_X if argument_X is None else argument_X
@@ -224,7 +224,7 @@ def _where(chosen_X: Tensor, levels: Tensor, operation, argument_X: Tensor | Non
 
 
 def _blend(below: Tensor, levels: Tensor, factor_X: Tensor) -> Tensor:
-    """below + factor (levels - below) in float32, cut to levels."""
+    """Return below + factor (levels - below) in float32, clamped and truncated to levels."""
     factor = factor_X.view(-1, 1, 1, 1)
     return (below + factor * (levels - below).float()).clamp(0, 255).int()
 

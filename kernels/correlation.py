@@ -1,6 +1,6 @@
 """The second moment of embeddings and its moving average in Triton, one launch, no atomics.
 
-`reference.correlation_ema_reference_` says what is computed. D is a multiple of the tile; other
+`reference.correlation_ema_reference_` defines what is computed. D is a multiple of the tile; other
 widths are padded with zeros. Shape letters: D features, B rows of a view, I and J rows and columns
 of a tile of the (D, D) result, K a step along B.
 """
@@ -24,8 +24,8 @@ def _add_view(
 ):
     """acc += z[:, i]^T z[:, j], in fp32 along the rows in a fixed order.
 
-    Tensor cores truncate what they add to an accumulator of their own. So they add up K rows, and
-    those sums are added outside: `max_num_imprecise_acc` keeps the compiler from joining the two.
+    Tensor cores truncate what they add to their own accumulator, so they sum only K rows, and these
+    sums are added outside; `max_num_imprecise_acc` keeps the compiler from fusing the two.
     """
     k_K = tl.arange(0, BLOCK_K)
     for start in range(0, B, BLOCK_K):
@@ -35,16 +35,16 @@ def _add_view(
         right_KJ = tl.load(
             z_ptr + k_K[:, None] * D + j_J[None, :], mask=k_K[:, None] < B - start, other=0.0
         )
-        # the pointer moves instead of the offsets: B * D may pass 2^31
+        # advance the pointer, not the offsets: B * D may exceed 2^31
         z_ptr += BLOCK_K * D
-        # fp16 and bf16 products are exact in fp32; the precision concerns fp32 views
+        # fp16 and bf16 products are exact in fp32; the precision matters only for fp32 views
         acc_IJ += tl.dot(
             tl.trans(left_KI), right_KJ, input_precision="tf32x3", max_num_imprecise_acc=BLOCK_K
         )
     return acc_IJ
 
 
-# one build for all B, so that batches of other sizes compile nothing anew
+# one build for all B, so that other batch sizes do not recompile
 @triton.jit(do_not_specialize=["B1", "B2"])
 def _correlation_kernel(
     corr_ptr,
@@ -62,10 +62,10 @@ def _correlation_kernel(
 ):
     """corr <- decay corr + scale (z1^T z1 + z2^T z2). Grid: the tiles of the lower triangle.
 
-    A program alone reads and writes what lies below the diagonal in its tile and alone writes
-    the mirror image, so nothing races and both triangles hold the same bits.
+    Only one program reads and writes a tile's entries below the diagonal and writes their mirror
+    image, so there are no races and both triangles hold the same bits.
     """
-    # pid = row (row + 1) / 2 + column; the root is exact to one, so it is corrected by one
+    # pid = row (row + 1) / 2 + column; the root may be off by one, so correct it
     pid = tl.program_id(0)
     row = ((tl.sqrt(8.0 * pid + 1.0) - 1.0) * 0.5).to(tl.int32)
     row = tl.where(row * (row + 1) // 2 > pid, row - 1, row)
@@ -80,8 +80,8 @@ def _correlation_kernel(
         acc_IJ = _add_view(acc_IJ, z2_ptr, i_I, j_J, B2, D, BLOCK_K)
     acc_IJ = acc_IJ * scale
 
-    # The diagonal tile is mirrored too: 3xTF32 adds its terms in an order that depends on which
-    # factor is left.
+    # mirror the diagonal tile too: the order in which 3xTF32 adds its terms depends on which factor
+    # is on the left
     i_II, j_JJ = i_I[:, None], j_J[None, :]
     lower_IJ = j_JJ <= i_II
     if EMA:
@@ -92,10 +92,10 @@ def _correlation_kernel(
 
 
 def tile_options(features: int, element_size: int) -> dict[str, int]:
-    """Tile sizes and warps for D = `features` and views of `element_size` bytes an element.
+    """Return tile sizes and warps for D = `features` and views of `element_size` bytes per element.
 
-    Tiles are small, to fill the device at D = 256. K is as long as the tensor cores' truncation
-    allows: 3xTF32 adds three products to each of its sums (NUMERICS.md).
+    Tiles are small, to fill the device at D = 256. K is as long as tensor-core truncation allows:
+    3xTF32 adds three products to each of its sums (NUMERICS.md).
     """
     if features > 512:
         # with four warps ptxas would spill for sm_100, at 80 registers
@@ -104,7 +104,7 @@ def tile_options(features: int, element_size: int) -> dict[str, int]:
 
 
 def padded(features: int) -> int:
-    """The width that is launched for D = `features`: the next that tiles divide."""
+    """Return the launched width for D = `features`: the next multiple of the tile."""
     block = tile_options(features, 4)["BLOCK_D"]
     return triton.cdiv(features, block) * block
 
@@ -114,9 +114,9 @@ def correlation_launch(corr_DD: Tensor, views: list[Tensor], decay: float | None
 
     Args:
         corr_DD: the result and, with a decay, the state, (D, D), float32, contiguous.
-        views: tensors (B, D), one dtype of float32, float16 and bfloat16. Up to two are read
-            where they lie; more are copied into one first.
-        decay: the weight that corr keeps, or None, which leaves what corr held unread.
+        views: tensors (B, D) of one dtype, float32, float16 or bfloat16. Up to two are read in
+            place; more are concatenated first.
+        decay: the weight that corr keeps, or None to ignore the contents of corr.
     """
     features = corr_DD.shape[0]
     if len(views) > 2:
@@ -140,7 +140,7 @@ def correlation_launch(corr_DD: Tensor, views: list[Tensor], decay: float | None
         views[0].shape[0],
         views[-1].shape[0],
         D=features,
-        # a weight of 0 leaves what was there unread, NaN included, as torch's beta = 0 does
+        # with weight 0 the old contents are never read, NaN included, as with torch's beta = 0
         EMA=bool(decay),
         VIEWS=len(views),
         **options,

@@ -1,4 +1,4 @@
-"""Which tensors run Triton, and where it launches."""
+"""Which tensors run Triton, and on which device it launches."""
 
 import importlib.util
 from contextlib import AbstractContextManager, nullcontext
@@ -12,16 +12,16 @@ HAS_TRITON = importlib.util.find_spec("triton") is not None
 if HAS_TRITON:
     import triton
 
-    # Triton's own reading of TRITON_INTERPRET, which knows more words than 1
+    # Triton's own parsing of TRITON_INTERPRET, which accepts more values than 1
     INTERPRET = triton.knobs.runtime.interpret
 else:
     INTERPRET = False
 
 
 def runs_triton(*tensors: Tensor) -> bool:
-    """Whether these tensors, all on one device, go to a Triton kernel.
+    """Return whether these tensors, all on one device, go to a Triton kernel.
 
-    The interpreter takes no bfloat16: its products of it are wrong by orders of magnitude.
+    Not bfloat16 in the interpreter, whose bfloat16 products are wrong by orders of magnitude.
     """
     if not tensors[0].is_cuda:
         return INTERPRET and all(
@@ -33,5 +33,5 @@ def runs_triton(*tensors: Tensor) -> bool:
 
 
 def device_of(tensor: Tensor) -> AbstractContextManager[object]:
-    """Make the tensor's GPU the current one: Triton launches there, wherever its data lie."""
+    """Return a context that makes the tensor's GPU current: Triton launches on the current one."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()

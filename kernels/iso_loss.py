@@ -1,6 +1,6 @@
-"""The loss as a module, for a training loop of your own.
+"""The loss as a module, for your own training loop.
 
-Shapes: B images a rank, D embedding dimensions.
+Shapes: B images per rank, D embedding dimensions.
 """
 
 import torch
@@ -11,31 +11,31 @@ from .ops import asymmetric_loss_pair, correlation_ema_, matrix_power, second_mo
 
 
 class IsoLoss(nn.Module):
-    """2 (L(z1 -> t2) + L(z2 -> t1)) with the predictor W = f(C), C an average of z z^T.
+    """2 (L(z1 -> t2) + L(z2 -> t1)) with the predictor W = f(C), C a moving average of z z^T.
 
     Halvagal, Laborieux, Zenke: Implicit variance regularization in non-contrastive SSL (NeurIPS
-    2023), Eqs. 1, 15 and 17. With ``isotropic`` False it is the loss of DirectPred, at alpha 1 of
-    DirectCopy.
+    2023), Eqs. 1, 15 and 17. With ``isotropic`` False this is the loss of DirectPred, or of
+    DirectCopy at alpha 1.
 
     Args:
         dim: D, at most 8192 on a GPU.
         alpha: power of C.
-        eps: shift of the eigenvalues before the power; the released code has 0.25 at alpha 1.
-        decay: weight that C keeps each step; the paper has 0.998, its code 0.5 without EMA.
-        metric: "cosine", where C is divided by its largest eigenvalue, or "euclidean", where not.
-        isotropic: leave the factor W out of the gradient.
-        gather_distributed: average C over the ranks, so that the averaged gradient is that of one
-            process on the whole batch; else C stays the rank's own, or the first rank's where DDP
-            wraps this module too and broadcasts its buffers. All ranks call it together, with
-            equally many rows.
+        eps: shift of the eigenvalues before the power; the released code uses 0.25 at alpha 1.
+        decay: EMA decay of C per step; the paper uses 0.998, its code 0.5 without EMA target.
+        metric: "cosine", which divides C by its largest eigenvalue, or "euclidean", which does not.
+        isotropic: omit the factor W from the gradient.
+        gather_distributed: average C over the ranks, so that the averaged gradient equals that of
+            one process on the whole batch. Otherwise C is local to each rank, or the first rank's
+            if DDP wraps this module too and broadcasts its buffers. All ranks must call the module
+            together, with the same number of rows.
 
-    C is part of the state: save it with the network. It moves once a call, so with gradients
-    accumulated over k calls it moves k times an optimizer step, each call's loss at the C of its
-    turn; decay^(1/k) keeps its memory as long as ``decay`` does without.
+    C is part of the state: save it with the network. It is updated once per call, so with gradient
+    accumulation over k calls it is updated k times per optimizer step, and each call's loss uses
+    the current C; decay^(1/k) gives the same memory as ``decay`` without accumulation.
 
     Attributes:
-        corr_DD: C, (D, D), a buffer that starts at 0; fp32, also in a module converted to bf16 or
-            fp16, or float64.
+        corr_DD: C, (D, D), a buffer that starts at 0; float32 or float64, and float32 even in a
+            module converted to bf16 or fp16.
     """
 
     corr_DD: Tensor
@@ -52,7 +52,7 @@ class IsoLoss(nn.Module):
         gather_distributed: bool = False,
     ) -> None:
         super().__init__()
-        # Lightning makes a module of bf16 where that is the default dtype
+        # Lightning may construct the module with bf16 as the default dtype
         dtype = torch.promote_types(torch.get_default_dtype(), torch.float32)
         self.register_buffer("corr_DD", torch.zeros(dim, dim, dtype=dtype))
         self.alpha, self.eps, self.decay = alpha, eps, decay
@@ -60,25 +60,24 @@ class IsoLoss(nn.Module):
         self.gather_distributed = gather_distributed
 
     def reset_parameters(self) -> None:
-        """Set C to 0, also where a module built on the meta device has got its memory."""
+        """Set C to 0, for example after materialising a module built on the meta device."""
         self.corr_DD.zero_()
 
     def forward(
         self, z1_BD: Tensor, z2_BD: Tensor, t1_BD: Tensor | None = None, t2_BD: Tensor | None = None
     ) -> Tensor:
-        """C moves first, in train() mode; then the loss at W = f(C).
+        """Update C in train() mode, then return the loss at W = f(C).
 
         Args:
             z1_BD, z2_BD: embeddings of both views, (B, D), fp32, bf16 or fp16; differentiable.
             t1_BD, t2_BD: targets, such as a momentum encoder's embeddings; by default z1 and z2. No
-                gradient goes through them.
+                gradient flows through them.
 
         Returns:
             The loss, a scalar in fp32.
 
         Raises:
-            ValueError: shapes, dtypes or settings that `asymmetric_loss_pair` or `matrix_power`
-                refuses.
+            ValueError: `asymmetric_loss_pair` or `matrix_power` rejects a shape, dtype or setting.
         """
         if self.training:
             self._update(z1_BD.detach(), z2_BD.detach())
@@ -95,12 +94,12 @@ class IsoLoss(nn.Module):
         )
 
     def extra_repr(self) -> str:
-        """The settings."""
+        """Return the settings."""
         kind = "isotropic" if self.isotropic else "plain"
         return f"{len(self.corr_DD)}, {self.metric}, {kind}, alpha={self.alpha:g}"
 
     def _apply(self, fn, recurse=True):  # type: ignore[no-untyped-def]
-        """Keep C as it was where a whole model is converted to bf16 or fp16."""
+        """Keep C unchanged when a whole model is converted to bf16 or fp16."""
         corr_DD = self.corr_DD
         super()._apply(fn, recurse)
         if self.corr_DD.dtype in (torch.bfloat16, torch.float16):
@@ -115,6 +114,6 @@ class IsoLoss(nn.Module):
             return
         moment_DD = second_moment(views_BD)
         dist.all_reduce(moment_DD)
-        # a collective may add (i, j) and (j, i) in different orders
+        # an all-reduce may sum (i, j) and (j, i) in different orders
         moment_DD = (moment_DD.tril() + moment_DD.tril(-1).T) / ranks
         self.corr_DD.mul_(self.decay).add_(moment_DD, alpha=1 - self.decay)

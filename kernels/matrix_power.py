@@ -1,9 +1,9 @@
 """C^alpha by matrix products: no eigendecomposition, no host sync, a fixed number of launches.
 
-`reference.matrix_power_reference` says what is computed; NUMERICS.md derives the algorithm and
+`reference.matrix_power_reference` defines what is computed; NUMERICS.md derives the algorithm and
 its error. The largest eigenvalue comes from normalised squarings of C, the square root from a
-coupled iteration with minimax polynomials of degree 5. This file is the algorithm; its arithmetic
-is `Steps`, in Triton in matrix_power_triton.py. Shape letters: D features, T partial sums.
+coupled iteration with minimax polynomials of degree 5. This file has the algorithm; its arithmetic,
+`Steps`, is in Triton in matrix_power_triton.py. Shape letters: D features, T partial sums.
 """
 
 from typing import Protocol
@@ -11,28 +11,28 @@ from typing import Protocol
 from torch import Tensor
 
 SQUARINGS = 10
-"""Of C, for its largest eigenvalue."""
+"""Squarings of C for its largest eigenvalue."""
 
 BOUND_SQUARINGS = 2
-"""Of C, for a bound of at most D^(1/8) times its largest eigenvalue."""
+"""Squarings of C for a bound of at most D^(1/8) times its largest eigenvalue."""
 
 DEAD = 1e-25
-"""A trace or largest eigenvalue below this counts as 0, far above 1e-38, where fp32 is subnormal
-and the root comes out wrong."""
+"""A trace or largest eigenvalue below this counts as 0; it is far above 1e-38, where fp32 becomes
+subnormal and the root is wrong."""
 
 LOW_SCALE = 2.0**11
-"""A factor X is kept as fp16(X) and fp16(LOW_SCALE (X - fp16(X)))."""
+"""A factor X is stored as fp16(X) and fp16(LOW_SCALE (X - fp16(X)))."""
 
 SQUARE_SCALE = 2.0**14
-"""Of C's squares, whose largest eigenvalue may be 1 / D^2, to stay where fp16 is normal."""
+"""Scale of C's squares, whose largest eigenvalue may be 1 / D^2, to keep them normal in fp16."""
 
 Coefficients = tuple[tuple[float, float, float], ...]
 
 UNSHIFTED_FLOOR = 1e-5
-"""Eigenvalues from here to 1 come out exact; the root of a smaller one is off by up to 3e-4
-of the bound's."""
+"""Eigenvalues from here to 1 are exact; the root of a smaller one is off by up to 3e-4 of the
+bound's root."""
 
-# rows (a, b, c) of bench/minimax.py, which leave |x - 1| <= 3.8e-8
+# rows (a, b, c) from bench/minimax.py, which leave |x - 1| <= 3.8e-8
 UNSHIFTED_STEPS: Coefficients = (
     (8.376717014, -24.738441604, 18.335235867),
     (4.032616899, -3.003828111, 0.568648379),
@@ -43,7 +43,7 @@ UNSHIFTED_STEPS: Coefficients = (
 )
 
 SHIFTED_EPS = 0.1
-"""From this eps on, spectral normalisation leaves a spectrum that three steps are enough for."""
+"""From this eps on, three steps suffice for the spectrum after spectral normalisation."""
 
 SHIFTED_FLOOR = 0.08
 """Below eps / (bound + eps) for every eps >= SHIFTED_EPS and a bound of up to 1.15."""
@@ -57,43 +57,43 @@ SHIFTED_STEPS: Coefficients = (
 
 
 class Steps(Protocol):
-    """What the algorithm needs of its arithmetic. Triton provides it; tests emulate it.
+    """The arithmetic that the algorithm needs. Triton provides it; tests emulate it.
 
-    One object serves one C: it keeps the traces of C's squares and its largest eigenvalue.
+    One object serves one C: it stores the traces of C's squares and its largest eigenvalue.
     """
 
     def square(self, m_DD: Tensor, index: int) -> Tensor:
-        """(M / tr M)^2, keeping tr M under `index`; M = 0 stays 0."""
+        """Return (M / tr M)^2 and store tr M under `index`; M = 0 stays 0."""
 
     def find_largest(self, m_DD: Tensor, index: int) -> None:
-        """Square M, whose index it is, until SQUARINGS; keep lambda_max = <N, C> / tr N of the
-        square N after. Ends before `finish` asks for it; meanwhile it may take turns with products.
+        """Square M, at `index`, until SQUARINGS; store lambda_max = <N, C> / tr N of the square N
+        after that. May alternate with products, but ends before `finish` needs the result.
         """
 
     def shift(self, m_DD: Tensor, index: int, eps: float, spectral: bool, bounded: bool) -> Tensor:
-        """A with r A = C / lambda_max + eps I (or C + eps I), keeping r; all NaN if C has one.
+        """Return A, r A = C / lambda_max + eps I (or C + eps I), and store r; all NaN if C has one.
 
-        Bounded, A's eigenvalues are at most 1, by |M| and the traces kept; otherwise r = 1.
+        If bounded, A's eigenvalues are at most 1, from |M| and the stored traces; otherwise r = 1.
         """
 
     def polynomial(self, p_DD: Tensor, a: float, b: float, c: float) -> Tensor:
-        """a I + b P + c P^2."""
+        """Return a I + b P + c P^2."""
 
     def product(self, x_DD: Tensor, y_DD: Tensor) -> Tensor:
-        """X Y."""
+        """Return X Y."""
 
     def advance(self, y_DD: Tensor, q_DD: Tensor, z_DD: Tensor) -> tuple[Tensor, Tensor]:
-        """Y Q and Q Z, which do not depend on each other."""
+        """Return Y Q and Q Z, which are independent."""
 
     def finish(self, x_DD: Tensor, y_DD: Tensor, power: float, scaled: bool) -> Tensor:
-        """r^power X Y, or (r / lambda_max)^power X Y, bitwise symmetric; X and Y commute."""
+        """Return r^power X Y or (r / lambda_max)^power X Y, bitwise symmetric; X and Y commute."""
 
 
 def runs_by_products(alpha: float, eps: float, normalize: str) -> bool:
-    """Whether `power_by_products` computes this power.
+    """Return whether `power_by_products` computes this power.
 
-    alpha = 1/4 is two roots; without a shift the second one has nothing to stand on, because
-    fp32 leaves errors of 1e-7 in eigenvalues whose fourth root is 2e-2.
+    alpha = 1/4 takes two roots; without a shift the second one is meaningless, because fp32 leaves
+    errors of 1e-7 in eigenvalues, whose fourth root is 2e-2.
     """
     if alpha == 0.25:
         return normalize == "spectral" and eps >= SHIFTED_EPS
@@ -115,7 +115,7 @@ def power_by_products(
     """
     spectral = normalize == "spectral"
     bounded = alpha != 1
-    # lambda_max scales W and nothing else: the root of C / bound does not wait for it
+    # lambda_max then only scales W, so the root of C / bound need not wait for it
     scaled = spectral and bounded and eps == 0
     m_DD, squares = corr_DD, BOUND_SQUARINGS if scaled or not spectral else SQUARINGS
     for index in range(squares):
@@ -130,16 +130,16 @@ def power_by_products(
     shifted = spectral and eps >= SHIFTED_EPS
     coefficients = SHIFTED_STEPS if shifted else UNSHIFTED_STEPS
     if alpha == 0.25:
-        # sqrt(A) is bounded by 1 as A is, and its smallest eigenvalue is larger than A's
+        # sqrt(A) is bounded by 1 like A, and its smallest eigenvalue is larger than A's
         a_DD = steps.product(*square_root(a_DD, coefficients, steps))
     return steps.finish(*square_root(a_DD, coefficients, steps), alpha, scaled)
 
 
 def square_root(a_DD: Tensor, coefficients: Coefficients, steps: Steps) -> tuple[Tensor, Tensor]:
-    """Two factors of sqrt(A), which commute, for A with eigenvalues in [0, 1].
+    """Return two commuting factors of sqrt(A), for A with eigenvalues in [0, 1].
 
     Y -> sqrt(A), Z -> 1/sqrt(A), P = Z Y -> I: each step multiplies Y and Z by
-    Q = a I + b P + c P^2, the best polynomial for the interval that P's spectrum is in by then.
+    Q = a I + b P + c P^2, the best polynomial for the interval that then holds P's spectrum.
     """
     (first, *middle, last) = coefficients
     z_DD = steps.polynomial(a_DD, *first)

@@ -1,10 +1,10 @@
-"""The arithmetic of matrix_power.py in Triton: a launch a step or two, no host sync.
+"""The arithmetic of matrix_power.py in Triton: one launch per step or two, no host sync.
 
-Between launches a matrix is two halves in fp16, X = high + low / 2^11, 22 bits of it; a product of
-two is three of fp16, whose terms are exact in fp32 (NUMERICS.md). D is a multiple of the tile: a C
-of another width is padded with zeros, which stay apart through every product. So no tile has an
-edge to mask, and every width up to 1024 can be compiled ahead of time. Shape letters: D features,
-I, J, K a tile's rows, columns and inner dimension, T tiles, S squared matrices, H halves.
+Between launches a matrix is stored as two fp16 halves, X = high + low / 2^11, with 22 bits; a
+product of two takes three fp16 products, whose terms are exact in fp32 (NUMERICS.md). D is a
+multiple of the tile: other widths are padded with zeros, which stay decoupled in every product. So
+no tile needs a mask, and every width up to 1024 can be compiled ahead of time. Shape letters: D
+features, I, J, K a tile's rows, columns and inner dimension, T tiles, S squares, H halves.
 """
 
 import math
@@ -54,7 +54,7 @@ def _tile_product(
     BLOCK_J: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """One tile of X Y, accumulated in fp32 along D in a fixed order."""
+    """Compute a tile of X Y, accumulated in fp32 along D in a fixed order."""
     high_IJ = tl.zeros([BLOCK_I, BLOCK_J], dtype=tl.float32)
     left_IJ = tl.zeros([BLOCK_I, BLOCK_J], dtype=tl.float32)
     right_IJ = tl.zeros([BLOCK_I, BLOCK_J], dtype=tl.float32)
@@ -66,21 +66,21 @@ def _tile_product(
         y_KJ, y_low_KJ = tl.load(y_ptr_KJ), tl.load(y_ptr_KJ + D * D)
         left_IJ = tl.dot(x_low_IK, y_KJ, left_IJ)
         right_IJ = tl.dot(x_IK, y_low_KJ, right_IJ)
-        # added outside the tensor cores, which truncate what they add to an accumulator; the sums
-        # of low halves may lose as much, for they count 2^11 times less. Last, or registers spill
+        # added outside the tensor cores, which truncate what they add to an accumulator; sums with
+        # low halves may lose as much, as they weigh 2^11 times less. Last, or registers spill
         high_IJ += tl.dot(x_IK, y_KJ, max_num_imprecise_acc=BLOCK_K)
     return high_IJ + (left_IJ + right_IJ) * (1.0 / _LOW_SCALE)
 
 
 @triton.jit
 def _reciprocal_or_zero(x):
-    """1 / x, but 0 where x counts as 0; a NaN stays one."""
+    """Return 1 / x, or 0 where x counts as 0; NaN stays NaN."""
     return tl.where(tl.abs(x) < _DEAD, 0.0, 1.0 / x)
 
 
 @triton.jit
 def _inverse_largest(sums_ptr, TILES: tl.constexpr, BLOCK_T: tl.constexpr):
-    """1 / lambda_max of <N, C> and tr N, each in `TILES` parts. All programs add in one order."""
+    """Return 1 / lambda_max from `TILES` parts of <N, C> and tr N, added in a fixed order."""
     t_T = tl.arange(0, BLOCK_T)
     inner = tl.sum(tl.load(sums_ptr + t_T, mask=t_T < TILES, other=0.0), axis=0)
     trace = tl.sum(tl.load(sums_ptr + TILES + t_T, mask=t_T < TILES, other=0.0), axis=0)
@@ -97,7 +97,7 @@ def _normalize_kernel(
     BLOCK_J: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """M = C / tr C and tr C: before the first product, as the squares of a small C underflow."""
+    """Store M = C / tr C and tr C before the first product, as squares of a small C underflow."""
     d_D = tl.arange(0, BLOCK_D)
     trace = tl.sum(tl.load(corr_ptr + d_D * (D + 1), mask=d_D < D, other=0.0), axis=0)
     i_I = tl.program_id(0) * BLOCK_I + tl.arange(0, BLOCK_I)
@@ -126,7 +126,7 @@ def _square_tile(
     BLOCK_D: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """N = (M / tr M)^2 and a tile's share of |N|^2, or, for the quotient, of <N, C> and tr N."""
+    """N = (M / tr M)^2 and a tile's part of |N|^2 or, for the quotient, of <N, C> and tr N."""
     d_D = tl.arange(0, BLOCK_D)
     diagonal_D = _load_halves(m_ptr, tl.where(d_D < D, d_D * (D + 1), 0), D)
     trace = tl.sum(tl.where(d_D < D, diagonal_D, 0.0), axis=0) * (1.0 / _SQUARE_SCALE)
@@ -134,7 +134,7 @@ def _square_tile(
     n_IJ = _tile_product(m_ptr, m_ptr, i_I, j_J, D, BLOCK_I, BLOCK_J, BLOCK_K) * inverse * inverse
     tile = tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
     tiles = tl.num_programs(0) * tl.num_programs(1)
-    # the first is C's
+    # the first trace is C's
     tl.store(trace_ptr + index, trace, mask=(tile == 0) & (index > 0))
     if QUOTIENT:
         corr_IJ = tl.load(corr_ptr + offset_IJ)
@@ -146,7 +146,7 @@ def _square_tile(
         tl.store(sums_ptr + 2 * tiles + tile, tl.sum(tl.sum(n_IJ * n_IJ, axis=1), axis=0))
 
 
-# one build for every index, and for one product, two and none
+# one build for every index and for zero, one or two products
 @triton.jit(do_not_specialize=["index", "products"])
 def _product_kernel(
     x1_ptr,
@@ -226,7 +226,7 @@ def _shift_kernel(
     BLOCK_I: tl.constexpr,
     BLOCK_J: tl.constexpr,
 ):
-    """A and r of `Steps.shift`, after so many squares; A in fp32 if not bounded."""
+    """A and r of `Steps.shift`, after SQUARES squares; A is fp32 if not bounded."""
     scale = 1.0
     shift = eps
     if SPECTRAL:
@@ -234,7 +234,7 @@ def _shift_kernel(
     r = 1.0
     if BOUNDED:
         # |C^n|^(1/n) >= lambda_max with n = 2^S: C^n is the last normalised square M_S times
-        # the traces of those before, tr(M_s)^(2^(S-s))
+        # the traces before it, tr(M_s)^(2^(S-s))
         s_S = tl.arange(0, BLOCK_S)
         t_T = tl.arange(0, BLOCK_T)
         norm_T = tl.load(sums_ptr + 2 * TILES + t_T, mask=t_T < TILES, other=0.0)
@@ -273,7 +273,7 @@ def _finish_kernel(
     BLOCK_J: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """r^power X Y, or (r / lambda_max)^power X Y, in fp32, the lower triangle mirrored."""
+    """r^power X Y or (r / lambda_max)^power X Y, in fp32, with the lower triangle mirrored."""
     if (tl.program_id(0) + 1) * BLOCK_I > tl.program_id(1) * BLOCK_J:
         i_I = tl.program_id(0) * BLOCK_I + tl.arange(0, BLOCK_I)
         j_J = tl.program_id(1) * BLOCK_J + tl.arange(0, BLOCK_J)
@@ -281,7 +281,7 @@ def _finish_kernel(
         r = tl.load(r_ptr)
         if SCALED:
             r = r * _inverse_largest(sums_ptr, TILES, BLOCK_T)
-        # 0 for r = 0, where C counts as 0
+        # 0 if r = 0, where C counts as 0
         factor = tl.exp2(power * tl.log2(r))
         i_II, j_JJ = i_I[:, None], j_J[None, :]
         lower_IJ = j_JJ <= i_II
@@ -290,10 +290,10 @@ def _finish_kernel(
 
 
 def tile_options(features: int) -> dict[str, int]:
-    """Tiles and warps for D = `features`; small ones to fill the device at D = 256.
+    """Return tiles and warps for D = `features`; tiles are small, to fill the device at D = 256.
 
-    They divide the width that is launched (`padded`), and are wide, for Triton to lay the warps
-    side by side: one below the other, half would repeat what the others do.
+    They divide the launched width (`padded`) and are wide, so that Triton lays the warps side by
+    side: stacked, half of them would repeat the others' work.
     """
     small = features <= 256
     return {
@@ -306,12 +306,12 @@ def tile_options(features: int) -> dict[str, int]:
 
 
 def padded(features: int) -> int:
-    """The width of the matrices that serve a C of D = `features`: the next that tiles divide."""
+    """Return the launched width for D = `features`: the next that tiles divide."""
     return triton.cdiv(features, 64) * 64
 
 
 class TritonSteps:
-    """`Steps` in Triton, a launch a method, for C of (D, D) in fp32, D one that tiles divide.
+    """`Steps` in Triton, one launch per method, for an fp32 C (D, D) with D divisible by the tiles.
 
     Matrices are halves, (2, D, D) in fp16. The squares of `find_largest` share the launches of
     the products that follow it.
@@ -327,7 +327,7 @@ class TritonSteps:
         tiles = math.prod(self.grid)
         self.tiles = {"TILES": tiles, "BLOCK_T": triton.next_power_of_2(tiles)}
         self.traces_S = self._empty(SQUARINGS + 1)
-        # of a quotient <N, C> and tr N, of the last square its norm
+        # parts of the quotient's <N, C> and tr N, and of the last square's norm
         self.sums_3T = self._empty(3, tiles)
         self.r = self._empty(1)
         self.next_square: tuple[Tensor, int] | None = None
@@ -342,16 +342,16 @@ class TritonSteps:
     def _launch(
         self, out: Tensor, *factors: Tensor, abc: tuple[float, float, float] | None = None
     ) -> Tensor:
-        """X Y of every two factors or their polynomial, and the next square; returns `out`."""
+        """Compute X Y of each pair of factors or their polynomial, and a square; return `out`."""
         products = len(factors) // 2
         m_HDD, index = self.next_square or (out, 0)
-        # not beside two products, which fill the device
+        # not next to two products, which fill the device
         square = self.next_square is not None and products < 2
         quotient = index == SQUARINGS
         n_HDD = self._halves() if square and not quotient else out
         a, b, c = abc or (0.0, 0.0, 1.0)
         _product_kernel[(*self.grid, products + square)](
-            # what is not read stands in for what is not there
+            # unread tensors stand in for missing ones
             *(*factors, *[m_HDD] * 4)[:4],
             out,
             a,
@@ -451,7 +451,7 @@ class TritonSteps:
 
 
 def matrix_power_launch(corr_DD: Tensor, alpha: float, eps: float, normalize: str) -> Tensor:
-    """W of `matrix_power_reference`: by products where `runs_by_products`, else by the reference.
+    """Return W of `matrix_power_reference`, by products if `runs_by_products`, else by eigh.
 
     Args:
         corr_DD: C, (D, D), symmetric, float32.
@@ -459,7 +459,7 @@ def matrix_power_launch(corr_DD: Tensor, alpha: float, eps: float, normalize: st
 
     Returns:
         w_DD, (D, D), bitwise symmetric, float32. By products there is no host sync, and the
-        launches are the same whatever C holds, so that a CUDA graph can capture them.
+        launches do not depend on C's values, so that a CUDA graph can capture them.
     """
     if not runs_by_products(alpha, eps, normalize):
         return matrix_power_reference(corr_DD, alpha, eps=eps, normalize=normalize)

@@ -1,8 +1,8 @@
-"""BatchNorm's affine map, ReLU and the 3 x 3 max pool of a ResNet's stem as one pass, in Triton.
+"""A ResNet stem's BatchNorm map, ReLU and 3 x 3 max pool in one pass, in Triton.
 
-`reference.norm_pool_reference` and `reference.norm_pool_gradient_reference` say what is computed.
-Images lie as channels_last has them. Shape letters: N images, those of a view together, C channels,
-H x W pixels of an image, P x Q of what is pooled, K a tile's places of P x Q.
+`reference.norm_pool_reference` and `reference.norm_pool_gradient_reference` define the computation.
+Images are channels_last. Shape letters: N images, grouped by view, C channels, H x W pixels of an
+image, P x Q pixels of the pooled map, K a tile's places in P x Q.
 """
 
 import torch
@@ -11,9 +11,9 @@ import triton.language as tl
 from torch import Tensor
 
 SUMMED_TILES = 8
-"""A program's, one after the other, where it adds up."""
+"""Tiles that each program sums, one after another."""
 FORWARD_TILE = 2048
-"""Numbers of a tile in the forward, where more are faster; in the backward they are slower."""
+"""Elements per tile in the forward, where larger is faster; in the backward it is slower."""
 
 
 @triton.jit
@@ -33,8 +33,8 @@ def _norm_pool_kernel(
 ):
     """y and taps of a tile. Grid: tiles of places, image by image; tiles of channels.
 
-    The map grows or falls with x, so the largest of what it makes is that of the largest or the
-    smallest x: one map a window in place of nine. A NaN in x is one in its view's mean.
+    The map is monotonic in x, so a window's largest output is that of its largest or smallest x:
+    one map per window instead of nine. A NaN in x makes its view's mean NaN too.
     """
     P: tl.constexpr = (H + 1) // 2
     Q: tl.constexpr = (W + 1) // 2
@@ -46,9 +46,9 @@ def _norm_pool_kernel(
     mean_C = tl.load(mean_ptr + of_C, mask=c_C < C, other=0.0)
     slope_C = tl.load(slope_ptr + of_C, mask=c_C < C, other=0.0)
     bias_C = tl.load(bias_ptr + c_C, mask=c_C < C, other=0.0)
-    # 0 of a flat map, all of whose taps are alike, so that the first counts
+    # 0 for a flat map, whose taps are all equal, so that the first counts
     sign_C = (slope_C > 0).to(tl.float32) - (slope_C < 0).to(tl.float32)
-    # the image's place may pass 2^31
+    # the image's offset may exceed 2^31
     x_ptr += image.to(tl.int64) * (H * W * C)
     place_KC = k_K[:, None] * C + c_C[None, :]
     kept_KC = (k_K[:, None] < P * Q) & (c_C[None, :] < C)
@@ -65,7 +65,7 @@ def _norm_pool_kernel(
         best_KC = tl.maximum(best_KC, along_KC)
     y_KC = (best_KC * sign_C[None, :] - mean_C[None, :]) * slope_C[None, :] + bias_C[None, :]
     tap_KC = tl.where(y_KC > 0, tap_KC, 9)
-    # a NaN stays
+    # NaN stays NaN
     y_KC = tl.where(y_KC <= 0, 0.0, y_KC)
     base = image.to(tl.int64) * (P * Q * C)
     tl.store(y_ptr + base + place_KC, y_KC.to(y_ptr.dtype.element_ty), mask=kept_KC)
@@ -74,7 +74,7 @@ def _norm_pool_kernel(
 
 @triton.jit
 def _from_window(dy_ptr, taps_ptr, place_KC, kept_KC):
-    """A window's gradient, and the tap that it goes to."""
+    """Return a window's gradient and the tap that receives it."""
     dy_KC = tl.load(dy_ptr + place_KC, mask=kept_KC, other=0.0).to(tl.float32)
     return dy_KC, tl.load(taps_ptr + place_KC, mask=kept_KC, other=9)
 
@@ -98,10 +98,10 @@ def _norm_pool_gradient_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """What windows give back to the four pixels at, right of and below their centres.
+    """Send window gradients back to the 2 x 2 pixels at, right of and below each centre.
 
-    With g the sum of it for a pixel: the program's sums of g and of g (x - mean), or
-    dx = slope g - shift - along (x - mean). Grid: as above, but STEPS tiles of places a program.
+    With g a pixel's total gradient: the program's sums of g and of g (x - mean), or
+    dx = slope g - shift - along (x - mean). Grid: as above, but STEPS tiles of places per program.
     """
     P: tl.constexpr = (H + 1) // 2
     Q: tl.constexpr = (W + 1) // 2
@@ -120,7 +120,7 @@ def _norm_pool_gradient_kernel(
         along_C = tl.load(along_ptr + of_C, mask=c_C < C, other=0.0)
     dy_ptr += image.to(tl.int64) * (P * Q * C)
     taps_ptr += image.to(tl.int64) * (P * Q * C)
-    # the image's place may pass 2^31
+    # the image's offset may exceed 2^31
     base = image.to(tl.int64) * (H * W * C)
 
     for step in range(STEPS):
@@ -162,7 +162,7 @@ def _norm_pool_gradient_kernel(
 
 
 def tile_options(channels: int, size: int = 1024) -> dict[str, int]:
-    """Sides and warps of a tile of `size` numbers; in 16 bits a row of 64 is 128 bytes."""
+    """Return sides and warps of a tile of `size` elements; 64 channels in 16 bits are 128 bytes."""
     block = min(64, triton.next_power_of_2(channels))
     return {"BLOCK_K": size // block, "BLOCK_C": block, "num_warps": 4}
 
@@ -172,7 +172,7 @@ def _shape(x_NCHW: Tensor) -> dict[str, int]:
 
 
 def _grid(x_NCHW: Tensor, channels: int, places: int) -> tuple[int, int]:
-    """Programs of so many channels and places."""
+    """Return the grid for programs of `channels` channels and `places` places."""
     n, c, height, width = x_NCHW.shape
     pooled = ((height + 1) // 2) * ((width + 1) // 2)
     return n * triton.cdiv(pooled, places), triton.cdiv(c, channels)
@@ -185,7 +185,7 @@ def _last(x_NCHW: Tensor) -> Tensor:
 def norm_pool_launch(
     x_NCHW: Tensor, mean_VC: Tensor, slope_VC: Tensor, bias_C: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """y_NCPQ in x's dtype and taps_NCPQ (uint8), channels_last; statistics and weights are fp32."""
+    """Return y_NCPQ in x's dtype and taps_NCPQ (uint8), channels_last; other arguments are fp32."""
     n, channels, height, width = x_NCHW.shape
     shape = (n, channels, (height + 1) // 2, (width + 1) // 2)
     where = {"device": x_NCHW.device, "memory_format": torch.channels_last}
@@ -209,7 +209,7 @@ def norm_pool_launch(
 def norm_pool_sums_launch(
     dy_NCPQ: Tensor, taps_NCPQ: Tensor, x_NCHW: Tensor, mean_VC: Tensor
 ) -> Tensor:
-    """Each view's sums of g and of g (x - mean), (2, V, C), fp32, the same bits at each call."""
+    """Return each view's sums of g and g (x - mean), (2, V, C), fp32, bitwise reproducible."""
     options = tile_options(x_NCHW.shape[1])
     grid = _grid(x_NCHW, options["BLOCK_C"], options["BLOCK_K"] * SUMMED_TILES)
     mean_VC = mean_VC.contiguous()
@@ -243,7 +243,7 @@ def norm_pool_gradient_launch(
     shift_VC: Tensor,
     along_VC: Tensor,
 ) -> Tensor:
-    """dx_NCHW = slope g - shift - along (x - mean), channels_last, in x's dtype."""
+    """Return dx_NCHW = slope g - shift - along (x - mean), channels_last, in x's dtype."""
     x_NCHW = _last(x_NCHW)
     dx_NCHW = torch.empty_like(x_NCHW, memory_format=torch.channels_last)
     options = tile_options(x_NCHW.shape[1])

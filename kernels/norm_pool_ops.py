@@ -1,7 +1,7 @@
-"""The stem's BatchNorm, ReLU and max pool as operations: dispatch, shapes for tracing.
+"""The stem's BatchNorm, ReLU and max pool as custom ops: dispatch and fake shapes.
 
-CUDA tensors run Triton, CPU tensors `reference`, which explains the shape letters. What the
-statistics are, and over which ranks, is the caller's affair.
+CUDA tensors run Triton, CPU tensors `reference`, which defines the shape letters. The caller
+computes the statistics, over whichever ranks it likes.
 """
 
 import torch
@@ -16,7 +16,7 @@ if HAS_TRITON:
 
 @torch.library.custom_op("isofast_kernels::norm_pool", mutates_args=())
 def norm_pool(x: Tensor, mean: Tensor, slope: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-    """`reference.norm_pool_reference`, outside autograd; channels_last."""
+    """Return `reference.norm_pool_reference`, outside autograd, in channels_last."""
     if _runs_triton(x):
         with device_of(x):
             return norm_pool_launch(x, mean, slope, bias)
@@ -34,7 +34,7 @@ def _(x: Tensor, mean: Tensor, slope: Tensor, bias: Tensor) -> tuple[Tensor, Ten
 
 @torch.library.custom_op("isofast_kernels::norm_pool_sums", mutates_args=())
 def norm_pool_sums(dy: Tensor, taps: Tensor, x: Tensor, mean: Tensor) -> Tensor:
-    """Sums of g and of g (x - mean) over each view, (2, V, C), with g of `reference`."""
+    """Return sums of g and g (x - mean) over each view, (2, V, C), with g as in `reference`."""
     if _runs_triton(x, dy):
         with device_of(x):
             return norm_pool_sums_launch(dy, taps, x, mean)
@@ -58,7 +58,7 @@ def norm_pool_gradient(
     shift: Tensor,
     along: Tensor,
 ) -> Tensor:
-    """dx = slope g - shift - along (x - mean), in x's dtype, channels_last."""
+    """Return dx = slope g - shift - along (x - mean), in x's dtype, channels_last."""
     if _runs_triton(x, dy):
         with device_of(x):
             return norm_pool_gradient_launch(dy, taps, x, mean, slope, shift, along)

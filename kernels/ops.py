@@ -1,8 +1,8 @@
-"""The public operations: dispatch, shapes for tracing, autograd.
+"""The public operations: dispatch, fake shapes for tracing, autograd.
 
-CUDA tensors run Triton, CPU tensors the reference. With TRITON_INTERPRET=1 in the environment
-before the import, CPU tensors of the kernels' dtypes run Triton's interpreter. Shape letters: B
-rows of a batch, D features, V directions, N = V B.
+CUDA tensors run Triton, CPU tensors the reference. If TRITON_INTERPRET=1 is set before the import,
+CPU tensors in float32 and float16 run in Triton's interpreter. Shape letters: B rows of a batch, D
+features, V directions, N = V B.
 """
 
 import math
@@ -27,18 +27,18 @@ if HAS_TRITON:
     from .matrix_power_triton import matrix_power_launch
 
 
-# Operations torch knows about
+# torch custom ops
 
 
 @torch.library.custom_op("isofast_kernels::asymmetric_loss", mutates_args=())
 def _asymmetric_loss(
     zs: list[Tensor], targets: list[Tensor], w: Tensor, metric: str, isotropic: bool
 ) -> tuple[Tensor, Tensor]:
-    """loss, (), and its gradient dz_VBD before the upstream gradient, in fp32 or float64."""
+    """Return loss, (), and dz_VBD before the upstream gradient is applied, in fp32 or float64."""
     if runs_triton(*zs, *targets, w):
         with device_of(w):
             return asymmetric_loss_launch(zs, targets, w, metric, isotropic)
-    # both directions at once: at these sizes a CPU spends as long on calls as on numbers
+    # both directions at once: at these sizes a CPU spends as long on call overhead as on arithmetic
     loss_N, dz_ND = reference.losses_and_gradients_reference(
         torch.cat(zs), torch.cat(targets), w, metric=metric, isotropic=isotropic
     )
@@ -64,12 +64,12 @@ def _save_gradient(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
 
 def _scale_gradient(ctx, grad_loss, grad_dz):  # type: ignore[no-untyped-def]
     if grad_dz is not None:
-        raise RuntimeError("asymmetric_loss can be differentiated once only")
+        raise RuntimeError("asymmetric_loss can be differentiated only once")
     (dz_VBD,) = ctx.saved_tensors
     if grad_loss is None:
         return [None] * len(dz_VBD), [None] * ctx.target_count, None, None, None
-    # fp32 until here: the upstream gradient may be a loss scale, to be applied before rounding;
-    # all directions at once, for a launch costs more than the numbers
+    # fp32 until here: the upstream gradient may be a loss scale, to apply before rounding; all
+    # directions at once, because a launch costs more than the arithmetic
     dz_VBD = (dz_VBD * grad_loss).to(ctx.z_dtype)
     dzs = [dz_VBD[v] for v in range(len(dz_VBD))]
     return dzs, [None] * ctx.target_count, None, None, None
@@ -130,28 +130,28 @@ def asymmetric_loss(
     metric: str = "cosine",
     isotropic: bool = True,
 ) -> Tensor:
-    """Mean over B of the asymmetric loss between p = W z and a stopped target t.
+    """Return the mean over B of the asymmetric loss between p = W z and a stop-gradient target t.
 
     cosine: -p.t / (|p| |t|) (P L^cos); iso cosine: P Eq. 17; euclidean: |p - t|^2 / 2; iso
-    euclidean: P Eq. 15, of the same value. The iso cosine's value means nothing, its gradient
-    does. Norms are clamped at 1e-8, so a collapsed batch gives finite numbers (but for float16,
-    where a gradient of the order of 1e8 at p = 0 becomes infinite). The formulas and gradients are
-    spelled out in `isofast_kernels.reference`.
+    euclidean: P Eq. 15, with the same value. The value of the iso cosine loss is meaningless; only
+    its gradient matters. Norms are clamped at 1e-8, so a collapsed batch gives finite numbers
+    (except in float16, where a gradient of order 1e8 at p = 0 becomes infinite). The formulas and
+    gradients are spelled out in `isofast_kernels.reference`.
 
     Args:
-        z_BD: embeddings, (B, D), float32, float16 or bfloat16, not normalised. The only argument
-            that gets a gradient, computed in float32 and rounded to z's dtype at the end. On
-            the CPU float64 too. On CUDA D is at most 8192.
-        target_BD: the stopped side, (B, D), as z.
-        w_DD: the predictor, (D, D), symmetric (`matrix_power` gives such), float32.
+        z_BD: embeddings, (B, D), float32, float16 or bfloat16 (on the CPU also float64), not
+            normalised; D is at most 8192 on CUDA. The only argument with a gradient, which is
+            computed in float32 and rounded to z's dtype at the end.
+        target_BD: the stop-gradient side, (B, D), as z.
+        w_DD: the predictor, (D, D), symmetric (as `matrix_power` returns it), float32.
         metric: "cosine" or "euclidean".
-        isotropic: the IsoLoss of that metric rather than the plain loss.
+        isotropic: use the IsoLoss of that metric rather than the plain loss.
 
     Returns:
         The loss, (), float32 (float64 for float64 arguments). Differentiable once.
 
     Raises:
-        ValueError: a shape, dtype, device or name that is not allowed.
+        ValueError: a shape, dtype, device or name is not allowed.
     """
     check_loss_arguments({"z_BD": z_BD}, {"target_BD": target_BD}, w_DD, metric)
     return _asymmetric_loss([z_BD], [target_BD.detach()], w_DD.detach(), metric, isotropic)[0]
@@ -167,18 +167,18 @@ def asymmetric_loss_pair(
     metric: str = "cosine",
     isotropic: bool = True,
 ) -> Tensor:
-    """loss(z1 -> t2) + loss(z2 -> t1), each a mean over B, in the launches of one.
+    """Return loss(z1 -> t2) + loss(z2 -> t1), each a mean over B, with the launches of one loss.
 
     Args:
-        z1_BD, z2_BD: embeddings of the two views, (B, D), one dtype; both get gradients.
-        t1_BD, t2_BD: targets of the same views, (B, D), one dtype; stopped.
+        z1_BD, z2_BD: embeddings of the two views, (B, D), same dtype; both receive gradients.
+        t1_BD, t2_BD: targets of the same views, (B, D), same dtype; no gradient.
         w_DD, metric, isotropic: as in `asymmetric_loss`.
 
     Returns:
         The sum of both directions, (), float32 (float64 for float64 arguments).
 
     Raises:
-        ValueError: a shape, dtype, device or name that is not allowed.
+        ValueError: a shape, dtype, device or name is not allowed.
     """
     zs = {"z1_BD": z1_BD, "z2_BD": z2_BD}
     check_loss_arguments(zs, {"t1_BD": t1_BD, "t2_BD": t2_BD}, w_DD, metric)
@@ -187,33 +187,33 @@ def asymmetric_loss_pair(
 
 
 def correlation_ema_(corr_DD: Tensor, z_BD: Tensor | Sequence[Tensor], decay: float) -> Tensor:
-    """C <- decay C + (1 - decay) mean z z^T in place, the mean over all rows of all views.
+    """Update C <- decay C + (1 - decay) mean z z^T in place, over all rows of all views.
 
-    P Eq. 1. C comes out bitwise symmetric; of what it held the lower triangle counts.
+    P Eq. 1. The result is bitwise symmetric; only the lower triangle of the old C is used.
 
     Args:
         corr_DD: the state C, (D, D), float32 (float64 on the CPU), contiguous.
-        z_BD: embeddings (B, D), or a sequence of them with one D and dtype and any B each,
-            float32, float16 or bfloat16 (on the CPU float64 too). No gradient flows back.
+        z_BD: embeddings (B, D), or a sequence of them with the same D and dtype and any B,
+            float32, float16 or bfloat16 (on the CPU also float64). No gradient flows back.
         decay: the weight that C keeps, in [0, 1].
 
     Returns:
         corr_DD itself.
 
     Raises:
-        ValueError: a shape, dtype, device or decay that is not allowed.
+        ValueError: a shape, dtype, device or decay is not allowed.
     """
     views = as_views(z_BD)
     check_square("corr_DD", corr_DD)
     if not corr_DD.is_contiguous():
         raise ValueError(
             f"corr_DD has strides {corr_DD.stride()}; it is updated in place and must be "
-            "contiguous. Keep the state in a tensor of its own (.contiguous() makes a copy)."
+            "contiguous. Keep the state in its own tensor (.contiguous() makes a copy)."
         )
     if corr_DD.shape[0] != views[0].shape[1]:
         raise ValueError(
             f"corr_DD has shape {tuple(corr_DD.shape)} and the views have D = "
-            f"{views[0].shape[1]}; corr_DD must be (D, D) of the same D."
+            f"{views[0].shape[1]}; corr_DD must be (D, D) with the same D."
         )
     if not 0 <= decay <= 1:
         raise ValueError(f"decay is {decay}; it must be between 0 and 1.")
@@ -223,7 +223,7 @@ def correlation_ema_(corr_DD: Tensor, z_BD: Tensor | Sequence[Tensor], decay: fl
 
 
 def second_moment(z_BD: Tensor | Sequence[Tensor]) -> Tensor:
-    """Mean of z z^T over all rows of all views, for ranks that reduce it before the average.
+    """Return the mean of z z^T over all rows of all views, to all-reduce before the EMA update.
 
     Args:
         z_BD: embeddings (B, D), or a sequence of them, as in `correlation_ema_`.
@@ -232,7 +232,7 @@ def second_moment(z_BD: Tensor | Sequence[Tensor]) -> Tensor:
         moment_DD, (D, D), bitwise symmetric, float32 (float64 for float64 views).
 
     Raises:
-        ValueError: a shape, dtype or device that is not allowed.
+        ValueError: a shape, dtype or device is not allowed.
     """
     return _second_moment(as_views(z_BD))
 
@@ -240,21 +240,21 @@ def second_moment(z_BD: Tensor | Sequence[Tensor]) -> Tensor:
 def matrix_power(
     corr_DD: Tensor, alpha: float, *, eps: float = 0.0, normalize: str = "spectral"
 ) -> Tensor:
-    """The predictor W = U diag((s + eps)^alpha) U^T of C = U diag(s) U^T (P Eq. 1).
+    """Return the predictor W = U diag((s + eps)^alpha) U^T of C = U diag(s) U^T (P Eq. 1).
 
-    With normalize="spectral" s is divided by its largest value; eps is added after that and before
-    the power. alpha = 1 is DirectCopy's C / lambda_max + eps I. C = 0 gives eps^alpha I; a NaN or
-    infinity in C makes all of W NaN and raises nothing.
+    With normalize="spectral" s is first divided by its largest value; eps is then added before the
+    power. alpha = 1 is DirectCopy's C / lambda_max + eps I. C = 0 gives eps^alpha I; a NaN or
+    infinity in C makes all of W NaN without raising an error.
 
-    On CUDA alpha = 1/2, 1 and 2, and 1/4 where s is normalised and eps >= 0.1, are made of products
-    in a fixed number of launches, without waiting for the device, so that a CUDA graph can capture
-    them. Any other power goes through torch.linalg.eigh, which waits, cannot be captured, and
-    multiplies as torch's global switches say.
+    On CUDA alpha = 1/2, 1 and 2, and 1/4 if s is normalised and eps >= 0.1, are computed by matrix
+    products in a fixed number of launches without a host sync, so that a CUDA graph can capture
+    them. Any other power uses torch.linalg.eigh, which syncs, cannot be captured, and multiplies
+    in the precision set by torch's global switches.
 
-    C is taken to be what `correlation_ema_` makes: symmetric, which is not checked, and positive
-    semi-definite up to rounding (about 1e-7 of its largest eigenvalue). The CPU clamps s at 0
-    where the power needs it; the products of the CUDA path let eigenvalues below that grow, and
-    take a C whose largest eigenvalue is below 1e-25 for zero (see NUMERICS.md).
+    C should be what `correlation_ema_` returns: symmetric, which is not checked, and positive
+    semi-definite up to rounding (about 1e-7 of its largest eigenvalue). The CPU clamps s at 0 if
+    the power needs it; the CUDA products let eigenvalues below that grow, and treat a C whose
+    largest eigenvalue is below 1e-25 as zero (see NUMERICS.md).
 
     Args:
         corr_DD: C, (D, D), symmetric, float32 (float64 on the CPU).
@@ -266,11 +266,11 @@ def matrix_power(
         w_DD, (D, D), bitwise symmetric, in C's dtype, outside autograd.
 
     Raises:
-        ValueError: a shape, dtype, alpha, eps or name that is not allowed.
+        ValueError: a shape, dtype, alpha, eps or name is not allowed.
     """
     check_square("corr_DD", corr_DD)
     check_choice("normalize", normalize, reference.NORMALIZATIONS)
-    # comparisons, which a compiler can trace; NaN fails them
+    # a compiler can trace comparisons, and NaN fails them
     if not 0 < alpha < math.inf:
         raise ValueError(
             f"alpha is {alpha}; it must be finite and greater than 0. To train without a "

@@ -1,6 +1,6 @@
-"""Trains one configuration: `deepspeed launch/train.py --config launch/NAME.json`.
+"""Train one configuration: `deepspeed launch/train.py --config launch/NAME.json`.
 
-`python launch/train.py` does the same in one process, and so does `isofast train`.
+`python launch/train.py` and `isofast train` do the same in one process.
 """
 
 import sys
@@ -9,7 +9,7 @@ from isofast import cli
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs the command; returns the exit code."""
+    """Run the command; return the exit code."""
     return cli.main(["train", *(sys.argv[1:] if arguments is None else arguments)])
 
 

@@ -1,4 +1,4 @@
-"""Shared fixtures: real digits on the disk, small configurations, the launch program in-process."""
+"""Shared fixtures: real digits on disk, small configurations, the command line in-process."""
 
 import json
 import os
@@ -33,7 +33,7 @@ SMALL: dict[str, Any] = {
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Hide GPUs from all but `pytest -m gpu`, and take one thread: a CPU's bits are compared."""
+    """Hide GPUs except in `pytest -m gpu`; use one thread, as CPU results are compared bitwise."""
     torch.set_num_threads(1)
     marks = config.getoption("markexpr")
     if "gpu" not in marks or "not gpu" in marks:
@@ -47,12 +47,12 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 @pytest.fixture(autouse=True)
 def _no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No test sees another's process group, nor a launcher that started pytest."""
+    """Hide other tests' process groups, and any launcher that started pytest."""
     names = ["RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "LOCAL_SIZE"]
     names += ["MASTER_ADDR", "MASTER_PORT", "SLURM_STEP_NUM_TASKS", "SLURM_PROCID", "SLURM_LOCALID"]
     names += ["SLURM_RESTART_COUNT"]
     for name in names:
-        # set first, so that what the code under test sets is undone as well
+        # set first, so that monkeypatch also undoes what the code under test sets
         monkeypatch.setenv(name, "")
         monkeypatch.delenv(name)
 
@@ -67,13 +67,13 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def own_digits(digits: Path, tmp_path: Path) -> Path:
-    """A copy of the digits that a test may spoil."""
+    """A copy of the digits that a test may damage."""
     return shutil.copytree(digits, tmp_path / "digits")
 
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 3 MB."""
+    """A 3 MB file system."""
     folder = tmp_path / "disk"
     folder.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=3m", "none", str(folder)]
@@ -85,7 +85,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 @pytest.fixture
 def refused(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
-    """Runs a command, which must exit with 2 and say all words; returns its standard output."""
+    """Runs a command, which must exit with 2 and print ``words`` to stderr; returns its stdout."""
 
     def check(arguments: Iterable[object], *words: str) -> str:
         capsys.readouterr()
@@ -103,7 +103,7 @@ def refused(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
 
 @pytest.fixture
 def small(digits: Path) -> Callable[..., dict[str, Any]]:
-    """A tree of settings for a run of seconds; keyword arguments are sections laid over it."""
+    """Settings for a run of a few seconds; keyword arguments are sections merged over them."""
 
     def make(**sections: Any) -> dict[str, Any]:
         return merge(merge(SMALL, {"data": {"root": str(digits)}}), sections)
@@ -113,13 +113,13 @@ def small(digits: Path) -> Callable[..., dict[str, Any]]:
 
 @pytest.fixture
 def small_config(small: Callable[..., dict[str, Any]]) -> Callable[..., Config]:
-    """The same, validated."""
+    """The settings of ``small``, validated."""
     return lambda **sections: validate(small(**sections))
 
 
 @pytest.fixture
 def config_file(tmp_path: Path, small: Callable[..., dict[str, Any]]) -> Callable[..., Path]:
-    """The same, as a file."""
+    """The settings of ``small``, written to a file."""
 
     def write(**sections: Any) -> Path:
         path = tmp_path / "small.json"
@@ -133,7 +133,7 @@ def config_file(tmp_path: Path, small: Callable[..., dict[str, Any]]) -> Callabl
 def spectrum_runs(
     digits: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, tuple[dict[str, Any], Path]]:
-    """Finished runs by name, just over an epoch long (22 steps): their settings and folders."""
+    """Finished runs of 24 steps (22 per epoch), by name: their settings and folders."""
     own: dict[str, dict[str, Any]] = {
         "linear": {
             "method": {"name": "linear"},
@@ -160,7 +160,7 @@ def spectrum_runs(
 
 @pytest.fixture(scope="session")
 def evaluated_run(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished run of 44 steps, evaluated before, between and after its two epochs."""
+    """A finished run of 44 steps, evaluated before training and after each of its two epochs."""
     changes = {
         "data": {"root": str(digits)},
         "train": {"max_steps": None, "precision": "fp32"},
@@ -174,7 +174,7 @@ def evaluated_run(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 @pytest.fixture
 def request_of(digits: Path, tmp_path: Path) -> Callable[..., Request]:
-    """A request for table 2 on the digits; keyword arguments change it."""
+    """A request for table 2 on the digits; keyword arguments override its fields."""
 
     def make(**changes: Any) -> Request:
         given = {"table": "table2", "datasets": ["digits"], "root": digits.parent}

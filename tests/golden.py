@@ -1,8 +1,8 @@
-"""Train every method for a few steps with two versions of the source, and compare them bitwise.
+"""Train every method for a few steps with two versions of the source and compare them bitwise.
 
 `python tests/golden.py [COMMIT]` trains COMMIT (default: HEAD~1) and the working tree's tracked
-files on the digits, with one process and two, stopped and resumed, and exits 1 if a record, an
-eigenvalue or a weight of the encoder differs. Both run here: other machines round differently.
+files on the digits, with one and two processes, stopped and resumed, and exits with 1 if any
+record, eigenvalue or encoder weight differs. Both run here: other machines round differently.
 """
 
 import json
@@ -44,13 +44,13 @@ RUNS: dict[str, tuple[dict[str, Any], int]] = {
     "two-ranks": ({}, 2),
     "byol-two-ranks": ({"method": {"name": "byol"}}, 2),
 }
-# processes that have imported the slow packages; DeepSpeed allows one run in each
+# forked after importing the slow packages; DeepSpeed allows one run per process
 PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload(["torch", "deepspeed"])
 
 
 def main(commit: str = "HEAD~1") -> int:
-    """Run both versions; return 0 if all of their results are equal."""
+    """Run both versions; return 0 if all results are equal, else 1."""
     changes = subprocess.check_output(["git", "stash", "create"], cwd=ROOT, text=True).strip()
     with tempfile.TemporaryDirectory() as folder:
         old, new, data = (Path(folder) / name for name in ("old", "new", "digits"))
@@ -59,7 +59,7 @@ def main(commit: str = "HEAD~1") -> int:
             tree.mkdir()
             subprocess.run(["tar", "x", "-C", tree], input=archive, check=True)
             (tree / "isofast_kernels").symlink_to("kernels")
-            # a process of its own: what it imports is this tree's
+            # a separate process, which imports from this tree
             subprocess.run(
                 [sys.executable, __file__, "--tree", str(tree), str(data)],
                 check=True,
@@ -71,7 +71,7 @@ def main(commit: str = "HEAD~1") -> int:
 
 
 def run_tree(tree: Path, data: Path) -> None:
-    """Train all of RUNS with the source in ``tree``, into ``tree``/golden."""
+    """Train all of RUNS with the source in ``tree``, writing to ``tree``/golden."""
     if not data.exists():
         command = [sys.executable, "-m", "isofast.cli", "prepare", "digits", "--root", str(data)]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
@@ -84,13 +84,13 @@ def run_tree(tree: Path, data: Path) -> None:
         path.write_text(json.dumps(config))
         command = ["--config", str(path), "--run-dir", str(run_dir)]
         train(tree, [*command, "--set", f"train.max_steps={RESUMED_AT}"], ranks)
-        # the last checkpoint is lost, so that some steps are taken twice
+        # delete the last checkpoint, so that some steps are repeated
         shutil.rmtree(run_dir / "checkpoints" / f"step_{RESUMED_AT:08d}")
         train(tree, command, ranks)
 
 
 def train(tree: Path, arguments: list[str], ranks: int) -> None:
-    """launch/train.py in ``ranks`` processes."""
+    """Run launch/train.py in ``ranks`` processes."""
     port = str(29600 + os.getpid() % 1000)
     processes = [
         PROCESSES.Process(target=launch, args=(tree, arguments, rank, ranks, port))
@@ -105,7 +105,7 @@ def train(tree: Path, arguments: list[str], ranks: int) -> None:
 
 
 def launch(tree: Path, arguments: list[str], rank: int, ranks: int, port: str) -> None:
-    """One process of a run."""
+    """Run launch/train.py as one rank."""
     null = os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, 1)
     if ranks > 1:
@@ -115,7 +115,7 @@ def launch(tree: Path, arguments: list[str], rank: int, ranks: int, port: str) -
 
 
 def equal(name: str, old: Path, new: Path) -> bool:
-    """Whether both versions of a run left the same numbers; prints the first that differ."""
+    """Return whether both versions of a run gave the same numbers; print the first difference."""
     records, arrays = [], []
     for run in (old / name, new / name):
         lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())

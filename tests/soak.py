@@ -1,8 +1,8 @@
-"""Kill runs again and again, and compare what they end as with runs never killed.
+"""Kill runs over and over, and compare their final results with those of uninterrupted runs.
 
-`python -m tests.soak --kills 100 --ranks 1 2` trains the digits, kills ranks with SIGKILL at random
-moments, among them saves and evaluations, and gives the same command again. Exits 1 if a record, an
-eigenvalue or a weight differs in the end, or if a run hangs or fails otherwise.
+`python -m tests.soak --kills 100 --ranks 1 2` trains on the digits, kills ranks with SIGKILL at
+random moments, including saves and evaluations, and reruns the same command. Exits with 1 if a
+record, an eigenvalue or a weight differs in the end, or if a run hangs or fails in another way.
 """
 
 import argparse
@@ -46,7 +46,7 @@ HANGS_AFTER_S = 120
 
 @dataclass
 class Launch:
-    """One process tree of a run, and what it does."""
+    """One launch of a run: its process tree, and what it is doing."""
 
     process: "subprocess.Popen[bytes]"
     run_dir: Path
@@ -72,12 +72,12 @@ class Launch:
         return printed.rfind("evaluating on") > printed.rfind("validation top-1")
 
     def training(self) -> list[psutil.Process]:
-        """The ranks that a launcher has started; none without one."""
+        """Return the ranks that a launcher has started; none without a launcher."""
         tree = psutil.Process(self.process.pid).children(recursive=True)
         return [p for p in tree if any("--local_rank" in word for word in p.cmdline())]
 
     def wait_for(self, moment: str, draw: random.Random) -> bool:
-        """Wait for a moment to kill in; False if the run ends before."""
+        """Wait for a moment to kill at; return False if the run ends first."""
         at = self.began + draw.uniform(0, 8) if moment == "start" else None
         self.ranks: list[psutil.Process] = []
         while self.process.poll() is None:
@@ -95,7 +95,7 @@ class Launch:
         return self.saves() if moment == "save" else self.evaluates()
 
     def wait(self) -> int:
-        """Return the exit code; a run that hangs says where, by PYTHONFAULTHANDLER."""
+        """Return the exit code; if the run hangs, PYTHONFAULTHANDLER prints where."""
         try:
             return self.process.wait(HANGS_AFTER_S)
         except subprocess.TimeoutExpired:
@@ -116,7 +116,7 @@ class Launch:
 
 
 def soak(ranks: int, kills: int, folder: Path, draw: random.Random) -> Counter[str]:
-    """Kill runs of ``ranks`` processes ``kills`` times; return how often in which moment."""
+    """Kill runs of ``ranks`` processes ``kills`` times; return the counts by moment."""
     config, whole = folder / "soak.json", folder / f"whole-{ranks}"
     train(config, whole, ranks=ranks)
     counts: Counter[str] = Counter(kills=0)
@@ -159,7 +159,7 @@ def _train_and_kill(
         if not killed:
             assert code == 0, printed
             return counts
-        # what it was in at its death, whatever was waited for
+        # what it was doing when killed, whichever moment was waited for
         moment = "save" if launch.saves() else "evaluation" if launch.evaluates() else "elsewhere"
         counts.update(["kills", moment])
         said = f"{run_dir.name}: kill {counts['kills']} ({who}, {moment})"
@@ -168,9 +168,9 @@ def _train_and_kill(
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--kills", type=int, default=100, help="over all numbers of ranks")
+    parser.add_argument("--kills", type=int, default=100, help="total, split evenly over --ranks")
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2])
-    parser.add_argument("--seed", type=int, default=0, help="of the moments")
+    parser.add_argument("--seed", type=int, default=0, help="random seed of the moments")
     args = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -183,12 +183,12 @@ def main(arguments: list[str] | None = None) -> int:
             try:
                 counts = soak(ranks, kills, folder, random.Random(args.seed + ranks))
             except AssertionError as error:
-                print(f"{ranks} rank(s): not as the run never killed: {error}", file=sys.stderr)
+                print(f"{ranks} rank(s): failed: {error}", file=sys.stderr)
                 return 1
             print(
                 f"{ranks} rank(s): {counts['kills']} kills ({counts['save']} during a save, "
                 f"{counts['evaluation']} during an evaluation, {counts['elsewhere']} elsewhere) in "
-                f"{counts['runs']} runs, each bitwise the run never killed; "
+                f"{counts['runs']} runs, all bitwise equal to the uninterrupted run; "
                 f"{time.monotonic() - began:.0f} s"
             )
     return 0

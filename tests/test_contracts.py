@@ -1,4 +1,4 @@
-"""What other people's scripts rely on, tried from outside: commands, files, keys, exit codes."""
+"""What users' scripts rely on, tested from outside: commands, files, keys, exit codes."""
 
 import json
 import sys
@@ -42,7 +42,7 @@ class MyMethod(Method):
 
 @pytest.fixture
 def outside(tmp_path: Path, small: Any) -> Path:
-    """A folder elsewhere with a config and a method of its own."""
+    """A folder outside the repository with a config and a custom method."""
     changes = {"evaluation": {"every_epochs": 1, "knn_images": 200}, "train": {"max_steps": 4}}
     (tmp_path / "tiny.json").write_text(json.dumps(small(**changes)))
     (tmp_path / "my_file.py").write_text(MINE)
@@ -50,7 +50,7 @@ def outside(tmp_path: Path, small: Any) -> Path:
 
 
 def run(folder: Path, *options: str, code: int = 0) -> str:
-    """Train tiny.json there; return what was printed."""
+    """Train tiny.json in ``folder``; return its stderr."""
     command = [sys.executable, TRAIN, "--config", "tiny.json", *options]
     return call(command, cwd=folder, code=code).stderr
 
@@ -83,7 +83,7 @@ def test_a_run_and_its_folder(outside):
     assert weights["bn1.num_batches_tracked"] == 2 * 4
     assert weights.keys() == {k for k in resnet18().state_dict() if k[:3] != "fc."}
 
-    # raising max_steps continues; what changes the result is refused; --fresh deletes nothing
+    # raising max_steps continues; what would change results is refused; --fresh deletes nothing
     assert "continuing from" in run(outside, "--set", "train.max_steps=6")
     stored = (folder / "config.json").read_text()
     changes = ("--set", "seed=1", "--set", "optimizer.lr=9", "--set", "train.max_steps=6")

@@ -1,4 +1,4 @@
-"""What the documentation says of this repository."""
+"""What the documentation claims about this repository."""
 
 import re
 from pathlib import Path

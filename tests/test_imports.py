@@ -1,5 +1,5 @@
-"""The directions of imports: launch -> isofast -> isofast_kernels, one file each for DeepSpeed and
-DALI, Triton in the kernels only."""
+"""Import rules: launch -> isofast -> isofast_kernels, one file each for DeepSpeed and DALI, Triton
+only in the kernels."""
 
 import ast
 import functools
@@ -15,7 +15,7 @@ FILES = [path for package in PACKAGES for path in sorted((ROOT / package).rglob(
 
 @functools.cache
 def _imports(path: Path) -> set[str]:
-    """Every module that a file imports, wherever in it."""
+    """Return every module imported anywhere in a file."""
     found: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
@@ -52,11 +52,11 @@ NOT_FOR_KERNELS = ("isofast", "pydantic", "torchvision", "sklearn", "numpy")
 )
 def test_who_imports(module, within, allowed):
     importers = _importers(module, within)
-    # the scripts of bench/ share a harness
+    # the scripts in bench/ share a harness
     assert {path for path in importers if not path.startswith(f"{module}/")} == allowed
 
 
-# a package imports itself and those of lower levels; methods and run do not know each other
+# a package imports only itself and lower levels; methods and run are independent of each other
 LEVELS = {
     **{"errors": 0, "distributed": 1, "config": 2, "data": 3, "methods": 4, "run": 4},
     **{"training": 5, "evaluation": 6, "paper": 7, "cli": 8},
@@ -80,7 +80,7 @@ def test_no_modules_import_in_a_circle():
         for path in sorted((ROOT / "isofast").rglob("*.py"))
     }
     graph = {
-        # `from isofast.data import dali` in isofast/data/ imports the module only
+        # `from isofast.data import dali` inside isofast/data/ imports only the module
         name: {other for other in _imports(path) & {*modules} if not name.startswith(other)}
         for name, path in modules.items()
     }

@@ -1,4 +1,4 @@
-"""The package as pip installs it, away from the checkout."""
+"""The package as installed by pip, outside the checkout."""
 
 import json
 import shutil
@@ -16,9 +16,9 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the built wheel's packages, which Python finds first."""
+    """A folder with the packages from the built wheels, for PYTHONPATH."""
     folder = tmp_path_factory.mktemp("wheel")
-    # building leaves files in the source
+    # building leaves files in the source tree, so build a copy
     source = folder / "source"
     skipped = shutil.ignore_patterns("*.egg-info", "build", "__pycache__")
     for name in ("isofast", "kernels", "launch"):
@@ -43,7 +43,7 @@ def test_train_takes_a_shipped_config_by_name(installed, digits, tmp_path):
     call(command, cwd=tmp_path, **path)
     run = tmp_path / "runs" / "quickstart"
     assert json.loads((run / "summary.json").read_text())["steps"] == 2
-    # the same as the program of the checkout
+    # interchangeable with launch/train.py in the checkout
     shown = call([*command, "--set", "train.max_steps=3"], cwd=tmp_path, **path).stderr
     assert "continuing from" in shown
     program = [sys.executable, str(ROOT / "launch" / "train.py"), *command[4:]]

@@ -1,1 +1,1 @@
-"""Configuration: its schema, presets, and how files and --set make one."""
+"""Configuration: the schema, the presets, and loading from files and --set."""

@@ -1,4 +1,4 @@
-"""Read a configuration: a JSON file, --set overrides, errors that name the remedy."""
+"""Load a configuration from a JSON file and --set overrides, with errors that name the fix."""
 
 import copy
 import difflib
@@ -15,18 +15,18 @@ from isofast.config.schema import Config, MethodConfig
 from isofast.errors import UserError
 
 _PACKAGE = Path(__file__).resolve().parents[1]
-# the shipped configs: within an installed package, beside it in a checkout
+# the shipped configs: inside an installed package, next to it in a checkout
 LAUNCH = next(p / "launch" for p in (_PACKAGE, _PACKAGE.parent) if (p / "launch").is_dir())
 
 
 def load_config(path: str | PathLike[str], overrides: Sequence[str] = ()) -> Config:
-    """Read ``path``, apply ``--set`` overrides (``key.path=value``), fill presets, validate.
+    """Read ``path``, apply ``--set`` overrides (``key.path=value``) and presets, and validate.
 
-    Without a file at ``path`` the shipped one of that name is read, such as tinyimagenet.
+    If ``path`` is not a file, it may name a shipped config, such as tinyimagenet.
 
     Raises:
         UserError: the file is missing or not JSON, or a key or value is not allowed; the message
-            names every wrong key and its nearest allowed name.
+            lists every wrong key, and suggests valid ones.
     """
     path = Path(path)
     shipped = LAUNCH / f"{path}.json"
@@ -38,17 +38,17 @@ def load_config(path: str | PathLike[str], overrides: Sequence[str] = ()) -> Con
         known = ", ".join(sorted(str(p) for p in path.parent.glob("*.json"))) or "none"
         names = ", ".join(sorted({p.stem for p in LAUNCH.glob("*.json")} - {"config.schema"}))
         raise UserError(
-            f"no config file {path}. JSON files beside it: {known}. Shipped, by name: {names}"
+            f"no config file {path}. JSON files in that folder: {known}. Shipped configs: {names}"
         ) from None
     except (OSError, ValueError) as error:
         raise UserError(f"cannot read {path} as JSON: {error}") from None
     if not isinstance(raw, dict):
-        raise UserError(f"{path} must hold a JSON object of sections, got {type(raw).__name__}")
+        raise UserError(f"{path} must contain a JSON object of sections, got {type(raw).__name__}")
     return validate(raw, overrides)
 
 
 def validate(raw: Mapping[str, Any], overrides: Sequence[str] = ()) -> Config:
-    """Return the config of a tree of sections with ``--set`` overrides, presets filled in.
+    """Build a config from nested sections and ``--set`` overrides, filling in presets.
 
     Raises:
         UserError: a key or value is not allowed.
@@ -63,20 +63,20 @@ def validate(raw: Mapping[str, Any], overrides: Sequence[str] = ()) -> Config:
         lines = [
             _explain(dict(item), known)
             for item in error.errors()
-            # a preset that depends on a wrong key
+            # presets that depend on a wrong key
             if item["type"] != "default_factory_not_called"
         ]
         raise UserError("the configuration is not valid:\n  " + "\n  ".join(lines)) from None
 
 
 def read_stored(path: Path) -> Config:
-    """Read the config.json of a run, also of an earlier version.
+    """Read a run's config.json, which an older version may have written.
 
-    Without method.correlation C was that of embeddings; trained predictors had an alpha of null;
-    TensorBoard had a key.
+    Older files lack method.correlation (C was that of the embeddings), may have a null alpha for
+    trained predictors, and have a key for TensorBoard.
 
     Raises:
-        OSError, ValueError: it cannot be read or is no config.
+        OSError, ValueError: the file cannot be read or is not a config.
     """
     raw = json.loads(path.read_text(encoding="utf-8"))
     match raw:
@@ -115,7 +115,7 @@ def _explain(item: dict[str, Any], known: Sequence[str]) -> str:
         return f"method.name: got {item['ctx']['got']!r}; {item['msg']}"
     if item["type"] == "missing":
         key = "data.root" if key == "data" else key
-        return f"{key}: missing. Give it in the file or with --set {key}=VALUE"
+        return f"{key}: missing. Set it in the file or with --set {key}=VALUE"
     got, message = item["input"], item["msg"].removeprefix("Value error, ")
     example = next((name for name in known if name.startswith(f"{key}.")), None)
     if example is not None and not isinstance(got, dict):
@@ -135,7 +135,7 @@ def _nearest(key: str, known: Sequence[str]) -> str:
 
 
 def _keys(section: Any, method: type[MethodConfig], prefix: str = "") -> Iterator[str]:
-    """Every key of a section, with those of ``method`` in the method section."""
+    """Yield a section's keys; the method section has those of ``method``."""
     if isinstance(section, type) and issubclass(section, BaseModel):
         for name, field in section.model_fields.items():
             yield f"{prefix}{name}"

@@ -1,4 +1,4 @@
-"""Methods, encoders and loggers of your own, named in a config by import path."""
+"""Custom methods, encoders and loggers, named in a config by import path."""
 
 import difflib
 import importlib
@@ -21,7 +21,7 @@ def import_object(path: str) -> Any:
 
 
 def method_class(name: Any) -> Any:
-    """Return the class of ``method.name``, a built-in name or module:Class.
+    """Return the class that ``method.name`` refers to, a built-in name or module:Class.
 
     Raises:
         PydanticCustomError: there is no such class, or its module fails to import.
@@ -35,7 +35,7 @@ def method_class(name: Any) -> Any:
         close = difflib.get_close_matches(path, METHODS, 1)
         hint = f"did you mean {close[0]!r}? " if close else ""
         allowed = ", ".join(map(repr, METHODS))
-        raise refuse(f"{hint}allowed are {allowed} and module:Class, for a class of your own")
+        raise refuse(f"{hint}allowed are {allowed}, or module:Class for your own class")
     try:
         found = import_object(path)
     except Exception as error:

@@ -1,8 +1,8 @@
 """Defaults that depend on the data set, the length of the run and the method.
 
 From the paper (Halvagal, Laborieux, Zenke, NeurIPS 2023) and its authors' released code,
-fmi-basel/implicit-var-reg; comments say which where they differ. Values for digits, image folders
-and AdamW are ours. A method's own defaults are in its Config.
+fmi-basel/implicit-var-reg; comments name the source where they differ. Values for digits, image
+folders and AdamW are ours. A method's own defaults are in its Config.
 """
 
 from collections.abc import Mapping
@@ -10,7 +10,7 @@ from typing import Any
 
 Tree = dict[str, Any]
 
-# The first layers that the paper uses with each data set.
+# The paper's stem for each of its data sets.
 _STEM_OF_DATASET = {
     "digits": "cifar",
     "cifar10": "cifar",
@@ -20,9 +20,9 @@ _STEM_OF_DATASET = {
     "imagefolder": "imagenet",
 }
 
-# Over ViewConfig's defaults, the paper's first view; its second solarizes.
+# ViewConfig's defaults are the paper's first view; its second view also solarizes.
 _SOLARIZED: Tree = {"solarize_p": 0.2}
-# 8 x 8 gray digits: no flip (a mirrored 2 is no digit), no crop (it could lose a stroke)
+# 8 x 8 gray digits: no flip (a mirrored 2 is not a digit), no crop (it could cut off a stroke)
 _DIGIT_VIEW: Tree = {
     "crop_scale": (1.0, 1.0),
     "crop_ratio": (1.0, 1.0),
@@ -44,7 +44,7 @@ VIEWS_OF_DATASET: dict[str, Tree] = {
     "imagefolder": {"view2": _SOLARIZED},
 }
 
-# Built-in methods and their classes; any other is named module:Class.
+# Built-in methods and their classes; all others are named module:Class.
 METHODS = {
     "isoloss": "isofast.methods.closed_form:IsoLoss",
     "directpred": "isofast.methods.closed_form:DirectPred",
@@ -58,29 +58,29 @@ _CLOSED_FORMS = ("isoloss", "directpred", "directcopy")
 
 _PEAK_LR = {"lars": 1.0, "sgd": 0.1, "adamw": 1e-3}
 
-# Shorter runs, and data sets outside the paper, get C of directions, and a target and an optimizer
-# that go with it; all ours (docs/method/first-steps.md).
+# Shorter runs, and data sets outside the paper, average C over directions, with a target and an
+# optimizer to match; all of this is ours (docs/method/first-steps.md).
 SHORT_RUN_EPOCHS = 100
 _PAPER_DATASETS = ("cifar10", "cifar100", "stl10", "tinyimagenet")
 
 
 def stem_preset(dataset: str, crop: int | None) -> str:
-    """The first layers; a folder of small images has those of the paper's images of that size."""
+    """Return the stem; a folder of small images gets the paper's for images of that size."""
     if dataset == "imagefolder" and crop is not None and crop <= 64:
         return "cifar" if crop <= 32 else "tiny"
     return _STEM_OF_DATASET[dataset]
 
 
 def method_preset(dataset: str, epochs: int, method: Mapping[str, Any]) -> Tree:
-    """Return what a short run, or a data set outside the paper, implies for a built-in method.
+    """Return a built-in method's preset for a short run or a data set outside the paper.
 
-    Its target and C must not lag by a large share of the run: 0.9 forgets in 10 steps, where the
-    paper's 0.99 and 0.998 take 100 and 500.
+    The target and C must not lag by much of the run: a decay of 0.9 forgets in 10 steps, the
+    paper's 0.99 and 0.998 in 100 and 500.
     """
     ours = epochs < SHORT_RUN_EPOCHS or dataset not in _PAPER_DATASETS
     cosine = method.get("metric", "cosine") == "cosine"
     directions = method.get("correlation", "directions") == "directions"
-    # sigreg's embeddings should be normal themselves, not their directions
+    # sigreg wants the embeddings to be normal, not their directions
     known = method["name"] in METHODS and method["name"] != "sigreg"
     if not (ours and cosine and directions and known):
         return {}
@@ -89,20 +89,20 @@ def method_preset(dataset: str, epochs: int, method: Mapping[str, Any]) -> Tree:
         if method.get("ema", True):
             preset |= {"ema_base": 0.9, "decay": 0.9}
         if dataset == "imagefolder":
-            # C of the step's own batch
+            # C of the current batch only
             preset["decay"] = 0.0
     return preset
 
 
 def optimizer_preset(method: str, correlation: str, ema: bool, chosen: str) -> Tree:
-    """Return the optimizer of a method; your own methods have SimSiam's.
+    """Return a method's optimizer preset; custom methods get SimSiam's.
 
     Args:
         method: method.name.
-        correlation: method.correlation, which marks short runs for trained predictors too; the
-            values for directions are from bench/results/first-steps.md.
+        correlation: method.correlation; directions marks short runs, for trained predictors too,
+            with values from bench/results/first-steps.md.
         ema: method.ema.
-        chosen: optimizer.name as given by the user, or any other text.
+        chosen: the user's optimizer.name, or any other text.
     """
     closed = method in _CLOSED_FORMS
     name, lr = "sgd", 0.1
@@ -114,14 +114,14 @@ def optimizer_preset(method: str, correlation: str, ema: bool, chosen: str) -> T
         name, lr = "lars", 1.0
     if chosen in _PEAK_LR and chosen != name:
         name, lr = chosen, _PEAK_LR[chosen]
-    # The released table's runs; the paper's closed forms have 4e-4. Neither gives one for a linear
-    # predictor, which is compared with the closed forms.
+    # From the runs of the released table; the paper has 4e-4 for closed forms. Neither gives a
+    # value for the linear predictor, which is compared with the closed forms.
     decay = 1e-4 if closed or method == "linear" else 0.05 if method == "sigreg" else 1e-5
     return {"name": name, "lr": lr, "weight_decay": decay}
 
 
 def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> Tree:
-    """Return ``base`` with ``over`` laid over it, section by section; neither is changed."""
+    """Merge ``over`` into a copy of ``base``, section by section."""
     merged: Tree = dict(base)
     for key, value in over.items():
         below = merged.get(key)

@@ -1,6 +1,6 @@
-"""The configuration of a run: every key, its default and what it means.
+"""The configuration of a run: every key, its default and its meaning.
 
-What the user sets wins over the presets (presets.py), which win over the defaults here.
+Values that the user sets override the presets (presets.py), which override the defaults here.
 """
 
 import json
@@ -32,7 +32,7 @@ from isofast.errors import UserError
 
 SCHEMA_KEY = "$schema"
 RESNETS = ("resnet18", "resnet34", "resnet50")
-# Marks fields that may change when a run continues: no result depends on them.
+# Marks fields that may change when a run is resumed, because no result depends on them.
 FREE: dict[str, Any] = {"may_change_on_resume": True}
 
 
@@ -61,97 +61,97 @@ Strength = Annotated[float, Field(ge=0)]
 
 
 class ViewConfig(_Section):
-    """The transforms of one random view, in this order. Probabilities are per image, lengths
-    fractions of the crop, angles degrees; an operation that can't happen costs nothing."""
+    """The random transforms of one view, in this order. Probabilities are per image, lengths are
+    fractions of the crop, angles are in degrees; a transform that is off costs nothing."""
 
     crop_scale: Annotated[Range, AfterValidator(_share)] = (0.08, 1.0)
-    """Area of the crop, as a share of the image."""
+    """Area of the crop, as a fraction of the image."""
     crop_ratio: Range = (3 / 4, 4 / 3)
-    """Width of the crop over its height."""
+    """Aspect ratio of the crop, width / height."""
     degrees: Strength = 0.0
-    """Largest rotation."""
+    """Maximum rotation."""
     translate: Strength = 0.0
-    """Largest shift in each direction."""
+    """Maximum shift in each direction."""
     scale: Range = (1.0, 1.0)
-    """Zoom."""
+    """Zoom factor."""
     shear: Strength = 0.0
-    """Largest shear along the rows."""
+    """Maximum shear along the rows."""
     jitter_p: Share = 0.8
-    """Probability of colour jitter; a strength s draws a factor from 1 - s to 1 + s."""
+    """Probability of colour jitter; for a strength s, factors are drawn from [1 - s, 1 + s]."""
     brightness: Strength = 0.4
-    """Strength of the jitter's brightness."""
+    """Strength of the brightness jitter."""
     contrast: Strength = 0.4
-    """Strength of the jitter's contrast."""
+    """Strength of the contrast jitter."""
     saturation: Strength = 0.2
-    """Strength of the jitter's saturation."""
+    """Strength of the saturation jitter."""
     hue: float = Field(0.1, ge=0, le=0.5)
-    """Largest turn of the hue, as a share of the colour circle."""
+    """Maximum hue shift, as a fraction of the colour circle."""
     gray_p: Share = 0.2
-    """Probability of a gray image."""
+    """Probability of converting to grayscale."""
     blur_p: Share = 0.0
     """Probability of a Gaussian blur."""
     blur_sigma: Range = (0.1, 2.0)
-    """Its sigma in pixels."""
+    """Sigma of the blur, in pixels."""
     solarize_p: Share = 0.0
-    """Probability of inverting bright pixels."""
+    """Probability of solarizing, which inverts bright pixels."""
     solarize_threshold: int = Field(128, ge=0, le=255)
-    """The darkest that is inverted, of 0 to 255."""
+    """The darkest value that is inverted, from 0 to 255."""
     flip_p: Share = 0.5
-    """Probability of a mirror image."""
+    """Probability of a horizontal flip."""
 
     @property
     def has_affine(self) -> bool:
-        """Whether any image is rotated, moved, scaled or sheared."""
+        """Whether images may be rotated, shifted, scaled or sheared."""
         return (self.degrees, self.translate, self.scale, self.shear) != (0.0, 0.0, (1.0, 1.0), 0.0)
 
     @property
     def has_colour(self) -> bool:
-        """Whether any image changes colour (jitter or gray)."""
+        """Whether images may change colour (jitter or grayscale)."""
         strengths = (self.brightness, self.contrast, self.saturation, self.hue)
         return self.gray_p > 0.0 or (self.jitter_p > 0.0 and any(strengths))
 
 
 class AugmentationConfig(_Section):
-    """The two views' random transforms; preset: the paper's, for digits and image folders ours."""
+    """Random transforms of both views. Preset: the paper's; ours for digits and image folders."""
 
     view1: ViewConfig = ViewConfig()
-    """Of the first view."""
+    """Transforms of the first view."""
     view2: ViewConfig = ViewConfig()
-    """Of the second."""
+    """Transforms of the second view."""
 
 
 class DataConfig(_Section):
-    """Which images, and how they reach the network."""
+    """Which images to train on, and how to load them."""
 
     dataset: Literal["digits", "cifar10", "cifar100", "stl10", "tinyimagenet", "imagefolder"] = (
         "imagefolder"
     )
-    """Names the augmentation recipe and the stem that fit; imagefolder is any folder of images."""
+    """Selects the augmentation and stem presets; imagefolder is any folder of images."""
     root: Path = Field(strict=False, json_schema_extra=FREE)
-    """Folder with train/CLASS/IMAGE, val/CLASS/IMAGE, optionally unlabeled/IMAGE; JPEG or PNG, as
-    files or in tars."""
+    """Folder with train/CLASS/IMAGE, val/CLASS/IMAGE and optionally unlabeled/IMAGE; JPEG or PNG,
+    as files or in tars."""
     on_bad_image: Literal["stop", "skip"] = "stop"
-    """Stop at files that are unreadable at the start, or skip them. A file lost later always stops
-    the run."""
+    """Whether files that are unreadable at the start stop the run or are skipped. A file lost later
+    always stops it."""
     check: Literal["full", "headers", "off"] = Field("full", json_schema_extra=FREE)
-    """Check of new files before the first step: full decodes each, headers reads formats and sizes,
-    off opens none. Without full, a damaged file ends the run that reaches it or crashes DALI."""
+    """How to check new files before the first step: full decodes them, headers reads format and
+    size, off opens none. Without full, a damaged file ends the run once reached or crashes DALI."""
     backend: Literal["auto", "dali", "resident"] = Field("auto", json_schema_extra=FREE)
-    """dali decodes batch by batch; resident decodes once and keeps the images on the device (images
-    of one size, no affine maps). auto: resident if the images allow it and fit, on a GPU or without
-    DALI; else dali. A run keeps its first backend."""
+    """dali decodes every batch; resident decodes all images once and keeps them on the device (all
+    of one size, no affine transforms). auto: resident if possible and within resident_limit_gb, on
+    a GPU or without DALI; else dali. It must not change during a run."""
     resident_limit_gb: float = Field(8.0, gt=0, json_schema_extra=FREE)
-    """Limit of resident images on each device, in 10^9 bytes."""
+    """Memory limit for resident images on each device, in 10^9 bytes."""
     crop: int | None = Field(None, ge=8)
-    """Side of the network's square input, in pixels; null takes the data set's."""
+    """Side of the square network input, in pixels; null: the data set's default."""
     augmentation: AugmentationConfig = Field(default_factory=dict, validate_default=True)
-    """Random transforms; preset: the data set's."""
+    """Random transforms of the views. Preset: those of the data set."""
     threads: int | None = Field(None, ge=1, json_schema_extra=FREE)
-    """Decoding threads or processes a rank; null shares the machine's cores among its ranks."""
+    """Decoding threads or processes per rank; null: the machine's cores, split among its ranks."""
     prefetch: int = Field(2, ge=1, le=16, json_schema_extra=FREE)
-    """Batches prepared ahead by dali."""
+    """Batches that dali prepares ahead."""
     stall_seconds: float = Field(300.0, gt=0, json_schema_extra=FREE)
-    """End a run that waits longer for a batch of images, in place of hanging."""
+    """Fail instead of hanging if a batch takes longer than this."""
 
     @field_validator("augmentation", mode="before")
     @classmethod
@@ -164,20 +164,20 @@ class EncoderConfig(_Section):
     """The backbone, x_BCHW -> h_BF."""
 
     name: str = "resnet18"
-    """A torchvision ResNet (resnet18, resnet34, resnet50), timm:NAME, or module:function, your own
-    function that returns the module. stem, stem_padding and width are for the ResNets."""
+    """A torchvision ResNet (resnet18, resnet34, resnet50), timm:NAME, or module:function for your
+    own function that returns a module. stem, stem_padding and width apply to ResNets only."""
     stem: Literal["cifar", "tiny", "imagenet"] = "imagenet"
-    """First layers: cifar 3x3, tiny 3x3 and max-pool, imagenet 7x7 stride 2 and max-pool. Preset:
-    the paper's for the data set; for an imagefolder cifar at a data.crop of up to 32, tiny up to
-    64."""
+    """First layers: cifar is a 3x3 convolution, tiny adds max-pooling, imagenet is 7x7 with stride
+    2 and max-pooling. Preset: the paper's for the data set; for image folders cifar up to a
+    data.crop of 32, tiny up to 64."""
     stem_padding: int = Field(1, ge=0, le=2)
-    """Padding of the 3x3 stems in pixels; 2 is the released code's (34 x 34 maps)."""
+    """Padding of the 3x3 stems, in pixels; the released code has 2 (34 x 34 maps)."""
     width: int = Field(64, ge=4)
-    """Channels of the first stage of resnet18 or resnet34; 64 is torchvision's, less is faster."""
+    """Channels of resnet18's or resnet34's first stage; torchvision has 64, fewer are faster."""
     init: str | None = None
-    """File of weights to begin with: an encoder.safetensors, or a torchvision or timm checkpoint of
-    the same encoder. A classifier in it is left out, a first convolution of another size stays
-    random. Not read when a run continues."""
+    """Initial weights: an encoder.safetensors, or a torchvision or timm checkpoint of the same
+    encoder. A classifier is ignored; a first convolution of another size stays random. Not read
+    when a run is resumed."""
 
     @field_validator("name")
     @classmethod
@@ -199,45 +199,45 @@ class ProjectorConfig(_Section):
     """Linear - BatchNorm - ReLU - Linear on the backbone's pooled features."""
 
     hidden: int = Field(4096, ge=1)
-    """Hidden units, also of byol's and simsiam's predictor."""
+    """Hidden units, also of the predictor of byol and simsiam."""
     output: int = Field(256, ge=2)
     """Embedding dimension D."""
 
 
 class MethodConfig(_Section):
-    """What every method has; each adds fields of its own (isofast/methods)."""
+    """Keys of every method; each method adds its own (isofast/methods)."""
 
     name: str
     """A built-in method, or module:Class for your own. isoloss, directpred and directcopy predict
     with W = f(C), isoloss with the isotropic gradient; byol, simsiam and linear train a predictor;
-    sigreg has none, and a loss of its own (docs/guide/runs.md)."""
+    sigreg has a different loss and no predictor (docs/guide/runs.md)."""
     ema: bool = False
-    """Targets from a slowly moving copy of the network; false reuses the online embeddings."""
+    """Take targets from an EMA copy of the network; false: use the online embeddings."""
     ema_base: float = Field(0.99, ge=0, le=1)
-    """The target's decay at the first step; it rises to 1 along a half cosine. Preset: 0.99, the
-    paper's; 0.9 for closed forms with method.correlation directions."""
+    """EMA decay of the target network at the first step; rises to 1 along a half cosine. Preset:
+    0.99, as in the paper; 0.9 for closed forms with method.correlation's preset of directions."""
     decay: float = Field(0.99, ge=0, lt=1)
-    """Weight kept by the moving average C of the embeddings each step."""
+    """EMA decay of C, the weight that it keeps at each step."""
     correlation: Literal["embeddings", "directions"] = "embeddings"
-    """What C averages: z z^T, as in the paper, or that of z / |z|, so that long embeddings don't
-    dominate (ours; docs/method/first-steps.md). Preset: directions for the cosine in runs of under
-    100 epochs and on data sets that are not the paper's."""
+    """What C averages: z z^T, as in the paper, or the same of z / |z|, so that long embeddings
+    don't dominate (ours; docs/method/first-steps.md). Preset: directions for the cosine loss in
+    runs of under 100 epochs and on data sets outside the paper."""
 
 
 class OptimizerConfig(_Section):
     """Optimizer of the network and of the online probe."""
 
     name: Literal["lars", "sgd", "adamw"] = "lars"
-    """Preset: lars with EMA, sgd without; sgd always with method.correlation directions."""
+    """Preset: lars with EMA, else sgd; adamw for sigreg, sgd with method.correlation directions and
+    for your own methods."""
     lr: float = Field(1.0, gt=0)
     """Peak learning rate at a global batch of 256; scaled linearly with the batch. Preset: 1.0 for
-    lars, 0.1 for sgd, 0.001 for adamw; 0.3 for the sgd of closed forms with method.correlation
-    directions."""
+    lars, 0.001 for adamw, 0.1 for sgd (0.3 for closed forms with method.correlation directions)."""
     momentum: float = Field(0.9, ge=0, lt=1)
-    """Momentum of lars and sgd, first beta of adamw."""
+    """Momentum of lars and sgd, beta1 of adamw."""
     weight_decay: float = Field(1e-4, ge=0)
-    """Weight decay, in lars and adamw of matrices only. Preset: 1e-4; 1e-5 for byol, simsiam and
-    your own methods."""
+    """Weight decay; lars and adamw apply it to parameters with ndim > 1 only. Preset: 1e-4; 1e-5
+    for byol, simsiam and your own methods, 0.05 for sigreg."""
     eta: float = Field(0.02, gt=0)
     """Trust coefficient of lars."""
     probe_lr: float = Field(0.1, gt=0)
@@ -245,88 +245,88 @@ class OptimizerConfig(_Section):
 
 
 class ScheduleConfig(_Section):
-    """Learning rate over the run: linear warm-up, then a half cosine to 0."""
+    """Learning-rate schedule: linear warm-up, then a half cosine to 0."""
 
     warmup_epochs: float | None = Field(None, ge=0)
-    """Epochs of warm-up; null: 10, or a tenth of a run shorter than 100 epochs."""
+    """Warm-up epochs; null: 10, or a tenth of a run shorter than 100 epochs."""
     warmup_start: float = Field(3e-5, ge=0)
     """Learning rate at the first step."""
 
 
 class TrainConfig(_Section):
-    """Length, batch and arithmetic of the run."""
+    """Length, batch size and precision of the run."""
 
     epochs: int = Field(1000, ge=1)
-    """Passes over the training images; the schedule's length."""
+    """Passes over the training images; also the length of the schedules."""
     max_steps: int | None = Field(None, ge=1, json_schema_extra=FREE)
-    """Stop after this many steps. The schedule keeps its length; raise it to continue."""
+    """Stop after this many steps, without shortening the schedules; raise it to continue."""
     batch_size: int = Field(256, ge=2)
-    """Images a step over all ranks; each rank takes an equal share."""
+    """Global batch size, split equally among the ranks."""
     accumulation: int = Field(1, ge=1)
-    """Pieces in which a rank's share passes the networks, to need less memory: activations of one
-    piece are held, and made a second time for the gradients. Loss, C and target are of the whole
-    batch, BatchNorm statistics of a piece."""
+    """Micro-batches per rank, to save memory: only one micro-batch's activations are kept; they are
+    recomputed for the backward pass. Loss, C and target are computed over the whole batch,
+    BatchNorm statistics over a micro-batch."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """Autocast type of the networks; auto: bf16 on a GPU and on a CPU with AVX512-BF16 or AMX,
-    else fp32, where a GPU convolves in TF32. Parameters, BatchNorm, C and the loss are always
-    fp32."""
+    """Autocast dtype of the networks; auto: bf16 on a GPU and on a CPU with AVX512-BF16 or AMX,
+    else fp32. With fp32, convolutions on a GPU use TF32. Parameters, BatchNorm, C and the loss are
+    always fp32."""
     batch_norm: Literal["auto", "local", "synchronised"] = "auto"
-    """Statistics of one rank or of all; auto: synchronised."""
+    """BatchNorm statistics of each rank or of all ranks; auto: synchronised."""
     compile: Literal["auto", "on", "off"] = "auto"
-    """torch.compile of the networks; auto: on a GPU only."""
+    """torch.compile the networks; auto: on a GPU only."""
     cuda_graph: Literal["auto", "on", "off"] = Field("auto", json_schema_extra=FREE)
-    """The whole step as one CUDA graph, in one process. auto: on a GPU, unless method or encoder is
-    your own, whose Python values a graph would freeze, or method.alpha takes an eigendecomposition
-    (other than 0.5, 1, 2, and 0.25 with method.eps of 0.1 or more)."""
+    """Capture the whole step in one CUDA graph; single process only. auto: on a GPU, unless the
+    method or encoder is your own (a graph freezes Python values) or method.alpha needs an
+    eigendecomposition (all but 0.5, 1, 2, and 0.25 with method.eps of at least 0.1)."""
     on_collapse: Literal["warn", "stop"] = Field("warn", json_schema_extra=FREE)
-    """What to do when the embeddings have collapsed."""
+    """What to do when the embeddings collapse."""
 
 
 class EvaluationConfig(_Section):
-    """Clean top-1 of the online probe and k-NN, on the validation images."""
+    """Top-1 accuracy of the online probe and of k-NN on clean validation images."""
 
     every_epochs: int = Field(10, ge=0, json_schema_extra=FREE)
-    """Epochs between evaluations, with one at the end; 0: never."""
+    """Epochs between evaluations, with another at the end; 0: never."""
     at_start: bool = Field(False, json_schema_extra=FREE)
     """Also evaluate before the first step."""
     knn_images: int = Field(5000, ge=1, json_schema_extra=FREE)
-    """Training images in the k-NN bank (fewer if there are fewer)."""
+    """Maximum number of training images in the k-NN bank."""
     knn_k: int = Field(200, ge=1, le=200, json_schema_extra=FREE)
-    """Neighbours that vote (fewer if the bank is smaller)."""
+    """Number of neighbours that vote, at most the size of the bank."""
     knn_temperature: float = Field(0.07, gt=0, json_schema_extra=FREE)
-    """Votes weigh exp(cosine similarity / temperature)."""
+    """Votes are weighted by exp(cosine similarity / temperature)."""
     knn_pixels: bool = Field(False, json_schema_extra=FREE)
-    """Also report the k-NN of the raw pixels, at the end; meant for small images."""
+    """Also report k-NN on raw pixels at the end; meant for small images."""
     metrics_images: int = Field(1000, ge=0, json_schema_extra=FREE)
-    """Validation images of the metrics that need no labels (docs/method/metrics.md), the same in
-    every run; 0: none of these metrics."""
+    """Validation images for the label-free metrics (docs/method/metrics.md), the same in every run;
+    0 disables them."""
     batch_size: int = Field(256, ge=1, json_schema_extra=FREE)
-    """Images a forward pass and rank."""
+    """Images per forward pass and rank."""
 
 
 class CheckpointConfig(_Section):
-    """When the state is saved, besides at the end."""
+    """When to save checkpoints, besides at the end."""
 
     every_steps: int = Field(1000, ge=1, json_schema_extra=FREE)
     """Steps between checkpoints."""
     every_minutes: float | None = Field(10.0, gt=0, json_schema_extra=FREE)
-    """Also after this many minutes without one; null: by steps only."""
+    """Also save after this many minutes without a checkpoint; null: by steps only."""
     max_failures: int = Field(3, ge=0, json_schema_extra=FREE)
-    """Checkpoints in a row that may fail, on a full disk, before the run ends."""
+    """Consecutive checkpoints that may fail, on a full disk, before the run ends."""
     keep: int = Field(2, ge=1, json_schema_extra=FREE)
-    """How many of the newest are kept, besides the one with the best k-NN accuracy."""
+    """How many of the newest checkpoints to keep, besides the one with the best k-NN accuracy."""
 
 
 class LoggingConfig(_Section):
-    """What is recorded during the run."""
+    """What to record during the run."""
 
     every_steps: int = Field(50, ge=1, json_schema_extra=FREE)
-    """Steps between records in metrics.jsonl, the loop's only host synchronisations."""
+    """Steps between records in metrics.jsonl, the training loop's only host syncs."""
     spectrum_every_steps: int | None = Field(None, ge=1, json_schema_extra=FREE)
-    """Steps between spectra of C in spectrum.npz, beside those at records and ends of epochs."""
+    """Steps between spectra of C in spectrum.npz, besides those at records and epoch ends."""
     loggers: list[str] = Field(["tensorboard"], json_schema_extra=FREE)
-    """Besides metrics.jsonl: tensorboard, wandb (a package to install), or module:Class, your own
-    (isofast/run/loggers.py)."""
+    """Loggers besides metrics.jsonl: tensorboard, wandb (must be installed), or module:Class for
+    your own (isofast/run/loggers.py)."""
 
     @field_validator("loggers")
     @classmethod
@@ -334,18 +334,18 @@ class LoggingConfig(_Section):
         for name in loggers:
             if name not in ("tensorboard", "wandb") and ":" not in name:
                 raise ValueError(
-                    f"{name!r} is no logger; allowed are tensorboard, wandb and module:Class"
+                    f"{name!r} is not a logger; allowed are tensorboard, wandb and module:Class"
                 )
         return loggers
 
 
 class Config(_Section):
-    """Everything that decides a run."""
+    """The complete configuration of a run."""
 
     seed: int = Field(0, ge=0, lt=2**63)
-    """Seeds the weights, the order of the images and the augmentation."""
+    """Seed of the weights, the image order and the augmentation."""
     data: DataConfig
-    # before the sections whose presets depend on it
+    # comes before the sections whose presets depend on it
     train: TrainConfig = TrainConfig()
     encoder: EncoderConfig = Field(default_factory=dict, validate_default=True)
     projector: ProjectorConfig = ProjectorConfig()
@@ -356,7 +356,7 @@ class Config(_Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     logging: LoggingConfig = LoggingConfig()
     deepspeed: dict[str, Any] = {}
-    """Passed through to DeepSpeed; may not set what isofast derives."""
+    """Passed through to DeepSpeed; must not set keys that isofast derives."""
 
     @model_validator(mode="before")
     @classmethod
@@ -381,22 +381,22 @@ class Config(_Section):
             config_class = method_class(tree["name"]).Config
             if data is not None and train is not None:
                 tree = method_preset(data.dataset, train.epochs, tree) | tree
-            # read as JSON, whose lists are also the tuples of a class of your own
+            # as JSON, whose lists pydantic also accepts for a custom class's tuples
             return config_class.model_validate_json(json.dumps(tree, default=str))
         return raw
 
     @property
     def warmup_epochs(self) -> float:
-        """Epochs of warm-up, resolved."""
+        """Warm-up epochs, with null resolved."""
         given = self.schedule.warmup_epochs
         return min(10.0, self.train.epochs / 10) if given is None else given
 
     def batch_size_per_rank(self, world_size: int) -> int:
-        """Return the images of each rank in a step.
+        """Return the number of images per rank in a step.
 
         Raises:
-            UserError: the global batch does not divide by ``world_size`` and the pieces, or leaves
-                one a single image, which has no batch statistics.
+            UserError: the global batch is not divisible by ``world_size`` times the micro-batches,
+                or leaves one a single image, which has no batch statistics.
         """
         pieces = self.train.accumulation
         each, rest = divmod(self.train.batch_size, world_size * pieces)
@@ -422,7 +422,7 @@ def schema_json() -> str:
     schema = Config.model_json_schema()
     definitions = schema["$defs"]
     of_your_own = definitions.pop("MethodConfig")
-    of_your_own |= {"title": "A class of your own", "additionalProperties": True}
+    of_your_own |= {"title": "Your own class", "additionalProperties": True}
     of_your_own["properties"]["name"]["pattern"] = ":"
     definitions["module:Class"] = of_your_own
     for name in METHODS:
@@ -434,7 +434,7 @@ def schema_json() -> str:
 
 
 def changed_keys(old: Config, new: Config) -> list[str]:
-    """Return what differs between two configs and changes the result, as ``key: old -> new``."""
+    """Return the differences between two configs that affect results, as ``key: old -> new``."""
     before, after = dict(leaves(old)), dict(leaves(new))
     return [
         f"{key}: {before.get(key)!r} -> {after.get(key)!r}"
@@ -444,7 +444,7 @@ def changed_keys(old: Config, new: Config) -> list[str]:
 
 
 def leaves(model: BaseModel, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield every key on which a result depends, as ``section.key``, with its value."""
+    """Yield every key that affects results, as ``section.key``, with its value."""
     for name, field in type(model).model_fields.items():
         value = getattr(model, name)
         if isinstance(value, BaseModel):

@@ -1,6 +1,6 @@
 """Data sets, augmentation recipes and the loaders that feed the training loop.
 
-DALI is imported only by what needs it: its own loader, and a check of files that it will read.
+DALI is imported only if needed: by its own loader, and to check files that it will read.
 """
 
 from isofast.data.check import check_folder

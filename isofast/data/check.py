@@ -1,6 +1,6 @@
-"""Check a folder's images before the first step; results are remembered in the data root.
+"""Check a folder's images before the first step, and cache the results in the data root.
 
-The decoder that reads a file in training judges it: DALI, or Pillow for resident images.
+Files are checked by the decoder that reads them in training: DALI, or Pillow for resident images.
 """
 
 import functools
@@ -26,10 +26,10 @@ Check = Literal["full", "headers", "off"]
 OnBad = Literal["stop", "skip"]
 Decoder = Literal["dali", "pillow"]
 
-# MPO is a JPEG with further pictures behind the first, as many cameras write it
+# MPO is a JPEG followed by more images, as written by many cameras
 _FORMATS = ("PNG", "JPEG", "MPO")
 _REMEDY = (
-    "Replace or delete these files (download a damaged archive again), or leave them out with "
+    "Replace or delete these files (download a damaged archive again), or skip them with "
     "data.on_bad_image=skip (`isofast prepare`: --on-bad-image skip), then start again"
 )
 _of_thread = threading.local()
@@ -44,21 +44,21 @@ def check_folder(
 ) -> ImageFolder:
     """Check every image; return the data set with ``sizes`` and ``stamps`` filled in.
 
-    Results are kept in the data root (`.isofast-checked-SPLIT.json`) by path, file size and
-    modification time; later checks read only new or changed files. A read-only root is checked each
-    time. JPEG has no checksums: no decoder notices damage in the middle.
+    Results are cached in the data root (`.isofast-checked-SPLIT.json`) by path, file size and
+    modification time, so later checks read only new or changed files. A read-only root is checked
+    every time. JPEG has no checksums: no decoder notices damage in the middle of a file.
 
     Args:
         check: "full" decodes every file, "headers" reads formats and sizes, "off" returns the data
-            set unchecked. After the latter two a damaged file ends the run that reaches it, and may
+            set unchecked. With the last two, a damaged file ends the run once reached, and may
             crash DALI.
-        decoder: "dali" or "pillow"; DALI by default where it is installed.
-        on_bad: "stop" refuses unreadable files; "skip" drops them and lists them in ``skipped``.
+        decoder: "dali" or "pillow"; DALI by default if it is installed.
+        on_bad: "stop" refuses unreadable files; "skip" drops them, listed in ``skipped``.
 
     Raises:
-        UserError: unreadable files, named; with "skip" only if a class, or the whole set, has no
-            image left.
-        RunError: a process that decodes was killed.
+        UserError: there are unreadable files; with "skip", only if a class, or the whole set, has
+            no image left.
+        RunError: a decoding process was killed.
     """
     if check == "off":
         return dataset
@@ -79,7 +79,7 @@ def check_folder(
             desc=f"checking {dataset.split} images",
             total=len(pending),
             unit="image",
-            # None: no bar unless stderr is a terminal
+            # None hides the bar unless stderr is a terminal
             disable=None if pending else True,
         )
         for k, entry in zip(pending, bar, strict=True):
@@ -115,7 +115,7 @@ def check_folder(
 
 
 def default_decoder() -> Decoder:
-    """Return "dali" where it is installed, else "pillow"."""
+    """Return "dali" if it is installed, else "pillow"."""
     return "dali" if has_dali() else "pillow"
 
 
@@ -126,11 +126,11 @@ def has_dali() -> bool:
 
 
 def notes_on(splits: Sequence[ImageFolder]) -> list[str]:
-    """Return a line for each split with skipped files, and each with ignored ones."""
-    skipped = [f"{_bad_files(s, s.skipped)}. They are left out" for s in splits if s.skipped]
+    """Return a line per split with skipped files, and per split with ignored ones."""
+    skipped = [f"{_bad_files(s, s.skipped)}. They are skipped" for s in splits if s.skipped]
     ignored = [
-        f"{len(s.ignored):,} {s.split} file(s) look like pictures and are not used: "
-        f"{some_of(s.ignored)}. Images are named {NAMED} and lie directly in their class's folder"
+        f"{len(s.ignored):,} {s.split} file(s) look like images but are not used: "
+        f"{some_of(s.ignored)}. Images must be named {NAMED} and be directly in their class folder"
         for s in splits
         if s.ignored
     ]
@@ -138,7 +138,7 @@ def notes_on(splits: Sequence[ImageFolder]) -> list[str]:
 
 
 def hand_on(source: ImageFolder, copy: ImageFolder) -> None:
-    """Remember that a copy, equal byte for byte, is as good as its checked source."""
+    """Record that a byte-for-byte copy is as good as its checked source."""
     assert source.sizes is not None
     judge = default_decoder()
     rows = zip(copy.paths, copy.stamps.tolist(), source.sizes.tolist(), strict=True)
@@ -152,7 +152,7 @@ def hand_on(source: ImageFolder, copy: ImageFolder) -> None:
 def _remembered(
     entry: Entry | None, stamp: tuple[int, int], judge: str, on_bad: OnBad
 ) -> Entry | None:
-    """The earlier result for a file of this stamp; None if it must be judged now."""
+    """Return the cached result for a file with this stamp; None if it must be judged now."""
     # every judge reads the headers
     if entry is None or entry[:2] != stamp or judge not in (entry.judge, "headers"):
         return None
@@ -161,10 +161,10 @@ def _remembered(
 
 
 def _judge(dataset: ImageFolder, index: int, judge: str) -> Entry:
-    """Judge one file; no judge signs what the disk, the permissions or DALI as a whole refuse."""
+    """Judge one file; for errors of the disk, permissions or DALI itself, leave ``judge`` empty."""
     try:
         with dataset.open(index) as file:
-            # Pillow reads no more of the file than it needs for the header
+            # Pillow reads only as much of the file as the header needs
             image = file if judge == "headers" else io.BytesIO(file.read())
             stamp = (image.seek(0, os.SEEK_END), os.fstat(file.fileno()).st_mtime_ns)
             image.seek(0)
@@ -175,13 +175,13 @@ def _judge(dataset: ImageFolder, index: int, judge: str) -> Entry:
 
 
 def _decode(file: BinaryIO, judge: str) -> tuple[int, int, str]:
-    """Height, width and problem of an image."""
+    """Return the height, width and problem of an image."""
     try:
         image = Image.open(file)
         if image.format not in _FORMATS:
             return 0, 0, f"{image.format}, not PNG or JPEG"
         if judge == "pillow":
-            # verify() tests the checksums, after which the pixels need a new open()
+            # verify() tests the checksums; loading the pixels then needs a new open()
             image.verify()
             image = Image.open(file)
             image.load()
@@ -198,9 +198,9 @@ def _decode(file: BinaryIO, judge: str) -> tuple[int, int, str]:
         problem = "DALI cannot decode it"
         pixel = io.BytesIO()
         Image.new("RGB", (1, 1)).save(pixel, "PNG")
-        # out of memory or threads is no file's fault
+        # running out of memory or threads is not the file's fault
         if not _dali_decodes(pixel):
-            raise OSError("DALI decodes nothing at all at the moment")
+            raise OSError("DALI currently decodes no image at all")
     return image.height, image.width, problem
 
 

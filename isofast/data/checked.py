@@ -1,4 +1,4 @@
-"""What is known of a data root's images: the results of checks, kept beside them."""
+"""The check results of a data root's images, cached next to them."""
 
 import contextlib
 import functools
@@ -13,12 +13,12 @@ from isofast.data.folder import ImageFolder
 from isofast.errors import RunError
 
 _FORMAT = 6
-# decoding threads that fail at the same time each add theirs
+# threads that fail to decode at the same time each add their results
 _WRITING = threading.Lock()
 
 
 class Entry(NamedTuple):
-    """The result for one file: no ``problem`` in a good one, no ``judge`` if it may pass."""
+    """The result for one file: no ``problem`` if it is good, no ``judge`` if not to be cached."""
 
     bytes: int
     mtime_ns: int
@@ -29,20 +29,20 @@ class Entry(NamedTuple):
 
 
 def read_known(dataset: ImageFolder) -> dict[str, Entry]:
-    """Return the results for a split's files, by path; none if they are missing or damaged."""
+    """Return the results for a split's files, by path; empty if missing or damaged."""
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
         content = json.loads(_path(dataset).read_text())
         if content["format"] == _FORMAT:
             columns = (content[name] for name in Entry._fields)
-            # without the checks of _make(), which take seconds for a million files
+            # skips the checks of _make(), which take seconds for a million files
             entries = map(functools.partial(tuple.__new__, Entry), zip(*columns, strict=True))
             return dict(zip(content["files"], entries, strict=True))
     return {}
 
 
 def write_known(dataset: ImageFolder, known: dict[str, Entry]) -> None:
-    """Keep the results; where that cannot be, the next start checks again."""
-    # in columns, which are read four times as fast as rows
+    """Store the results; if that fails, the next start checks again."""
+    # in columns, which load four times as fast as rows
     columns = dict(zip(Entry._fields, zip(*known.values(), strict=True), strict=False))
     content = json.dumps({"format": _FORMAT, "files": list(known), **columns})
     with contextlib.suppress(OSError):
@@ -50,7 +50,7 @@ def write_known(dataset: ImageFolder, known: dict[str, Entry]) -> None:
 
 
 def undecodable(dataset: ImageFolder, indices: Sequence[int], message: str) -> RunError:
-    """Return the error for images that passed the check; "skip" leaves them out from now on."""
+    """Record images that passed the check as bad, which "skip" then drops; return the error."""
     with _WRITING:
         known = read_known(dataset)
         for path in (dataset.paths[index] for index in indices):
@@ -58,12 +58,12 @@ def undecodable(dataset: ImageFolder, indices: Sequence[int], message: str) -> R
                 problem = "it could not be decoded in training"
                 known[path] = known[path]._replace(problem=problem)
         write_known(dataset, known)
-    # only checked images are remembered
+    # only checked images are recorded
     way_out = "data.on_bad_image=skip" if dataset.sizes is not None else "data.check=full"
-    aside = ", or do without them: evaluation.every_epochs=0" * (dataset.split == "val")
+    aside = ", or train without them: evaluation.every_epochs=0" * (dataset.split == "val")
     return RunError(
         f"{message}. Without a checkpoint, replace or delete these files, or start with {way_out}. "
-        "A run with a checkpoint continues only with its own images: restore these undamaged"
+        "A run with a checkpoint continues only on the same images: restore intact copies"
         f"{aside}, or start over with --fresh"
     )
 

@@ -1,7 +1,7 @@
-"""Decoding and augmentation by DALI, on the CPU or the GPU: the only file that imports it.
+"""Decoding and augmentation with DALI, on CPU or GPU; the only module that imports it.
 
-DALI draws nothing: parameters from `isofast.data.draw` and the files' bytes come through an
-external source. Each file is decoded once and made into both views in C++.
+DALI draws no random numbers: parameters from `isofast.data.draw` and the files' bytes enter through
+an external source. Each file is decoded once, and both views are made from it in C++.
 """
 
 import itertools
@@ -24,12 +24,12 @@ from isofast.data.folder import ImageFolder, read_files, read_sizes, some_of
 from isofast.data.recipe import Recipe
 from isofast.errors import RunError
 
-# image numbers of a batch, and the arrays fed beside the files
+# image indices of a batch, and the arrays fed alongside the files
 Fed = tuple[Ints, list[npt.NDArray[Any]]]
 # DALI's graph nodes are untyped
 Node = Any
 
-# enough to outweigh handing a task to a thread, few enough to share out a small batch
+# enough to outweigh a task's overhead, few enough to split a small batch among threads
 _FILES_A_TASK = 16
 _CPU = torch.device("cpu")
 
@@ -39,11 +39,11 @@ class DaliPipeline:
 
     Args:
         graph: builds the outputs (HWC, float32) from a decoded image and the fed arrays.
-        fed: number of arrays fed beside the files.
+        fed: number of arrays fed alongside the files.
         batch_size: largest batch.
-        device: where the images are made.
-        prefetch: batches made ahead.
-        dtype: of the images.
+        device: device of the images.
+        prefetch: batches prepared ahead.
+        dtype: dtype of the images.
     """
 
     def __init__(
@@ -71,14 +71,14 @@ class DaliPipeline:
         self._pipeline.build()
 
     def run(self, source: Iterable[Fed]) -> Iterator[tuple[Ints, torch.Tensor]]:
-        """Yield each batch's image numbers and its V outputs, one after the other.
+        """Yield each batch's image indices and its V outputs, concatenated.
 
-        They are one tensor (V * B, 3, H, W), contiguous as channels_last. ``source`` is read ahead.
+        The outputs are (V * B, 3, H, W), contiguous as channels_last. ``source`` is read ahead.
 
         Raises:
             RunError: an image cannot be read or decoded.
         """
-        # discard what was made ahead for an earlier source
+        # discard batches prefetched for an earlier source
         self._source = iter(())
         while self._pull() is not None:
             pass
@@ -91,7 +91,7 @@ class DaliPipeline:
         self._readers.shutdown()
 
     def _pull(self) -> tuple[Ints, torch.Tensor] | None:
-        """The next batch; None at the source's end, after which another can begin."""
+        """Return the next batch; None at the end of the source, after which another can start."""
         cuda = self._device.type == "cuda"
         stream = torch.cuda.current_stream(self._device) if cuda else None
         try:
@@ -102,12 +102,12 @@ class DaliPipeline:
         except RuntimeError as error:
             # DALI pipelines do not recover from a failure
             self.close()
-            # no file is to blame for a lack of memory
+            # no file is to blame for running out of memory
             if isinstance(error, RunError) or "alloc" in str(error):
                 raise
             raise self._blame(error) from error
         tensors = [output.as_tensor() for output in outputs]
-        # DALI reuses freed GPU memory in the order of its own streams, not of torch's: copy
+        # copy: DALI reuses freed GPU memory in the order of its own streams, not torch's
         made = torch.empty((len(tensors), *tensors[0].shape()), device=self._device)
         for x_BHWC, tensor in zip(made, tensors, strict=True):
             feed_ndarray(tensor, x_BHWC, stream)
@@ -117,7 +117,7 @@ class DaliPipeline:
     def _feed(self) -> list[Any]:
         indices, arrays = next(self._source)
         pieces = [indices[k : k + _FILES_A_TASK] for k in range(0, len(indices), _FILES_A_TASK)]
-        # DALI gets the bytes that were checked: files can change, and an undecodable one fails
+        # feed DALI the bytes that were checked: files can change, and an undecodable one fails
         # its whole batch or crashes the process
         files = self._readers.map(partial(read_files, self._dataset), pieces)
         contents = [content for piece in files for content in piece]
@@ -129,15 +129,15 @@ class DaliPipeline:
         return [encoded, *map(np.ascontiguousarray, arrays)]
 
     def _blame(self, error: RuntimeError) -> RunError:
-        """Find which of the files in progress DALI refuses."""
+        """Find the files in progress that DALI refuses."""
         fed = sorted({int(index) for batch in self._in_progress for index in batch})
         decoder = SingleDecoder(self._device)
         refused = [k for k in fed if not decoder.decodes(read_files(self._dataset, [k])[0])]
-        # if it decodes none of them, the device fails
+        # if it decodes none of them, the device is at fault
         if not refused or len(refused) == len(fed) > 1:
             return RunError(
-                f"DALI could not make a batch of images in {self._dataset.root}; of the {len(fed)} "
-                f"in progress no single one is to blame: {error}"
+                f"DALI could not make a batch of images in {self._dataset.root}; no single one of "
+                f"the {len(fed)} in progress is to blame: {error}"
             )
         return self._undecodable(refused, len(fed))
 
@@ -148,7 +148,7 @@ class DaliPipeline:
 
 
 class DaliRenderer(DaliPipeline):
-    """Makes both views of batches; options are those of `DaliPipeline`."""
+    """Makes both views of each batch; options are those of `DaliPipeline`."""
 
     def __init__(self, dataset: ImageFolder, recipe: Recipe, **options: Any) -> None:
         self._rows = (recipe.view1, recipe.view2)
@@ -159,7 +159,7 @@ class DaliRenderer(DaliPipeline):
         super().__init__(dataset, graph, sum(map(len, names)), **options)
 
     def render(self, chunks: Iterator[Chunk]) -> Generator[tuple[torch.Tensor, torch.Tensor]]:
-        """Yield x_NCHW and y_B of the chunks' batches, which are read ahead."""
+        """Yield x_NCHW and y_B of each batch in ``chunks``, which are read ahead."""
         for index_B, x_NCHW in self.run(self._fed(chunks)):
             y_B = torch.from_numpy(self._dataset.labels[index_B])
             if self._device.type == "cuda":
@@ -167,7 +167,7 @@ class DaliRenderer(DaliPipeline):
             yield x_NCHW, y_B
 
     def describe(self) -> str:
-        """One line on what makes the batches."""
+        """Return one line on how batches are made."""
         where = "GPU" if self._device.type == "cuda" else "CPU"
         return f"images decoded and augmented by DALI on the {where}, batch by batch"
 
@@ -188,7 +188,7 @@ class DaliCleanRenderer(DaliPipeline):
         super().__init__(dataset, partial(_clean_view, recipe), 2, **options)
 
     def render(self, batches: Iterable[Ints]) -> Iterator[torch.Tensor]:
-        """Yield (B, 3, crop, crop) float32, channels_last, for each batch of image numbers."""
+        """Yield (B, 3, crop, crop) float32, channels_last, for each batch of image indices."""
         for _, x_BCHW in self.run(map(self._windows, batches)):
             yield x_BCHW
 
@@ -197,9 +197,9 @@ class DaliCleanRenderer(DaliPipeline):
 
 
 class SingleDecoder:
-    """Tests files one at a time, for one thread.
+    """Tests files one at a time; not for use by several threads.
 
-    A file that DALI refuses within a larger batch can crash the process.
+    Within a larger batch, a file that DALI refuses can crash the process.
     """
 
     def __init__(self, device: torch.device = _CPU) -> None:
@@ -207,7 +207,7 @@ class SingleDecoder:
         self._pipeline: Pipeline | None = None
 
     def decodes(self, content: bytes) -> bool:
-        """Whether DALI makes an image of a file's content."""
+        """Whether DALI decodes a file's content."""
         try:
             if self._pipeline is None:
                 self._pipeline = _pipeline(1, self._device, threads=1, prefetch=1)
@@ -225,7 +225,7 @@ class SingleDecoder:
 
 
 def _is_cut(content: bytes) -> bool:
-    """Whether a PNG lacks its end, at which DALI crashes more often than not."""
+    """Whether a PNG lacks its end, on which DALI crashes more often than not."""
     return content.startswith(b"\x89PNG") and b"IEND" not in content
 
 
@@ -236,7 +236,7 @@ def _decoded(encoded: Node, device: torch.device) -> Node:
         output_type=types.RGB,
         # ignore the orientation tag, as torchvision does: sizes are those of the file
         adjust_orientation=False,
-        # chroma as on the CPU; the GPU's own decoder enlarges it otherwise
+        # upsample chroma as on the CPU; the GPU decoder's default differs
         jpeg_fancy_upsampling=True,
     )
 
@@ -249,7 +249,7 @@ def _pipeline(batch_size: int, device: torch.device, threads: int, prefetch: int
         num_threads=threads,
         device_id=index if cuda else None,
         prefetch_queue_depth=prefetch,
-        # outputs stay valid while referred to, and a mean found on the GPU can be an argument
+        # outputs stay valid while referenced, and a mean computed on the GPU can be an argument
         exec_dynamic=True,
     )
 
@@ -267,7 +267,7 @@ def _clean_view(recipe: Recipe, image: Node, fed: list[Node]) -> list[Node]:
 
 
 def _operands(row: ViewConfig, view: ViewDraw) -> dict[str, npt.NDArray[Any]]:
-    """What the graph of a view is fed."""
+    """Return the arrays fed to the graph of a view."""
     fed: dict[str, npt.NDArray[Any]] = {
         "start": view.window_N4[:, :2],
         "shape": view.window_N4[:, 2:],
@@ -278,7 +278,7 @@ def _operands(row: ViewConfig, view: ViewDraw) -> dict[str, npt.NDArray[Any]]:
     if row.has_colour:
         fed["colour"], fed["colour_of_mean"] = colour_matrices(view)
     if row.blur_p > 0:
-        # DALI refuses 0; of this sigma all weights but the middle one are 0
+        # DALI refuses 0; for this sigma all weights but the middle one are 0
         fed["sigma"] = np.where(view.blur_sigma_N > 0, view.blur_sigma_N, np.float32(1e-3))
     if row.solarize_p > 0:
         fed["solarize"] = view.solarize_N.astype(np.uint8)
@@ -298,7 +298,7 @@ def _view(recipe: Recipe, row: ViewConfig, image: Node, args: dict[str, Node]) -
             shift = shift.cpu()
         image = fn.coord_transform(image, M=args["colour"], T=shift, dtype=types.UINT8)
     if row.blur_p > 0:
-        # over three sigma to each side, as in the resident views
+        # over three sigma to each side, as for resident views
         image = fn.gaussian_blur(image, sigma=args["sigma"])
     if row.solarize_p > 0:
         chosen = args["solarize"].gpu() if image.device == "gpu" else args["solarize"]

@@ -1,6 +1,6 @@
-"""Every random number of the data: image orders and augmentation parameters.
+"""All random numbers of the data: image orders and augmentation parameters.
 
-All are pure functions of (seed, epoch, image index, view) by the counter-based generator
+They are pure functions of (seed, epoch, image index, view), from the counter-based generator
 Philox 4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011), independent of
 ranks, batch size, threads, resume and library versions.
 
@@ -29,15 +29,15 @@ _ORDERS_24x4 = np.array(list(permutations(range(4))), dtype=np.int8)
 
 @dataclass(frozen=True)
 class ViewDraw:
-    """The parameters of one view of N images, ready to be executed.
+    """The parameters of one view of N images, ready to be applied.
 
-    window_N4: int32, top, left, height, width of the crop in pixels of the stored image.
-    affine_N23: float32, output to input, in pixels of the crop, (0, 0) the first pixel's corner.
-    brightness_N, contrast_N, saturation_N: float32 factors, 1 where nothing changes.
-    hue_N: float32, share of the colour circle. gray_N, solarize_N, flip_N: bool.
-    order_N4: int8, in which order brightness (0), contrast (1), saturation (2) and hue (3) come,
-        for a backend that takes them one by one.
-    blur_sigma_N: float32, pixels of the crop, 0 where there is no blur.
+    window_N4: int32, top, left, height, width of the crop, in pixels of the stored image.
+    affine_N23: float32, output to input, in crop pixels; (0, 0) is the first pixel's corner.
+    brightness_N, contrast_N, saturation_N: float32 factors, 1 for no change.
+    hue_N: float32, fraction of the colour circle. gray_N, solarize_N, flip_N: bool.
+    order_N4: int8, the order of brightness (0), contrast (1), saturation (2) and hue (3), for
+        backends that apply them one by one.
+    blur_sigma_N: float32, in pixels of the crop, 0 for no blur.
     """
 
     window_N4: npt.NDArray[np.int32]
@@ -53,7 +53,7 @@ class ViewDraw:
     flip_N: npt.NDArray[np.bool_]
 
     def __getitem__(self, images: slice) -> "ViewDraw":
-        """The parameters of some of the images."""
+        """Return the parameters of some of the images."""
         return ViewDraw(*(getattr(self, field.name)[images] for field in fields(self)))
 
 
@@ -62,7 +62,7 @@ Chunk = tuple[Ints, ViewDraw, ViewDraw]
 
 
 def philox(counter_X4: Words, seed: int) -> Words:
-    """Philox 4x32-10: four random 32-bit words for each counter of four 32-bit words.
+    """Return four random 32-bit words for each counter of four 32-bit words (Philox 4x32-10).
 
     Args:
         counter_X4: (..., 4) uint64, each value below 2**32.
@@ -99,7 +99,7 @@ def _words(indices_N: Ints, *, seed: int, epoch: int, stream: int, blocks: int) 
 def epoch_order(images: int, *, seed: int, epoch: int) -> Ints:
     """Return the order of one epoch: a permutation of range(images), (images,) int64."""
     words = _words(np.arange(images), seed=seed, epoch=epoch, stream=_ORDER_STREAM, blocks=1)
-    # a stable sort settles equal keys the same way everywhere
+    # a stable sort orders equal keys the same way everywhere
     return np.argsort((words[:, 0] << np.uint64(32)) | words[:, 1], kind="stable")
 
 
@@ -112,11 +112,11 @@ def draw(
         recipe: ranges and probabilities.
         view: 1 or 2.
         sizes_N2: height and width of each stored image, in pixels.
-        indices_N: which images of the data set these are; the key of their randomness.
+        indices_N: indices of the images in the data set, which key their random numbers.
         seed, epoch: the run's seed, and the epoch from 0.
     """
     row = {1: recipe.view1, 2: recipe.view2}[view]
-    # a fixed place for every parameter: a changed strength or probability moves no other number
+    # every parameter has a fixed place: changing a strength or probability moves no other number
     words = _words(indices_N, seed=seed, epoch=epoch, stream=view, blocks=10)
     unit_NK: Floats = (words.astype(np.float64) + 0.5) / 2.0**32
     crop_u, other_u = unit_NK[:, : 2 * _TRIES + 2], unit_NK[:, 2 * _TRIES + 2 :]
@@ -165,7 +165,7 @@ def colour_matrices(drawn: ViewDraw) -> tuple[npt.NDArray[np.float32], npt.NDArr
     hue_N33 = np.cos(angle) * eye_33 + np.sin(angle) * turn_33 + (1.0 - np.cos(angle)) / 3.0
     brightness = drawn.brightness_N.astype(np.float64)[:, None, None]
     contrast = drawn.contrast_N.astype(np.float64)[:, None, None]
-    # saturation after hue, because gray is the luma of what the jitter made
+    # saturation after hue, because gray is the luma of the jittered colour
     map_N33 = brightness * contrast * (saturate_N33 @ hue_N33)
     mean_map_N33 = brightness * (1.0 - contrast) * luma_33
     return map_N33.astype(np.float32), mean_map_N33.astype(np.float32)
@@ -174,7 +174,7 @@ def colour_matrices(drawn: ViewDraw) -> tuple[npt.NDArray[np.float32], npt.NDArr
 def clean_windows(
     recipe: Recipe, sizes_N2: Ints
 ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
-    """Return which part of each stored image its clean view shows.
+    """Return the part of each stored image that its clean view shows.
 
     This is torchvision's Resize(resize_short), CenterCrop(crop) as a region of the stored image, so
     that a very long image is never resized as a whole.
@@ -195,7 +195,7 @@ def _between(bounds: tuple[float, float], u: Floats) -> Floats:
 
 
 def _crop_windows(row: ViewConfig, sizes_N2: Ints, u: Floats) -> npt.NDArray[np.int32]:
-    """torchvision's RandomResizedCrop: ten tries, then the largest allowed window in the middle."""
+    """torchvision's RandomResizedCrop: ten tries, then the largest allowed central window."""
     height, width = sizes_N2[:, 0:1], sizes_N2[:, 1:2]
     low, high = row.crop_ratio
     area = height * width * _between(row.crop_scale, u[:, :_TRIES])
@@ -207,7 +207,7 @@ def _crop_windows(row: ViewConfig, sizes_N2: Ints, u: Floats) -> npt.NDArray[np.
     w, h = np.take_along_axis(w, first, axis=1), np.take_along_axis(h, first, axis=1)
     top = (u[:, -2:-1] * (height - h + 1)).astype(np.int64)
     left = (u[:, -1:] * (width - w + 1)).astype(np.int64)
-    # the fallback; one pixel at least, which torchvision's own forgets for very thin images
+    # the fallback; at least one pixel, which torchvision doesn't ensure for very thin images
     fallback_w = np.clip(np.rint(height * high), 1, width).astype(np.int64)
     fallback_h = np.clip(np.rint(width / low), 1, height).astype(np.int64)
     found = fits.any(axis=1, keepdims=True)
@@ -218,7 +218,7 @@ def _crop_windows(row: ViewConfig, sizes_N2: Ints, u: Floats) -> npt.NDArray[np.
 
 
 def _affine(row: ViewConfig, crop: int, u: Floats) -> npt.NDArray[np.float32]:
-    """Rotate, shear in x and scale about the middle, then move; given as output to input."""
+    """Rotate, shear in x and scale about the middle, then shift; given as output to input."""
     angle = np.radians(_between((-row.degrees, row.degrees), u[:, 0]))
     shear = np.tan(np.radians(_between((-row.shear, row.shear), u[:, 1])))
     scale = _between(row.scale, u[:, 2])

@@ -1,4 +1,4 @@
-"""Files that are whole or absent, whenever the machine stops."""
+"""Atomic writes: files are complete or absent, even after a crash."""
 
 import json
 import os
@@ -11,12 +11,12 @@ from isofast.errors import UserError
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Let ``write`` fill a file beside ``path``, sync it to disk, then rename it.
+    """Let ``write`` fill a temporary file next to ``path``, sync it to disk, then rename it.
 
-    That file has the suffix of ``path``, by which libraries choose a format.
+    The temporary file keeps the suffix of ``path``, from which libraries infer the format.
 
     Raises:
-        OSError: the disk is full or not writable; ``path`` is as it was.
+        OSError: the disk is full or not writable; ``path`` is unchanged.
     """
     part = path.with_name(f".{path.name}.{threading.get_native_id()}.part{path.suffix}")
     try:
@@ -29,17 +29,17 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write ``text``, whole or not at all."""
+    """Write ``text`` atomically."""
     write_atomically(path, lambda part: part.write_text(text, encoding="utf-8"))
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write ``content``, whole or not at all."""
+    """Write ``content`` atomically, as JSON."""
     write_text(path, json.dumps(content, indent=2) + "\n")
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Return a JSON object; empty where the file is missing, unreadable or damaged."""
+    """Return a JSON object; empty if the file is missing, unreadable or damaged."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -48,18 +48,18 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def check_output(path: Path, option: str = "--output") -> None:
-    """Refuse a file that cannot be written, before any work is done.
+    """Refuse an output file that cannot be written, before any work is done.
 
     Raises:
         UserError: its folder is missing or not writable, or it is a folder itself.
     """
     folder = path.parent
     if not os.path.isdir(folder):
-        raise UserError(f"{option} {path}: there is no folder {folder}; make it first")
+        raise UserError(f"{option} {path}: there is no folder {folder}; create it first")
     if not os.access(folder, os.W_OK | os.X_OK):
         raise UserError(f"{option} {path}: the folder {folder} is not writable")
     if path.is_dir():
-        raise UserError(f"{option} {path} is a folder; name one that does not exist, or a file")
+        raise UserError(f"{option} {path} is a folder; give a file, or a new folder")
 
 
 def sync(path: Path) -> None:

@@ -1,8 +1,8 @@
-"""Data roots: root/train/CLASS/, root/val/CLASS/ and root/unlabeled/, listed and read.
+"""List and read data roots: root/train/CLASS/, root/val/CLASS/ and root/unlabeled/.
 
 Images are *.png, *.jpg and *.jpeg directly inside their folder. Those in root/unlabeled/ are
-trained on with the label -1; a root may hold nothing else. root/train, root/val and root/unlabeled
-may each hold tars instead, as in `isofast.data.shards`.
+trained on with the label -1; a root may contain nothing else. root/train, root/val and
+root/unlabeled may each contain tars instead (`isofast.data.shards`).
 """
 
 import hashlib
@@ -27,13 +27,13 @@ UNLABELLED = -1
 NAMED = f"*{', *'.join(EXTENSIONS)}"
 _SHOWN = 5
 
-# name, size in bytes, time in ns, number of the tar (-1: none), first byte in it
+# name, size in bytes, time in ns, index of the tar (-1: none), offset in it
 _Row = tuple[str, int, int, int, int]
 
 
 @dataclass(frozen=True, eq=False)
 class ImageFolder:
-    """The images of one split, sorted by path and numbered in this order.
+    """The images of one split, sorted by path and indexed in this order.
 
     Attributes:
         root: the data root. split: "train" or "val".
@@ -41,13 +41,13 @@ class ImageFolder:
         paths: relative to root, with "/".
         labels: int64; -1 for images without one.
         fingerprint: sha256 over paths, labels and file sizes.
-        stamps: (N, 2) int64, size in bytes and modification time in ns of each file as checked, or
-            as listed if it is not; in a tar, its size and the tar's time.
-        tars: the tars that hold images.
-        places: (N, 2) int64, number of the tar and first byte in it; -1, 0 for a file of its own.
+        stamps: (N, 2) int64, size in bytes and modification time in ns of each file when checked,
+            else when listed; in a tar, its size and the tar's time.
+        tars: the tars that contain images.
+        places: (N, 2) int64, index of the tar and offset in it; -1, 0 for a separate file.
         sizes: (N, 2) int64, height and width in pixels as stored; None if unchecked.
-        skipped: files that the check left out, and the problem of each.
-        ignored: files that look like pictures but are not used, sorted.
+        skipped: files that the check dropped, with the problem of each.
+        ignored: files that look like images but are not used, sorted.
     """
 
     root: Path
@@ -68,7 +68,7 @@ class ImageFolder:
         return len(self.paths)
 
     def subset(self, indices: Sequence[int] | npt.NDArray[np.int64]) -> "ImageFolder":
-        """Return some of the images, in the given order, under the whole set's fingerprint."""
+        """Return some of the images, in the given order, with the whole set's fingerprint."""
         keep = np.asarray(indices, dtype=np.int64)
         return replace(
             self,
@@ -83,7 +83,7 @@ class ImageFolder:
         """Open an image's file, or its part of a tar.
 
         Raises:
-            OSError: it is gone or may not be read, or its tar has changed.
+            OSError: it is missing or not readable, or its tar has changed.
         """
         number, offset = self.places[index].tolist()
         if number < 0:
@@ -91,7 +91,7 @@ class ImageFolder:
         return open_member(self.tars[number], offset, int(self.stamps[index, 0]))
 
     def where(self, index: int) -> str:
-        """Return the path of an image, or of its tar with the image's name."""
+        """Return the path of an image, or that of its tar and the image's name."""
         number, path = self.places[index, 0], self.paths[index]
         if number < 0:
             return os.path.join(self.root, path)
@@ -99,7 +99,7 @@ class ImageFolder:
 
 
 def open_dataset(root: Path | str, split: str) -> ImageFolder:
-    """List "train" or "val" of a data root without opening any image (`check_folder` does).
+    """List "train" or "val" of a data root without opening images (`check_folder` does).
 
     Raises:
         UserError: the root or the split is missing, a class has no images, a folder cannot be
@@ -110,7 +110,7 @@ def open_dataset(root: Path | str, split: str) -> ImageFolder:
     except OSError as error:
         raise UserError(
             f"cannot list {os.fsdecode(error.filename or root)}: {error.strerror or error}. You "
-            "need permission to read and enter every folder of the data, and those above it"
+            "need permission to read and enter every folder of the data, and its parents"
         ) from error
 
 
@@ -144,10 +144,10 @@ def read_sizes(dataset: ImageFolder, indices: Iterable[int]) -> npt.NDArray[np.i
 
 
 def read_files(dataset: ImageFolder, indices: Iterable[int]) -> list[bytes]:
-    """Read the files of some images; checked ones must not have changed since.
+    """Read the files of some images; checked files must not have changed since.
 
     Raises:
-        RunError: a file is gone or has changed.
+        RunError: a file is missing or has changed.
     """
     contents = []
     for index in indices:
@@ -161,15 +161,15 @@ def read_files(dataset: ImageFolder, indices: Iterable[int]) -> list[bytes]:
             problem = error.strerror or str(error)
         if problem:
             raise RunError(
-                f"the image {dataset.where(index)} is not what it was when the run began: "
-                f"{problem}. Restore the file and repeat the same command to continue"
+                f"the image {dataset.where(index)} is not as it was when the run began: "
+                f"{problem}. Restore the file, then rerun the same command to continue"
             )
         contents.append(content)
     return contents
 
 
 def some_of(names: Sequence[str], separator: str = ", ") -> str:
-    """Join the first names, and count the rest."""
+    """Join the first few names, and count the rest."""
     more = [f"and {len(names) - _SHOWN:,} more"] if len(names) > _SHOWN else []
     return separator.join([*names[:_SHOWN], *more])
 
@@ -182,13 +182,13 @@ def printable(text: str) -> str:
 def _listed(root: Path, split: str) -> ImageFolder:
     if not _is_folder(root):
         raise UserError(
-            f"the data root {root} is not a folder. Make it with `isofast prepare NAME --root "
+            f"the data root {root} is not a folder. Create it with `isofast prepare NAME --root "
             f"{root}` (NAME: digits, cifar10, cifar100, stl10, tinyimagenet) or point data.root at "
             "a folder with train/CLASS and val/CLASS"
         )
     unlabeled = split == "train" and _is_folder(root / UNLABELED)
     tops = [split, UNLABELED] if unlabeled else [split]
-    # unlabeled pictures alone need no classes
+    # unlabeled images alone need no classes
     if unlabeled and not os.path.lexists(root / split):
         tops.remove(split)
     indexes = {top: read_index(root / top) for top in tops}
@@ -210,9 +210,8 @@ def _listed(root: Path, split: str) -> ImageFolder:
             found = sorted(_images_in(root / folder) if index is None else members[folder])
             if not found:
                 raise UserError(
-                    f"the {'class ' if label >= 0 else ''}folder {root / folder} has no image; "
-                    f"images are files named {NAMED} directly inside it. Add images or remove the "
-                    "folder"
+                    f"the {'class ' if label >= 0 else ''}folder {root / folder} has no images, "
+                    f"i.e. files named {NAMED} directly inside it. Add images or remove the folder"
                 )
             rows += [(f"{folder}/{row[0]}", label, *row[1:]) for row in found]
     paths, labels, sizes, times, numbers, offsets = zip(*rows, strict=True)
@@ -236,7 +235,7 @@ def _class_names(root: Path, split: str, index: Index | None) -> tuple[str, ...]
         remedy = (
             "without validation images, train with --set evaluation.every_epochs=0"
             if split == "val"
-            else f"pictures without classes go into {root / UNLABELED}"
+            else f"images without classes go into {root / UNLABELED}"
         )
         raise UserError(
             f"{root} has no folder {split!r}; a data root has train/CLASS/ and val/CLASS/ with the "
@@ -248,8 +247,8 @@ def _class_names(root: Path, split: str, index: Index | None) -> tuple[str, ...]
     else:
         names = {name.partition("/")[0] for name in index.names if "/" in name}
         problem = (
-            "has tars without a picture of a class: named CLASS/1.jpg, or with its class in a file "
-            f"1.cls beside it. Tars of pictures without classes go into {root / UNLABELED}"
+            "has tars, but no images with a class: name them CLASS/1.jpg, or put the class in a "
+            f"file 1.cls next to 1.jpg. Tars without classes go into {root / UNLABELED}"
         )
     if not names:
         raise UserError(f"{folder} {problem}")
@@ -257,7 +256,7 @@ def _class_names(root: Path, split: str, index: Index | None) -> tuple[str, ...]
 
 
 def _is_folder(path: Path) -> bool:
-    """Whether a path is a folder; a broken link is an error, as it may be an unmounted disk."""
+    """Whether a path is a folder; a broken link, perhaps to an unmounted disk, is an error."""
     # not is_dir(), which from Python 3.14 on takes any error, such as of permissions, for False
     try:
         return S_ISDIR(path.stat().st_mode)
@@ -291,7 +290,7 @@ def _pictures_below(root: Path, top: str) -> Iterator[str]:
 
 
 def _members(top: str, index: Index, first: int) -> dict[str, list[_Row]]:
-    """The images in tars, by folder; ``first`` is the number of the first tar."""
+    """Return the images in tars by folder; ``first`` is the index of the first tar."""
     found: dict[str, list[_Row]] = defaultdict(list)
     for name, number, offset, size in zip(index.names, *index.places_N3.T.tolist(), strict=True):
         folder, _, filename = f"{top}/{name}".rpartition("/")
@@ -311,5 +310,5 @@ def _images_in(folder: Path) -> Iterator[_Row]:
                 status = entry.stat()
                 yield name, status.st_size, status.st_mtime_ns, -1, 0
             elif not os.path.exists(entry.path):
-                # a broken link: the check names it, rather than training on fewer images
+                # a broken link: let the check name it rather than train on fewer images
                 yield name, 0, 0, -1, 0

@@ -1,4 +1,4 @@
-"""The images of a run: listed, checked, and the same on every rank."""
+"""List and check the images of a run, the same on every rank."""
 
 from functools import partial
 from typing import NamedTuple
@@ -12,13 +12,13 @@ from isofast.errors import RankError, UserError
 
 
 class Images(NamedTuple):
-    """The training images, and the validation images of a run that evaluates."""
+    """The training images, and the validation images if the run evaluates."""
 
     train: ImageFolder
     val: ImageFolder | None
 
     def notes(self) -> list[str]:
-        """Return lines on skipped and ignored files."""
+        """Return notes on skipped and ignored files."""
         return notes_on([images for images in self if images is not None])
 
 
@@ -34,7 +34,7 @@ def list_images(config: Config) -> Images:
 
 
 def check_images(config: Config, images: Images) -> Images:
-    """Check every new or changed image, as ``data.check`` says.
+    """Check every new or changed image according to ``data.check``.
 
     Raises:
         UserError: unreadable images, unless ``data.on_bad_image`` skips them.
@@ -46,10 +46,10 @@ def check_images(config: Config, images: Images) -> Images:
 
 
 def agree_on_images(config: Config, world: World, images: Images) -> Images:
-    """Check the images on the other ranks, after ``check_images`` on the first, and compare.
+    """Check the images on the other ranks, after ``check_images`` on rank 0, and compare.
 
     Raises:
-        RankError: this rank cannot read its images, or they are not those of the first rank.
+        RankError: this rank cannot read its images, or they are not rank 0's.
     """
     problem = ""
     if not world.is_main:
@@ -61,20 +61,20 @@ def agree_on_images(config: Config, world: World, images: Images) -> Images:
     if gather_objects((problem, fingerprints)) != [("", fingerprints)] * world.size:
         raise RankError(
             problem
-            or f"the processes do not find the same images under {config.data.root}; give all of "
-            "them the same files, readable by each"
+            or f"the processes do not see the same images under {config.data.root}; give all of "
+            "them read access to the same files"
         )
     return images
 
 
 def data_set_notes(config: Config) -> list[str]:
-    """Note that a root holds another prepared data set than ``data.dataset``."""
+    """Return a note if a root holds a prepared data set other than ``data.dataset``."""
     root, name = config.data.root, config.data.dataset
     prepared = prepared_name(root)
     if prepared in (None, name) or name == "imagefolder":
         return []
     return [
-        f"note: {root} holds {prepared}, and data.dataset is {name}: augmentation and network are "
+        f"note: {root} holds {prepared}, but data.dataset is {name}: augmentation and network are "
         f"those of {name}"
     ]
 

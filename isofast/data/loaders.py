@@ -1,4 +1,4 @@
-"""The loaders of training and evaluation, and the choice of what makes their images."""
+"""Loaders for training and evaluation, and the choice of their backend."""
 
 import contextlib
 import itertools
@@ -29,14 +29,14 @@ if TYPE_CHECKING:
     from isofast.data.dali import DaliRenderer
 
 _GET_DALI = "install it with `pip install nvidia-dali-cuda130` (nvidia-dali-cuda120 for CUDA 12)"
-# numpy's cost per call no longer matters, and the words still fit a cache
+# enough to amortise numpy's cost per call, while the words still fit in cache
 _DRAWN_AT_ONCE = 2048
 
 
 class Batch(NamedTuple):
     """Two augmented views of B images, on the device.
 
-    x_NCHW: the first views, then the second ones (N = 2B): normalised, contiguous as
+    x_NCHW: the first views, then the second views (N = 2B): normalised, contiguous as
         channels_last, in the loader's dtype.
     y_B: int64 labels.
     """
@@ -56,27 +56,27 @@ class Batch(NamedTuple):
 
 
 class TrainLoader:
-    """An infinite iterator of augmented `Batch`es.
+    """An infinite iterator over augmented `Batch`es.
 
-    Every batch is a function of (seed, global step): a loader made with start_step=k continues bit
-    for bit where another one stopped after k batches. Global batch k of an epoch is the k-th piece
-    of the epoch's permutation, split over the ranks. Images that do not fill a last global batch
-    are dropped, other ones each epoch.
+    Every batch is a function of (seed, global step): a loader with start_step=k continues bit for
+    bit where another one stopped after k batches. Global batch k of an epoch is the k-th chunk of
+    the epoch's permutation, split over the ranks. Images that do not fill a last global batch are
+    dropped, different ones each epoch.
 
     Args:
         backend: "auto", "dali" or "resident", as for `resolve_backend`.
         dataset: the training images, from `check_folder`.
         recipe: the augmentation.
-        batch_size: images of this rank a step.
+        batch_size: images per step on this rank.
         rank, world_size: this rank, from 0, and the number of ranks.
         start_step: global step of the first batch, from 0.
         device: where batches are made.
-        resident_limit_gb: limit for decoded images, in 10^9 bytes.
-        prefetch: batches that DALI makes ahead.
-        dtype: of the views.
+        resident_limit_gb: memory limit for decoded images, in 10^9 bytes.
+        prefetch: batches that DALI prepares ahead.
+        dtype: dtype of the views.
 
     Attributes:
-        steps_per_epoch, dropped_per_epoch: counted over all ranks.
+        steps_per_epoch, dropped_per_epoch: global steps, and images dropped over all ranks.
         backend: "dali" or "resident".
 
     Raises:
@@ -126,7 +126,7 @@ class TrainLoader:
         return self
 
     def __next__(self) -> Batch:
-        """Return the next batch; its tensors stay valid for as long as they are kept.
+        """Return the next batch; its tensors stay valid as long as they are referenced.
 
         Raises:
             RunError: an image can no longer be read, or the loader is closed.
@@ -137,7 +137,7 @@ class TrainLoader:
         return Batch(*made)
 
     def describe(self) -> str:
-        """One line on what makes the batches."""
+        """Return one line on how batches are made."""
         return self._renderer.describe()
 
     def close(self) -> None:
@@ -146,7 +146,7 @@ class TrainLoader:
         self._renderer.close()
 
     def _chunks(self, step: int) -> Iterator[Chunk]:
-        # the sizes of unchecked images are read a batch at a time
+        # the sizes of unchecked images are read one batch at a time
         drawn = _DRAWN_AT_ONCE if self._dataset.sizes is not None else 1
         steps = max(1, drawn // self._batch_size)
         epoch, first = divmod(step, self.steps_per_epoch)
@@ -169,20 +169,20 @@ class TrainLoader:
 class EvalLoader:
     """Clean images in a given order: `for x_BCHW, y_B in loader`.
 
-    The short side is resized to recipe.resize_short, then the central recipe.crop pixels are taken.
-    The last batch may be short. Iterating again starts over, also after a `break`.
+    The short side is resized to recipe.resize_short, then the centre is cropped to recipe.crop. The
+    last batch may be short. Iterating again starts over, even after a `break`.
 
     Args:
-        backend: "dali" or "resident"; DALI replaces resident for clean images over the limit.
+        backend: "dali" or "resident"; DALI replaces resident if clean images exceed the limit.
         dataset: the images, from `check_folder`.
         recipe: sizes and normalisation.
-        indices: which images, in this order; at least one.
+        indices: the images to load, in order; at least one.
         device: where batches are made.
         resident_limit_gb: as for `TrainLoader`.
         progress: show a bar on stderr while images are decoded.
 
     Raises:
-        UserError: DALI is needed and not installed.
+        UserError: DALI is needed but not installed.
         RunError: an image can no longer be read.
     """
 
@@ -240,11 +240,11 @@ def draw_views(
     device: torch.device,
     threads: int,
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Yield both views (x1_NCHW, x2_NCHW) of all images in their order, each time drawn anew.
+    """Yield both views (x1_NCHW, x2_NCHW) of all images in order, ``draws`` times, all different.
 
-    Arguments and errors are those of `TrainLoader`; ``draws`` is how often.
+    Other arguments and errors are those of `TrainLoader`.
     """
-    # numbered, because every epoch has an order of its own
+    # labelled by index, because every epoch has a different order
     numbered = replace(dataset, labels=np.arange(len(dataset)))
     options: dict[str, Any] = {"batch_size": len(dataset), "device": device, "threads": threads}
     with contextlib.closing(TrainLoader(backend, numbered, recipe, seed=0, **options)) as loader:
@@ -256,11 +256,11 @@ def draw_views(
 def resolve_backend(
     asked: str, dataset: ImageFolder, recipe: Recipe, device: torch.device, limit_gb: float
 ) -> str:
-    """Choose between DALI, batch by batch, and images that stay on the device.
+    """Choose between decoding batch by batch with DALI, and images resident on the device.
 
-    "auto" takes resident on a GPU if data set and recipe allow it, and without DALI; else DALI, as
-    resident runs its kernel's slow reference on a CPU. Images of unknown sizes (data.check=off) go
-    to DALI.
+    "auto" is resident on a GPU if the data set and recipe allow it, and without DALI; else DALI,
+    because on a CPU resident runs its kernel's slow reference. Images of unknown size
+    (data.check=off) use DALI.
 
     Args:
         asked: "auto", "dali" or "resident", as data.backend.
@@ -270,7 +270,7 @@ def resolve_backend(
         "dali" or "resident".
 
     Raises:
-        UserError: resident cannot be used and nothing else can.
+        UserError: resident cannot be used, and is asked for or the only choice.
     """
     better = has_dali() and (device.type != "cuda" or dataset.sizes is None)
     if asked == "dali" or (asked == "auto" and better):
@@ -282,18 +282,18 @@ def resolve_backend(
         raise UserError(f"data.backend 'resident' cannot be used: {reason}, or use 'dali'")
     if not has_dali():
         raise UserError(
-            f"without NVIDIA DALI images are kept on the device, and {reason}, or {_GET_DALI}"
+            f"without NVIDIA DALI images must stay on the device: {reason}, or {_GET_DALI}"
         )
     return "dali"
 
 
 def _why_not_resident(dataset: ImageFolder, recipe: Recipe, limit_gb: float) -> str | None:
-    """Why images cannot stay on the device, and the remedy; None if they can."""
+    """Return why images cannot stay on the device, and what to do; None if they can."""
     views = (recipe.view1, recipe.view2)
     if any(view.has_affine for view in views):
         return (
-            f"the {recipe.name!r} recipe rotates, moves, scales or shears images, which it does "
-            "not do; take a recipe without"
+            f"the {recipe.name!r} recipe rotates, shifts, scales or shears images, which is not "
+            "supported; use a recipe that does not"
         )
     widest = max(view.blur_sigma[1] if view.blur_p > 0 else 0.0 for view in views)
     if math.ceil(BLUR_REACH * widest) >= recipe.crop:
@@ -305,25 +305,25 @@ def _why_not_resident(dataset: ImageFolder, recipe: Recipe, limit_gb: float) -> 
     if len(kinds) > 1:
         low, high = kinds[0], kinds[-1]
         return (
-            f"it takes images of one size, and the {len(dataset):,} training images have "
+            f"images must have one size, but the {len(dataset):,} training images have "
             f"{len(kinds)} sizes, from {low[0]} x {low[1]} to {high[0]} x {high[1]} pixels; resize "
             "the files to one size"
         )
     needed = resident_gb(len(dataset), int(kinds[0, 0]), int(kinds[0, 1]))
     if needed > limit_gb:
         return (
-            f"the {len(dataset):,} decoded images take {needed:.3g} GB and "
-            f"data.resident_limit_gb is {limit_gb:g}; raise it if the device has the room"
+            f"the {len(dataset):,} decoded images take {needed:.3g} GB, but "
+            f"data.resident_limit_gb is {limit_gb:g}; raise it if the device has room"
         )
     return None
 
 
 def _dali() -> Any:
-    """DALI's renderers, imported on first use."""
+    """Return DALI's renderers, imported on first use."""
     if not has_dali():
         raise UserError(
-            "NVIDIA DALI is not installed; data.backend=dali needs it, and so do images that do "
-            f"not fit the device (Linux only): {_GET_DALI}"
+            "NVIDIA DALI is not installed, but is needed for data.backend=dali and for images "
+            f"that do not fit on the device (Linux only): {_GET_DALI}"
         )
     from isofast.data import dali
 

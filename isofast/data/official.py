@@ -1,7 +1,7 @@
-"""CIFAR-10, CIFAR-100, STL-10 and TinyImageNet as folders of images, from their official archives.
+"""Turn official archives of CIFAR-10, CIFAR-100, STL-10 and TinyImageNet into image folders.
 
 torchvision downloads, verifies and reads them. Pixels are unchanged; a PNG's file name is the
-image's place in the official order of its split.
+image's index in the official order of its split.
 """
 
 import errno
@@ -30,12 +30,12 @@ _TORCHVISION: dict[str, Any] = {
     "cifar100": datasets.CIFAR100,
     "stl10": datasets.STL10,
 }
-# in the order of their labels; the archive's own list has no published checksum
+# in label order; the archive's own list has no published checksum
 _STL10_CLASSES = (
     *("airplane", "bird", "car", "cat", "deer"),
     *("dog", "horse", "monkey", "ship", "truck"),
 )
-# torchvision has no TinyImageNet; the checksum is the one that is widely published
+# torchvision has no TinyImageNet; the checksum is the widely published one
 _TINYIMAGENET = (
     "http://cs231n.stanford.edu/tiny-imagenet-200.zip",
     "tiny-imagenet-200.zip",
@@ -69,13 +69,13 @@ def write_official(name: str, archive: Path, folder: Path) -> None:
         except RuntimeError as error:
             raise UserError(
                 f"{archive} is not the official archive {dataset.filename}: a file in it is "
-                "missing or has another md5. Download it again"
+                "missing or has a different md5. Download it again"
             ) from error
     shutil.rmtree(raw)
 
 
 def fetch(name: str, folder: Path) -> Path:
-    """Download an official archive into ``folder`` and verify it, unless it is in or beside it.
+    """Download an official archive to ``folder`` and verify it, unless it or its parent has it.
 
     Raises:
         UserError: the host cannot be reached, or the download is not the official archive.
@@ -118,10 +118,10 @@ def _unpack(archive: Path, folder: Path) -> None:
     except Exception as error:
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise
-        # tarfile's further lines list what each of its readers thinks
+        # tarfile then lists the complaint of each of its readers
         reason = str(error).partition(":\n")[0]
         raise UserError(
-            f"cannot unpack {archive}: {reason}. It is not a whole and safe tar or zip file; "
+            f"cannot unpack {archive}: {reason}. It is not a complete and safe tar or zip file; "
             "download it again"
         ) from error
 
@@ -141,10 +141,10 @@ def _write_stl10(dataset: Any, raw: Path, folder: Path) -> None:
 
 
 def _write_images(folder: Path, images_NHW3: npt.NDArray[np.uint8], classes: Sequence[str]) -> None:
-    """Write folder/CLASS/NUMBER.png; Pillow holds the interpreter's lock, so threads don't help."""
+    """Write folder/CLASS/NUMBER.png; Pillow holds the GIL, so threads don't help."""
     for name in set(classes):
         (folder / name).mkdir(parents=True)
-    # disable=None: no bar unless stderr is a terminal
+    # None hides the bar unless stderr is a terminal
     bar = tqdm(classes, f"writing {folder.name}", unit="image", disable=None)
     digits = 5 if any(classes) else 6
     for number, (image, name) in enumerate(zip(images_NHW3, bar, strict=True)):
@@ -153,14 +153,14 @@ def _write_images(folder: Path, images_NHW3: npt.NDArray[np.uint8], classes: Seq
 
 
 def _write_tinyimagenet(archive: Path, raw: Path, folder: Path) -> None:
-    """Move the files of train/WNID/images/, and those of val/images/ as val_annotations.txt says.
+    """Move the files of train/WNID/images/, and sort those of val/images/ by val_annotations.txt.
 
-    Classes without training or validation images show when the folder is listed.
+    Classes without training or validation images are detected when the folder is listed.
     """
     found = [*raw.glob("*/val/val_annotations.txt")]
     if len(found) != 1:
         raise UserError(
-            f"{archive} is no TinyImageNet archive: it has {len(found)} files "
+            f"{archive} is not a TinyImageNet archive: it has {len(found)} files "
             "FOLDER/val/val_annotations.txt, and needs one. The official file is "
             "tiny-imagenet-200.zip"
         )
@@ -175,7 +175,7 @@ def _write_tinyimagenet(archive: Path, raw: Path, folder: Path) -> None:
         if wnid not in classes or not path.is_file():
             raise UserError(
                 f"{archive}: val_annotations.txt says {line!r}, but the class or the image is not "
-                "in the archive, or the image has a class already. Download it again"
+                "in the archive, or the image already has a class. Download it again"
             )
         (folder / "val" / wnid).mkdir(parents=True, exist_ok=True)
         path.rename(folder / "val" / wnid / path.name)

@@ -1,4 +1,4 @@
-"""`isofast prepare pack`: the images of a data root as tars, byte for byte and in their order."""
+"""`isofast prepare pack`: write a data root's images as tars, byte for byte and in order."""
 
 import io
 import tarfile
@@ -15,19 +15,19 @@ from isofast.errors import UserError
 
 
 def pack(root: Path, output: Path, *, shard_mib: int, on_bad: OnBad = "stop") -> PreparedCounts:
-    """Write the images of a data root as output/SPLIT/SPLIT-000000.tar, ...; itself a data root.
+    """Write the images of a data root to output/SPLIT/SPLIT-000000.tar, ...; also a data root.
 
     A second call only checks what is there.
 
     Args:
-        root: what to pack; its images are checked first.
+        root: the data root to pack; its images are checked first.
         output: the new root.
-        shard_mib: size of a tar in MiB; the last image may reach beyond it.
-        on_bad: "stop" refuses unreadable images, "skip" leaves them out.
+        shard_mib: size of a tar in MiB; the last image may exceed it.
+        on_bad: "stop" refuses unreadable images, "skip" drops them.
 
     Raises:
         UserError: root cannot be used, or output cannot be written or holds something else.
-        RunError: an image changes meanwhile.
+        RunError: an image changes in the meantime.
     """
     if shard_mib < 1:
         raise UserError(f"--shard-mib {shard_mib} must be 1 or more")
@@ -48,13 +48,13 @@ def pack(root: Path, output: Path, *, shard_mib: int, on_bad: OnBad = "stop") ->
 
 def _write(dataset: ImageFolder, folder: Path, limit: int) -> None:
     tops_N = np.array([path.partition("/")[0] for path in dataset.paths])
-    # disable=None: no bar unless stderr is a terminal
+    # None hides the bar unless stderr is a terminal
     with tqdm(
         desc=f"packing {dataset.split} images", total=len(dataset), unit="image", disable=None
     ) as bar:
         for top in np.unique(tops_N):
             (index_N,) = np.nonzero(tops_N == top)
-            # where each would begin in one long tar: a header, and the content in whole blocks
+            # where each would start in one long tar: a header, then the content in whole blocks
             blocks_N = 1 + -(-dataset.stamps[index_N, 0] // tarfile.BLOCKSIZE)
             number_N = (np.cumsum(blocks_N) - blocks_N) * tarfile.BLOCKSIZE // limit
             pieces = np.split(index_N, np.flatnonzero(np.diff(number_N)) + 1)
@@ -64,7 +64,7 @@ def _write(dataset: ImageFolder, folder: Path, limit: int) -> None:
                 with tarfile.open(path, "w") as tar:
                     for index in piece.tolist():
                         (content,) = read_files(dataset, [index])
-                        # without time and owner: the same images make the same tars
+                        # no time or owner: the same images make the same tars
                         member = tarfile.TarInfo(dataset.paths[index].partition("/")[2])
                         member.size = len(content)
                         tar.addfile(member, io.BytesIO(content))

@@ -1,9 +1,9 @@
-"""A function over many items, by processes or threads, in the order of the items.
+"""Map a function over items with processes or threads, in order.
 
-Pillow decodes small pictures under Python's lock, so that only processes make it faster. They have
-a pipe each, which ends with the one that writes it and breaks with the one that reads: with the one
-pipe of concurrent.futures for all, a process killed within a message left the caller waiting, and
-DataLoader told of it by an error in whatever code of the caller's was running.
+Pillow holds the GIL while decoding small images, so only processes make it faster. Each has its own
+pipe, which closes when its writer ends and breaks when its reader does: with concurrent.futures'
+single pipe, a process killed within a message left the caller waiting, and DataLoader reported it
+as an error in whatever code the caller was running.
 """
 
 import contextlib
@@ -30,14 +30,14 @@ _Result = TypeVar("_Result")
 
 _FORK = multiprocessing.get_context("fork")
 _PIECE = 16
-# messages' worth of results that wait for the caller, of all processes together
+# results that wait for the caller, in messages, over all processes
 _READY = 8
 # glibc's M_TRIM_THRESHOLD and M_MMAP_THRESHOLD, in bytes
 _MALLOPT = {-1: 128 << 20, -3: 32 << 20}
 
 
 class _Raised(NamedTuple):
-    """In the place of a result; without an error where the process has ended."""
+    """Takes the place of a result; without an error if the process has ended."""
 
     error: Exception | None = None
 
@@ -49,19 +49,19 @@ def in_processes(
     *,
     piece: int = _PIECE,
 ) -> Generator[_Result, None, None]:
-    """Yield ``function`` of each item, in order; of few items in the caller's own process.
+    """Yield ``function`` of each item, in order; few items are processed in the calling process.
 
-    The processes are forked, so that only results are pickled. They end with the generator and with
-    the caller, and are a few hundred items ahead of it at most.
+    Processes are forked, so that only results are pickled. They end with the generator and with the
+    caller, and are at most a few hundred items ahead of it.
 
     Args:
-        function: for the CPU; it must not use CUDA or DALI.
-        processes: how many, at most, of one thread each.
-        piece: items for which a process or a message pays.
+        function: runs on the CPU; must not use CUDA or DALI.
+        processes: maximum number of processes, with one thread each.
+        piece: number of items that make a process or a message worthwhile.
 
     Raises:
         RunError: a process was killed.
-        Exception: what ``function`` raises, where its result would be.
+        Exception: what ``function`` raises, in place of its result.
     """
     processes = min(processes, -(-len(items) // piece))
     if processes < 2 or multiprocessing.current_process().daemon:
@@ -101,7 +101,7 @@ def in_processes(
 def in_threads(
     function: Callable[[_Item], _Result], items: Sequence[_Item], threads: int
 ) -> Generator[_Result, None, None]:
-    """Yield the same; for what must not be forked, and for large results, which are not copied."""
+    """Yield the same from threads; for what must not be forked, or large results (not copied)."""
     piece = max(1, min(_PIECE, len(items) // threads))
     pool = ThreadPoolExecutor(threads, "isofast-work")
     ahead: deque[Future[list[_Result]]] = deque()
@@ -118,11 +118,11 @@ def in_threads(
 
 @contextlib.contextmanager
 def _forking() -> Iterator[None]:
-    # Ctrl-C is the caller's affair, and stays held back in what is forked
+    # Ctrl-C is left to the caller, and stays blocked in the forked processes
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         with warnings.catch_warnings():
-            # Python 3.12 on locks that other threads hold; nothing here takes one of theirs
+            # Python 3.12 warns of locks that other threads hold; nothing here takes one of those
             warnings.filterwarnings("ignore", "This process .* multi-threaded", DeprecationWarning)
             yield
     finally:
@@ -132,15 +132,15 @@ def _forking() -> Iterator[None]:
 def _work(
     results: Iterator[object], ready: int, piece: int, readers: list[Any], writer: Connection
 ) -> None:
-    # the caller hears of signals to itself through this
+    # this fd tells the caller of its own signals
     signal.set_wakeup_fd(-1)
     for reader in readers:
         reader.close()
-    # what the caller no longer needs may belong to a GPU
+    # don't collect the caller's garbage: it may belong to a GPU
     gc.freeze()
     # OpenMP's threads do not survive a fork
     torch.set_num_threads(1)
-    # a third of a photograph's time goes into pages that were just given back to the system
+    # otherwise a third of a photo's time goes into pages just returned to the system
     with contextlib.suppress(AttributeError):
         for parameter, value in _MALLOPT.items():
             ctypes.CDLL(None).mallopt(parameter, value)
@@ -176,7 +176,7 @@ def _ended(worker: BaseProcess) -> RunError:
     code = worker.exitcode or 0
     how = f"was killed (signal {-code})" if code < 0 else f"ended (exit code {code})"
     return RunError(
-        f"a process that reads images {how}, most often for want of memory: free some, or take "
-        "fewer processes (data.threads, or `taskset` ahead of the command), and give the same "
-        "command again"
+        f"a process that reads images {how}, most often for lack of memory: free some, or use "
+        "fewer processes (data.threads, or `taskset` before the command), then rerun the same "
+        "command"
     )

@@ -1,7 +1,7 @@
-"""`isofast prepare`: put a data set on disk as root/train/CLASS/ and root/val/CLASS/, whole or not.
+"""`isofast prepare`: write a data set to root/train/CLASS/ and root/val/CLASS/, all or nothing.
 
-Everything is built and checked in root/.partial and moved into place at the end. A command that was
-stopped starts over when repeated, or finishes the move.
+Everything is built and checked in root/.partial and moved into place at the end. When repeated, an
+interrupted command starts over, or finishes the move.
 """
 
 import contextlib
@@ -34,10 +34,10 @@ _DOWNLOAD = ".download"
 
 @dataclass(frozen=True)
 class PreparedCounts:
-    """What a data root holds, and whether it was there before.
+    """The contents of a data root, and whether it was already there.
 
-    train: images with and without a label; unlabeled: those without. notes: a line for each split
-    with unreadable files, and for each with ignored ones; neither are counted.
+    train: images with and without a label; unlabeled: those without. notes: one line per split with
+    unreadable files, and per split with ignored ones; neither are counted.
     """
 
     name: str
@@ -50,7 +50,7 @@ class PreparedCounts:
     notes: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        """One line, and the notes."""
+        """One line, followed by the notes."""
         state = "was already there, checked" if self.already_there else "ready"
         aside = f" ({self.unlabeled:,} without a label)" if self.unlabeled else ""
         lines = [
@@ -59,30 +59,30 @@ class PreparedCounts:
             *self.notes,
         ]
         if not self.val:
-            lines.append("without val images nothing can be evaluated: evaluation.every_epochs=0")
+            lines.append("no val images, so nothing to evaluate: set evaluation.every_epochs=0")
         return "\n".join(lines)
 
 
 def prepare(
     name: str, root: Path | str, archive: Path | str | None = None, *, on_bad: OnBad = "stop"
 ) -> PreparedCounts:
-    """Make a data set ready under root; a second call only checks what is there.
+    """Prepare a data set under root; a second call only checks what is there.
 
     Args:
         name: one of `NAMES`.
-        root: the data root, made if it is missing.
-        archive: the official file, for data sets that come in one; downloaded if not given.
-        on_bad: "stop" refuses unreadable images, "skip" leaves them out of the counts.
+        root: the data root, created if missing.
+        archive: the official archive, for data sets that have one; downloaded if not given.
+        on_bad: "stop" refuses unreadable images, "skip" does not count them.
 
     Raises:
         UserError: unknown name, an archive that is missing, damaged, not the official one or not
-            wanted, a failed download, or a root that holds something else or has changed since.
+            needed, a failed download, or a root that holds something else or has changed since.
     """
     root = Path(root)
     if name not in NAMES:
-        raise UserError(f"there is no data set {name!r} to prepare; allowed are {', '.join(NAMES)}")
+        raise UserError(f"unknown data set {name!r}; allowed are {', '.join(NAMES)}")
     if archive is not None and name in ("digits", "imagefolder"):
-        raise UserError(f"{name} is made without an archive; leave out --archive {archive}")
+        raise UserError(f"{name} needs no archive; leave out --archive {archive}")
     if name == "imagefolder":
         return _count(name, root, on_bad, already_there=True)
 
@@ -107,15 +107,15 @@ def make_root(
     on_bad: OnBad,
     option: str = "--root",
 ) -> PreparedCounts:
-    """Make a data root, whole or not at all; one that is there is only checked.
+    """Create a data root, all or nothing; only check one that is already there.
 
     Args:
         command: `isofast prepare COMMAND`, for messages.
-        root: the data root, made if it is missing.
-        content: what it holds: the data set's "name", and whatever else tells it from others.
+        root: the data root, created if missing.
+        content: what it holds: the data set's "name", and whatever else distinguishes it.
         build: fills an empty folder.
         on_bad: as for `prepare`.
-        option: the command's, for ``root``.
+        option: the command's option for ``root``.
 
     Raises:
         UserError: it cannot be written, holds something else or has changed since.
@@ -128,25 +128,25 @@ def make_root(
             if already_there:
                 _verify_prepared(command, root, content, option)
             else:
-                # a finished build has its manifest: only the move was stopped
+                # a finished build has its manifest: only the move was interrupted
                 if not content.items() <= read_json(partial / MANIFEST).items():
                     _refuse_other_images(command, root, option)
                     _build(partial, content, build, on_bad)
                 for entry in sorted(partial.iterdir(), key=lambda path: path.name == MANIFEST):
                     entry.rename(root / entry.name)
-            # also those of a command that was stopped after its last move
+            # also those of a command interrupted after its last move
             for leftover in (partial, root / _DOWNLOAD):
                 shutil.rmtree(leftover, ignore_errors=True)
             return _count(content["name"], root, on_bad, already_there=already_there)
     except OSError as error:
         raise UserError(
-            f"cannot prepare {command} in {root}: {error}. Solve that or give another {option}, "
+            f"cannot prepare {command} in {root}: {error}. Fix that or give another {option}, "
             "then repeat the command"
         ) from error
 
 
 def prepared_name(root: Path) -> str | None:
-    """Return the name of the data set that `isofast prepare` made in root; None for another."""
+    """Return the name of the data set that `isofast prepare` made in root, if any."""
     return read_json(root / MANIFEST).get("name")
 
 
@@ -167,7 +167,7 @@ def _build(
     partial.mkdir()
     try:
         build(partial)
-        # before the manifest, as unreadable images stop the build
+        # before the manifest, because unreadable images stop the build
         checked_splits(partial, on_bad)
         text = json.dumps({**content, "sha256_by_class": _class_digests(partial)}, indent=1)
         write_text(partial / MANIFEST, text)
@@ -178,7 +178,7 @@ def _build(
 
 @contextlib.contextmanager
 def _locked(root: Path) -> Iterator[None]:
-    """Let one process at a time prepare a root; the others wait and find it done."""
+    """Let one process at a time prepare a root; others wait, then find it done."""
     descriptor = os.open(root, os.O_RDONLY)
     try:
         # without locks, as on some network file systems, nobody waits
@@ -186,7 +186,7 @@ def _locked(root: Path) -> Iterator[None]:
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                note = f"another isofast prepare works on {root}; waiting for it to end"
+                note = f"another isofast prepare is using {root}; waiting for it to end"
                 tqdm.write(note, file=sys.stderr)
                 fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield
@@ -195,12 +195,12 @@ def _locked(root: Path) -> Iterator[None]:
 
 
 def checked_splits(root: Path, on_bad: OnBad) -> list[ImageFolder]:
-    """Check every image of a data root that was not checked before: train, and val if there is one.
+    """Check all images of a data root not checked before, of train, and of val if there is one.
 
-    A root of pictures without classes needs no validation images; any other one does.
+    A root of images without classes needs no validation images; any other root does.
 
     Raises:
-        UserError: as `open_dataset` and `check_folder`.
+        UserError: as for `open_dataset` and `check_folder`.
     """
     splits = [open_dataset(root, "train")]
     if splits[0].classes or (root / "val").exists():
@@ -236,13 +236,13 @@ def _verify_prepared(command: str, root: Path, content: Mapping[str, Any], optio
     if changed:
         raise UserError(
             f"{content['name']} in {root} has changed since it was prepared: {len(changed)} "
-            f"place(s), {some_of(changed)}. Undo that, or delete {root} and prepare it again"
+            f"place(s), {some_of(changed)}. Undo this, or delete {root} and prepare it again"
         )
 
 
 def _class_digests(root: Path) -> dict[str, str]:
-    """sha256 of each class's names and contents, by "split/class" or "unlabeled"."""
-    # hidden files are what file managers put beside the images (.DS_Store)
+    """Return sha256 of each class's names and contents, by "split/class" or "unlabeled"."""
+    # file managers put hidden files next to the images (.DS_Store)
     folders = sorted(p for s in SPLITS for p in (root / s).glob("*") if p.name[0] != ".")
     folders += [folder for folder in [root / UNLABELED] if folder.is_dir()]
     digests = {}
@@ -252,7 +252,7 @@ def _class_digests(root: Path) -> dict[str, str]:
         for path in sorted(folder.iterdir()) if folder.is_dir() else [folder]:
             if not path.name.startswith("."):
                 digest.update(os.fsencode(path.name))
-                # a tar may be larger than the memory
+                # a tar may not fit in memory
                 with path.open("rb") if path.is_file() else io.BytesIO() as file:
                     digest.update(hashlib.file_digest(file, "sha256").digest())
         digests[str(folder.relative_to(root))] = digest.hexdigest()
@@ -260,7 +260,7 @@ def _class_digests(root: Path) -> dict[str, str]:
 
 
 def _write_digits(folder: Path) -> None:
-    """The 1,797 8x8 gray digits that scikit-learn ships, as PNG, every fifth of a class val."""
+    """Write scikit-learn's 1,797 8x8 gray digits as PNG; every fifth of a class goes to val."""
     from sklearn.datasets import load_digits
 
     digits = load_digits()

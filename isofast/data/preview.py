@@ -1,4 +1,4 @@
-"""A picture of what a recipe does: originals and both views."""
+"""Preview pictures of a recipe: originals and both views."""
 
 from pathlib import Path
 
@@ -17,16 +17,16 @@ from isofast.errors import UserError
 
 _IMAGES = 8
 _DRAWS = 4
-# pixels, at least
+# minimum, in pixels
 _TILE = 96
 _GAP = 4
 
 
 def check_preview_path(path: Path) -> None:
-    """Refuse a path that no picture can be written to, before any work is done.
+    """Refuse a path that cannot be written to, before any work is done.
 
     Raises:
-        UserError: it is not named .png, or as `check_output`.
+        UserError: it is not named .png, or as for `check_output`.
     """
     if path.suffix.lower() != ".png":
         raise UserError(f"--preview {path} must be a .png file, as in --preview views.png")
@@ -34,10 +34,10 @@ def check_preview_path(path: Path) -> None:
 
 
 def write_preview(name: str, root: Path, path: Path, *, on_bad: OnBad = "stop") -> None:
-    """Draw a row for each of some training images: the original, then draws of views 1 and 2.
+    """Draw one row per image for a few training images: the original, then draws of both views.
 
     Args:
-        name: the data set whose recipe it is.
+        name: the data set whose recipe is used.
         root: the data root.
         path: the PNG to write.
         on_bad: as for `check_folder`.
@@ -62,13 +62,13 @@ def write_preview(name: str, root: Path, path: Path, *, on_bad: OnBad = "stop") 
 
 
 def write_views(batch: Batch, recipe: Recipe, path: Path) -> None:
-    """Draw a row for each of the first images of a batch: view 1 and view 2."""
+    """Draw one row per image for the first images of a batch: view 1 and view 2."""
     views = (batch.x1_BCHW[:_IMAGES], batch.x2_BCHW[:_IMAGES])
     _write([_levels(x_BCHW.float().cpu(), recipe) for x_BCHW in views], path)
 
 
 def _write(columns: list[torch.Tensor], path: Path) -> None:
-    """A grid of tiles (B, 3, side, side) uint8, each tensor a column."""
+    """Write a grid of tiles (B, 3, side, side) uint8, one column per tensor."""
     tiles = torch.stack(columns, dim=1).flatten(0, 1)
     sheet = make_grid(tiles, nrow=len(columns), padding=_GAP, pad_value=255)
     picture = Image.fromarray(sheet.permute(1, 2, 0).numpy())
@@ -76,7 +76,7 @@ def _write(columns: list[torch.Tensor], path: Path) -> None:
 
 
 def _original(dataset: ImageFolder, index: int, side: int) -> torch.Tensor:
-    """The whole stored image in a square, (3, side, side) uint8."""
+    """Return the whole stored image, padded to a square, (3, side, side) uint8."""
     with dataset.open(index) as file, Image.open(file) as stored:
         image = Image.fromarray(rgb(stored))
     resampling = Image.Resampling
@@ -89,6 +89,6 @@ def _levels(x_BCHW: torch.Tensor, recipe: Recipe) -> torch.Tensor:
     """Undo the normalisation and enlarge, (B, 3, side, side) uint8."""
     mean, std = (torch.tensor(row).view(3, 1, 1) for row in (recipe.mean, recipe.std))
     levels_BCHW = (255 * (x_BCHW * std + mean)).round().clamp(0, 255).to(torch.uint8)
-    # whole multiples of their size keep small images' pixels sharp
+    # integer factors keep small images' pixels sharp
     zoom = -(-_TILE // recipe.crop)
     return levels_BCHW.repeat_interleave(zoom, dim=2).repeat_interleave(zoom, dim=3)

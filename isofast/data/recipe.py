@@ -1,9 +1,9 @@
-"""What each data set's images are made into: sizes, normalisation and the two views.
+"""The recipe of each data set: sizes, normalisation and the two views.
 
-Nothing here touches an image. `isofast.data.draw` turns a view's settings into numbers for given
-images, and a backend executes those numbers. The order of operations is the same everywhere: crop,
-affine, colour (brightness, contrast, saturation and hue; one map for all of them in DALI, in the
-drawn order where images are resident), gray, blur, solarize, flip, normalise.
+Nothing here touches an image: `isofast.data.draw` turns a view's settings into parameters for given
+images, and a backend applies them. The order of operations is the same everywhere: crop, affine,
+colour (brightness, contrast, saturation and hue; in one map with DALI, in the drawn order for
+resident images), gray, blur, solarize, flip, normalise.
 """
 
 from dataclasses import dataclass
@@ -21,9 +21,9 @@ IMAGENET_STD: RGB = (0.229, 0.224, 0.225)
 class Recipe:
     """Both views, the clean images and the normalisation of one data set.
 
-    `crop` is the side of every image that comes out, in pixels. Clean (validation) images are
-    resized so that the short side is `resize_short` pixels, and cropped in the middle. `mean` and
-    `std` are per channel, for pixels in [0, 1].
+    `crop` is the side of every output image, in pixels. Clean (validation) images are resized so
+    that the short side is `resize_short` pixels, and centre-cropped. `mean` and `std` are per
+    channel, for pixels in [0, 1].
     """
 
     name: str
@@ -51,9 +51,9 @@ def recipe_for(
     """Return the recipe of a data set.
 
     Args:
-        name: the data set, as data.dataset.
-        crop: another side, in pixels; clean images keep the proportion of resize to crop.
-        augmentation: other views than the preset's.
+        name: the data set, as in data.dataset.
+        crop: overrides the side, in pixels; clean images keep the ratio of resize to crop.
+        augmentation: overrides the preset's views.
     """
     side, short, mean, std = _SIZES[name]
     if crop is not None:

@@ -1,8 +1,8 @@
-"""Images that stay on the device: decoded once, both views of a batch made in one launch.
+"""Images resident on the device: decoded once; one kernel launch makes both views of a batch.
 
-`isofast_kernels.augment_reference` defines the pixels. Unlike DALI, colour jitter applies its
-operations one after the other in the drawn order, as torchvision does. Pillow decodes, because
-torchvision.io crashes the process at a PNG with a wrong checksum (torchvision 0.29).
+`isofast_kernels.augment_reference` defines the pixels. Unlike with DALI, colour jitter applies its
+operations one by one in the drawn order, as torchvision does. Images are decoded with Pillow,
+because torchvision.io crashes the process on a PNG with a wrong checksum (torchvision 0.29).
 """
 
 import io
@@ -29,18 +29,18 @@ from isofast_kernels.augment_reference import COLUMNS
 
 CHANNELS = 3
 _COPIED_AT_ONCE = 64
-# bytes; beyond, copying images between processes costs more than sharing a lock
+# bytes; above, copying images between processes costs more than sharing the GIL
 _LARGE = 1 << 17
-# longer than so many times its width
+# longer than this many times its width
 _STRIP = 16
 
 
 class ResidentRenderer:
-    """Makes both views of batches from images decoded on the device.
+    """Makes both views of each batch from decoded images on the device.
 
-    A thread prepares a chunk ahead; a batch is one launch on the current stream, and nothing waits
-    for the device. A CPU runs the kernel's slow reference. All images have one size, and the recipe
-    has no affine maps.
+    A thread prepares one chunk ahead; a batch is one kernel launch on the current stream, without a
+    host sync. A CPU runs the kernel's slow reference. All images must have one size, and the recipe
+    no affine transforms.
     """
 
     def __init__(
@@ -62,7 +62,7 @@ class ResidentRenderer:
         self._ahead = ThreadPoolExecutor(1, "isofast-draw")
 
     def render(self, chunks: Iterator[Chunk]) -> Generator[tuple[torch.Tensor, torch.Tensor]]:
-        """Yield x_NCHW and y_B of endless chunks' batches."""
+        """Yield x_NCHW and y_B of each batch in the endless ``chunks``."""
         following = self._ahead.submit(self._next, chunks)
         while True:
             tensors = following.result()
@@ -84,7 +84,7 @@ class ResidentRenderer:
                 yield x_VBCHW.flatten(0, 1), y_B
 
     def describe(self) -> str:
-        """One line on what makes the batches."""
+        """Return one line on how batches are made."""
         count, height, width, _ = self._images.shape
         size = resident_gb(count, height, width)
         return f"images resident on the device ({size:.2f} GB of {height} x {width} pixels)"
@@ -95,7 +95,7 @@ class ResidentRenderer:
         self._images = torch.empty(0)
 
     def _next(self, chunks: Iterator[Chunk]) -> list[torch.Tensor]:
-        """Indices (T, B), parameters (T, V, B, P) and labels (T, B) of the next chunk."""
+        """Return indices (T, B), parameters (T, V, B, P) and labels (T, B) of the next chunk."""
         index_TB, *views = next(chunks)
         rows_VNP = parameter_rows(self._recipe, views)
         rows_TVBP = rows_VNP.reshape(2, *index_TB.shape, len(COLUMNS)).swapaxes(0, 1)
@@ -106,7 +106,7 @@ class ResidentRenderer:
 def clean_image(recipe: Recipe, image_HW3: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
     """Return the clean view of an image, (crop, crop, 3), not normalised."""
     height, width = image_HW3.shape[:2]
-    # the middle of a strip: one of a pixel's height would be enlarged to gigabytes
+    # only the middle of a strip: one that is a pixel high would be enlarged to gigabytes
     top, left = (max(0, (side - _STRIP * min(height, width)) // 2) for side in (height, width))
     image_HW3 = image_HW3[top : height - top, left : width - left]
     image_3HW = torch.from_numpy(image_HW3).permute(2, 0, 1)
@@ -117,7 +117,7 @@ def clean_image(recipe: Recipe, image_HW3: npt.NDArray[np.uint8]) -> npt.NDArray
 
 
 def normalised(recipe: Recipe, images_B3HW: torch.Tensor) -> torch.Tensor:
-    """Return uint8 images as the network takes them, (B, 3, H, W) float32, channels_last."""
+    """Return uint8 images as network input, (B, 3, H, W) float32, channels_last."""
     x_BCHW = functional.to_dtype(images_B3HW, torch.float32, scale=True)
     x_BCHW = functional.normalize(x_BCHW, list(recipe.mean), list(recipe.std), inplace=True)
     made: torch.Tensor = x_BCHW.contiguous(memory_format=torch.channels_last)
@@ -154,21 +154,21 @@ def decode_images(
     progress: bool,
     transform: Callable[[npt.NDArray[np.uint8]], npt.NDArray[np.uint8]] | None = None,
 ) -> torch.Tensor:
-    """Decode images once, by Pillow.
+    """Decode images once, with Pillow.
 
     Args:
-        device: where they go.
-        threads: threads, or processes for small images, that decode.
+        device: device of the result.
+        threads: number of decoding threads, or processes for small images.
         progress: show a bar on stderr.
-        transform: applied to each (H, W, 3); all results have one size.
+        transform: applied to each (H, W, 3) image; all results must have one size.
 
     Returns:
         images_NHW3: uint8, RGB, in the order of ``indices``.
 
     Raises:
-        UserError: they do not fit the device's memory.
-        RunError: a file has changed since it was checked, Pillow refuses it, or a process that
-            decodes was killed.
+        UserError: they do not fit in the device's memory.
+        RunError: a file has changed since it was checked, Pillow refuses it, or a decoding process
+            was killed.
     """
 
     def decode(index: int) -> npt.NDArray[np.uint8] | str:
@@ -193,13 +193,13 @@ def decode_images(
     except RuntimeError as error:
         # torch raises OutOfMemoryError for GPUs only
         raise UserError(
-            f"{resident_gb(*shape[:3]):.2f} GB for {len(indices):,} decoded images cannot be had "
+            f"cannot allocate {resident_gb(*shape[:3]):.2f} GB for {len(indices):,} decoded images "
             f"on {device}; use --set data.backend=dali"
         ) from error
     spread = in_threads if first.nbytes > _LARGE else in_processes
     with (
         closing(spread(decode, index_N, threads)) as decoded,
-        # disable=None: no bar where there is no terminal
+        # None hides the bar unless stderr is a terminal
         tqdm(
             desc=f"decoding {dataset.split} images",
             total=len(indices),
@@ -216,13 +216,13 @@ def decode_images(
 
 
 def rgb(image: Image.Image) -> npt.NDArray[np.uint8]:
-    """Return an image's pixels, (H, W, 3).
+    """Return an image's RGB pixels, (H, W, 3) uint8.
 
     Raises:
-        ValueError: they are 32-bit or floating-point numbers.
+        ValueError: the pixels are 32-bit or floating-point numbers.
     """
     if image.mode in ("I", "F"):
-        raise ValueError("32-bit or float pixels, of which no range is agreed; save 8 or 16 bits")
+        raise ValueError("32-bit or float pixels have no standard range; save as 8 or 16 bits")
     # Pillow clips 16-bit gray instead of scaling it
     if image.mode.startswith("I"):
         gray = np.rint(np.asarray(image) / 257).astype(np.uint8)

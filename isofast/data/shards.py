@@ -1,7 +1,7 @@
-"""Pictures in tar files, WebDataset's layout, read by random access.
+"""Images in tar files (WebDataset layout), read by random access.
 
-A folder of *.tar stands for their members, as if they had been unpacked there. Where each lies is
-read once from the headers, and kept in the folder.
+A folder of *.tar files is treated as if they had been unpacked there. The offset of each member is
+read once from the headers, and cached in the folder.
 """
 
 import contextlib
@@ -29,7 +29,7 @@ PICTURES = (
 )
 _INDEX = ".isofast-index.npz"
 _FORMAT = 1
-# half of the files that a process may usually open; further tars are opened for each image
+# half of the usual limit of open files; further tars are opened for each image
 _KEPT_OPEN = 512
 
 
@@ -42,10 +42,10 @@ class Tar(NamedTuple):
 
 
 class Index(NamedTuple):
-    """The pictures in a folder's tars.
+    """The images in a folder's tars.
 
-    names: of N pictures, relative to the folder. places_N3: int64, number of the tar, first byte
-    and size in bytes of each.
+    names: those of N images, relative to the folder. places_N3: int64, index of the tar, offset and
+    size in bytes of each.
     """
 
     tars: tuple[Tar, ...]
@@ -54,12 +54,12 @@ class Index(NamedTuple):
 
 
 def read_index(folder: Path | str) -> Index | None:
-    """Return what is in a folder's tars; None if it is missing or has folders, pictures or no tar.
+    """Return the index of a folder's tars; None if it is missing or has folders, images or no tar.
 
-    It is read from the headers if a tar is new or has another size or time.
+    The headers are read if a tar is new or has a new size or time.
 
     Raises:
-        UserError: a tar is damaged, compressed or holds a link, or two pictures have one name.
+        UserError: a tar is damaged, compressed or contains a link, or two images share a name.
         OSError: the folder or a tar cannot be read.
     """
     tars = _tars_in(folder)
@@ -71,7 +71,7 @@ def read_index(folder: Path | str) -> Index | None:
         "tars": _packed(os.path.basename(tar.path) for tar in tars),
         "stamps": np.array([tar[1:] for tar in tars]),
     }
-    # a missing or damaged index only costs reading the headers
+    # a missing or damaged index only costs reading the headers again
     with (
         contextlib.suppress(OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile),
         np.load(path) as kept,
@@ -80,17 +80,17 @@ def read_index(folder: Path | str) -> Index | None:
             return Index(tars, _unpacked(kept["names"]), kept["places"])
     found = _read_headers(tars)
     of |= {"names": _packed(found.names), "places": found.places_N3}
-    # where it cannot be kept, it is made at every start
+    # if it cannot be stored, it is rebuilt at every start
     with contextlib.suppress(OSError):
         write_atomically(path, lambda part: np.savez(part, **of))
     return found
 
 
 def open_member(tar: Tar, offset: int, size: int) -> BinaryIO:
-    """Open a part of a tar as a file of its own.
+    """Open a tar member as a file.
 
     Raises:
-        OSError: the tar is gone, or is not what was indexed.
+        OSError: the tar is missing, or has changed since it was indexed.
     """
     file = _opened(tar)
     status = os.fstat(file.fileno())
@@ -105,7 +105,7 @@ def _opened(tar: Tar) -> io.FileIO:
 
 
 class _Member(io.RawIOBase):
-    """Reads at its own place, so that threads share the file."""
+    """Reads at its own offset, so that threads can share the file."""
 
     def __init__(self, file: io.FileIO, begin: int, size: int) -> None:
         self._file, self._begin, self._size, self._at = file, begin, size, 0
@@ -130,7 +130,7 @@ class _Member(io.RawIOBase):
         return count
 
     def readall(self) -> bytes:
-        # at once, not in the small pieces of io's own
+        # in one read, not in io's own small chunks
         return self.read(self._size) or b""
 
 
@@ -152,28 +152,28 @@ def _tars_in(folder: Path | str) -> tuple[Tar, ...]:
 
 def _read_headers(tars: tuple[Tar, ...]) -> Index:
     places: dict[str, tuple[int, int, int]] = {}
-    # disable=None: no bar unless stderr is a terminal
+    # None hides the bar unless stderr is a terminal
     for number, tar in enumerate(tqdm(tars, "reading tar headers", unit="tar", disable=None)):
         for name, offset, size in _members(tar.path):
             if name in places:
                 raise UserError(
-                    f"{tars[places[name][0]].path} and {tar.path} both hold {name}; give pictures "
-                    "names of their own, or remove one of the tars"
+                    f"{tars[places[name][0]].path} and {tar.path} both contain {name}; give "
+                    "images unique names, or remove one of the tars"
                 )
             places[name] = (number, offset, size)
     return Index(tars, [*places], np.array([*places.values()], np.int64).reshape(-1, 3))
 
 
 def _members(path: str) -> list[tuple[str, int, int]]:
-    """Name, first byte and size of each picture in a tar."""
+    """Return the name, offset and size of each image in a tar."""
     found: list[tuple[str, int, int]] = []
     classes: dict[str, str] = {}
     try:
-        # "r:" refuses compressed tars, in which there are no places to go to
+        # "r:" refuses compressed tars, which have no random access
         with open(path, "rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
             for member in tar:
                 name = posixpath.normpath(member.name).lstrip("/")
-                # of .. as well
+                # also ..
                 if name.startswith(".") or "/." in name:
                     continue
                 if name.lower().endswith(PICTURES):
@@ -185,29 +185,29 @@ def _members(path: str) -> list[tuple[str, int, int]]:
                     found.append((name, member.offset_data, member.size))
                 elif name.endswith(".cls") and (content := tar.extractfile(member)):
                     classes[_key(name)] = content.read().decode("utf-8", "replace").strip()
-            # tarfile takes a damaged header, or a file cut between members, for the end
+            # tarfile mistakes a damaged header, or a file cut between members, for the end
             file.seek(tar.offset)
-            # two blocks and padding of the last record; more is a hole in the file, or another tar
+            # two blocks and padding of the last record; more is a hole in the file or another tar
             most = tarfile.BLOCKSIZE + tarfile.RECORDSIZE
             rest = file.read(most + 1)
             if not tarfile.BLOCKSIZE <= len(rest) <= most or any(rest):
                 raise tarfile.ReadError(f"no header and no end at byte {tar.offset:,}")
     except tarfile.TarError as error:
         raise UserError(
-            f"{path} is not a whole, uncompressed tar file: {error}. Make or copy it again"
+            f"{path} is not a complete, uncompressed tar file: {error}. Create or copy it again"
         ) from error
     if not classes or os.path.basename(os.path.dirname(path)) == "unlabeled":
         return found
     for k, (name, offset, size) in enumerate(found):
         if (label := classes.get(_key(name))) is not None:
             if not label or label.startswith(".") or "/" in label or "\0" in label:
-                raise UserError(f"{path}: the class of {name} is {label!r}, which cannot be a name")
+                raise UserError(f"{path}: the class of {name} is {label!r}, not a valid name")
             found[k] = (f"{label}/{name.replace('/', '_')}", offset, size)
     return found
 
 
 def _key(name: str) -> str:
-    """What WebDataset takes for the name of a sample: up to the first dot of the last part."""
+    """Return WebDataset's sample key: the path up to the first dot of its last part."""
     folder, _, last = name.rpartition("/")
     return f"{folder}/{last.partition('.')[0]}"
 

@@ -1,1 +1,1 @@
-"""What a finished or stopped run is worth, and its encoder for other programs."""
+"""Evaluation and reports of finished or stopped runs, and export of their encoders."""

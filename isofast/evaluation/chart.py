@@ -1,4 +1,4 @@
-"""Curves over epochs as inline SVG, in the colours of the page around it."""
+"""Curves over epochs as inline SVG, in the colours of the surrounding page."""
 
 import io
 import re
@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 
 from isofast.run.stored import Array
 
-# matplotlib draws in these, which become the page's variables and follow its dark scheme
+# matplotlib draws in these; they are replaced by the page's CSS variables, to follow dark mode
 _COLORS = ("#0072b2", "#c04f00", "#008060", "#a8508a", "#8a6a00", "#444444")
 _SOFT, _RULE = "#5b6370", "#d5d9df"
 _VARIABLES = {_SOFT: "soft", _RULE: "rule"} | {hue: f"c{k}" for k, hue in enumerate(_COLORS)}
@@ -21,23 +21,23 @@ _MOST_POINTS, _MOST_DOTTED = 300, 6
 
 
 class Line(NamedTuple):
-    """A curve; values that are not finite are left out."""
+    """A curve; non-finite values are left out."""
 
     label: str
     epochs_T: Array
     values_T: Array
     color: int = 0
-    """Of the page's variables --c0 to --c5, over and over."""
+    """Index into the page's variables --c0 to --c5, modulo 6."""
     opacity: float = 1.0
 
 
 def chart(lines: Sequence[Line], *, log: bool = False, alt: str | None = None) -> Markup:
-    """Return an SVG that a screen reader reads as ``alt``, or as each line's range.
+    """Return an SVG labelled for screen readers by ``alt``, or by each line's range.
 
     Args:
         lines: at least one.
-        log: a logarithmic axis, without values of 0.
-        alt: what the picture shows.
+        log: use a logarithmic y axis, which drops values of 0.
+        alt: description of the chart.
     """
     if not any(np.isfinite(line.values_T).any() for line in lines):
         return Markup("<p>No finite value was recorded.</p>")
@@ -64,7 +64,7 @@ def chart(lines: Sequence[Line], *, log: bool = False, alt: str | None = None) -
         axis.spines[:].set_visible(False)
         file = io.StringIO()
         figure.savefig(file, format="svg", transparent=True)
-    # names such as line2d_1, which every chart repeats; markers and clips are hashes
+    # drop ids such as line2d_1, which every chart repeats; marker and clip ids are hashes
     svg = re.sub(r' id="[\w.]+_\d+"', "", file.getvalue())
     for color, name in _VARIABLES.items():
         svg = svg.replace(color, f"var(--{name})")
@@ -72,7 +72,7 @@ def chart(lines: Sequence[Line], *, log: bool = False, alt: str | None = None) -
     tag = Markup('<svg role="img" aria-label="{}" {}>').format(
         alt or "; ".join(map(_in_words, lines)), Markup(box)
     )
-    # without the head, whose namespaces HTML knows
+    # without the header: HTML needs no namespaces
     return tag + Markup(svg[svg.index("<g>") :])
 
 

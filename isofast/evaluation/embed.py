@@ -1,4 +1,4 @@
-"""Embeddings of a folder of pictures, in a file."""
+"""Write embeddings of a folder of images to a file."""
 
 import csv
 import io
@@ -33,37 +33,37 @@ _Batch = tuple[list[Features], dict[str, str]]
 
 _SUFFIXES = (".npz", ".csv", ".pt")
 _BATCH = 128
-# of a batch on one core of many
+# pixels per batch on a CPU, where each core takes its own batches
 _PIXELS = 1 << 19
 
 
 @dataclass(frozen=True)
 class Embedded:
-    """What `embed` wrote."""
+    """Summary of what `embed` wrote."""
 
     output: str
     encoder: str
     images: int
     features: int
     skipped: dict[str, str]
-    """Unreadable files, and the problem of each."""
+    """Unreadable files and the reason for each."""
     images_per_s: float
 
 
 def embed(source: Path, folder: Path, output: Path) -> Embedded:
-    """Write the features of all pictures below ``folder``, in the order of their relative paths.
+    """Write the features of all images below ``folder``, ordered by relative path.
 
-    They are resized and cropped as for the evaluation, and go through the network in fp32.
+    Images are resized and cropped as in evaluation, and the network runs in fp32.
 
     Args:
         source: a run or a file, as for `load_encoder`.
-        folder: read recursively, hidden files and folders excepted.
+        folder: searched recursively, except for hidden files and folders.
         output: .npz, or .pt for `torch.load`, with ``embeddings`` (N, F) float32 and ``filenames``
-            (N,) relative to ``folder``; .csv with a column for the name and one a feature.
+            (N,) relative to ``folder``; or .csv with the file name and one column per feature.
 
     Raises:
-        UserError: there is no encoder, no readable picture, or ``output`` cannot be written.
-        RunError: a process that decodes was killed.
+        UserError: there is no encoder or no readable image, or ``output`` cannot be written.
+        RunError: a decoding process was killed.
     """
     if output.suffix not in _SUFFIXES:
         raise UserError(f"--output {output} must be named {', '.join(_SUFFIXES)}")
@@ -75,7 +75,7 @@ def embed(source: Path, folder: Path, output: Path) -> Embedded:
     began = time.perf_counter()
     skipped: dict[str, str] = {}
     parts: list[Features] = []
-    # disable=None: no bar where there is no terminal
+    # disable=None hides the bar unless stderr is a terminal
     with (
         tqdm(total=len(pictures), desc="embedding", unit="image", disable=None) as bar,
         closing(_embedded(module, recipe, pictures, device)) as batches,
@@ -87,7 +87,7 @@ def embed(source: Path, folder: Path, output: Path) -> Embedded:
     if not parts:
         name, problem = next(iter(skipped.items()))
         raise UserError(
-            f"none of the {len(pictures)} pictures below {folder} can be read: {name} ({problem})"
+            f"none of the {len(pictures)} images below {folder} can be read: {name} ({problem})"
         )
     kept = [name for name in pictures if name not in skipped]
     rate = len(kept) / (time.perf_counter() - began)
@@ -109,7 +109,7 @@ def _embedded(
     pictures: Mapping[str, Callable[[], BinaryIO]],
     device: torch.device,
 ) -> Generator[_Batch]:
-    """Yield the features of a batch, if it has any, and what is wrong with its other pictures."""
+    """Yield each batch's features, if any, and the problems of its unreadable images."""
     names = [*pictures]
     cuda = device.type == "cuda"
     size = _BATCH if cuda else max(1, min(_BATCH, _PIXELS // recipe.crop**2))
@@ -126,8 +126,8 @@ def _embedded(
             for batch in batches:
                 yield embedded(batch, islice(images, size))
     else:
-        # one core for all of a batch: processes that decode and threads of the network would wait
-        # for one another
+        # one core handles a whole batch: decoding processes and the network's threads would wait
+        # for each other
         decode = _decoder(pictures, recipe)
         yield from in_processes(lambda b: embedded(b, map(decode, b)), batches, _cores(), piece=1)
 
@@ -136,20 +136,20 @@ def _embedded(
 def features(
     module: nn.Module, recipe: Recipe, pixels_NHW3: Pixels, device: torch.device
 ) -> torch.Tensor:
-    """Return the features h_NF of clean images, float32 on the CPU, by a module on ``device``."""
+    """Return the features h_NF of clean images, float32 on the CPU; ``device`` is the module's."""
     batches = torch.split(torch.from_numpy(pixels_NHW3).permute(0, 3, 1, 2), _BATCH)
     parts = [module(normalised(recipe, x_B3HW.to(device))) for x_B3HW in batches]
     return torch.cat([h_BF.float().cpu() for h_BF in parts])
 
 
 def list_pictures(folder: Path) -> dict[str, Callable[[], BinaryIO]]:
-    """Return what opens each picture below ``folder``, by relative path with "/", sorted.
+    """Return a function that opens each image below ``folder``, by relative path with "/", sorted.
 
-    Tars stand for their pictures where `isofast.data.shards` says so. Linked folders are read, but
-    for links to a folder that they lie in.
+    Tars indexed by `isofast.data.shards` stand for their images. Links to folders are followed,
+    except to a folder that contains the link.
 
     Raises:
-        UserError: it is not a folder, or holds no picture.
+        UserError: ``folder`` is not a folder or contains no image.
     """
     if not folder.is_dir():
         raise UserError(f"--images {folder} is not a folder")
@@ -171,24 +171,24 @@ def list_pictures(folder: Path) -> dict[str, Callable[[], BinaryIO]]:
                 for name, (tar, *part) in zip(index.names, index.places_N3.tolist(), strict=True):
                     here[name] = partial(open_member, index.tars[tar], *part)
         except (UserError, OSError) as error:
-            # named with the unreadable files
+            # reported with the unreadable files
             here["*.tar"] = partial(_fail, error)
         below = Path(place).relative_to(folder)
         found |= {(below / name).as_posix(): opens for name, opens in here.items()}
-    # a folder that cannot be listed is named with the unreadable files
+    # folders that cannot be listed are reported with the unreadable files
     found |= {
         Path(error.filename).relative_to(folder).as_posix(): partial(_fail, error)
         for error in closed
     }
     if not found:
         raise UserError(
-            f"there is no picture below {folder}; pictures are named *{', *'.join(PICTURES)}"
+            f"there are no images below {folder}; images are named *{', *'.join(PICTURES)}"
         )
     return dict(sorted(found.items()))
 
 
 def _leads_back(path: Path) -> bool:
-    """Whether a folder is a link to one that it lies in, which would be read again and again."""
+    """Return whether a folder is a link to one that contains it, an endless loop."""
     if not path.is_symlink():
         return False
     target = path.resolve()
@@ -202,10 +202,10 @@ def _fail(error: Exception) -> BinaryIO:
 def decoded(
     pictures: Mapping[str, Callable[[], BinaryIO]], recipe: Recipe
 ) -> Generator[Pixels | str]:
-    """Yield a clean image (crop, crop, 3) of each picture, or why it is unreadable.
+    """Yield a clean image (crop, crop, 3) for each picture, or the reason why it is unreadable.
 
     Raises:
-        RunError: a process that decodes was killed.
+        RunError: a decoding process was killed.
     """
     return in_processes(_decoder(pictures, recipe), [*pictures], _cores())
 
@@ -241,7 +241,7 @@ def _write(path: Path, h_NF: npt.NDArray[np.float32], names: list[str]) -> None:
         with path.open("w", encoding="utf-8", errors="surrogateescape", newline="") as table:
             rows = csv.writer(table)
             rows.writerow(["filename", *(f"embedding_{k}" for k in range(h_NF.shape[1]))])
-            # nine digits tell all float32 apart
+            # nine digits round-trip float32
             rows.writerows(
                 [name, *(f"{value:.9g}" for value in row)]
                 for name, row in zip(names, h_NF, strict=True)

@@ -1,4 +1,4 @@
-"""The encoder of a run or a file, as a module."""
+"""Load the encoder of a run or a file as a module."""
 
 from os import PathLike
 from pathlib import Path
@@ -22,15 +22,15 @@ class Encoder(NamedTuple):
     module: nn.Module
     config: EncoderConfig
     recipe: Recipe
-    """Size and normalisation of its images."""
+    """The recipe with the size and normalisation of its images."""
 
 
 def newest_of(run_dir: Path, config: Config) -> Checkpoint:
-    """Return the newest whole checkpoint of a run, or raise UserError: there is none."""
+    """Return the newest intact checkpoint of a run; raise UserError if there is none."""
     checkpoint = newest_checkpoint(run_dir / "checkpoints")
     if checkpoint is None:
         raise UserError(
-            f"the run {run_dir} has no checkpoint yet, and so no encoder; one comes every "
+            f"the run {run_dir} has no checkpoint yet, and so no encoder; it saves one every "
             f"{config.checkpoint.every_steps} steps and at its end"
         )
     return checkpoint
@@ -40,18 +40,18 @@ def load_encoder(source: str | PathLike[str]) -> nn.Module:
     """Return a trained encoder, x_BCHW -> h_BF, in eval mode, fp32, on the CPU.
 
     Args:
-        source: a run's folder, for its newest whole checkpoint; encoder.safetensors of a run, or a
-            .safetensors that `isofast export` wrote; a checkpoint of torchvision's resnet18, 34 or
-            50 (.pth, .safetensors); a timm model's with its config.json beside, or their folder.
+        source: a run's folder, for its newest intact checkpoint; a run's encoder.safetensors or a
+            .safetensors from `isofast export`; weights of torchvision's resnet18, 34 or 50 (.pth,
+            .safetensors); a timm model's file with its config.json beside it, or their folder.
 
     Raises:
-        UserError: there is no encoder, or the file does not say which it is.
+        UserError: there is no encoder, or the file does not say which one it holds.
     """
     return read_encoder(Path(source)).module
 
 
 def read_encoder(source: Path) -> Encoder:
-    """Return the encoder of a run or a file with what it was trained on; see `load_encoder`."""
+    """Return the encoder of a run or a file with its settings; see `load_encoder`."""
     if source.is_dir() and not (source / "model.safetensors").is_file():
         run = read_config(source)
         weights = read_weights(newest_of(source, run).path / "encoder.safetensors")
@@ -59,7 +59,7 @@ def read_encoder(source: Path) -> Encoder:
     else:
         weights = read_weights(source / "model.safetensors" if source.is_dir() else source)
         config, recipe = encoder_of(weights)
-    # the random weights that are replaced must not move the caller's generator
+    # drawing weights that are then replaced must not advance the caller's generator
     with torch.device("cpu"), torch.random.fork_rng(devices=[]):
         module = make_encoder(config).float()
     load_weights(module, weights)
@@ -67,7 +67,7 @@ def read_encoder(source: Path) -> Encoder:
 
 
 def untrained(config: Config) -> nn.Module:
-    """Return a run's encoder at step 0: the first that a run draws."""
+    """Return a run's encoder at step 0, whose weights are the first thing a run draws."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         return make_encoder(config.encoder)

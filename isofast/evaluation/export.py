@@ -1,4 +1,4 @@
-"""Encoders in the formats of other libraries."""
+"""Export of encoders to the formats of other libraries."""
 
 import contextlib
 import importlib.util
@@ -24,24 +24,24 @@ _ONNX_TOLERANCE = 1e-4
 
 
 def export(source: Path, kind: str, output: Path) -> str:
-    """Write an encoder without a classifier, whole or not at all; return how to load it.
+    """Write an encoder without a classifier, atomically; return the code that loads it.
 
     Args:
         source: a run or a file, as for `load_encoder`.
         kind: safetensors, torchvision, timm, onnx or huggingface.
-        output: a file; for huggingface a new folder. torchvision and timm write what torch.save
-            does, or safetensors where the name ends so.
+        output: a file, or a new folder for huggingface. torchvision and timm write a torch.save
+            file, or safetensors if the name ends in .safetensors.
 
     Raises:
         UserError: there is no encoder, the format cannot hold it, its library is not installed, or
             ``output`` cannot be written.
-        RunError: the ONNX file does not compute what the encoder does.
+        RunError: the ONNX model's output differs from the encoder's.
     """
     check_output(output)
     if kind == "huggingface" and output.exists():
-        raise UserError(f"--output {output} exists; huggingface takes the name of a new folder")
+        raise UserError(f"--output {output} exists; huggingface needs the name of a new folder")
     if kind == "safetensors" and output.suffix != ".safetensors":
-        raise UserError(f"--output {output}: the name has to end in .safetensors, to be read by it")
+        raise UserError(f"--output {output}: the name must end in .safetensors, to be recognised")
     encoder = read_encoder(source)
     config = encoder.config
     if kind == "onnx":
@@ -54,7 +54,7 @@ def export(source: Path, kind: str, output: Path) -> str:
     elif kind == "torchvision":
         if ":" in config.name:
             raise UserError(
-                f"{config.name} is not one of torchvision's networks; export it as safetensors or "
+                f"{config.name} is not one of torchvision's models; export it as safetensors or "
                 "onnx" + (", timm or huggingface" if config.name.startswith("timm:") else "")
             )
         loading = _torchvision_code(config, output)
@@ -62,7 +62,7 @@ def export(source: Path, kind: str, output: Path) -> str:
         loading = f'isofast.load_encoder("{output}")'
     tensors = {name: t.contiguous() for name, t in encoder.module.state_dict().items()}
     if kind == "safetensors" or output.suffix == ".safetensors":
-        # save_file's files can be read by their owner alone
+        # only their owner can read save_file's files
         content = save(tensors, describe(config, encoder.recipe))
         write_atomically(output, lambda part: part.write_bytes(content))
     else:
@@ -79,7 +79,7 @@ def _huggingface(encoder: Encoder, output: Path) -> str:
     model = timm.create_model(_timm_name(config), num_classes=0)
     model.load_state_dict(module.state_dict())
     card: dict[str, Any] = model.pretrained_cfg  # type: ignore[assignment]
-    # of timm's own weights
+    # these describe timm's own weights
     for key in (
         *("tag", "license", "origin_url", "url", "hf_hub_id", "paper_ids"),
         *("test_input_size", "test_crop_pct"),
@@ -108,11 +108,11 @@ def _onnx(encoder: Encoder, output: Path) -> str:
     import onnxruntime
 
     module, side = encoder.module, encoder.recipe.crop
-    # torch warns of its own internals, and prints
+    # torch prints, and warns about its own internals
     with warnings.catch_warnings(action="ignore"), contextlib.redirect_stdout(io.StringIO()):
         program = torch.onnx.export(
             module,
-            # a batch of one would become a constant
+            # a batch size of one would become a constant
             (torch.zeros(2, 3, side, side),),
             input_names=["x"],
             output_names=["h"],
@@ -130,9 +130,9 @@ def _onnx(encoder: Encoder, output: Path) -> str:
         (got_BF,) = session.run(None, {"x": x_BCHW.numpy()})
         errors.append((torch.from_numpy(got_BF) - h_BF).abs().max() / h_BF.abs().max())
     worst = torch.stack(errors).max().item()
-    differ = f"onnxruntime's features differ from torch's by {worst:.1e} of their largest"
+    differ = f"onnxruntime's features differ from torch's by up to {worst:.1e} of the largest"
     if not worst <= _ONNX_TOLERANCE:
-        raise RunError(f"{differ}; {output} is not written")
+        raise RunError(f"{differ}; {output} was not written")
     write_atomically(output, lambda part: part.write_bytes(model))
     return (
         f'onnxruntime.InferenceSession("{output}").run(None, {{"x": x_BCHW}})\n'
@@ -141,7 +141,7 @@ def _onnx(encoder: Encoder, output: Path) -> str:
 
 
 def _torchvision_code(config: EncoderConfig, output: Path) -> str:
-    """Return the Python that loads torchvision's state dict, as ``net``."""
+    """Return Python code that loads torchvision's state dict into ``net``."""
     width, pad = config.width, config.stem_padding
     side, stride, padding = (7, 2, 3) if config.stem == "imagenet" else (3, 1, pad)
     lines = [
@@ -176,17 +176,17 @@ def _torchvision_code(config: EncoderConfig, output: Path) -> str:
 
 
 def _timm_name(config: EncoderConfig) -> str:
-    """timm's name of the network; timm's ResNets have torchvision's names and layers."""
+    """Return timm's name of the model; timm's ResNets have torchvision's names and layers."""
     if config.name.startswith("timm:"):
         return config.name.removeprefix("timm:")
     if ":" in config.name:
-        raise UserError(f"{config.name} is no network of timm's; export it as safetensors or onnx")
+        raise UserError(f"{config.name} is not a timm model; export it as safetensors or onnx")
     if config.stem != "imagenet" or config.width != 64:
         raise UserError(
-            f"timm's {config.name} begins with 64 channels of a 7 x 7 convolution; this encoder "
-            f"has the stem {config.stem} and width {config.width}. Export it as torchvision, whose "
-            f"network can be changed to it (the lines are printed), safetensors or onnx; runs with "
-            f"encoder.stem=imagenet and encoder.width=64 are timm's"
+            f"timm's {config.name} starts with a 7 x 7 convolution of 64 channels; this encoder "
+            f"has stem {config.stem} and width {config.width}. Export it as torchvision (which "
+            f"prints the code that adapts the model), safetensors or onnx; timm needs "
+            f"encoder.stem=imagenet and encoder.width=64"
         )
     return config.name
 

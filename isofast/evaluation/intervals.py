@@ -1,13 +1,13 @@
-"""95 % intervals of shares and of their differences."""
+"""95 % confidence intervals of proportions and of their differences."""
 
 import math
 
-# two-sided 95 % of the normal distribution
+# two-sided 95 % quantile of the normal distribution
 _Z = 1.959964
 
 
 def wilson(share: float, n: int) -> tuple[float, float]:
-    """Return the interval of a share of ``n`` trials (Wilson, JASA 1927)."""
+    """Return the interval of a proportion of ``n`` trials (Wilson, JASA 1927)."""
     middle = share + _Z**2 / (2 * n)
     half = _Z * math.sqrt(share * (1 - share) / n + (_Z / (2 * n)) ** 2)
     scale = 1 + _Z**2 / n
@@ -16,10 +16,10 @@ def wilson(share: float, n: int) -> tuple[float, float]:
 
 
 def newcombe(share: float, other: float, n: int, m: int) -> tuple[float, float]:
-    """Return the interval of ``share - other``, of ``n`` and ``m`` independent trials.
+    """Return the interval of ``share - other``, from ``n`` and ``m`` independent trials.
 
-    The hybrid score interval, method 10 of Newcombe, Statistics in Medicine 17, 1998. Of the same
-    trials, such as two networks on one set of images, which mostly agree, it is too wide.
+    The hybrid score interval, method 10 of Newcombe, Statistics in Medicine 17, 1998. It is too
+    wide for paired trials that mostly agree, such as two networks on one set of images.
     """
     (low, high), (other_low, other_high) = wilson(share, n), wilson(other, m)
     gain = share - other

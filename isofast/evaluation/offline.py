@@ -1,4 +1,4 @@
-"""Accuracies of a run's frozen features, beside those of baselines.
+"""Accuracy of a run's frozen features, compared with baselines.
 
 Shapes: N training images, M validation images, F features.
 """
@@ -40,7 +40,7 @@ from isofast.training.online import clean_loader, knn_top1
 
 # train_NF, train_y_N, val_MF, val_y_M
 Features = tuple[Tensor, Tensor, Tensor, Tensor]
-# each accuracy with its settings
+# accuracies with their settings
 Scores = Iterator[tuple[float, dict[str, Any]]]
 
 _NEIGHBOURS, _TEMPERATURE = (20, 200), 0.07
@@ -51,32 +51,32 @@ _MOST_ITERATIONS = 500
 
 @dataclass(frozen=True)
 class Result:
-    """One accuracy; what its protocol does not have is None."""
+    """One accuracy; fields that do not apply to the protocol are None."""
 
     baseline: str | None
-    """Whose features: "random", "pixels" or a file; None for the run."""
+    """Source of the features: "random", "pixels" or a file; None for the run."""
     protocol: str
     """knn, linear or few."""
     value: float
-    """Top-1, a fraction; of few the mean over draws."""
+    """Top-1 as a fraction; for few, the mean over draws."""
     interval: tuple[float, float]
-    """95 %, by the number of validation images alone (Wilson)."""
+    """95 % interval from the number of validation images alone (Wilson)."""
     n: int
-    """Validation images."""
+    """Number of validation images."""
     k: int | None = None
-    """Neighbours that vote."""
+    """Number of neighbours that vote."""
     C: float | None = None
-    """scikit-learn's inverse strength of the penalty."""
+    """scikit-learn's inverse regularisation strength."""
     labels_per_class: int | None = None
     std: float | None = None
-    """Over the draws of labelled images."""
+    """Standard deviation over the draws of labelled images."""
     seeds: list[int] | None = None
-    """Of these draws."""
+    """Seeds of these draws."""
 
 
 @dataclass(frozen=True)
 class Report:
-    """What ``evaluate`` found, and of what."""
+    """Results of ``evaluate`` and what they were measured on."""
 
     run: str
     checkpoint: str
@@ -87,10 +87,10 @@ class Report:
     val_images: int
     results: list[Result]
     notes: list[str]
-    """What was left out, and why."""
+    """What was left out and why."""
 
     def __str__(self) -> str:
-        """A table of at most 80 columns."""
+        """Return a table at most 80 columns wide."""
         head = (
             f"step {self.step}, {self.train_images:,} training and {self.val_images:,} validation "
             f"images, {self.classes} classes"
@@ -126,27 +126,27 @@ def evaluate(
     """Evaluate the encoder of a run's newest checkpoint on clean images, in fp32.
 
     knn: a vote of the 20 and 200 nearest by cosine similarity, temperature 0.07. linear: logistic
-    regression on standardised features; C is the best of ``GRID_C`` on a stratified fifth of the
-    training images, and the fit is repeated on all of them. few: the same with C = 1 on 1, 5 and 10
-    labels a class, drawn five times; all training images standardise, their labels unseen.
+    regression on standardised features; C is the best of ``GRID_C`` on a held-out stratified fifth
+    of the training images, and the final fit uses all of them. few: the same with C = 1 on 1, 5 and
+    10 labels per class, drawn five times; all training images standardise, without their labels.
 
     Args:
         run_dir: a finished or stopped run.
-        protocols: some of knn, linear, few.
-        baselines: "random" (the run's network before training), "pixels", or files of weights for
-            the run's encoder (.safetensors).
-        train_images: how many training images at most, drawn.
-        root: of the images, if they are not in the run's data.root any more.
-        say: told what is being done.
+        protocols: any of knn, linear, few.
+        baselines: "random" (the run's network before training), "pixels", or weight files for the
+            run's encoder (.safetensors).
+        train_images: maximum number of training images, drawn at random.
+        root: folder of the images, if they are no longer in the run's data.root.
+        say: called with progress messages.
 
     Raises:
-        UserError: the run has no checkpoint, its images no labels, one class or no validation
-            split, too few of a class, or a baseline does not exist or fit.
+        UserError: the run has no checkpoint, its images have no labels, one class, no validation
+            split or too few of a class, or a baseline does not exist or fit.
         RunError: an image can no longer be read.
     """
     config = read_config(run_dir)
     checkpoint = newest_of(run_dir, config)
-    # all of them at once: a wrong baseline is told before any work
+    # load all encoders first, so that a bad baseline fails before any work
     encoders: dict[str | None, nn.Module] = {
         None: _encoder(config, str(checkpoint.path / "encoder.safetensors"))
     }
@@ -173,14 +173,14 @@ def evaluate(
         encoder.cpu()
         for protocol in protocols:
             say(f"{protocol} of {name or run_dir}")
-            # of a fit that stops at the last of its iterations
+            # a fit may stop at the maximum number of iterations
             with warnings.catch_warnings(action="ignore", category=ConvergenceWarning):
                 scores = [*_PROTOCOLS[protocol](features, classes)]
             results += [
                 Result(name, protocol, top1, wilson(top1, len(val)), len(val), **settings)
                 for top1, settings in scores
             ]
-    # settings together, the run before its baselines
+    # group by setting, with the run before its baselines
     order = [*_PROTOCOLS]
     results.sort(key=lambda r: (order.index(r.protocol), r.k or r.labels_per_class or 0))
     return Report(
@@ -193,7 +193,7 @@ def evaluate(
         val_images=len(val),
         results=results,
         notes=[
-            f"no {count} labels a class: a class has {counts.min()} training image(s)"
+            f"no {count} labels per class: a class has only {counts.min()} training image(s)"
             for count in _LABELS
             if "few" in protocols and count > counts.min()
         ],
@@ -240,19 +240,19 @@ PROTOCOLS = tuple(_PROTOCOLS)
 
 
 def _images(config: Config, root: Path) -> tuple[ImageFolder, ImageFolder]:
-    """Both splits, checked as the run checks them."""
+    """Return both splits, checked as a run checks them."""
     train = open_dataset(root, "train")
     if len(train.classes) < 2:
         raise UserError(
             f"the training images in {root} have {'one class' if train.classes else 'no labels'}, "
-            f"and k-NN, logistic regression and few labels all tell classes apart: sort some into "
-            f"train/CLASS/ and val/CLASS/, two classes or more. Without labels there are C's "
+            f"but k-NN, logistic regression and few labels need classes: sort some images into "
+            f"train/CLASS/ and val/CLASS/, with two classes or more. Without labels there are C's "
             f"eigenvalues and effective rank (`isofast figures 3 RUN`)"
         )
     if not (root / "val").is_dir():
         raise UserError(
-            f"{root} has no folder val: accuracies are those of images that were not trained on. "
-            f"Put some into {root}/val/CLASS/, or name another folder of images with --root"
+            f"{root} has no folder val: accuracy is measured on images that were not trained on. "
+            f"Put some into {root}/val/CLASS/, or use another image folder with --root"
         )
     checked = check_images(config, Images(train, open_dataset(root, "val")))
     assert checked.val is not None
@@ -260,18 +260,18 @@ def _images(config: Config, root: Path) -> tuple[ImageFolder, ImageFolder]:
 
 
 def _require_enough(counts: npt.NDArray[np.int64], protocols: Sequence[str]) -> None:
-    """Enough training images of each class to hold back a stratified share of them."""
+    """Require enough training images per class to hold out a stratified fraction of them."""
     total, held_back = counts.sum(), math.ceil(_HELD_BACK * counts.sum())
     if "linear" in protocols and (counts.min() < 2 or held_back < len(counts)):
         raise UserError(
-            f"logistic regression holds back a fifth of the training images to choose C, at least "
-            f"one of each class, and there are {total:,} of {len(counts)} classes, the least "
-            f"{counts.min()} of a class; give more (--train-images), or take --protocol knn"
+            f"logistic regression holds out a fifth of the training images to choose C, at least "
+            f"one of each class, but there are {total:,} images of {len(counts)} classes, the "
+            f"smallest with {counts.min()}; use more (--train-images), or --protocol knn"
         )
     if counts.min() < 1:
         raise UserError(
-            f"of {len(counts)} classes some have none of the {total:,} training images; give more "
-            f"with --train-images"
+            f"some of the {len(counts)} classes have none of the {total:,} training images; use "
+            f"more with --train-images"
         )
 
 
@@ -282,15 +282,15 @@ def _collect(encoder: nn.Module, loader: EvalLoader) -> tuple[Tensor, Tensor]:
 
 
 def _encoder(config: Config, name: str) -> nn.Module:
-    """A baseline, or the run's encoder with a file's weights."""
+    """Return a baseline, or the run's encoder with a file's weights."""
     if name == "pixels":
         return nn.Flatten()
     encoder = untrained(config)
     if name != "random":
         if not Path(name).is_file():
             raise UserError(
-                f"--baselines: there is no file {name}; allowed are random, pixels and files of "
-                "weights (.safetensors)"
+                f"--baselines: there is no file {name}; allowed are random, pixels and weight "
+                "files (.safetensors)"
             )
         load_weights(encoder, read_weights(Path(name)))
     return encoder.eval()

@@ -1,4 +1,4 @@
-"""What an encoder makes of some of its images: neighbours, a map, numbers beside baselines.
+"""A sample of images as an encoder sees it: neighbours, a map, and numbers with baselines.
 
 Shapes: N images, F features.
 """
@@ -26,11 +26,11 @@ from isofast.evaluation.encoders import read_encoder, untrained
 from isofast.run.labelfree import rankme, uniformity
 from isofast.training.online import knn_top1
 
-# of each split
+# per split
 _MOST_IMAGES = 1000
 _QUERIES, _NEIGHBOURS = 8, 6
 _THUMB, _TILE, _COLUMNS, _ROWS = 56, 30, 30, 20
-# of a side, for raw pixels as features
+# largest side for which raw pixels serve as features
 _MOST_PIXELS = 64
 CLASS_COLORS = [str(color) for color in TABLEAU_COLORS.values()]
 
@@ -41,14 +41,14 @@ class Thumb(NamedTuple):
     uri: str
     alt: str
     caption: str
-    """Its class; "" without one."""
+    """Its class; "" without a label."""
     agrees: bool | None = None
-    """Whether it is of the query's class; None where either has none."""
+    """Whether its class is the query's; None if either has no label."""
 
 
 @dataclass(frozen=True)
 class Measured:
-    """Numbers of some features, on the sample."""
+    """Metrics of one set of features on the sample."""
 
     name: str
     knn_top1: float | None
@@ -59,19 +59,19 @@ class Measured:
 
 @dataclass(frozen=True)
 class Pictures:
-    """What `look` saw."""
+    """Results of `look`."""
 
     sample: str
-    """The images in words."""
+    """Description of the images."""
     queries: int
     rows: list[list[Thumb]]
-    """A query each, then its nearest, the nearest first."""
+    """One row per query: the query, then its neighbours, nearest first."""
     map_uri: str
     map_alt: str
     map_classes: list[tuple[str, str]]
-    """Names and colours of the frames; none without labels, or with more than ten classes."""
+    """Names and frame colours; empty without labels or with more than ten classes."""
     measured: list[Measured]
-    """The run, the untrained network, raw pixels."""
+    """The run, the untrained network and raw pixels."""
 
 
 class _Sample(NamedTuple):
@@ -81,10 +81,10 @@ class _Sample(NamedTuple):
 
 
 def look(run_dir: Path, config: Config, root: Path) -> Pictures:
-    """Show validation images of a run, or training images where there are none, to its encoder.
+    """Run a run's encoder on validation images, or on training images if there are none.
 
     Raises:
-        UserError: the images or the checkpoint are gone, or nothing can be seen in the features.
+        UserError: the images or the checkpoint are gone, or the features are not finite.
     """
     encoder, _, recipe = read_encoder(run_dir)
     train = open_dataset(root, "train")
@@ -132,7 +132,7 @@ def look(run_dir: Path, config: Config, root: Path) -> Pictures:
 
 
 def _sample(images: ImageFolder, recipe: Recipe) -> _Sample:
-    """Some images, drawn, but for unreadable ones."""
+    """Draw a sample of images, without unreadable ones."""
     drawn = np.sort(np.random.default_rng(0).permutation(len(images))[:_MOST_IMAGES])
     every = decoded({images.paths[k]: partial(images.open, k) for k in drawn}, recipe)
     pairs = zip(drawn, every, strict=True)
@@ -146,7 +146,7 @@ def _sample(images: ImageFolder, recipe: Recipe) -> _Sample:
 def _neighbours(
     query_NF: Tensor, bank_NF: Tensor, query: _Sample, bank: _Sample, classes: tuple[str, ...]
 ) -> list[list[Thumb]]:
-    """Rows of queries, spread over the sample, and their nearest by cosine similarity."""
+    """Return rows of queries, spread over the sample, and their neighbours by cosine similarity."""
     count, same = min(_QUERIES, len(query.paths)), query is bank
     places = np.arange(count) * len(query.paths) // count + len(query.paths) // (2 * count)
     similarity_QN = functional.normalize(query_NF[places]) @ functional.normalize(bank_NF).T
@@ -154,7 +154,7 @@ def _neighbours(
         # no image is its own neighbour
         similarity_QN[torch.arange(count), torch.from_numpy(places)] = -torch.inf
     nearest = similarity_QN.topk(min(_NEIGHBOURS, len(bank.paths) - same))
-    # the last for -1, no label
+    # the last is for the label -1, unlabelled
     names = (*classes, "")
     rows = []
     for place, *near in zip(places, nearest.values.tolist(), nearest.indices.tolist(), strict=True):
@@ -170,12 +170,12 @@ def _neighbours(
 
 
 def _map(h_NF: Tensor, sample: _Sample, colored: bool) -> tuple[str, str]:
-    """Thumbnails at the first two principal components, none over another, and their shares."""
+    """Return thumbnails placed by the first two PCs, without overlap, and the PCs' variances."""
     centred_NF = h_NF.numpy().astype(np.float64) - h_NF.numpy().mean(0)
     u_NK, s_K, _ = np.linalg.svd(centred_NF, full_matrices=False)
     shares = np.square(s_K[:2]) / max(np.square(s_K).sum(), np.finfo(float).tiny)
     place_N2 = u_NK[:, :2] * s_K[:2]
-    # an outlier would push all others together
+    # an outlier would squeeze all others together
     low_2, high_2 = np.percentile(place_N2, (1, 99), axis=0)
     span_2 = np.maximum(high_2 - low_2, np.finfo(float).tiny)
     share_N2 = (place_N2.clip(low_2, high_2) - low_2) / span_2

@@ -1,4 +1,4 @@
-"""One HTML file about one run or several: verdict, curves, spectrum, neighbours, settings."""
+"""One HTML file about one or several runs: verdict, curves, spectrum, neighbours, settings."""
 
 from collections.abc import Sequence
 from contextlib import suppress
@@ -46,16 +46,16 @@ _RANKS = {
 def write_report(
     folders: Sequence[Path], output: Path, *, root: Path | None = None, pictures: bool = True
 ) -> None:
-    """Write one file that needs no other and no network, whole or not at all.
+    """Write one self-contained HTML file, atomically.
 
     Args:
         folders: runs, finished or not.
         output: the HTML file.
-        root: of the images, if they are not in the runs' data.root any more.
-        pictures: also show some images to the encoders.
+        root: folder of the images, if they are no longer in the runs' data.root.
+        pictures: also run the encoders on some images.
 
     Raises:
-        UserError: a folder is no run or has no records yet, or ``output`` cannot be written.
+        UserError: a folder is not a run or has no records yet, or ``output`` cannot be written.
     """
     check_output(output)
     runs = [read_run(folder) for folder in dict.fromkeys(folders)]
@@ -79,7 +79,7 @@ def write_report(
         autoescape=True,
         trim_blocks=True,
         lstrip_blocks=True,
-        # file names need not be text
+        # file names may not be valid text
         finalize=lambda value: printable(value) if type(value) is str else value,
     )
     text = environment.get_template("report.html").render(
@@ -91,7 +91,7 @@ def write_report(
 
 
 def _page(run: Run, name: str, root: Path, with_pictures: bool) -> dict[str, Any]:
-    """A run as the template takes it."""
+    """Return a run as the template expects it."""
     summary, environment = (
         read_json(run.path / f"{what}.json") for what in ("summary", "environment")
     )
@@ -99,7 +99,7 @@ def _page(run: Run, name: str, root: Path, with_pictures: bool) -> dict[str, Any
     if with_pictures:
         try:
             pictures, why = look(run.path, run.config, root), ""
-        # also what a full GPU raises
+        # RuntimeError includes an out-of-memory GPU
         except (UserError, RuntimeError, OSError) as error:
             why = str(error)
     val_images = environment.get("val_images")
@@ -140,7 +140,7 @@ def _baselines(
         if compared:
             rows.append(("before training", knn, first["knn_top1"], n))
         rows.append(("raw pixels", knn, summary.get("knn_top1_pixels"), n))
-        rows.append(("this run", "linear probe, trained beside", last["val_top1"], n))
+        rows.append(("this run", "online linear probe", last["val_top1"], n))
     if pictures is not None and not compared:
         rows += [
             (one.name, "k-NN, on the sample", one.knn_top1, pictures.queries)
@@ -154,11 +154,11 @@ def _baselines(
 
 
 def _spectrum(run: Run) -> Markup:
-    """Eigenvalues over time, the larger the stronger."""
+    """Return a chart of the eigenvalues over time; larger ones have stronger lines."""
     values_TD = run.eigenvalues_TD
     dim = values_TD.shape[1]
     largest = np.nanmax(values_TD, initial=0)
-    # smaller ones are rounding errors
+    # smaller ones are rounding error
     shown_TD = np.where(values_TD > 1e-8 * largest, values_TD, np.nan)
     places = np.unique(np.geomspace(1, dim, min(dim, _MOST_LINES)).round().astype(int)) - 1
     lines = [
@@ -174,7 +174,7 @@ def _spectrum(run: Run) -> Markup:
 
 
 def _with_evaluation(run: Run, record: dict[str, Any]) -> dict[str, Any]:
-    """A record with the last evaluation up to it."""
+    """Return a record merged with the last evaluation up to its step."""
     before = [one for one in run.evaluations if one["step"] <= record["step"]]
     return (before[-1] if before else {}) | record
 

@@ -1,4 +1,4 @@
-"""Whether a run learned, in words."""
+"""A verdict, in words, on whether a run learned."""
 
 import math
 from dataclasses import dataclass, replace
@@ -12,18 +12,18 @@ from isofast.run.stored import Run
 
 @dataclass(frozen=True)
 class Verdict:
-    """A run's judgement."""
+    """The verdict on a run."""
 
     word: str
-    """Such as "learned" or "collapsed"."""
+    """For example "learned" or "collapsed"."""
     good: bool | None
-    """None: cannot be told."""
+    """None if it cannot be decided."""
     headline: str
     reasons: list[str]
 
 
 def findings(run: Run) -> tuple[list[Finding], Finding | None]:
-    """Return the first finding of each kind in a run's records, and that of the last record."""
+    """Return the first finding of each kind in a run's records, and the last record's finding."""
     steps_per_epoch = max(1, round(run.records[-1]["step"] / run.records[-1]["epoch"]))
     watch = CollapseWatch(run.config, steps_per_epoch)
     judged = [watch.judge(record) for record in run.records if "embedding_std" in record]
@@ -34,12 +34,12 @@ def findings(run: Run) -> tuple[list[Finding], Finding | None]:
 def judge(
     run: Run, summary: dict[str, Any], val_images: int | None, pictures: Pictures | None
 ) -> Verdict:
-    """Judge a run by collapse, then accuracy over the untrained network, then without labels.
+    """Judge a run by collapse, then by accuracy over the untrained network, or without labels.
 
     Args:
-        summary: summary.json; empty for a run that has not ended.
-        val_images: images of its evaluations, if known.
-        pictures: for what the run itself didn't evaluate.
+        summary: contents of summary.json; empty for a run that has not ended.
+        val_images: number of images in its evaluations, if known.
+        pictures: results for anything that the run itself did not evaluate.
     """
     failure = summary.get("failure")
     last = findings(run)[1]
@@ -61,21 +61,21 @@ def judge(
 
 
 def _by_accuracy(run: Run, val_images: int | None, pictures: Pictures | None) -> Verdict | None:
-    """By k-NN before and after; None if nothing was evaluated."""
+    """Judge by k-NN before and after training; return None if nothing was evaluated."""
     start = "the untrained network"
     ends = [run.evaluations[k]["knn_top1"] for k in (0, -1)] if run.evaluations else []
     if ends and run.evaluations[0]["step"] == 0 and len(run.evaluations) > 1:
         (before, after), n = ends, val_images
         if run.config.encoder.init:
-            start = "the weights it began with"
-        where = "as evaluated beside the training"
+            start = "the weights it started with"
+        where = "as evaluated during training"
     elif pictures is not None and pictures.measured[0].knn_top1 is not None:
         after, before = (one.knn_top1 or 0.0 for one in pictures.measured[:2])
         n, where = pictures.queries, f"on a sample of {pictures.sample}"
     elif ends:
         headline = (
-            f"k-NN top-1 {ends[-1]:.3f}, and nothing to compare with: the untrained network was "
-            "not evaluated (evaluation.at_start true does it)."
+            f"k-NN top-1 {ends[-1]:.3f}, with nothing to compare: the untrained network was not "
+            "evaluated (set evaluation.at_start to true)."
         )
         return Verdict("not comparable", None, headline, [])
     else:
@@ -85,13 +85,13 @@ def _by_accuracy(run: Run, val_images: int | None, pictures: Pictures | None) ->
     reasons = [f"k-NN on frozen features, {where}; {vote}."]
     if n is None:
         reasons.append("No interval: the number of validation images is not known.")
-        headline = f"Whether the gain over {start} is more than chance cannot be told. {gain}."
+        headline = f"It is unknown whether the gain over {start} exceeds chance. {gain}."
         return Verdict("uncertain", None, headline, reasons)
     low, high = newcombe(after, before, n, n)
-    gain += f", 95 % interval [{low:+.3f}, {high:+.3f}] by {n:,} images"
+    gain += f", 95 % interval [{low:+.3f}, {high:+.3f}] from {n:,} images"
     reasons.append(
-        "The interval is that of independent draws of images (Newcombe), too wide for one set of "
-        "them; other seeds differ too."
+        "The interval assumes independent draws of images (Newcombe), so it is too wide for one "
+        "shared set; other seeds add variation of their own."
     )
     if low > 0:
         return Verdict("learned", True, f"Learned: better than {start}. {gain}.", reasons)
@@ -105,7 +105,7 @@ def _without_labels(run: Run, pictures: Pictures | None) -> Verdict:
     reasons = ["Without labels no number says whether the features separate what you care about."]
     if last.get("embedding_std") is not None:
         spread = last["embedding_std"] * math.sqrt(dim)
-        reasons.append(f"Spread of the embeddings: {spread:.0%} of 1/sqrt(D), which is healthy.")
+        reasons.append(f"Spread of the embeddings: {spread:.0%} of the healthy value 1/sqrt(D).")
     if last.get("effective_rank") is not None:
         reasons.append(f"Effective rank of C: {last['effective_rank']:.1f} of {dim}.")
     if last.get("alignment") is not None:

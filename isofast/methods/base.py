@@ -1,6 +1,6 @@
-"""The base of every method, built in or your own.
+"""Base classes of all methods, built-in or your own.
 
-Shapes: B images a rank, D embedding dimensions.
+Shapes: B images per rank, D embedding dimensions.
 """
 
 from dataclasses import dataclass
@@ -22,22 +22,22 @@ class Views:
     """Online, neither normalised nor centred; differentiable."""
     z2_BD: Tensor
     t1_BD: Tensor
-    """Targets, without gradient: the EMA network's, or z1 without one."""
+    """Targets, without gradient: from the EMA network, or z1 if there is none."""
     t2_BD: Tensor
 
 
 class Method(nn.Module):
-    """Computes the loss of two views. A subclass implements ``loss``; the rest is optional.
+    """Computes the loss of two views. Subclasses implement ``loss``; the rest is optional.
 
-    Parameters it registers are trained, their gradients averaged over the ranks; parameters and
-    buffers are saved with the run.
+    Registered parameters are trained, with gradients averaged over the ranks; parameters and
+    buffers are saved in checkpoints.
 
     Args:
         config: the config's method section, an instance of the class's ``Config``.
-        projector: its ``output`` is D.
+        projector: the config's projector section, whose ``output`` is D.
 
     Attributes:
-        config: as given.
+        config: the method section.
         correlation: C of the embeddings, updated before each call of ``loss``.
     """
 
@@ -50,42 +50,42 @@ class Method(nn.Module):
         self.correlation = Correlation(projector.output, config)
 
     def loss(self, views: Views) -> Tensor:
-        """Return the loss of a step, a scalar; gradients flow through z1 and z2."""
+        """Return the step's loss, a scalar; gradients flow through z1 and z2."""
         raise NotImplementedError
 
     def after_step(self, progress: float) -> None:
-        """Run after the optimizer's step, at ``progress`` in [0, 1) of the run."""
+        """Hook after the optimizer step; ``progress`` is the fraction of the run, in [0, 1)."""
 
     def scalars(self) -> dict[str, Tensor]:
-        """Return what to record of the last step beside the loss, scalars on the device.
+        """Return scalars of the last step to record with the loss, on the device.
 
-        ``alignment``, if present, is the mean cosine of prediction and target.
+        ``alignment``, if present, is the mean cosine similarity of prediction and target.
         """
         return {}
 
     def matrix(self) -> Tensor | None:
-        """Return a trained (D, D) predictor, p = W z, to record its alignment with C; else None."""
+        """Return a trained (D, D) W with p = W z, to record its alignment with C, or None."""
         return None
 
     def describe(self) -> str:
-        """Return the settings in a few words, for the first line of a run."""
+        """Return a short description of the settings, for the run's first log line."""
         return f"{'EMA target' if self.config.ema else 'no EMA'}, C of {self.config.correlation}"
 
 
 class PredictorMethod(Method):
     """Predicts each view's target from the other view: 2 (L(p1 -> t2) + L(p2 -> t1)), fp32.
 
-    A subclass implements ``predict``.
+    Subclasses implement ``predict``.
     """
 
     isotropic: ClassVar[bool] = False
-    """Whether the gradient in z leaves out the factor W."""
+    """Whether the gradient with respect to z omits the factor W."""
 
     class Config(Method.Config):
-        """What all methods with a predictor have."""
+        """Settings shared by all methods with a predictor."""
 
         ema: bool = True
-        """Targets from a slowly moving copy of the network; false reuses the online embeddings."""
+        """Take targets from an EMA copy of the network; false uses the online embeddings."""
         metric: Literal["cosine", "euclidean"] = "cosine"
         """Distance between prediction and target."""
 
@@ -112,11 +112,11 @@ class PredictorMethod(Method):
 
     @torch.no_grad()
     def scalars(self) -> dict[str, Tensor]:
-        """Return the mean cosine of p and t, and the median |p| / |z|, with whose inverse the
-        isotropic gradient scales."""
+        """Return the mean cosine similarity of p and t, and the median |p| / |z|, with whose
+        inverse the isotropic gradient scales."""
         z_BD, x_BD, w_DD, t_BD = self._last
         p_BD = x_BD.float() @ w_DD
-        # a collapsed batch has finite numbers
+        # keep the scalars of a collapsed batch finite
         z_B = z_BD.float().norm(dim=1).clamp(min=1e-8)
         return {
             "alignment": torch.cosine_similarity(p_BD, t_BD.float(), dim=1).mean(),

@@ -1,4 +1,4 @@
-"""BatchNorm with statistics for each view of a batch, over one rank or all.
+"""BatchNorm with separate statistics per view, over one rank or all.
 
 Shapes: V views of B images each, stacked to N = V * B rows; C channels.
 """
@@ -18,18 +18,18 @@ from isofast_kernels.norm_pool_ops import norm_pool, norm_pool_gradient, norm_po
 class ViewBatchNorm(_NormBase):
     """BatchNorm of N rows that hold ``views`` batches one after the other.
 
-    In training each batch is normalised by its own mean and variance, and moves the running
-    statistics in turn, so that one call equals ``views`` calls of torch's BatchNorm. In evaluation
-    it is torch's. Parameters and buffers have torch's names; there is no ``num_batches_tracked``,
-    a counter that costs a launch a layer.
+    In training mode each batch is normalised by its own mean and variance and updates the running
+    statistics in turn, so one call equals ``views`` calls of torch's BatchNorm. In eval mode it is
+    torch's BatchNorm. Parameters and buffers have torch's names, without ``num_batches_tracked``,
+    which would cost one kernel launch per layer.
 
     Args:
         num_features: C.
-        views: batches in a call; N must be a multiple of it.
-        synchronised: take the statistics over all ranks, in one collective a call, in either
-            direction. Each rank must have the same number of rows.
-        fused: be made of plain operations, which torch.compile joins on a GPU with what is beside
-            them. Otherwise one rank calls torch's own kernels, faster in eager mode and on a CPU.
+        views: number of batches per call; N must be a multiple of it.
+        synchronised: compute statistics over all ranks, with one all-reduce per call in the forward
+            and one in the backward pass. Each rank must have the same number of rows.
+        fused: use plain operations that torch.compile can fuse with their neighbours on a GPU. If
+            false, a single rank calls torch's kernels, faster in eager mode and on a CPU.
         eps, momentum, affine, device, dtype: as in torch.nn.BatchNorm2d.
 
     Raises:
@@ -56,9 +56,9 @@ class ViewBatchNorm(_NormBase):
         self.fused = fused
 
     def forward(self, x: Tensor, relu: bool = False, pool: bool = False) -> Tensor:
-        """(N, C, ...) -> the same shape and dtype, through a ReLU if asked.
+        """Map (N, C, ...) to the same shape and dtype; ``relu`` adds a ReLU.
 
-        With ``pool`` through a ReLU and a ResNet's max pool, (N, C, H, W) -> half of H and W.
+        ``pool`` adds a ReLU and a ResNet's max pool: (N, C, H, W) with H and W halved.
         """
         views = self.views if self.training else 1
         if len(x) % views:
@@ -105,7 +105,7 @@ class ViewBatchNorm(_NormBase):
 class _Normalisation(torch.autograd.Function):
     """x, weight, bias -> y, and each view's mean and variance, which carry no gradient.
 
-    Only x is kept for the backward, which makes the ReLU's mask anew.
+    Of the activations only x is saved for the backward pass; the ReLU mask is recomputed.
     """
 
     @staticmethod
@@ -125,7 +125,7 @@ class _Normalisation(torch.autograd.Function):
         ctx.relu, ctx.synchronised = relu, synchronised
         ctx.mark_non_differentiable(mean_VC, var_VC)
         y = y.relu() if relu else y
-        # a cast to its own type has torch 2.11's compiler lose the gradient
+        # torch 2.11's compiler loses the gradient of a cast to the same dtype
         return y if y.dtype == x.dtype else y.to(x.dtype), mean_VC, var_VC
 
     @staticmethod
@@ -145,7 +145,7 @@ class _Normalisation(torch.autograd.Function):
 
 
 class _PooledNormalisation(torch.autograd.Function):
-    """The same through a ReLU and the max pool, by kernels that write none of what is between."""
+    """The same followed by ReLU and max pool, in kernels that store no intermediate."""
 
     @staticmethod
     def forward(
@@ -182,14 +182,14 @@ class _PooledNormalisation(torch.autograd.Function):
 def _statistics(
     x: Tensor, views: int, eps: float, synchronised: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean, variance and 1 / standard deviation of each view, (V, C).
+    """Return mean, variance and 1 / standard deviation of each view, (V, C).
 
-    The variance is E[x^2] - E[x]^2, two sums that the compiler takes in one pass; in fp32 it is
-    off by about 1e-7 (mean / std)^2 of itself.
+    The variance is E[x^2] - E[x]^2, two sums that the compiler computes in one pass; its relative
+    error in fp32 is about 1e-7 (mean / std)^2.
     """
     wide = _wide(x)
-    # not relative to running_mean: torch 2.14's compiler reads that anew in the backward, after
-    # its update, and the gradients are wrong
+    # not shifted by running_mean: torch 2.14's compiler rereads it in the backward pass, after its
+    # update, and the gradients are wrong
     mean_VC, square_VC = _means(wide, views), _means(wide.square(), views)
     if synchronised:
         mean_VC, square_VC = _over_ranks(mean_VC, square_VC)
@@ -202,15 +202,15 @@ def _wide(x: Tensor) -> Tensor:
 
 
 def _means(x: Tensor, views: int) -> Tensor:
-    """(N, C, ...) -> (V, C), over the rest."""
+    """(N, C, ...) -> (V, C), over all other dimensions."""
     x_VBC = torch.unflatten(x, 0, (views, -1))
     return x_VBC.mean([dim for dim in range(x_VBC.ndim) if dim not in (0, 2)])
 
 
 def _rows(of_VC: Tensor, x: Tensor) -> Tensor:
-    """(V, C) -> (N, C, 1, ...), its view's for each row of x.
+    """(V, C) -> (N, C, 1, ...), repeated for each row of x.
 
-    To view x as (V, B, C, ...) would make a view of y, which no ReLU behind may change in place.
+    Viewing x as (V, B, C, ...) would make y a view, which an in-place ReLU may not modify.
     """
     of_NC = of_VC.repeat_interleave(len(x) // len(of_VC), 0)
     return of_NC.view(*of_NC.shape, *[1] * (x.ndim - 2))
@@ -224,16 +224,16 @@ def _over_ranks(*of_VC: Tensor) -> Tensor:
 def convert_batch_norm(
     module: nn.Module, *, views: int, synchronised: bool = False, fused: bool = False
 ) -> nn.Module:
-    """Replace each BatchNorm below ``module`` by a ViewBatchNorm with the same tensors.
+    """Replace each BatchNorm in ``module`` by a ViewBatchNorm with the same tensors.
 
-    Those that ``foreign_batch_norms`` names stay as they are.
+    Classes listed by ``foreign_batch_norms`` are left alone.
 
     Args:
-        module: changed in place, unless it is itself a BatchNorm.
+        module: modified in place, unless it is itself a BatchNorm.
         views, synchronised, fused: as in ViewBatchNorm.
 
     Returns:
-        ``module`` or what stands in its place.
+        ``module`` or its replacement.
     """
     if isinstance(module, _BatchNorm) and not _is_foreign(module):
         norm = ViewBatchNorm(
@@ -255,10 +255,10 @@ def convert_batch_norm(
 
 
 def foreign_batch_norms(module: nn.Module) -> set[str]:
-    """Names of the classes of BatchNorm below ``module`` that cannot be replaced.
+    """Return the class names of BatchNorms in ``module`` that cannot be replaced.
 
-    They are subclasses of torch's, such as timm's with an activation, and any without a moving
-    average of its statistics.
+    These are subclasses of torch's, such as timm's with an activation, and any without an
+    exponential moving average of its statistics.
     """
     norms = (norm for norm in module.modules() if isinstance(norm, _BatchNorm))
     return {type(norm).__name__ for norm in norms if _is_foreign(norm)}
@@ -271,9 +271,9 @@ def _is_foreign(norm: _BatchNorm) -> bool:
 
 @torch.library.custom_op("isofast::mean_over_ranks", mutates_args=())
 def mean_over_ranks(x: Tensor) -> Tensor:
-    """The mean over the ranks, differentiable, with two or more of them.
+    """Return the mean over two or more ranks, differentiably.
 
-    An operation of its own, so that torch.compile keeps the collective in its graph.
+    A custom op, so that torch.compile keeps the collective in its graph.
     """
     mean = x.clone()
     dist.all_reduce(mean)

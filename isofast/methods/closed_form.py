@@ -1,7 +1,7 @@
 """IsoLoss, DirectPred and DirectCopy: the predictor is W = f(C), a power of the correlation matrix.
 
 Implicit variance regularization in non-contrastive SSL (Halvagal, Laborieux, Zenke, NeurIPS 2023).
-Shapes: B images a rank, D embedding dimensions.
+Shapes: B images per rank, D embedding dimensions.
 """
 
 from typing import Any, Literal
@@ -15,33 +15,33 @@ from isofast_kernels import matrix_power
 
 
 class ClosedForm(PredictorMethod):
-    """p = W z with W = ((C / its largest eigenvalue) + eps)^alpha."""
+    """p = W z with W = (C / lambda_max(C) + eps I)^alpha."""
 
     class Config(PredictorMethod.Config):
-        """A predictor made of C."""
+        """A predictor computed from C."""
 
         decay: float = Field(
             default_factory=lambda data: 0.998 if data.get("ema", True) else 0.5, ge=0, lt=1
         )
-        """Weight kept by the moving average C each step. Preset: 0.998 with EMA, as in the paper,
-        0.5 without, as in the released code. With method.correlation directions it is 0.9 with EMA,
-        and for image folders 0, C of the batch alone."""
+        """EMA decay of C per step. Preset: 0.998 with EMA, as in the paper; 0.5 without, as in the
+        released code. With method.correlation directions: 0.9 with EMA, and 0 for image folders,
+        where C is that of the batch alone."""
         alpha: float = Field(0.5, gt=0)
         """Power of the correlation matrix."""
         normalize: Literal["spectral", "none"] = Field(
             default_factory=lambda data: "none" if data.get("metric") == "euclidean" else "spectral"
         )
-        """Division of C by its largest eigenvalue. Preset: none for the Euclidean losses, which
-        regularise "around one"."""
+        """Whether to divide C by its largest eigenvalue. Preset: none for the Euclidean losses,
+        which regularise "around one"."""
         eps: float = Field(default_factory=lambda data: _eps_of(data), ge=0)
-        """Shift of the (normalised) eigenvalues before the power. Preset: 0.25 at alpha 1 where
-        they are normalised, else 0."""
+        """Shift added to the (normalised) eigenvalues before the power. Preset: 0.25 at alpha 1
+        with normalised eigenvalues, else 0."""
 
     config: Config
 
     @torch.no_grad()
     def predictor(self) -> Tensor:
-        """Return W, symmetric, fp32 (D, D)."""
+        """Return the symmetric W, fp32 (D, D)."""
         config = self.config
         w_DD: Tensor = matrix_power(
             self.correlation.corr_DD, config.alpha, eps=config.eps, normalize=config.normalize
@@ -56,12 +56,12 @@ class ClosedForm(PredictorMethod):
 
 
 class IsoLoss(ClosedForm):
-    """The paper's: every eigenvalue's gradient loses its factor lambda^alpha."""
+    """The paper's method: every eigenvalue's gradient loses its factor lambda^alpha."""
 
     isotropic = True
 
     class Config(ClosedForm.Config):
-        """The isotropic loss with a predictor made of C."""
+        """The isotropic loss with a predictor computed from C."""
 
         name: Literal["isoloss"] = "isoloss"
         """The method."""
@@ -71,7 +71,7 @@ class DirectPred(ClosedForm):
     """Tian, Chen, Ganguli: Understanding self-supervised learning dynamics (ICML 2021)."""
 
     class Config(ClosedForm.Config):
-        """The plain loss with a root of C as the predictor."""
+        """The plain loss, with a power of C as the predictor."""
 
         name: Literal["directpred"] = "directpred"
         """The method."""
@@ -81,7 +81,7 @@ class DirectCopy(ClosedForm):
     """Wang et al.: Towards demystifying representation learning with SSL (2021)."""
 
     class Config(ClosedForm.Config):
-        """The plain loss with C itself as the predictor."""
+        """The plain loss, with C itself as the predictor."""
 
         name: Literal["directcopy"] = "directcopy"
         """The method."""
@@ -90,6 +90,6 @@ class DirectCopy(ClosedForm):
 
 
 def _eps_of(data: dict[str, Any]) -> float:
-    # The released code shifts at alpha 1 only, the paper's Eq. 1 never; without normalisation a
-    # shift would move "around one" to 0.75.
+    # the released code shifts only at alpha 1, the paper's Eq. 1 never; without normalisation a
+    # shift would move "around one" to 0.75
     return 0.25 if data.get("alpha") == 1 and data.get("normalize") == "spectral" else 0.0

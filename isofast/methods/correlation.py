@@ -10,9 +10,9 @@ from isofast_kernels import correlation_ema_, second_moment
 
 
 class Correlation(nn.Module):
-    """C <- decay * C + (1 - decay) * mean over rows of z z^T, from 0, bitwise symmetric.
+    """C <- decay * C + (1 - decay) * mean over rows of z z^T, starting at 0, bitwise symmetric.
 
-    With ``correlation`` "directions" of z / |z| in place of z.
+    If ``correlation`` is "directions", z / |z| replaces z.
 
     Attributes:
         corr_DD: C, fp32 (D, D), a buffer.
@@ -27,13 +27,13 @@ class Correlation(nn.Module):
 
     @torch.no_grad()
     def update(self, *views_BD: Tensor) -> None:
-        """Move C by the embeddings (B, D) of all views and ranks."""
+        """Update C with the embeddings (B, D) of all views and ranks."""
         if self._of == "directions":
             views_BD = tuple(functional.normalize(z_BD.float(), dim=1) for z_BD in views_BD)
         if world_size() == 1:
             correlation_ema_(self.corr_DD, views_BD, self._decay)
             return
         moment_DD = mean_over_ranks_(second_moment(views_BD))
-        # a collective may add (i, j) and (j, i) in different orders
+        # an all-reduce may sum (i, j) and (j, i) in different orders
         moment_DD = moment_DD.tril() + moment_DD.tril(-1).T
         self.corr_DD.mul_(self._decay).add_(moment_DD, alpha=1 - self._decay)

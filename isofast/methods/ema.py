@@ -1,4 +1,4 @@
-"""The EMA target, a copy of the online branch that follows it slowly."""
+"""The EMA target: a slowly updated copy of the online branch."""
 
 import copy
 import math
@@ -12,22 +12,22 @@ from isofast.methods.networks import Branch
 
 
 class EmaTarget(nn.Module):
-    """Parameters <- tau target + (1 - tau) online; BatchNorm keeps separate statistics.
+    """Parameters <- tau target + (1 - tau) online; BatchNorm statistics are the target's own.
 
     Args:
         online: the branch to copy.
-        base: tau at the run's first step; it rises to 1 along a half cosine.
+        base: tau at the first step; it rises to 1 along a half cosine.
     """
 
     _weight: Tensor
 
     def __init__(self, online: Branch, base: float) -> None:
         super().__init__()
-        # an encoder of your own may come in eval mode, whose statistics would stay as they came
+        # a custom encoder may be in eval mode, which would freeze its statistics
         self.branch = copy.deepcopy(online).requires_grad_(False).train()
         self._base = base
         device = next(online.parameters()).device
-        # 1 - tau, because near 1 float32 has few digits left for tau
+        # holds 1 - tau, because float32 has few digits left for a tau near 1
         self.register_buffer("_weight", torch.zeros((), device=device), persistent=False)
 
     @torch.no_grad()
@@ -37,15 +37,15 @@ class EmaTarget(nn.Module):
         return t1_BD, t2_BD
 
     def set_decay(self, progress: float) -> None:
-        """Set tau at ``progress`` in [0, 1] of the run, without waiting for the device."""
+        """Set tau for ``progress``, the fraction of the run in [0, 1], without a host sync."""
         self._weight.fill_(1 - ema_decay(progress, self._base))
 
     @torch.no_grad()
     def move_(self, online: Branch) -> None:
-        """Move the parameters towards the online ones; a CUDA graph follows the tau that is set."""
+        """Move the parameters towards the online ones; a CUDA graph uses the current tau."""
         self.lerp_(list(self.branch.parameters()), list(online.parameters()), self._weight)
 
-    # torch.compile makes one pass of it
+    # torch.compile turns it into a single pass
     lerp_ = staticmethod(lerp_)
 
 

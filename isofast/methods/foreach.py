@@ -1,9 +1,9 @@
 """Fused in-place updates of lists of tensors, scaled by scalars on the device.
 
-All tensors of a call are on one device, paired ones of equal shapes. On a CPU memory traffic
-counts: one pass over each tensor, with the scalar expanded. On a GPU launches count: temporaries
-cost less than a launch per tensor, and torch.compile leaves them out. ``one_pass`` None chooses by
-the device.
+All tensors of a call are on one device, and paired tensors have equal shapes. A CPU is limited by
+memory traffic, so each tensor takes one pass with the scalar expanded. A GPU is limited by
+launches: temporaries cost less than one launch per tensor, and torch.compile removes them.
+``one_pass=None`` chooses by device.
 """
 
 from collections.abc import Sequence

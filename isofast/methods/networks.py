@@ -1,6 +1,6 @@
-"""The networks: an encoder (torchvision ResNets with the paper's stems, or another), the projector.
+"""The networks: encoder (torchvision ResNets with the paper's stems, or any other) and projector.
 
-Shapes: B images of a view, C x H x W pixels, F backbone features, D embedding dimensions.
+Shapes: B images per view, C x H x W pixels, F backbone features, D embedding dimensions.
 """
 
 import importlib
@@ -29,7 +29,7 @@ def make_encoder(config: EncoderConfig) -> nn.Module:
     """Return the backbone x_BCHW -> h_BF, with its library's initialisation and parameter names.
 
     Raises:
-        UserError: timm is not installed or lacks the model, or the function fails.
+        UserError: timm is not installed or lacks the model, or your function fails.
     """
     if ":" in config.name:
         return _make_other(config.name)
@@ -48,18 +48,18 @@ def make_encoder(config: EncoderConfig) -> nn.Module:
 
 @torch.no_grad()
 def feature_dim(encoder: nn.Module, side: int) -> int:
-    """Return F, the number of pooled features of ``side`` x ``side`` images.
+    """Return F, the encoder's number of features for ``side`` x ``side`` images.
 
     Raises:
-        UserError: the encoder cannot take them, or does not return (B, F).
+        UserError: the encoder rejects such images or does not return (B, F).
     """
     training = encoder.training
     try:
         h_BF = encoder.eval()(torch.zeros(1, 3, side, side))
     except Exception as error:
         raise UserError(
-            f"the encoder cannot take images of {side} x {side} pixels ({error}); set data.crop to "
-            f"the size it is made for"
+            f"the encoder rejects images of {side} x {side} pixels ({error}); set data.crop to the "
+            f"size it needs"
         ) from error
     finally:
         encoder.train(training)
@@ -86,19 +86,19 @@ class Branch(nn.Module):
 
     Args:
         encoder, projector: the config's sections.
-        precision: of the networks' arithmetic.
-        side: image size in pixels, to find the encoder's F.
-        stacked: pass both views in one call, which halves the launches on a GPU; ignored for an
-            encoder with a BatchNorm that is not torch's. On a CPU separate calls are 5 to 10 %
-            faster.
-        synchronised: take BatchNorm statistics over all ranks.
-        fused: as in ViewBatchNorm, for a compiled branch on a GPU; torchvision's ResNets have the
-            ReLUs in their BatchNorms.
-        pieces: pass a batch in so many pieces, each with BatchNorm statistics of its own. Their
-            activations are made anew in the backward, so that those of one piece are held.
+        precision: autocast dtype of the networks.
+        side: image size in pixels, from which the encoder's F is found.
+        stacked: pass both views in one call, which halves the kernel launches on a GPU; ignored if
+            the encoder has a BatchNorm class that is not torch's. On a CPU separate calls are 5 to
+            10 % faster.
+        synchronised: compute BatchNorm statistics over all ranks.
+        fused: as in ViewBatchNorm, for a compiled branch on a GPU; torchvision's ResNets then apply
+            their ReLUs inside BatchNorm.
+        pieces: number of micro-batches, each with its own BatchNorm statistics. Only one
+            micro-batch's activations are kept; they are recomputed for the backward pass.
 
     Raises:
-        UserError: the encoder cannot be made, or its BatchNorm cannot be synchronised.
+        UserError: the encoder cannot be created, or its BatchNorm cannot be synchronised.
     """
 
     def __init__(
@@ -123,7 +123,7 @@ class Branch(nn.Module):
         if foreign and synchronised:
             raise UserError(
                 f"{encoder.name} has {', '.join(sorted(foreign))}, whose statistics cannot be "
-                f"synchronised over the processes; --set train.batch_norm=local"
+                f"synchronised across processes; --set train.batch_norm=local"
             )
         self.stacked = stacked and not foreign
         views = 2 if self.stacked else 1
@@ -137,13 +137,13 @@ class Branch(nn.Module):
             return h_BF, self.projector(h_BF)
 
     def of_views(self, batch: Batch) -> list[tuple[Tensor, Tensor]]:
-        """Return (h_BF, z_BD) of each view; B divides by ``pieces``."""
+        """Return (h_BF, z_BD) of each view; B must be a multiple of ``pieces``."""
         if self.pieces == 1:
             return self._of_piece(batch.x_NCHW)
         views = (x_BCHW.chunk(self.pieces) for x_BCHW in batch.x_NCHW.chunk(2))
 
         def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-            # the repetition leaves running statistics alone
+            # recomputation must not update running statistics again
             return nullcontext(), _momentum_zero(self)
 
         found = [
@@ -156,7 +156,7 @@ class Branch(nn.Module):
         return [(h_BF, z_BD) for h_BF, z_BD in joined]
 
     def _of_piece(self, x_NCHW: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """Of each view, in one call of the network where ``stacked``."""
+        """Return (h_BF, z_BD) of each view, from one call of the network if ``stacked``."""
         if not self.stacked:
             return [self(x_BCHW) for x_BCHW in x_NCHW.chunk(2)]
         h_NF, z_ND = self(x_NCHW)
@@ -170,7 +170,7 @@ class Branch(nn.Module):
 
 
 def autocast(x: Tensor, precision: torch.dtype) -> AbstractContextManager[object]:
-    """Return autocast to ``precision`` on the device of ``x``; a null context for fp32."""
+    """Return autocast to ``precision`` on the device of ``x``, or a null context for fp32."""
     if precision == torch.float32:
         return nullcontext()
     return torch.autocast(x.device.type, precision)
@@ -199,7 +199,7 @@ def _make_other(name: str) -> nn.Module:
     except Exception as error:
         hint = " Install it with `pip install timm`" if "'timm'" in str(error) else ""
         raise UserError(
-            f"encoder.name: cannot make {name!r}: {type(error).__name__}: {error}.{hint}"
+            f"encoder.name: cannot create {name!r}: {type(error).__name__}: {error}.{hint}"
         ) from error
     if not isinstance(encoder, nn.Module):
         raise UserError(f"encoder.name: {name} returns {type(encoder).__name__}, not a module")
@@ -207,7 +207,7 @@ def _make_other(name: str) -> nn.Module:
 
 
 def _narrow(net: resnet.ResNet, config: EncoderConfig) -> None:
-    """Rebuild the stages with ``config.width`` channels in the first."""
+    """Rebuild the stem and stages with ``config.width`` channels in the first stage."""
     width = config.width
     net.conv1 = nn.Conv2d(3, width, 7, 2, 3, bias=False)
     net.bn1 = nn.BatchNorm2d(width)
@@ -220,7 +220,7 @@ def _narrow(net: resnet.ResNet, config: EncoderConfig) -> None:
 
 
 class _ReLU(torch.autograd.Function):
-    """A ReLU whose masked gradient is written once, for both paths of a block to read."""
+    """A ReLU whose masked gradient is written to memory once, for both branches of a block."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -232,7 +232,7 @@ class _ReLU(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> Tensor:
         (y,) = ctx.saved_tensors
         dx = torch.where(y > 0, dy, 0.0)
-        # Inductor would make it anew wherever it is read; what is viewed by strides is in memory
+        # Inductor would recompute dx for each reader; as_strided forces it into memory
         return dx.as_strided(dx.shape, dx.stride())
 
 
@@ -257,7 +257,7 @@ class _JoinedBottleneck(Bottleneck):  # type: ignore[misc]
 
 class _JoinedResNet(resnet.ResNet):  # type: ignore[misc]
     def _forward_impl(self, x_BCHW: Tensor) -> Tensor:
-        # an Identity where the stem does not pool
+        # an Identity if the stem does not pool
         pool = isinstance(self.maxpool, nn.MaxPool2d)
         h_BCHW = self.bn1(_aligned_convolution(self.conv1, x_BCHW), relu=True, pool=pool)
         h_BCHW = self.layer4(self.layer3(self.layer2(self.layer1(h_BCHW))))
@@ -266,10 +266,10 @@ class _JoinedResNet(resnet.ResNet):  # type: ignore[misc]
 
 
 def _aligned_convolution(conv: nn.Conv2d, x_BCHW: Tensor) -> Tensor:
-    """A stem's convolution, of channels that tensor cores take eight at a time.
+    """Apply a stem's convolution with channels zero-padded to a multiple of 8, for tensor cores.
 
-    Those of images are filled up with zeros. For the 7 x 7 kernel, which moves by two pixels, two
-    by two pixels are one of four times the channels, and its taps are 4 x 4 of those.
+    A 7 x 7 kernel with stride 2 first becomes a 4 x 4 kernel with stride 1: each 2 x 2 block of
+    pixels becomes one pixel with four times the channels.
     """
     weight = conv.weight
     padding: Any = conv.padding
@@ -293,7 +293,7 @@ _JOINED: dict[type[nn.Module], type[nn.Module]] = {
 
 
 def _join_relus(encoder: nn.Module) -> None:
-    """Have torchvision's modules call BatchNorm and ReLU as one; nothing else of them changes."""
+    """Make torchvision's modules call BatchNorm and ReLU as one op, and change nothing else."""
     for module in encoder.modules():
         if type(module) in _JOINED:
             module.__class__ = _JOINED[type(module)]

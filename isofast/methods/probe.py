@@ -1,4 +1,4 @@
-"""The online linear probe: a classifier on detached features, trained beside the encoder."""
+"""The online linear probe: a classifier on detached features, trained alongside the encoder."""
 
 from typing import NamedTuple
 

@@ -1,7 +1,7 @@
-"""SIGReg: embeddings of equal views, distributed as a standard normal in every direction.
+"""SIGReg: views agree, and embeddings follow a standard normal along every direction.
 
 Balestriero, LeCun: LeJEPA: provable and scalable self-supervised learning without the heuristics
-(2025). Shapes: V views of B images a rank, D embedding dimensions, A directions, K knots.
+(2025). Shapes: V views of B images per rank, D embedding dimensions, A directions, K knots.
 """
 
 import math
@@ -19,28 +19,28 @@ from isofast.methods.batch_norm import mean_over_ranks
 
 
 class SIGReg(Method):
-    """(1 - weight) mean (z_v - mean_v z)^2 + weight S, S the test of ``normality``.
+    """(1 - weight) mean (z_v - mean_v z)^2 + weight S, with S the statistic of ``normality``.
 
-    No predictor, no target network, no stop-gradient. The directions of a step are a function of
-    the run's seed and the step, the same on all ranks.
+    No predictor, target network or stop-gradient. A step's directions depend only on the run's
+    seed and the step, and are the same on all ranks.
     """
 
     class Config(Method.Config):
-        """Prediction of the views' mean, and a test of normality along random directions."""
+        """Prediction of the mean view, and a test of normality along random directions."""
 
         name: Literal["sigreg"] = "sigreg"
         """The method."""
         ema: Literal[False] = False
-        """Always false: there is no target."""
+        """Always false: there is no target network."""
         weight: Share = 0.05
-        """Weight lambda of the test; the prediction error, a mean over images, views and
-        dimensions, has 1 - lambda."""
+        """Weight lambda of the test. The prediction error, a mean over images, views and
+        dimensions, has weight 1 - lambda."""
         directions: int = Field(256, ge=1)
-        """Directions, drawn anew each step."""
+        """Number of random directions, redrawn every step."""
         knots: int = Field(17, ge=2)
-        """Points of the trapezoid rule, evenly spaced from 0 to method.limit."""
+        """Points of the trapezoidal rule, evenly spaced from 0 to method.limit."""
         limit: float = Field(3.0, gt=0)
-        """End of the integral over the characteristic function, in units of 1/z."""
+        """Upper limit of the integral over the characteristic function, in units of 1/z."""
 
     config: Config
     t_K: Tensor
@@ -52,7 +52,7 @@ class SIGReg(Method):
     def __init__(self, config: MethodConfig, projector: ProjectorConfig) -> None:
         super().__init__(config, projector)
         t_K = torch.linspace(0, self.config.limit, self.config.knots)
-        # the integrand is even: twice the half
+        # the integrand is even: twice the integral from 0
         w_K = torch.full_like(t_K, 2 * self.config.limit / (self.config.knots - 1))
         w_K[0], w_K[-1] = w_K[0] / 2, w_K[-1] / 2
         self.register_buffer("t_K", t_K, persistent=False)
@@ -61,12 +61,12 @@ class SIGReg(Method):
         self.register_buffer("seed", torch.randint(2**62, ()))
 
     def loss(self, views: Views) -> Tensor:
-        """The weighted sum of both terms, fp32."""
+        """Return the weighted sum of both terms, fp32."""
         z_VBD = torch.stack([views.z1_BD, views.z2_BD]).float()
         prediction = (z_VBD - z_VBD.mean(0)).square().mean()
         a_AD = directions(self.seed, self.step, self.config.directions, z_VBD.shape[2])
         test = normality(z_VBD, a_AD, self.t_K, self.w_K)
-        # a tensor of the device: a CUDA graph draws anew at each replay
+        # a tensor on the device, so that each replay of a CUDA graph draws new directions
         self.step += 1
         z1_BD, z2_BD = z_VBD.detach()
         alignment = functional.cosine_similarity(z1_BD, z2_BD, dim=1).mean()
@@ -75,7 +75,7 @@ class SIGReg(Method):
         return (1 - self.config.weight) * prediction + self.config.weight * test
 
     def scalars(self) -> dict[str, Tensor]:
-        """Both terms, and the mean cosine of the views."""
+        """Return both terms and the mean cosine similarity of the views."""
         return self._terms
 
     def describe(self) -> str:
@@ -84,15 +84,15 @@ class SIGReg(Method):
 
 
 def normality(z_VBD: Tensor, a_AD: Tensor, t_K: Tensor, w_K: Tensor) -> Tensor:
-    """Epps and Pulley's statistic N T of the projections x = a.z, a mean over views and directions.
+    """Return the Epps-Pulley statistic N T of x = a.z, averaged over views and directions.
 
-    T = integral of |mean over N of exp(i t x) - exp(-t^2 / 2)|^2 exp(-t^2 / 2) dt, N the rows of
-    all ranks. Of the normal its mean is about 1.06, whatever N; of a single point it grows with N.
+    T = integral of |mean over N of exp(i t x) - exp(-t^2 / 2)|^2 exp(-t^2 / 2) dt, over the N rows
+    of all ranks. For a normal its mean is about 1.06 for any N; for a single point it grows with N.
 
     Args:
         z_VBD: embeddings, differentiable on all ranks.
         a_AD: unit vectors, the same on all ranks.
-        t_K, w_K: knots and weights of the integral.
+        t_K, w_K: knots and weights of the quadrature.
 
     Returns:
         A scalar, the same on all ranks.
@@ -108,10 +108,10 @@ def normality(z_VBD: Tensor, a_AD: Tensor, t_K: Tensor, w_K: Tensor) -> Tensor:
 
 
 def directions(seed: Tensor, step: Tensor, count: int, dim: int) -> Tensor:
-    """Random unit vectors a_AD, fp32, uniform on the sphere: a function of the arguments alone.
+    """Return random unit vectors a_AD, fp32, uniform on the sphere, from the arguments alone.
 
-    torch's generators have a state that other layers move, and that a CUDA graph may not set. So
-    each number is a hash of its place (splitmix64), and a normal by Box and Muller.
+    torch's generators have state that other layers advance and that a CUDA graph may not set, so
+    each number is a hash of its position (splitmix64), turned into a normal by Box-Muller.
 
     Args:
         seed, step: int64 scalars on the device.
@@ -125,7 +125,7 @@ def directions(seed: Tensor, step: Tensor, count: int, dim: int) -> Tensor:
 
 
 def _mix(x: Tensor) -> Tensor:
-    """The hash of splitmix64 (Steele, Lea, Flood, 2014): int64 products wrap as uint64's do."""
+    """Return splitmix64's hash (Steele, Lea, Flood, 2014); int64 products wrap like uint64's."""
     x = x * -0x61C8864680B583EB
     for shift, factor in ((30, -0x40A7B892E31B1A47), (27, -0x6B2FB644ECCEEE15)):
         x = (x ^ _shifted(x, shift)) * factor
@@ -133,5 +133,5 @@ def _mix(x: Tensor) -> Tensor:
 
 
 def _shifted(x: Tensor, by: int) -> Tensor:
-    """x >> by with zeros from the left."""
+    """Return the logical right shift x >>> by."""
     return (x >> by) & ((1 << (64 - by)) - 1)

@@ -1,6 +1,6 @@
-"""BYOL, SimSiam and the linear predictor: the predictor is a network that is trained.
+"""BYOL, SimSiam and the linear predictor: the predictor is a trained network.
 
-Shapes: B images a rank, D embedding dimensions.
+Shapes: B images per rank, D embedding dimensions.
 """
 
 from typing import Literal
@@ -21,7 +21,7 @@ class TrainedPredictor(PredictorMethod):
     def __init__(self, config: MethodConfig, projector: ProjectorConfig) -> None:
         super().__init__(config, projector)
         self.predictor = self.make_predictor(projector)
-        # the plain loss is the fused one at W = I: two small products cost less than its launches
+        # the fused loss at W = I is the plain loss: two small matmuls cost less than its launches
         self.register_buffer("identity_DD", torch.eye(projector.output), persistent=False)
 
     def make_predictor(self, projector: ProjectorConfig) -> nn.Module:
@@ -32,7 +32,7 @@ class TrainedPredictor(PredictorMethod):
         return self._of(views.z1_BD), self._of(views.z2_BD), self.identity_DD
 
     def _of(self, z_BD: Tensor) -> Tensor:
-        # a context a view: autocast would add both views' gradients up in z's precision
+        # one context per view: a shared one would add both views' gradients in z's precision
         with autocast(z_BD, z_BD.dtype):
             p_BD: Tensor = self.predictor(z_BD)
         return p_BD
@@ -45,7 +45,7 @@ class BYOL(TrainedPredictor):
     """Grill et al.: Bootstrap your own latent (NeurIPS 2020)."""
 
     class Config(TrainedPredictor.Config):
-        """A trained predictor of two layers."""
+        """A trained two-layer predictor."""
 
         name: Literal["byol"] = "byol"
         """The method."""
@@ -60,11 +60,11 @@ class SimSiam(TrainedPredictor):
         name: Literal["simsiam"] = "simsiam"
         """The method."""
         ema: Literal[False] = False
-        """Always false: with an EMA target it is byol."""
+        """Always false: with an EMA target this is byol."""
 
 
 class Linear(TrainedPredictor):
-    """A matrix without bias, as in the paper's theory and its figure 4."""
+    """A matrix without bias, as in the paper's theory and Figure 4."""
 
     class Config(TrainedPredictor.Config):
         """A trained matrix as the predictor."""

@@ -1,4 +1,4 @@
-"""Files of encoder weights: ours, torchvision's and timm's, and what is written with ours."""
+"""Encoder weight files (ours, torchvision's and timm's) and the metadata in ours."""
 
 import json
 from collections.abc import Mapping
@@ -19,13 +19,13 @@ from isofast.methods.networks import make_encoder
 Tensors = dict[str, Tensor]
 
 _CLASSIFIERS = ("fc.", "classifier.", "head.", "head_dist.")
-# BatchNorm in training has none, and no evaluation reads it
+# our BatchNorm has no counter, and evaluation never reads it
 _COUNTER = "num_batches_tracked"
 _FIRST = "conv1.weight"
 
 
 class Weights(NamedTuple):
-    """A file's tensors, and what it says of the encoder that they belong to."""
+    """A file's tensors and its metadata about their encoder."""
 
     path: Path
     tensors: Tensors
@@ -33,9 +33,9 @@ class Weights(NamedTuple):
 
 
 def describe(config: EncoderConfig, recipe: Recipe) -> dict[str, str]:
-    """Return a safetensors file's metadata: how its encoder is built, and what images it takes.
+    """Return safetensors metadata: the encoder's settings and the images that it expects.
 
-    Strings stand as they are, numbers and lists as JSON.
+    Strings are stored as they are, numbers and lists as JSON.
     """
     about: dict[str, Any] = config.model_dump(exclude={"init"})
     about |= {key: getattr(recipe, key) for key in ("crop", "resize_short", "mean", "std")}
@@ -44,10 +44,10 @@ def describe(config: EncoderConfig, recipe: Recipe) -> dict[str, str]:
 
 
 def read_weights(path: Path) -> Weights:
-    """Read a .safetensors file, or a state dict that torch.save wrote.
+    """Read a .safetensors file, or a state dict written by torch.save.
 
-    A training script's checkpoint may hold it as "state_dict" or "model", with names that begin
-    with "module.".
+    A training checkpoint may hold it under "state_dict" or "model", with names that start with
+    "module.".
 
     Raises:
         UserError: the file cannot be read or holds no state dict.
@@ -60,7 +60,7 @@ def read_weights(path: Path) -> Weights:
                 about = file.metadata() or {}
         else:
             found = torch.load(path, map_location="cpu", weights_only=True)
-    # whatever unpickling raises
+    # unpickling may raise anything
     except Exception as error:
         reason = str(error).partition("\n")[0] or type(error).__name__
         raise UserError(
@@ -83,37 +83,37 @@ def read_weights(path: Path) -> Weights:
 
 
 def encoder_of(weights: Weights) -> tuple[EncoderConfig, Recipe]:
-    """Return the encoder that a file's weights belong to, and the images that it takes.
+    """Return the encoder that a file's weights belong to and the images that it expects.
 
-    Ours say both. For torchvision's ResNets the names and shapes say the encoder, for timm's models
-    a config.json beside, as Hugging Face has it, or the checkpoint's "arch". Images are then those
-    of ImageNet or of that config.json.
+    Our files record both. torchvision's ResNets are recognised by names and shapes, timm's models
+    by the checkpoint's "arch" or a config.json beside it, as on the Hugging Face Hub. Images are
+    then those of ImageNet or of that config.json.
 
     Raises:
-        UserError: the file does not say it.
+        UserError: the encoder cannot be determined.
     """
     try:
         stated = _stated(weights)
     # pydantic's and JSON's errors are ValueErrors
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         reason = " ".join(str(error).partition(" [type=")[0].split())
-        raise UserError(f"what {weights.path} says of its encoder is damaged: {reason}") from None
+        raise UserError(f"the encoder metadata of {weights.path} is damaged: {reason}") from None
     return stated or (_resnet_of(weights), recipe_for("imagefolder"))
 
 
 def load_weights(encoder: nn.Module, weights: Weights, *, other_stem: bool = False) -> list[str]:
-    """Load a file's weights into ``encoder``; a classifier's are left out.
+    """Load a file's weights into ``encoder``, leaving out a classifier's.
 
     Args:
-        encoder: changed in place; no parameter or buffer is replaced.
+        encoder: updated in place; no parameter or buffer is replaced.
         weights: from `read_weights`.
-        other_stem: leave the first convolution as it is where its kernel has another size.
+        other_stem: leave the first convolution alone if its kernel size differs.
 
     Returns:
-        Names of what stays as it was.
+        Descriptions of the tensors that were left alone.
 
     Raises:
-        UserError: names or shapes do not fit; ``encoder`` is as it was.
+        UserError: names or shapes do not match; ``encoder`` is then unchanged.
     """
     own = encoder.state_dict()
     given = {
@@ -143,17 +143,17 @@ def load_weights(encoder: nn.Module, weights: Weights, *, other_stem: bool = Fal
 
 
 def initialise(encoder: nn.Module, path: str) -> str:
-    """Load encoder.init before the first step; return a line on it.
+    """Load encoder.init before the first step; return a line that describes it.
 
     Raises:
-        UserError: the file cannot be read, or does not fit.
+        UserError: the file cannot be read or does not fit.
     """
     try:
         kept = load_weights(encoder, read_weights(Path(path)), other_stem=True)
     except UserError as error:
         raise UserError(f"encoder.init: {error}") from error
-    aside = f", but for the first convolution, which is random: {kept[0]}" if kept else ""
-    return f"the encoder begins with the weights of {path}{aside}"
+    aside = f", but the first convolution is random: {kept[0]}" if kept else ""
+    return f"the encoder starts with the weights of {path}{aside}"
 
 
 def _stated(weights: Weights) -> tuple[EncoderConfig, Recipe] | None:
@@ -180,7 +180,7 @@ def _stated(weights: Weights) -> tuple[EncoderConfig, Recipe] | None:
 
 
 def _resnet_of(weights: Weights) -> EncoderConfig:
-    """The torchvision ResNet that has these names."""
+    """Return the torchvision ResNet with these names."""
     names = {
         name
         for name in weights.tensors
@@ -192,15 +192,15 @@ def _resnet_of(weights: Weights) -> EncoderConfig:
         if names == {name for name in own if not name.endswith(_COUNTER)}:
             width, _, side, _ = weights.tensors[_FIRST].shape
             if side == 7:
-                # of bottlenecks only torchvision's width is ours; load_weights names what differs
+                # bottlenecks come only in torchvision's width; load_weights names what differs
                 return EncoderConfig(name=resnet, width=64 if resnet == "resnet50" else width)
             raise UserError(
                 f"{weights.path} is a {resnet} with a first convolution of {side} x {side}, and "
-                f"does not say what follows it. Give the run, its encoder.safetensors, or what "
-                f"`isofast export --format safetensors` made of it"
+                f"does not say what follows it. Give the run, its encoder.safetensors, or the "
+                f"output of `isofast export --format safetensors`"
             )
     raise UserError(
-        f"{weights.path} does not say which encoder its weights are of. Give a run, its "
+        f"{weights.path} does not say which encoder its weights are for. Give a run, its "
         f"encoder.safetensors, weights of {', '.join(RESNETS)}, or a timm model's file with its "
         f"config.json beside it"
     )

@@ -1,4 +1,4 @@
-"""The paper's figures 3, 4, 7 and 8 from your runs, as PNG and SVG."""
+"""The paper's Figures 3, 4, 7 and 8 from your runs, as PNG and SVG."""
 
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
@@ -20,16 +20,16 @@ from isofast.errors import UserError
 from isofast.run.spectrum import effective_rank
 from isofast.run.stored import Array, Run, labels, read_run
 
-# Okabe and Ito's palette, safe for colour-blind readers
+# Okabe-Ito palette, safe for colour-blind readers
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _DASHES = ("-", "--", "-.", (0, (1, 1)), (0, (5, 1, 1, 1, 1, 1)))
 _COLUMNS = 3
 _EIGENVALUES = r"eigenvalues $\lambda_i$ of $C$"
-# more only make the files large
+# more would only enlarge the files
 _MOST_LINES, _MOST_POINTS = 48, 500
-# smaller eigenvalues, relative to the largest, are rounding errors
+# smaller eigenvalues, relative to the largest, are rounding error
 _LEAST_SHARE = 1e-8
-# what may differ between paired runs: EMA, and what the presets choose by it
+# what may differ between paired runs: EMA and the presets that depend on it
 _EMA_KEYS = ("method.ema", "method.ema_base", "method.decay", "optimizer.name", "optimizer.lr")
 STYLE: Any = {
     "font.size": 9,
@@ -38,16 +38,16 @@ STYLE: Any = {
     "axes.spines.right": False,
     "lines.markersize": 3,
     "legend.frameon": False,
-    # the same figure is the same file
+    # equal figures give equal files
     "svg.hashsalt": "isofast",
 }
 
 
 def draw(number: int, folders: Sequence[Path], output: Path) -> list[Path]:
-    """Draw figure 3, 4, 7 or 8 of runs into ``output``/figureN.png and .svg.
+    """Draw figure 3, 4, 7 or 8 of runs to ``output``/figureN.png and .svg.
 
     Raises:
-        UserError: a folder is no run or has nothing to draw, the runs do not make this figure, or
+        UserError: a folder is not a run or has nothing to draw, the runs do not fit this figure, or
             ``output`` cannot be written to.
     """
     runs = [read_run(folder) for folder in dict.fromkeys(folders)]
@@ -58,32 +58,32 @@ def draw(number: int, folders: Sequence[Path], output: Path) -> list[Path]:
 
 
 def make_folder(output: Path) -> None:
-    """Make a folder for figures, if it is missing.
+    """Create a folder for figures if it is missing.
 
     Raises:
-        UserError: it takes no file.
+        UserError: files cannot be written to it.
     """
     try:
         output.mkdir(parents=True, exist_ok=True)
         with TemporaryFile(dir=output):
             pass
     except OSError as error:
-        raise UserError(f"cannot write to {output}: {error}; name another --output") from None
+        raise UserError(f"cannot write to {output}: {error}; use another --output") from None
 
 
 def save(figure: Figure, path: Path) -> Path:
-    """Write a PNG or an SVG, the same for the same figure; return ``path``."""
+    """Write a PNG or SVG, reproducibly; return ``path``."""
     metadata = {"Date": None} if path.suffix == ".svg" else None
     write_atomically(path, partial(figure.savefig, dpi=160, metadata=metadata))
     return path
 
 
 def figure3(runs: Sequence[Run], first: Sequence[str] = ()) -> Figure:
-    """C's eigenvalues over the epochs, a panel for each run, above all accuracies.
+    """Draw C's eigenvalues over epochs, one panel per run, above all accuracies.
 
     Args:
-        runs: in the order of the panels.
-        first: keys that every title names.
+        runs: one per panel, in order.
+        first: keys that appear in every title.
     """
     # four runs make a square
     columns = 2 if len(runs) == 4 else min(_COLUMNS, len(runs))
@@ -110,14 +110,14 @@ def figure3(runs: Sequence[Run], first: Sequence[str] = ()) -> Figure:
 
 
 def figure4(runs: Sequence[Run]) -> Figure:
-    """Alignment of linear predictors with C's eigenvectors, above C's eigenvalues."""
+    """Draw the alignment of linear predictors with C's eigenvectors, above C's eigenvalues."""
     figure = new_figure(2, len(runs))
     axes = figure.subplots(2, len(runs), sharex=True, sharey="row", squeeze=False)
     for above, below, run, name in zip(*axes, runs, _names(runs), strict=True):
         if run.alignment_TD is None:
             raise UserError(
                 f"{run.path} has method {run.config.method.name} and no alignment in spectrum.npz. "
-                "Figure 4 shows a trained linear predictor; use runs with --set method.name=linear"
+                "Figure 4 needs a trained linear predictor; use runs with --set method.name=linear"
             )
         _modes(above, run.epochs_T, run.alignment_TD)
         # zero or infinite C
@@ -137,7 +137,7 @@ def figure4(runs: Sequence[Run]) -> Figure:
 
 
 def figure7(runs: Sequence[Run]) -> Figure:
-    """Runs with an EMA target beside those without, a row for each pair, and accuracies."""
+    """Draw runs with and without an EMA target side by side, one row per pair, with accuracies."""
     pairs = _ema_pairs(runs)
     figure = new_figure(len(pairs), 3)
     axes = figure.subplots(len(pairs), 3, sharex="row", squeeze=False)
@@ -157,13 +157,13 @@ def figure7(runs: Sequence[Run]) -> Figure:
 
 
 def figure8(runs: Sequence[Run]) -> Figure:
-    """Eigenvalues by weight decay, the largest first, and the accuracies below."""
+    """Draw eigenvalues by weight decay, the largest first, above the accuracies."""
     decays = {run.config.optimizer.weight_decay for run in runs}
     if len(decays) < 2:
         decay = decays.pop()
         raise UserError(
             f"figure 8 compares weight decays, but all runs have {decay:g}. Add a run with "
-            f"another, such as --set optimizer.weight_decay={decay / 10 or 1e-5:g}"
+            f"another one, such as --set optimizer.weight_decay={decay / 10 or 1e-5:g}"
         )
     ordered = sorted(runs, key=lambda run: -run.config.optimizer.weight_decay)
     return figure3(ordered, ["optimizer.weight_decay"])
@@ -173,12 +173,12 @@ FIGURES = {3: figure3, 4: figure4, 7: figure7, 8: figure8}
 
 
 def _names(runs: Sequence[Run], first: Sequence[str] = ()) -> list[str]:
-    """The runs' labels, with $ escaped."""
+    """Return the runs' labels, with $ escaped."""
     return [label.replace("$", r"\$") for label in labels(runs, first)]
 
 
 def _ema_pairs(runs: Sequence[Run]) -> list[list[Run]]:
-    """Pairs (with EMA, without) with otherwise equal settings, in the order of the former."""
+    """Return pairs (with EMA, without) of equal settings, ordered by the run with EMA."""
     alike: dict[str, list[Run]] = defaultdict(list)
     for run in sorted(runs, key=lambda run: not run.config.method.ema):
         settings = {key: value for key, value in leaves(run.config) if key not in _EMA_KEYS}
@@ -195,9 +195,9 @@ def _ema_pairs(runs: Sequence[Run]) -> list[list[Run]]:
     ]
     if unpaired:
         raise UserError(
-            "figure 7 needs for each run with an EMA target exactly one without, equal but for "
-            f"EMA, optimizer and learning rate. Unpaired: {'; '.join(unpaired)}. Leave them out, "
-            "or train the other with --set method.ema=false or true"
+            "figure 7 needs, for each run with an EMA target, exactly one without, identical but "
+            f"for EMA, optimizer and learning rate. Unpaired: {'; '.join(unpaired)}. Leave them "
+            "out, or train the other one with --set method.ema=false or true"
         )
     return [*alike.values()]
 
@@ -215,10 +215,10 @@ def _eigenvalues(axis: Axes, run: Run) -> None:
 
 
 def _modes(axis: Axes, epochs_T: Array, values_TD: Array) -> None:
-    """A line for each of C's eigenvectors, coloured by its place."""
+    """Draw one line per eigenvector of C, coloured by its rank."""
     count, dim = values_TD.shape
     rows = np.unique(np.linspace(0, count - 1, min(count, _MOST_POINTS)).astype(int))
-    # dense among the largest
+    # densest among the largest
     places = np.unique(np.geomspace(1, dim, min(dim, _MOST_LINES)).round().astype(int)) - 1
     segments = [np.stack([epochs_T[rows], values_TD[rows, place]], axis=1) for place in places]
     lines = LineCollection(segments, cmap="viridis", norm=LogNorm(1, dim), linewidths=1)
@@ -229,7 +229,7 @@ def _modes(axis: Axes, epochs_T: Array, values_TD: Array) -> None:
 
 
 def _explain(figure: Figure, panels: Iterable[Axes], named: Axes, columns: int) -> None:
-    """Name the colours of ``panels`` beside them, and the curves of ``named`` below all."""
+    """Add a colour bar beside ``panels``, and a legend for ``named`` below the figure."""
     panels = [*panels]
     lines = panels[0].collections[0]
     figure.colorbar(lines, ax=panels, label="place $i$, largest first", shrink=0.8)
@@ -238,18 +238,18 @@ def _explain(figure: Figure, panels: Iterable[Axes], named: Axes, columns: int) 
 
 
 def _rank(run: Run) -> str:
-    """The final effective rank, for a title."""
+    """Return the final effective rank, for a title."""
     return _blow_up(run) or f"\neffective rank {effective_rank(run.eigenvalues_TD[-1]):.1f}"
 
 
 def _blow_up(run: Run) -> str:
-    """When C became NaN or infinite, for a title; empty if it did not."""
+    """Return when C became NaN or infinite, for a title; empty if it did not."""
     unsound = ~np.isfinite(run.eigenvalues_TD).all(1)
     return f"\nNaN from epoch {run.epochs_T[unsound.argmax()]:.3g}" if unsound.any() else ""
 
 
 def _accuracies(axis: Axes, runs: Sequence[Run], names: Sequence[str]) -> None:
-    """Validation accuracies if all runs have a curve of them, else those on training views."""
+    """Draw validation accuracies if all runs have a curve of them, else those on training views."""
     validated = all(len(run.curve("val_top1")[0]) >= 3 for run in runs)
     for place, (run, name) in enumerate(zip(runs, names, strict=True)):
         epochs_T, values_T = run.curve("val_top1" if validated else "probe_top1")

@@ -1,4 +1,4 @@
-"""Metrics that need no labels against k-NN accuracy, over all evaluations of runs."""
+"""Label-free metrics against k-NN accuracy, over all evaluations of runs."""
 
 import csv
 from collections.abc import Sequence
@@ -20,7 +20,7 @@ from isofast.run.stored import Run, labels, read_run
 
 Row = dict[str, Any]
 _OF_EMBEDDINGS = ("rankme", "lidar", "alpha_req", "uniformity", "view_alignment")
-# a row of panels each; from metrics.jsonl, for C from spectrum.npz
+# one row of panels each; from metrics.jsonl, or from spectrum.npz for C
 _ROWS = {
     "features": _OF_EMBEDDINGS,
     "projector": tuple(f"{name}_z" for name in _OF_EMBEDDINGS),
@@ -30,10 +30,10 @@ _MARKERS = "os^Dv<>"
 
 
 def draw_metrics(folders: Sequence[Path], output: Path) -> list[Path]:
-    """Draw ``output``/metrics.png of runs, and write its numbers to metrics.csv.
+    """Draw ``output``/metrics.png from runs, and write its numbers to metrics.csv.
 
     Raises:
-        UserError: a folder is no run, no run has an evaluation, or ``output`` cannot be written to.
+        UserError: a folder is not a run, no run has an evaluation, or ``output`` is not writable.
     """
     rows = table([read_run(folder) for folder in dict.fromkeys(folders)])
     with mpl.rc_context(STYLE):
@@ -45,7 +45,7 @@ def draw_metrics(folders: Sequence[Path], output: Path) -> list[Path]:
 
 
 def table(runs: Sequence[Run]) -> list[Row]:
-    """Return a row for each evaluation: run, name, step, epoch, final, accuracies, metrics.
+    """Return one row per evaluation: run, name, step, epoch, final, accuracies, metrics.
 
     Raises:
         UserError: there is no evaluation.
@@ -72,7 +72,7 @@ def table(runs: Sequence[Run]) -> list[Row]:
 
 
 def metrics_figure(rows: Sequence[Row]) -> Figure:
-    """Draw each known metric of ``table`` against k-NN accuracy, a run's last evaluation larger."""
+    """Draw each metric in ``table`` against k-NN accuracy, with larger final evaluations."""
     shown = {}
     for kind, metrics in _ROWS.items():
         if keys := [key for key in metrics if any(row[key] is not None for row in rows)]:
@@ -92,9 +92,9 @@ def metrics_figure(rows: Sequence[Row]) -> Figure:
 
 
 def spearman(rows: Sequence[Row], key: str) -> tuple[float, int]:
-    """Return Spearman's correlation of a metric with k-NN accuracy, and of how many evaluations.
+    """Return Spearman's correlation of a metric with k-NN accuracy, and the sample size.
 
-    NaN for fewer than three, or where one of them never changes.
+    NaN for fewer than three evaluations, or if either is constant.
     """
     pairs = [(row[key], row["knn_top1"]) for row in rows if row[key] is not None]
     if len(pairs) < 3 or any(len(set(values)) == 1 for values in zip(*pairs, strict=True)):

@@ -1,4 +1,4 @@
-"""Train the runs of one of the paper's tables, and print them beside the paper's results."""
+"""Train the runs of one of the paper's tables, and print them next to the paper's results."""
 
 import json
 import shlex
@@ -19,7 +19,7 @@ from isofast.paper.figures import draw
 from isofast.paper.tables import DATASETS, PlannedRun, Request
 from isofast.run.metrics import read_metrics
 
-# Columns by the summary's key, with what to multiply it by.
+# column -> key in the summary and scale factor
 _COLUMNS = {
     "k-NN before": ("knn_top1_initial", 100),
     "k-NN": ("knn_top1", 100),
@@ -30,20 +30,20 @@ _PATIENCE_S = 10.0
 
 
 def reproduce(request: Request, say: Callable[[str], None], *, dry_run: bool = False) -> None:
-    """Train all runs of a request one after the other, then write and print the table.
+    """Train all runs of a request one after another, then write and print the table.
 
-    Finished runs are skipped, stopped ones continue. A crashed run is a result; one that failed
-    leaves the others alone.
+    Finished runs are skipped and stopped ones continue. A crashed run is a result; a failed one
+    does not stop the others.
 
     Args:
-        request: the runs.
-        say: told what happens, and the table.
+        request: the runs to train.
+        say: called with progress messages and the table.
         dry_run: only write the config files and print the commands.
 
     Raises:
-        UserError: the request is not valid, data sets are missing, or the launcher does not start.
-        RunError: runs failed.
-        KeyboardInterrupt: Ctrl-C, SIGTERM or SIGHUP; no process of a run is left.
+        UserError: the request is invalid, data sets are missing, or the launcher does not start.
+        RunError: some runs failed.
+        KeyboardInterrupt: Ctrl-C, SIGTERM or SIGHUP; all processes of the run have been ended.
     """
     runs = request.plan()
     if not dry_run:
@@ -67,7 +67,7 @@ def reproduce(request: Request, say: Callable[[str], None], *, dry_run: bool = F
     if failed:
         raise RunError(
             f"{len(failed)} of {len(runs)} runs failed, for the reasons above: "
-            f"{'; '.join(failed)}. The same command tries them again"
+            f"{'; '.join(failed)}. Rerun the same command to retry them"
         )
 
 
@@ -79,8 +79,8 @@ def _check_data(request: Request, runs: Sequence[PlannedRun]) -> None:
     ]
     if missing:
         raise UserError(
-            f"data sets are missing under --root {request.root}. Prepare them (--archive takes a "
-            "file you have):\n  " + "\n  ".join(missing)
+            f"data sets are missing under --root {request.root}. Prepare them (--archive uses a "
+            "file you already have):\n  " + "\n  ".join(missing)
         )
 
 
@@ -117,7 +117,7 @@ def run_command(command: Sequence[str]) -> int:
         if handler is not signal.SIG_IGN:
             signal.signal(number, interrupt)
     try:
-        # in its own session, as DeepSpeed's launcher passes no signal on
+        # in its own session, because DeepSpeed's launcher forwards no signals
         process = psutil.Popen(command, start_new_session=True)
         try:
             return int(process.wait())
@@ -132,7 +132,7 @@ def run_command(command: Sequence[str]) -> int:
 
 
 def _end(leader: psutil.Process) -> None:
-    """Interrupt, then terminate, then kill the process tree; a second Ctrl-C skips the waiting."""
+    """Interrupt, then terminate, then kill the process tree; another Ctrl-C skips the waiting."""
     alive = {leader}
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGKILL):
         with suppress(KeyboardInterrupt):
@@ -146,7 +146,7 @@ def _end(leader: psutil.Process) -> None:
 
 
 def render(request: Request, runs: Sequence[PlannedRun]) -> str:
-    """Return the table as Markdown, with the runs that have ended."""
+    """Return a Markdown table of the runs that have ended."""
     scale = "" if request.scale == "paper" else f", {request.scale} scale"
     lines = [f"# {request.table.replace('table', 'Table ')}{scale}"]
     header = ["model", "alpha", "EMA", *_COLUMNS, "crashed", "paper"]
@@ -164,7 +164,7 @@ def render(request: Request, runs: Sequence[PlannedRun]) -> str:
 
 
 def _spread(runs: Sequence[PlannedRun], key: str, scale: float) -> str:
-    """Mean and standard deviation; of a run ended early the last number recorded."""
+    """Return mean and standard deviation, from the last recorded value of each run."""
     known = []
     for run in runs:
         records = [*read_metrics(run.run_dir / "metrics.jsonl"), run.summary()]
@@ -182,15 +182,15 @@ def _notes(runs: Sequence[PlannedRun]) -> list[str]:
     notes = [
         "k-NN and probe: top-1 in percent on the validation images, mean +- standard deviation "
         f"over the seeds. Networks of width {widths}, {epochs} epochs; before: untrained.",
-        "Crashed: the embeddings had collapsed by the end; the accuracies are the last known.",
-        "Paper: the probe of five seeds, width 64, 1,000 epochs; BYOL on CIFAR is solo-learn's. "
+        "Crashed: the embeddings had collapsed by the end; the accuracies are the last recorded.",
+        "Paper: the probe over five seeds, width 64, 1,000 epochs; BYOL on CIFAR is solo-learn's. "
         "Its two tables are split by alpha here: table2 has the trained predictors and alpha 0.5, "
         "table3 has alpha 1.",
     ]
     if any(config.method.correlation == "directions" for config in configs):
         notes.append(
-            "Short runs compare with the paper in the order of the methods, not in accuracy. They "
-            "use C of directions and optimizers of isofast, with which a method that crashes in "
+            "Compare short runs with the paper by the ranking of methods, not by accuracy. They "
+            "use C of directions and isofast's own optimizers, with which a method that crashes in "
             "the paper may learn. --set method.correlation=embeddings uses the paper's."
         )
     machines = set()
@@ -203,7 +203,7 @@ def _notes(runs: Sequence[PlannedRun]) -> list[str]:
 
 
 def _draw_figures(runs: Sequence[PlannedRun], folder: Path, say: Callable[[str], None]) -> None:
-    """Figure 3 of the first seed's runs and figure 7 of its closed forms, for each data set."""
+    """Draw figure 3 from the first seed's runs and figure 7 from its closed forms, per data set."""
     for dataset, of_dataset in groupby(runs, attrgetter("dataset")):
         ended = [run for run in of_dataset if run.seed == 0 and run.has_ended]
         closed = [run for run in ended if run.row.alpha is not None]

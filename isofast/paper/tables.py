@@ -1,6 +1,6 @@
 """The paper's tables 2 and 3, and the runs that reproduce them.
 
-The rows are regrouped by the predictor's power, so that methods of one table differ in one thing:
+Rows are regrouped by the predictor's power, so that the methods within a table differ in one thing:
 table 2 has the trained predictors and alpha 0.5, table 3 has alpha 1.
 """
 
@@ -25,9 +25,9 @@ DATASETS = {
     "stl10": "STL-10",
     "tinyimagenet": "TinyImageNet",
 }
-# The shipped config of each data set. Digits are not in the paper: a quick check of everything.
+# shipped config of each data set; digits is not in the paper but checks everything quickly
 SHIPPED = {"digits": "quickstart.json"} | {name: f"{name}.json" for name in DATASETS}
-# Changes to the shipped configs: the table reports the end of each run.
+# changes to the shipped configs: the table reports only the end of each run
 _PAPER: dict[str, Any] = {"evaluation": {"at_start": False, "knn_pixels": False}}
 _SMALL: dict[str, Any] = {
     "encoder": {"width": 16},
@@ -36,7 +36,7 @@ _SMALL: dict[str, Any] = {
 }
 _SMALL_DIGITS: dict[str, Any] = {"train": {"epochs": 40}, "evaluation": {"at_start": True}}
 _SEEDS = {"paper": 5, "small": 1}
-# Keys fixed by the table, not open to --set.
+# keys fixed by the table, which --set may not change
 _FIXED_KEYS = (
     *("seed", "train.epochs", "data.root", "data.dataset"),
     *("method.name", "method.ema", "method.alpha"),
@@ -45,7 +45,7 @@ _FIXED_KEYS = (
 
 @dataclass(frozen=True)
 class Row:
-    """A method of a table with the paper's results."""
+    """A method in a table, with the paper's results."""
 
     method: str
     alpha: float | None
@@ -85,7 +85,7 @@ TABLES: dict[str, tuple[Row, ...]] = {
 
 @dataclass(frozen=True)
 class Request:
-    """What to reproduce; fields left empty take the defaults of `isofast reproduce --help`."""
+    """What to reproduce; empty fields take the defaults listed by `isofast reproduce --help`."""
 
     table: str
     root: Path
@@ -105,7 +105,7 @@ class Request:
 
     @property
     def table_path(self) -> Path:
-        """The table's file; a part of the table has its own, named after what it contains."""
+        """The table's file; a partial table has its own, named after its contents."""
         datasets, methods, seeds = self._selected()
         parts = ["table"]
         if {*datasets} != {*DATASETS}:
@@ -120,15 +120,15 @@ class Request:
         """Return all runs, validated, without writing anything.
 
         Raises:
-            UserError: an unknown data set or method, an override of a key the table fixes, or a run
-                directory that holds another configuration.
+            UserError: a data set or method is unknown, an override sets a key that the table fixes,
+                or a run directory holds another configuration.
         """
         datasets, methods, seeds = self._selected()
         rows = [row for row in TABLES[self.table] if row.method in methods]
         return [self._planned(*place) for place in product(datasets, rows, range(seeds))]
 
     def _selected(self) -> tuple[list[str], list[str], int]:
-        """Data sets, methods in the table's order, number of seeds."""
+        """Return data sets, methods in the table's order, and number of seeds."""
         datasets = self.datasets or (["cifar10"] if self.scale == "small" else [*DATASETS])
         unknown = {*datasets} - {*SHIPPED}
         if unknown:
@@ -158,13 +158,13 @@ class Request:
         stored = run.stored_config()
         if stored is not None and (changes := changed_keys(stored, config)):
             raise UserError(
-                "\n  ".join([f"{run_dir} holds a run of another configuration:", *changes])
-                + "\nRestore the old values, or name another --runs"
+                "\n  ".join([f"{run_dir} holds a run with another configuration:", *changes])
+                + "\nRestore the old values, or use another --runs"
             )
         return run
 
     def _settings(self, dataset: str, row: Row, seed: int) -> dict[str, Any]:
-        """The shipped config of the data set with the table's changes."""
+        """Return the data set's shipped config with the table's changes."""
         path = LAUNCH / SHIPPED[dataset]
         shipped: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         # quickstart.json has an optimizer and a method, for IsoLoss with EMA
@@ -190,11 +190,11 @@ class PlannedRun:
     seed: int
     run_dir: Path
     settings: dict[str, Any]
-    """The content of its config file."""
+    """Contents of its config file."""
     config: Config
     """The same with presets and overrides."""
     command: tuple[str, ...]
-    """Trains it."""
+    """The command that trains it."""
 
     @property
     def title(self) -> str:
@@ -204,20 +204,20 @@ class PlannedRun:
         return f"{self.dataset}, {TITLES[self.row.method]}{alpha}, {ema}, seed {self.seed}"
 
     def write_config(self) -> None:
-        """Write the config file its command names."""
+        """Write the config file that the command names."""
         path = self.run_dir.with_suffix(".json")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             write_json(path, self.settings)
         except OSError as error:
-            raise UserError(f"cannot write {path}: {error.strerror}; name another --runs") from None
+            raise UserError(f"cannot write {path}: {error.strerror}; use another --runs") from None
 
     def summary(self) -> dict[str, Any]:
-        """Return the content of summary.json; empty until there is one."""
+        """Return the contents of summary.json; empty if it does not exist yet."""
         return read_json(self.run_dir / "summary.json")
 
     def state(self) -> Literal["new", "stopped", "finished", "crashed"]:
-        """Return how far the run is; one ended by a collapse has crashed, which is a result."""
+        """Return the run's state; a run ended by a collapse has crashed, which is a result."""
         stored, summary = self.stored_config(), self.summary()
         if stored is None:
             return "new"
@@ -225,7 +225,7 @@ class PlannedRun:
             return "stopped"
         if summary["completed"]:
             return "finished"
-        # a run may fail otherwise after the warning of a collapse
+        # a run may fail for another reason after a collapse warning
         failure = summary["failure"]
         return "crashed" if failure and failure == summary["collapse"] else "stopped"
 
@@ -235,7 +235,7 @@ class PlannedRun:
         return self.state() in ("finished", "crashed")
 
     def stored_config(self) -> Config | None:
-        """Return the config in the run directory; None without one."""
+        """Return the config in the run directory, or None."""
         exists = (self.run_dir / "config.json").exists()
         return read_config(self.run_dir) if exists else None
 

@@ -1,22 +1,22 @@
-"""The paper's toy networks: one layer V, its spectrum followed through gradient descent.
+"""The paper's toy networks: one layer V, whose spectrum is followed through gradient descent.
 
 P is Halvagal, Laborieux, Zenke (NeurIPS 2023). With x1 ~ N(0, I) and x2 = x1 + 0.1 n, the views'
-embeddings are z1 = V x1 and z2 = V x2, the predictor is W = V V^T (alpha = 1, no normalisation),
-held constant in every gradient. The linear Euclidean gradients are those of the population:
+embeddings are z1 = V x1 and z2 = V x2, and the predictor W = V V^T (alpha = 1, no normalisation) is
+held constant in every gradient. The linear Euclidean gradients are population gradients:
 
 - Euclidean:                   dV = W (W - I) V
 - iso Euclidean:               dV = (W - I) V
 - without stop-gradient:       dV = ((W - I)^2 + 0.01 I) V
 - without predictor (W = I):   dV = 0
 
-so that an eigenvalue lambda = s^2 of V V^T, s a singular value of V, follows under V' = -eta dV
+so under V' = -eta dV an eigenvalue lambda = s^2 of V V^T, with s a singular value of V, follows
 
 - Euclidean:        s' = eta lambda (1 - lambda) s,    lambda' = 2 eta lambda^2 (1 - lambda)
 - iso Euclidean:    s' = eta (1 - lambda) s,           lambda' = 2 eta lambda (1 - lambda)
 
-which are the paper's rates eta lambda (1 - lambda) and eta (1 - lambda) of an embedding's
-component; lambda, being its square, moves at twice the rate. A Euclidean ReLU network without
-predictor drifts outwards, dV = -c V (`RELU_DRIFT`). All other gradients are sampled.
+These are the paper's rates eta lambda (1 - lambda) and eta (1 - lambda) for an embedding component;
+lambda, its square, moves at twice the rate. A Euclidean ReLU network without predictor drifts
+outwards, dV = -c V (`RELU_DRIFT`). All other gradients are sampled.
 
 Shape letters: S initialisations, B samples, N inputs, M outputs, P points, T recorded steps.
 """
@@ -40,14 +40,14 @@ NOISE = 0.1
 """Standard deviation of x2 - x1."""
 RELU_DRIFT = (NOISE - math.atan(NOISE)) / (2 * math.pi)
 """c = E[relu(r) 1[u > 0] u] - E[relu(u)^2] for u ~ N(0, 1) and r = u + NOISE n (Cho and Saul 2009):
-the noisy view is longer on average, so without a predictor z1 grows after it."""
+the noisy view is longer on average, so without a predictor z1 grows to follow it."""
 SHORTEST = 0.1
 """Samples of a ReLU network shorter than this, relative to the root mean square, are left out of
 the iso cosine loss (`_has_direction`): 4 % of those with a cosine in the plane at the start, 0.6 %
 in the spectrum. The plane's trace, from the V of seed 0, ends at 0.60, 0.61 and 0.63 with 0.2, 0.1
-and 0.05; with 0.01 it grows without end."""
+and 0.05; with 0.01 it grows without bound."""
 INITIAL_SCALE = 0.25
-"""Standard deviation of V's elements at the start."""
+"""Standard deviation of V's initial elements."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,18 +58,18 @@ class Toy:
         loss: "euclidean", "iso_euclidean", "cosine" or "iso_cosine" (P Table 1).
         stop_gradient: hold the target constant.
         predictor: W = V V^T; without, W = I.
-        relu: z = relu(V x) in place of V x.
-        paper_gradient: for the cosine without stop-gradient, the form printed in P App. C.2 in
-            place of the derivative.
+        relu: z = relu(V x) instead of V x.
+        paper_gradient: for the cosine without stop-gradient, use the form printed in P App. C.2
+            instead of the derivative.
         inputs: N, the length of x.
         outputs: M, the length of z.
-        steps: of gradient descent; None for 1,500, without predictor 100,000.
-        samples: fresh pairs of views per step, where the population gradient has no closed form.
-        lr: learning rate; None for 0.1, for the Euclidean losses with a predictor 0.01.
-        seed: of the initialisation and the samples.
+        steps: steps of gradient descent; None for 1,500, or 100,000 without predictor.
+        samples: fresh pairs of views per step, if the population gradient has no closed form.
+        lr: learning rate; None for 0.1, or 0.01 for the Euclidean losses with a predictor.
+        seed: seed of the initialisation and the samples.
 
     Raises:
-        UserError: a value is out of range, or two do not go together.
+        UserError: a value is out of range, or two values are incompatible.
     """
 
     loss: str = "euclidean"
@@ -115,13 +115,13 @@ class Toy:
 
     @property
     def default_steps(self) -> int:
-        """``steps``, or those of the paper's figures for this loss."""
+        """``steps``, or the number in the paper's figures for this loss."""
         default = 1500 if self.predictor else 100_000
         return default if self.steps is None else self.steps
 
     @property
     def default_lr(self) -> float:
-        """``lr``, or that of the paper's pictures of spectra for this loss."""
+        """``lr``, or the one in the paper's figures of spectra for this loss."""
         default = 0.01 if self.metric == "euclidean" and self.predictor else 0.1
         return default if self.lr is None else self.lr
 
@@ -131,7 +131,7 @@ class Toy:
         return "E[z z^T], z = relu(V x)" if self.relu else "V V^T"
 
     def __str__(self) -> str:
-        """The network in words."""
+        """Return a description of the network."""
         target = "" if self.stop_gradient else " without stop-gradient"
         form = " (the paper's form, not the derivative)" if self.paper_gradient else ""
         predictor = "" if self.predictor else " without predictor"
@@ -144,7 +144,7 @@ class Trajectory:
     """A recorded simulation, from the start to the last step.
 
     Attributes:
-        steps: (T,), the steps recorded.
+        steps: (T,), the recorded steps.
         eigenvalues: (T, S, M), of ``toy.matrix``, descending.
         weight_eigenvalues: (T, S, M), of V V^T, descending; the same for linear networks.
         points: (T, S, P, M), embeddings of the given points.
@@ -168,13 +168,13 @@ def simulate(
     points_PN: Tensor | None = None,
     records: int = 2,
 ) -> Trajectory:
-    """Follow gradient descent from ``v_SMN``, all initialisations at once on the same samples.
+    """Run gradient descent from ``v_SMN``, all initialisations at once on the same samples.
 
     Args:
         toy: the network and its loss.
         v_SMN: initial weights (S, M, N), float64; by default `initial_weights`.
         points_PN: inputs (P, N), float64, whose embeddings are recorded.
-        records: how many steps to record, from the first to the last; at most all.
+        records: number of steps to record, from the first to the last; at most all of them.
 
     Returns:
         The trajectory, the same for the same seed on the same machine.
@@ -208,12 +208,12 @@ def simulate(
 
 
 def population_gradient(toy: Toy, v_SMN: Tensor, generator: torch.Generator) -> Tensor:
-    """Return dV (S, M, N), in closed form where there is one, else from ``toy.samples`` pairs."""
+    """Return dV (S, M, N), in closed form if there is one, else from ``toy.samples`` pairs."""
     drifts = toy.relu and toy.stop_gradient and not toy.predictor
     if toy.metric != "euclidean" or (toy.relu and not drifts):
         return sampled_gradient(toy, v_SMN, generator)
     if drifts:
-        # each row of V separately, and by symmetry along itself
+        # each row of V independently and, by symmetry, along itself
         return -RELU_DRIFT * v_SMN
     w_SMM = _predictor(toy, v_SMN)
     # E x1 x1^T = E x2 x1^T = I
@@ -226,7 +226,7 @@ def population_gradient(toy: Toy, v_SMN: Tensor, generator: torch.Generator) -> 
 
 
 def sampled_gradient(toy: Toy, v_SMN: Tensor, generator: torch.Generator) -> Tensor:
-    """Return the loss's gradient in V, (S, M, N), averaged over ``toy.samples`` pairs of views.
+    """Return the gradient with respect to V (S, M, N), averaged over ``toy.samples`` view pairs.
 
     All initialisations see the same pairs.
     """
@@ -254,13 +254,13 @@ def sampled_gradient(toy: Toy, v_SMN: Tensor, generator: torch.Generator) -> Ten
 
 
 def _has_direction(toy: Toy, *sides: Tensor) -> Tensor:
-    """Whether a ReLU network's sample counts, (S, B, 1), by its prediction p and target t.
+    """Return whether a ReLU network's samples count, (S, B, 1), given predictions and targets.
 
     A ReLU that silences all outputs but one makes short embeddings frequent. Below the norm floor
     the clamped gradient of the cosine, about 1e8, points along them: one such sample would throw V
-    off for good. IsoLoss needs the larger bound `SHORTEST`: with one output u left |g| goes as
+    off for good. IsoLoss needs the larger bound `SHORTEST`: with one output u left, |g| scales as
     1 / u and u has a density at 0, so E|g| does not exist; the plain cosine has W g = 0 there. The
-    paper's form without stop-gradient has no mean either, but is no gradient to be mended.
+    paper's form without stop-gradient has no mean either, but it is not a gradient to repair.
     """
     if not toy.relu or toy.metric == "euclidean":
         return torch.tensor(True)
@@ -298,7 +298,7 @@ def _predictor(toy: Toy, v_SMN: Tensor) -> Tensor:
 
 
 def stream(seed: int, index: int) -> torch.Generator:
-    """Return one of a seed's independent streams of random numbers.
+    """Return one of a seed's independent random number streams.
 
     Index 0 is for the initial weights, 1 for the samples, 2 and more for other draws.
     """
@@ -307,5 +307,5 @@ def stream(seed: int, index: int) -> torch.Generator:
 
 
 def randn(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-    """Return standard normal float64, drawn in float32, which is four times as fast."""
+    """Return standard normal float64 values, drawn in float32, which is four times as fast."""
     return torch.randn(shape, generator=generator, dtype=torch.float32).double()

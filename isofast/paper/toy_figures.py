@@ -1,4 +1,4 @@
-"""The paper's Fig. 2, 5 and 6 from simulations, as PNG and as NPZ."""
+"""The paper's Fig. 2, 5 and 6 from simulations, as PNG and NPZ."""
 
 import textwrap
 from collections.abc import Callable, Iterable, Mapping
@@ -19,9 +19,9 @@ from isofast.paper.figures import STYLE, make_folder, save
 from isofast.paper.toy import SHORTEST, Toy, Trajectory, initial_weights, randn, simulate, stream
 
 METRICS = ("euclidean", "cosine")
-# the paper prints no other derivative of the Euclidean loss
+# for the Euclidean loss the paper's derivative is the true one
 MISSING = ("euclidean", "paper_gradient")
-# title and ablation by name in the NPZ
+# name in the NPZ -> title and ablation
 VARIANTS: dict[str, tuple[str, dict[str, bool]]] = {
     "no_stop_gradient": ("no stop-gradient", {"stop_gradient": False}),
     "paper_gradient": (
@@ -33,12 +33,12 @@ VARIANTS: dict[str, tuple[str, dict[str, bool]]] = {
     "iso": ("IsoLoss", {}),
 }
 PLANE: dict[str, Any] = {"inputs": 6, "outputs": 2, "lr": 0.01}
-# in the plane the cosine's gradient, about 1 / |z|, has no variance: every loss runs as long, on
-# more samples, where 100,000 steps on few would show a random walk
+# in the plane the cosine's gradient, about 1 / |z|, has no finite variance: all losses run equally
+# long, on more samples, because 100,000 steps on few would show a random walk
 PLANE_STEPS, PLANE_SAMPLES = 1500, 10
 INITIALISATIONS = ("V0", "2 V0", "randn / 2")
 RECORDS = 301
-# points followed in the plane: the longest of so many show the motion best
+# points followed in the plane: the longest of many candidates show the motion best
 POINTS, CANDIDATES = 20, 5000
 NOTE = (
     "The derivative that the paper prints for the cosine without stop-gradient (App. C.2) has an "
@@ -51,18 +51,18 @@ RELU_NOTE = (
     f"{SHORTEST:g} of their root mean square are left out. Paper's derivative: has none, so its "
     "plane shows the leaps of single samples."
 )
-# of Okabe and Ito's palette, told apart by colour-blind readers
+# from the Okabe-Ito palette, safe for colour-blind readers
 START, END, LINE = "#D55E00", "#0072B2", "#9A9A9A"
 THREE = ("#0072B2", "#E69F00", "#009E73")
 GRID = {"axes.grid": True, "axes.axisbelow": True, "grid.color": "0.93"}
-# eigenvalues shown, as in the paper; a panel that exceeds them has its own scale
+# range of eigenvalues, as in the paper; a panel that exceeds it has its own scale
 LOW, HIGH = 1e-2, 10.0
-# so has a plane that embeddings leave by so many times their first reach
+# so has a plane whose embeddings exceed their initial reach by this factor
 OWN_SCALE = 3.0
 
 
 class Panel(NamedTuple):
-    """A simulation of a figure: its prefix in the NPZ, and the arguments of `simulate`."""
+    """A figure's simulation: its prefix in the NPZ and the arguments of `simulate`."""
 
     name: str
     toy: Toy
@@ -79,21 +79,21 @@ def write_figure(
     samples: int = Toy.samples,
     steps: int | None = None,
 ) -> list[Path]:
-    """Simulate and draw a figure of the paper.
+    """Simulate and draw one of the paper's figures.
 
     Args:
         figure: "figure2", "figure5" or "figure6".
-        folder: where the PNG and the NPZ go; made if missing.
-        say: prints progress.
+        folder: folder for the PNG and the NPZ, created if missing.
+        say: called with progress messages.
         seed, samples, steps: as in `Toy`, for all simulations.
 
     Returns:
         The two files. The NPZ holds NAME_steps (T,), NAME_eigenvalues and NAME_weight_eigenvalues
-        (T, S, M), in the plane also NAME_points (T, S, P, M).
+        (T, S, M), and for planes also NAME_points (T, S, P, M).
 
     Raises:
-        UserError: a value that `Toy` refuses, or a folder that cannot be written to.
-        RunError: a simulation left the finite numbers.
+        UserError: `Toy` rejects a value, or the folder cannot be written to.
+        RunError: a simulation became non-finite.
     """
     panels = panels_of(figure, seed=seed, samples=samples, steps=steps)
     make_folder(folder)
@@ -149,7 +149,7 @@ def panels_of(
 
 
 def _losses(panels: list[Panel], trajectories: Mapping[str, Trajectory]) -> Figure:
-    """Fig. 2 and 6: a column a loss; for each metric embeddings above their spectrum."""
+    """Draw Fig. 2 or 6: one column per loss, and per metric embeddings above their spectrum."""
     relu = panels[0].toy.relu
     picture = Figure(figsize=(12.5, 10.8), layout="constrained")
     axes = picture.subplots(4, len(VARIANTS))
@@ -175,7 +175,7 @@ def _losses(panels: list[Panel], trajectories: Mapping[str, Trajectory]) -> Figu
 
 
 def _explain(above: Axes, below: Axes, drawn: Iterable[Axes], text: str) -> None:
-    """A note and a legend of ``drawn`` where there is no simulation."""
+    """Put a note and a legend for ``drawn`` in the panels without a simulation."""
     text = "\n\n".join(textwrap.fill(part, 38) for part in text.split("\n\n"))
     note = above.text(-0.2, 1.0, text, va="top", transform=above.transAxes)
     handles = [handle for axes in drawn for handle in axes.get_legend_handles_labels()[0]]
@@ -187,7 +187,7 @@ def _explain(above: Axes, below: Axes, drawn: Iterable[Axes], text: str) -> None
 
 
 def _reach(trajectories: Mapping[str, Trajectory], metric: str, variant: str) -> float:
-    """Half the side of a plane: one scale a metric, and one of its own for what grows beyond it."""
+    """Return half a plane's side: one scale per metric, or its own if the embeddings exceed it."""
     names = [name for name in trajectories if name.startswith(metric) and name.endswith("plane")]
     start = float(abs(trajectories[names[0]].points[0]).max())
     reached = {name: float(abs(trajectories[name].points).max()) for name in names}
@@ -212,7 +212,7 @@ def _draw_plane(axes: Axes, trajectory: Trajectory, start: int, reach: float) ->
 def _draw_spectrum(axes: Axes, trajectory: Trajectory) -> None:
     values_TM = trajectory.eigenvalues[:, 0]
     axes.set_prop_cycle(color=colormaps["cividis"](np.linspace(0.9, 0.0, values_TM.shape[1])))
-    # a collapsed mode leaves the picture downwards
+    # a collapsed mode leaves the panel at the bottom
     axes.semilogy(trajectory.steps, np.maximum(values_TM, LOW / 10), linewidth=1.2)
     axes.lines[0].set_label("largest eigenvalue")
     axes.lines[-1].set_label("smallest eigenvalue")
@@ -222,7 +222,7 @@ def _draw_spectrum(axes: Axes, trajectory: Trajectory) -> None:
 
 
 def _step_axis(axes: Axes, trajectory: Trajectory) -> None:
-    # without a step there is still an axis
+    # zero steps still need an axis
     axes.set_xlim(0, max(1, trajectory.steps[-1]))
     axes.set_xlabel("step")
     axes.xaxis.set_major_locator(MaxNLocator(3, integer=True))
@@ -230,7 +230,7 @@ def _step_axis(axes: Axes, trajectory: Trajectory) -> None:
 
 
 def _starts(trajectories: Mapping[str, Trajectory]) -> Figure:
-    """Fig. 5: a column an initialisation, and the eigenvalues of all three beside them."""
+    """Draw Fig. 5: one column per initialisation, then the eigenvalues of all three."""
     picture = Figure(figsize=(12.5, 6.4), layout="constrained")
     axes = picture.subplots(len(METRICS), len(INITIALISATIONS) + 1)
     reach = 1.08 * max(float(abs(trajectories[metric].points).max()) for metric in METRICS)

@@ -1,1 +1,1 @@
-"""Run folders: metrics, spectra, checkpoints, progress, collapse."""
+"""Run folders: metrics, spectra, checkpoints, progress, collapse detection."""

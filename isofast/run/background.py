@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 _Result = TypeVar("_Result")
-# More than this many jobs behind, the loop waits for the oldest: memory stays bounded.
+# With this many jobs pending, the loop waits for the oldest, which bounds memory.
 _MOST_PENDING = 16
 
 
@@ -18,13 +18,13 @@ class Background:
     """Runs jobs in order on one thread; the next ``do`` or ``wait`` raises a job's error.
 
     Args:
-        one_core: for a loop that computes on the CPU. This thread and all that begin before
-            ``close`` take one core: a second OpenMP team has libgomp's threads sleep at each of the
-            loop's barriers, and digits train at 390 images/s instead of 690 on two cores.
+        one_core: for a loop that computes on the CPU: limit this thread, and all that start before
+            ``close``, to one core. With a second OpenMP team, libgomp's threads sleep at each of
+            the loop's barriers, and digits train at 390 images/s instead of 690 on two cores.
     """
 
     def __init__(self, *, one_core: bool = False) -> None:
-        # asked first, for a thread's first call sets it to what any thread has set last
+        # read first: a thread's first call resets it to the value that any thread set last
         self._threads = torch.get_num_threads() if one_core else None
         initializer = partial(torch.set_num_threads, 1) if one_core else None
         self._pool = ThreadPoolExecutor(1, "isofast-background", initializer)
@@ -54,9 +54,9 @@ class Background:
 
 
 class HostCopy:
-    """A snapshot of a tensor on the CPU.
+    """A snapshot of a tensor, on the CPU.
 
-    Copied from a GPU asynchronously, in the current stream's order: later writes don't change it.
+    Copies from a GPU are asynchronous but ordered on the current stream: later writes don't show.
     """
 
     def __init__(self, tensor: Tensor) -> None:
@@ -66,7 +66,7 @@ class HostCopy:
             return
         self._host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
         self._host.copy_(tensor.detach(), non_blocking=True)
-        # blocking: the waiting thread sleeps
+        # blocking: the waiting thread sleeps instead of spinning
         self._event = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
         self._event.record(torch.cuda.current_stream(tensor.device))
 

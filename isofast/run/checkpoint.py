@@ -1,8 +1,8 @@
-"""Checkpoints: written whole or not at all; a run continues from the newest whole one.
+"""Checkpoints, written atomically; a run continues from the newest intact one.
 
 A checkpoint is a folder step_00001000 with state.pt (everything the loop changes),
 encoder.safetensors (the backbone, under torchvision's names) and manifest.json (sizes and
-checksums). It is filled under another name and renamed when complete.
+checksums). It is written under a temporary name and renamed when complete.
 """
 
 import hashlib
@@ -21,13 +21,13 @@ from isofast.data.files import sync
 from isofast.errors import RunError, UserError
 
 State = dict[str, Any]
-REMEDY = "The older checkpoints are whole; make room, then give the same command to continue"
+REMEDY = "Older checkpoints are intact; free some space, then repeat the command to continue"
 _STATE, _ENCODER, _MANIFEST = "state.pt", "encoder.safetensors", "manifest.json"
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A whole checkpoint on disk."""
+    """An intact checkpoint on disk."""
 
     path: Path
     step: int
@@ -52,18 +52,18 @@ def save_checkpoint(
     about: Mapping[str, str] | None = None,
     best_step: int | None = None,
 ) -> Path:
-    """Write ``folder``/step_N, return it, and remove all but the ``keep`` newest and the best.
+    """Write ``folder``/step_N, delete all but the ``keep`` newest and the best, and return it.
 
-    Later ones, damaged and skipped by a resume, stay until they are replaced.
+    Later ones, which were damaged and skipped on resume, stay until they are overwritten.
 
     Args:
         folder: the run's checkpoints folder.
         step: steps taken.
         state: tensors and plain Python values.
-        encoder: the backbone's state.
+        encoder: the backbone's state dict.
         keep: checkpoints to keep, including this one.
         about: metadata of encoder.safetensors.
-        best_step: a step whose checkpoint is kept.
+        best_step: step of a checkpoint that is always kept.
 
     Raises:
         RunError: the disk is full or not writable; older checkpoints are untouched.
@@ -72,20 +72,20 @@ def save_checkpoint(
     part = folder / f".{path.name}.part"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        # also those of other steps, in which a run was killed
+        # also those of other steps, left by killed runs
         for unfinished in folder.glob(".step_*.part"):
             shutil.rmtree(unfinished, ignore_errors=True)
         part.mkdir()
         torch.save(state, part / _STATE)
         tensors = {k: v.detach().cpu().contiguous() for k, v in encoder.items()}
-        # torchvision's BatchNorm counts its batches, ours does not: two views a step
+        # torchvision's BatchNorm counts batches, ours does not: two views per step
         counters = {
             name.replace("running_mean", "num_batches_tracked"): torch.tensor(2 * step)
             for name in tensors
             if name.endswith("running_mean")
         }
         save_file(counters | tensors, part / _ENCODER, metadata={"format": "pt", **(about or {})})
-        # save_file's files can be read by their owner alone
+        # save_file makes files that only their owner can read
         shutil.copymode(part / _STATE, part / _ENCODER)
         manifest = {name: _fingerprint(part / name) for name in (_STATE, _ENCODER)}
         (part / _MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
@@ -95,7 +95,7 @@ def save_checkpoint(
             shutil.rmtree(path)
         part.rename(path)
         sync(folder)
-    # torch.save and safetensors have their own errors for a full disk
+    # torch.save and safetensors raise their own errors on a full disk
     except Exception as error:
         shutil.rmtree(part, ignore_errors=True)
         raise RunError(f"could not write the checkpoint {path}: {error}. {REMEDY}") from error
@@ -109,12 +109,12 @@ def save_checkpoint(
 def newest_checkpoint(
     folder: Path, report: Callable[[str], None] = lambda text: None
 ) -> Checkpoint | None:
-    """Return the newest checkpoint whose files match its manifest, or None if there is none.
+    """Return the newest checkpoint whose files match its manifest, or None without checkpoints.
 
-    Calls ``report`` with the reason for each one skipped.
+    Call ``report`` with the reason for each one skipped.
 
     Raises:
-        UserError: there are checkpoints, but none is whole.
+        UserError: there are checkpoints, but none is intact.
     """
     faults = []
     for path in _folders(folder):
@@ -125,11 +125,11 @@ def newest_checkpoint(
             return Checkpoint(path, _step_of(path))
         except (OSError, ValueError, KeyError, TypeError) as error:
             faults.append(f"{type(error).__name__}: {error}")
-            report(f"checkpoint {path} is not whole ({faults[-1]}); trying the one before it")
+            report(f"checkpoint {path} is damaged ({faults[-1]}); trying the one before")
     if faults:
         raise UserError(
-            f"none of the {len(faults)} checkpoint(s) in {folder} is whole, the newest because of "
-            f"{faults[0]}. Put one back, or start over beside this run with --fresh"
+            f"none of the {len(faults)} checkpoint(s) in {folder} is intact; fault of the newest: "
+            f"{faults[0]}. Restore one, or start over in a new folder with --fresh"
         )
     return None
 

@@ -1,7 +1,7 @@
-"""Detect collapse from a run's records, and suggest what to try.
+"""Detect collapse in a run's records, and suggest what to try.
 
-The thresholds separate recorded runs, good and bad (bench/results/first-steps.json).
-docs/method/first-steps.md says what they miss, and how late they are.
+The thresholds separate good from bad recorded runs (bench/results/first-steps.json).
+docs/method/first-steps.md says what they miss, and how late they trigger.
 """
 
 import math
@@ -14,21 +14,21 @@ from isofast.run.loggers import Record
 
 Kind = Literal["complete", "dimensional", "torn", "blow-up"]
 
-# As shares of the healthy spread 1/sqrt(D): below the first all images are one point, below the
-# second they fill few dimensions unless still spreading by more than _NO_GROWTH.
+# As fractions of the healthy spread 1/sqrt(D): below the first, all images are one point; below
+# the second, they fill few dimensions, unless the spread still grows by more than _NO_GROWTH.
 _LEAST_SPREAD, _LOW_SPREAD, _NO_GROWTH = 0.01, 0.35, 1.1
-# A new network's embeddings all point the same way: wait for the warm-up and for C to forget the
-# first steps.
+# A new network's embeddings all point the same way: wait for the warm-up, and until C has
+# forgotten the first steps.
 _TIME_CONSTANTS, _LEAST_STEPS = 2, 200
-# The longest embeddings over the median, and the median |W z| / |z|, when the former own a raw C.
+# Longest embeddings / median, and median |W z| / |z|, where the longest dominate a raw C.
 _LONG, _SHORT = 4.0, 0.5
-# Growth of the embeddings' norm since the first record.
+# Maximum growth of the embeddings' norm since the first record.
 _MOST_GROWTH = 1e3
 
 
 @dataclass(frozen=True)
 class Finding:
-    """A collapse, and the message that explains it and what to try."""
+    """A collapse, with a message that explains it and says what to try."""
 
     kind: Kind
     message: str
@@ -64,7 +64,7 @@ class CollapseWatch:
                 f"step {step}",
             )
         healthy = 1 / math.sqrt(self._dim)
-        measured = f"at step {step} embedding_std is {spread:.2g}, {healthy:.2g} is healthy"
+        measured = f"at step {step} embedding_std is {spread:.2g} (healthy: {healthy:.2g})"
         if spread < _LEAST_SPREAD * healthy:
             return self._found(
                 "complete", f"the embeddings have collapsed completely, to one point: {measured}"
@@ -72,7 +72,7 @@ class CollapseWatch:
         if self._is_torn(record):
             return self._found(
                 "torn",
-                f"a few long embeddings own C: at step {step} they are "
+                f"a few long embeddings dominate C: at step {step} they are "
                 f"{record['norm_spread']:.1f} times as long as the median, and W shortens the "
                 f"others to {record['prediction_norm']:.2f} of their length",
             )
@@ -85,7 +85,7 @@ class CollapseWatch:
         return None
 
     def _is_torn(self, record: Record) -> bool:
-        """Whether long embeddings own C in two records in a row."""
+        """Whether long embeddings dominate C in two consecutive records."""
         long, short = record.get("norm_spread"), record.get("prediction_norm")
         if not _is_cosine_of_raw_c(self._config.method) or long is None or short is None:
             return False
@@ -93,7 +93,7 @@ class CollapseWatch:
         return self._torn > 1
 
     def _has_stopped(self, spread: float) -> bool:
-        """Whether the spread has hardly grown in the second half of the steps."""
+        """Whether the spread has hardly grown over the second half of the steps."""
         half = bisect_right(self._steps, self._steps[-1] // 2)
         return half > 0 and spread < _NO_GROWTH * self._spreads[half - 1]
 
@@ -102,22 +102,22 @@ class CollapseWatch:
 
 
 def _is_cosine_of_raw_c(method: MethodConfig) -> bool:
-    """Whether long embeddings weigh more in W although its scale doesn't count."""
+    """Whether long embeddings weigh more in W, although the loss ignores their length."""
     cosine = hasattr(method, "alpha") and getattr(method, "metric", None) == "cosine"
     return cosine and method.correlation == "embeddings"
 
 
 def remedies(config: Config, kind: Kind) -> list[str]:
-    """Return what to try against a collapse of ``kind``, most promising first."""
+    """Return what to try against this ``kind`` of collapse, most promising first."""
     method, optimizer = config.method, config.optimizer
     slower = [f"optimizer.lr below {optimizer.lr:g}", "a longer schedule.warmup_epochs"]
     if kind == "blow-up":
         return slower
     tries = []
     if _is_cosine_of_raw_c(method):
-        tries.append("method.correlation directions, so that long embeddings don't own C")
+        tries.append("method.correlation directions, so that long embeddings don't dominate C")
     if method.name in ("directpred", "directcopy"):
-        tries.append("method.name isoloss, which keeps small eigenvalues growing")
+        tries.append("method.name isoloss, which lets small eigenvalues keep growing")
     if method.name == "sigreg":
         tries.append(f"method.weight above {method.weight:g}")  # type: ignore[attr-defined]
     elif not method.ema:

@@ -1,4 +1,4 @@
-"""The folder of a run: choose, check and lock it, describe where it runs."""
+"""Run folders: choose, check and lock them, and describe the environment."""
 
 import fcntl
 import os
@@ -24,9 +24,9 @@ _PACKAGES = (
 
 
 def choose_run_dir(config_path: Path, run_dir: Path | None, fresh: bool) -> Path:
-    """Return ``run_dir`` or runs/NAME of the config file; if ``fresh``, a new one beside it.
+    """Return ``run_dir``, or runs/NAME for config NAME; if ``fresh``, a new one next to it.
 
-    A job that Slurm has requeued repeats its command: it goes on in the newest of these.
+    Jobs requeued by Slurm repeat their command, so they continue in the newest of these.
     """
     newest, new = None, run_dir or Path("runs") / config_path.stem
     if not fresh:
@@ -46,29 +46,29 @@ def open_run_dir(run_dir: Path, config: Config) -> IO[str]:
         The lock, held until it is closed or the process ends.
 
     Raises:
-        UserError: the folder holds something else, another config, or a run in progress.
+        UserError: the folder contains something else, another config, or a run in progress.
     """
     stored = run_dir / "config.json"
     if stored.exists():
         _refuse_other_config(stored, config)
     elif run_dir.is_dir() and any(path.name[0] != "." for path in run_dir.iterdir()):
         raise UserError(
-            f"{run_dir} holds files but no config.json, so it is not a run; name another --run-dir"
+            f"{run_dir} has files but no config.json, so it is not a run; use another --run-dir"
         )
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         lock = (run_dir / ".lock").open("w", encoding="utf-8")
     except OSError as error:
-        raise UserError(f"cannot write to {run_dir}: {error}; name another --run-dir") from None
+        raise UserError(f"cannot write to {run_dir}: {error}; use another --run-dir") from None
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         lock.close()
         raise UserError(
-            f"another process is training in {run_dir}; wait for it, or name another --run-dir"
+            f"another process is training in {run_dir}; wait for it, or use another --run-dir"
         ) from None
     except OSError:
-        # some network file systems have no locks; train without
+        # some network file systems have no locks; train without one
         pass
     for part in run_dir.glob(".*.part*"):
         part.unlink()
@@ -79,8 +79,8 @@ def describe_environment(world: World, **resolved: str) -> dict[str, Any]:
     """Return the versions, device and commit behind a run's numbers.
 
     Args:
-        world: this process among its peers.
-        resolved: what each "auto" of the config became, by name.
+        world: rank, world size and device.
+        resolved: what each "auto" in the config resolved to, by name.
     """
     cuda = world.device.type == "cuda"
     return {
@@ -98,7 +98,7 @@ def describe_environment(world: World, **resolved: str) -> dict[str, Any]:
 
 
 def _refuse_other_config(stored: Path, config: Config) -> None:
-    remedy = "restore the old values, name another --run-dir, or start over beside it with --fresh"
+    remedy = "restore the old values, use another --run-dir, or start over next to it with --fresh"
     try:
         old = read_stored(stored)
     except (OSError, ValueError) as error:
@@ -106,13 +106,13 @@ def _refuse_other_config(stored: Path, config: Config) -> None:
     if changes := changed_keys(old, config):
         listed = "\n  ".join(changes)
         raise UserError(
-            f"{stored.parent} holds a run of another configuration:\n  {listed}\n"
+            f"{stored.parent} contains a run with another configuration:\n  {listed}\n"
             f"To continue, {remedy}."
         )
 
 
 def version_of(package: str) -> str | None:
-    """Return a distribution's version; None where it is not installed."""
+    """Return a distribution's version; None if it is not installed."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
@@ -120,7 +120,7 @@ def version_of(package: str) -> str | None:
 
 
 def cpu_name() -> str:
-    """Return the processor's model."""
+    """Return the CPU model."""
     cpuinfo = Path("/proc/cpuinfo")
     text = cpuinfo.read_text(encoding="utf-8") if cpuinfo.exists() else ""
     named = re.search(r"^model name\s*: (.*)$", text, re.MULTILINE)
@@ -128,13 +128,13 @@ def cpu_name() -> str:
 
 
 def cpu_has_bf16() -> bool:
-    """Whether this CPU multiplies bf16 itself; where it cannot, autocast only costs time."""
+    """Whether this CPU has bf16 instructions; without them, autocast only costs time."""
     has = torch.cpu.get_capabilities()
     return bool(has.get("avx512_bf16") or has.get("amx_bf16"))
 
 
 def _commit() -> str | None:
-    """The commit of the source tree, with + if tracked files differ; None outside git."""
+    """Return the source tree's commit, with + if tracked files differ; None outside git."""
 
     def git(*arguments: str) -> str:
         command = ["git", "-C", str(Path(__file__).parent), *arguments]

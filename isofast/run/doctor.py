@@ -22,7 +22,7 @@ from isofast_kernels.reference import (
     second_moment_reference,
 )
 
-# A kernel that is wrong is wrong by far more. NUMERICS.md has what each may lose.
+# Errors of a wrong kernel are far larger; NUMERICS.md has the tolerance of each.
 _TOLERANCE = 1e-3
 _ROWS, _FEATURES = 256, 128
 _IMPORT_S = 300
@@ -36,27 +36,27 @@ class Package:
     version: str | None
     purpose: str
     problem: str | None
-    """Why it cannot be imported, and the remedy."""
+    """Why it cannot be imported, and what to do."""
     required: bool
 
 
 @dataclass(frozen=True)
 class Device:
-    """A device, and the relative errors of kernels on it against the float64 reference."""
+    """A device, and its kernels' relative errors against the float64 reference."""
 
     name: str
     kind: str
     memory_gb: float
     free_gb: float
     precisions: list[str]
-    """Those with arithmetic of their own."""
+    """Those with hardware support."""
     errors: dict[str, float]
     problem: str | None
 
 
 @dataclass(frozen=True)
 class Report:
-    """What was found."""
+    """The findings."""
 
     ok: bool
     verdict: str
@@ -70,13 +70,13 @@ class Report:
     devices: list[Device]
     driver: str | None
     cuda: str | None
-    """That torch was built for."""
+    """The version that torch was built for."""
     cores: int
     compiler: str | None
     disk_free_gb: float
 
     def __str__(self) -> str:
-        """A line a finding, the verdict last."""
+        """One line per finding, the verdict last."""
         lines = [f"{'Python':<20} {self.python}, {self.platform}"]
         for package in self.packages:
             lines.append(f"{package.name:<20} {package.version or 'not installed'}")
@@ -112,17 +112,17 @@ def examine() -> Report:
     notes = [f"{p.name}: {p.problem}" for p in packages if p.problem and not p.required]
     if compiler is None:
         text = (
-            "no C compiler, or no Python.h, which Triton and torch.compile need: install gcc, g++ "
-            "and the headers of this Python (python3-dev)"
+            "no C compiler or no Python.h, which Triton and torch.compile need: install gcc, g++ "
+            "and this Python's headers (python3-dev)"
         )
         (problems if cuda else notes).append(text)
     if driver and not cuda:
         notes.append(
-            f"there is a driver {driver} and torch {torch.__version__} finds no GPU; it is built "
-            f"for CUDA {torch.version.cuda or '-'}. Install the torch that suits the driver"
+            f"driver {driver} is installed, but torch {torch.__version__}, built for CUDA "
+            f"{torch.version.cuda or '-'}, finds no GPU. Install a torch that matches the driver"
         )
     names = [device.name for device in devices if device.kind == "GPU"]
-    where = ", ".join(names) or "the CPU alone, which is for small sets"
+    where = ", ".join(names) or "the CPU only, which suits small data sets"
     return Report(
         ok=not problems,
         verdict=f"training runs on {where}" if not problems else "training cannot run here",
@@ -143,7 +143,7 @@ def examine() -> Report:
 def kernel_errors(device: torch.device) -> dict[str, float]:
     """Return relative errors of the loss, its gradient and the root of C, in fp32 on ``device``.
 
-    The truth is the reference in float64, in the Frobenius norm.
+    They are measured against the float64 reference, in the Frobenius norm.
     """
     generator = torch.Generator().manual_seed(0)
     z_BD, t_BD = torch.randn(2, _ROWS, _FEATURES, generator=generator)
@@ -170,19 +170,19 @@ def kernel_errors(device: torch.device) -> dict[str, float]:
 
 
 def _packages(cuda: bool) -> list[Package]:
-    """Each library with what comes of importing it, in processes that it may crash."""
+    """Import each library in a subprocess, which it may crash, and return the results."""
     wanted = [
         ("torchvision", "torchvision", "networks and official data sets", True),
         ("triton", "triton", "kernels on a GPU", cuda),
-        # one process on a GPU takes its steps in a graph, without the engine
-        ("deepspeed", "deepspeed", "several processes, and steps outside a CUDA graph", not cuda),
+        # one process on a GPU runs its steps in a graph, without the engine
+        ("deepspeed", "deepspeed", "several processes, or steps outside a CUDA graph", not cuda),
         (
             *("nvidia-dali-cuda130", "nvidia.dali.fn"),
-            "decoding; without it images stay decoded on the device",
+            "decoding; without it, decoded images stay on the device",
             False,
         ),
     ]
-    # as for training: without a GPU DeepSpeed is not to look for one
+    # as in training: without a GPU, DeepSpeed should not look for one
     env = os.environ | {"DS_ACCELERATOR": "cuda" if cuda else "cpu"}
     with ThreadPoolExecutor(len(wanted)) as pool:
         problems = pool.map(lambda one: _import_problem(one[1], env), wanted)
@@ -195,7 +195,7 @@ def _packages(cuda: bool) -> list[Package]:
             name=name,
             version=version_of(name) or version_of(name.replace("cuda130", "cuda120")),
             purpose=purpose,
-            problem=problem and f"{problem}. It is for {purpose}: pip install {name}",
+            problem=problem and f"{problem}. Needed for {purpose}: pip install {name}",
             required=required,
         )
         for (name, _, purpose, required), problem in zip(wanted, problems, strict=True)
@@ -210,7 +210,7 @@ def _import_problem(module: str, env: Mapping[str, str]) -> str | None:
         return f"not imported within {_IMPORT_S} s"
     if done.returncode == 0:
         return None
-    return done.stderr.strip().rpartition("\n")[2] or f"the import ends with {done.returncode}"
+    return done.stderr.strip().rpartition("\n")[2] or f"the import exits with {done.returncode}"
 
 
 def _device(device: torch.device) -> Device:
@@ -228,10 +228,10 @@ def _device(device: torch.device) -> Device:
 
 
 def _tried(device: torch.device) -> tuple[dict[str, float], str | None]:
-    """The errors of kernels, and what is wrong with them."""
+    """Return the kernels' errors, and what is wrong."""
     try:
         errors = kernel_errors(device)
-    # a compiler, a driver or a full GPU
+    # from a compiler, a driver or a full GPU
     except Exception as error:
         return {}, f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
     wrong = [f"{name} is off by {e:.1e}" for name, e in errors.items() if not e <= _TOLERANCE]
@@ -239,7 +239,7 @@ def _tried(device: torch.device) -> tuple[dict[str, float], str | None]:
 
 
 def _compiler() -> str | None:
-    """The C compiler that Triton takes; None without one or without Python's headers."""
+    """Return the C compiler that Triton uses; None without one or without Python's headers."""
     named = os.environ.get("CC")
     found = shutil.which(named) if named else shutil.which("gcc") or shutil.which("clang")
     headers = Path(sysconfig.get_paths()["include"]) / "Python.h"

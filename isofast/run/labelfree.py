@@ -1,8 +1,8 @@
-"""What embeddings say of themselves, without labels (docs/method/metrics.md).
+"""Label-free metrics of embeddings (docs/method/metrics.md).
 
-Embeddings are those of N images, z_NF, or of V views of each, e_NVF, with F dimensions, float.
-Computed in float64 on the CPU, whatever comes in; NaN where a number is not defined or the input is
-not finite.
+Embeddings are z_NF of N images, or e_NVF of V views of each, with F dimensions, in any float dtype.
+All metrics are computed in float64 on the CPU; NaN where one is undefined or the input is not
+finite.
 """
 
 import math
@@ -13,22 +13,22 @@ from torch.nn import functional
 
 from isofast.run.loggers import Record
 
-# of RankMe, added to every share
+# RankMe's, added to every p_k
 _EPS = 1e-7
-# of LiDAR, added to the scatter within images
+# LiDAR's, added to the within-image scatter
 _DELTA = 1e-4
-# the eigenvalues to which a power law is fitted, from 1
+# first and last eigenvalue of the power-law fit, counted from 1
 FIRST, LAST = 5, 100
-# smaller eigenvalues, relative to the largest, are rounding errors
+# eigenvalues smaller than this, relative to the largest, are rounding errors
 _LEAST_SHARE = 1e-10
 
 
 def label_free(z_NF: Tensor, e_NVF: Tensor) -> Record:
-    """Return every metric by its name in metrics.jsonl.
+    """Return all metrics, by their names in metrics.jsonl.
 
     Args:
-        z_NF: embeddings of images as they are.
-        e_NVF: embeddings of augmented views of other images, or the same.
+        z_NF: embeddings of unaugmented images.
+        e_NVF: embeddings of augmented views, of the same or other images.
     """
     return {
         "rankme": rankme(z_NF),
@@ -42,18 +42,18 @@ def label_free(z_NF: Tensor, e_NVF: Tensor) -> Record:
 def rankme(z_NF: Tensor) -> float:
     """Return RankMe, the smooth rank exp(-sum p log p), p_k = sigma_k / sum sigma + 1e-7.
 
-    sigma are the singular values of z_NF, not centred: 1 to min(N, F), the same for c z.
+    sigma are the singular values of z_NF, not centred. From 1 to min(N, F); the same for c z.
     Garrido et al., "RankMe", ICML 2023, equations 1 and 2.
     """
     return _smooth_rank(_singular_values(z_NF))
 
 
 def lidar(e_NVF: Tensor) -> float:
-    """Return LiDAR, the smooth rank (as in RankMe) of what tells images apart despite their views.
+    """Return LiDAR, the smooth rank (as in RankMe) of what separates images across views.
 
     The eigenvalues are those of S_w^(-1/2) S_b S_w^(-1/2): S_b is the covariance of the images'
-    means, S_w the mean outer product of what views add to them, plus 1e-4 I. At most N - 1 are not
-    zero. The same for e Q with orthogonal Q. Thilak et al., "LiDAR", ICLR 2024, equations 1 to 4.
+    means, S_w the mean outer product of the views' deviations from them, plus 1e-4 I. At most N - 1
+    are nonzero. The same for e Q, Q orthogonal. Thilak et al., "LiDAR", ICLR 2024, eqs. 1 to 4.
     """
     e_NVF = _double(e_NVF)
     images, views, dim = e_NVF.shape
@@ -74,8 +74,8 @@ def lidar(e_NVF: Tensor) -> float:
 def alpha_req(z_NF: Tensor) -> float:
     """Return alpha of lambda_k ~ k^-alpha, by least squares of log lambda_k on log k.
 
-    lambda are the eigenvalues of the covariance of z_NF, descending; fitted are k = 5 to 100, or to
-    the last above 1e-10 of the first. Agrawal et al., "alpha-ReQ", NeurIPS 2022.
+    lambda are the eigenvalues of z_NF's covariance, descending; the fit covers k = 5 to 100, or to
+    the last one above 1e-10 of the first. Agrawal et al., "alpha-ReQ", NeurIPS 2022.
     """
     z_NF = _double(z_NF)
     eigenvalues = _singular_values(z_NF - z_NF.mean(0)).square()[:LAST]
@@ -103,13 +103,13 @@ def alignment(e_NVF: Tensor) -> float:
 def uniformity(z_NF: Tensor) -> float:
     """Return log mean exp(-2 |u - u'|^2) over all pairs of images, u = z / |z|: -8 to 0.
 
-    Wang and Isola, ICML 2020 (as `alignment`), t = 2. N is at least 2. About -4 where u is
+    Wang and Isola, ICML 2020 (as `alignment`), t = 2. N is at least 2. About -4 for u
     uniform on the sphere.
     """
     u_NF = functional.normalize(_double(z_NF), dim=1)
     if not u_NF.isfinite().all():
         return math.nan
-    # |u - u'|^2 = |u|^2 + |u'|^2 - 2 u.u', and a lost embedding has |u| = 0
+    # |u - u'|^2 = |u|^2 + |u'|^2 - 2 u.u', and a zero embedding has |u| = 0
     square_N = u_NF.square().sum(1)
     distance_NN = square_N[:, None] + square_N - 2 * u_NF @ u_NF.T
     weight_NN = (-2 * distance_NN).exp().fill_diagonal_(0)

@@ -1,4 +1,4 @@
-"""Loggers beside metrics.jsonl: TensorBoard, Weights & Biases, or a class of your own."""
+"""Loggers besides metrics.jsonl: TensorBoard, Weights & Biases, or your own class."""
 
 import io
 import os
@@ -16,7 +16,7 @@ from isofast.data.files import write_text
 from isofast.errors import UserError
 
 Record = dict[str, float | int | None]
-# of a picture, whose drawing takes time from training
+# plotted at most: drawing takes time from training
 _MOST_ROWS = 300
 
 
@@ -24,20 +24,20 @@ class Logger(Protocol):
     """Receives a run's records, on the background thread."""
 
     def __init__(self, run_dir: Path, config: Config, step: int) -> None:
-        """Start, or continue from ``step``; records of later steps come again."""
+        """Start, or resume from ``step``; later steps are logged again."""
 
     def log(self, record: Record) -> None:
         """Log a record of metrics.jsonl."""
 
     def flush(self) -> None:
-        """Write what is pending to the disk; called at each checkpoint."""
+        """Write pending records to disk; called at each checkpoint."""
 
     def close(self) -> None:
-        """End the log."""
+        """Close the log."""
 
 
 class TensorBoard:
-    """Event files in the run's folder tensorboard/."""
+    """Event files in the run's tensorboard/ folder."""
 
     def __init__(self, run_dir: Path, config: Config, step: int) -> None:
         folder = str(run_dir / "tensorboard")
@@ -50,12 +50,12 @@ class TensorBoard:
 
 
 class WandB:
-    """A run of Weights & Biases, its files in the run's folder wandb/.
+    """A Weights & Biases run, with its files in the run's wandb/ folder.
 
-    A continued run goes on with the id in wandb/id; of steps that it repeats W&B keeps the first.
-    Each checkpoint adds a picture of C's eigenvalues so far, the first also views.png.
+    A resumed run keeps the id in wandb/id; W&B keeps the first record of repeated steps. Each
+    checkpoint logs a plot of C's eigenvalues so far, the first one also views.png.
 
-    Environment variables are W&B's own: WANDB_MODE=offline, WANDB_PROJECT and the rest.
+    W&B's own environment variables apply: WANDB_MODE=offline, WANDB_PROJECT and the rest.
 
     Raises:
         UserError: the package is not installed.
@@ -66,7 +66,7 @@ class WandB:
             import wandb
         except ModuleNotFoundError:
             raise UserError(
-                "logging.loggers has wandb, and the package is not installed. pip install wandb, "
+                "logging.loggers has wandb, but the package is not installed. pip install wandb, "
                 "or leave it out"
             ) from None
         known = run_dir / "wandb" / "id"
@@ -84,7 +84,7 @@ class WandB:
             project=os.environ.get("WANDB_PROJECT", "isofast"),
             name=os.environ.get("WANDB_NAME", run_dir.resolve().name),
             config=config.model_dump(mode="json"),
-            # what may change when a run continues
+            # for keys that may change when a run is resumed
             allow_val_change=True,
         )
 
@@ -110,7 +110,7 @@ class WandB:
 
 
 def draw_spectra(step_T: np.ndarray, eigenvalues_TD: np.ndarray) -> Image.Image:
-    """Each eigenvalue of C over the steps, as a picture."""
+    """Plot each eigenvalue of C over the steps."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6, 4), layout="constrained")
@@ -134,7 +134,7 @@ _BUILT_IN: dict[str, type[Logger]] = {"tensorboard": TensorBoard, "wandb": WandB
 
 
 def make_loggers(run_dir: Path, config: Config, step: int) -> list[Logger]:
-    """Start the loggers of ``logging.loggers``.
+    """Start the loggers in ``logging.loggers``.
 
     Raises:
         UserError: one of them cannot be imported or started.

@@ -1,4 +1,4 @@
-"""metrics.jsonl and spectrum.npz: write, continue after an interruption, read back."""
+"""Write metrics.jsonl and spectrum.npz, resume them after an interruption, read them back."""
 
 import json
 import os
@@ -19,12 +19,12 @@ from isofast.run.spectrum import Spectrum
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Top-1 of the online probe and of k-NN, fractions in [0, 1]."""
+    """Top-1 accuracies of the online probe and of k-NN, fractions in [0, 1]."""
 
     val_top1: float
     knn_top1: float
     label_free: Callable[[], Record] = dict
-    """Computes what the record says beside them; the recorder calls it in the background."""
+    """Computes the rest of the record; the recorder calls it in the background."""
 
 
 class MetricsWriter:
@@ -32,9 +32,9 @@ class MetricsWriter:
 
     Args:
         run_dir: the run's folder.
-        step: where the run continues; a new run, at 0, keeps nothing.
-        loggers: receive each record too; one that cannot write is left out from then on.
-        report: takes a line for the user.
+        step: where the run resumes; a new run, at 0, keeps nothing.
+        loggers: also receive each record; one that cannot write is dropped.
+        report: called with a line for the user.
 
     Attributes:
         records: the records kept.
@@ -62,7 +62,7 @@ class MetricsWriter:
     def write(self, record: Record) -> None:
         """Append a record; NaN and infinity, which JSON lacks, become null.
 
-        On a full disk it waits for ``flush``.
+        On a full disk, the record waits for ``flush``.
         """
         clean = {k: v if v is None or np.isfinite(v) else None for k, v in record.items()}
         self._unwritten += json.dumps(clean).encode() + b"\n"
@@ -75,7 +75,7 @@ class MetricsWriter:
         self._spectra[step] = spectrum
 
     def flush(self) -> None:
-        """Write spectrum.npz, and bring records and spectra to the disk.
+        """Write spectrum.npz, and sync records and spectra to disk.
 
         Raises:
             OSError: the disk is full; nothing is lost, and the next flush tries again.
@@ -102,7 +102,7 @@ class MetricsWriter:
                 what(logger)
             except OSError as error:
                 self._loggers.remove(logger)
-                self._report(f"warning: {type(logger).__name__} gets no more records ({error})")
+                self._report(f"warning: {type(logger).__name__} receives no more records ({error})")
 
     def _save_spectra(self, path: Path) -> None:
         """Write step (T,), eigenvalues (T, D) and, if any is known, alignment (T, D)."""
@@ -113,13 +113,12 @@ class MetricsWriter:
         if any(alignment_D is not None for alignment_D in alignments):
             unknown_D = np.full_like(eigenvalues_TD[0], np.nan)
             arrays["alignment"] = np.stack([unknown_D if a is None else a for a in alignments])
-        # not compressed: zlib takes seconds for the thousands of spectra of a long run, and makes
-        # them 10 % smaller
+        # not compressed: on the thousands of spectra of a long run, zlib takes seconds to save 10 %
         np.savez(path, **arrays)
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Return the records of a metrics.jsonl, without lines that a crash cut short."""
+    """Return the records in a metrics.jsonl, skipping lines that a crash cut short."""
     records = []
     if path.exists():
         for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
@@ -130,7 +129,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def read_spectra(path: Path) -> dict[int, Spectrum]:
-    """Return the spectra of a spectrum.npz by step, in order; none without a file.
+    """Return the spectra in a spectrum.npz by step, in order; none without a file.
 
     Raises:
         UserError: the file is damaged.
@@ -144,8 +143,8 @@ def read_spectra(path: Path) -> dict[int, Spectrum]:
             alignments = stored["alignment"].astype(np.float32) if "alignment" in stored else None
     except (ValueError, KeyError, EOFError, OSError, BadZipFile) as error:
         raise UserError(
-            f"cannot read {path}: {error}; put it back, or move it away to do without the "
-            f"eigenvalues up to here"
+            f"cannot read {path}: {error}; restore it, or move it away to continue without the "
+            f"earlier eigenvalues"
         ) from None
     return {
         step: Spectrum(eigenvalues[t], None if alignments is None else alignments[t])

@@ -13,13 +13,13 @@ _BAR = "{percentage:3.0f}% {n_fmt}/{total_fmt} {elapsed}<{remaining}{postfix}"
 
 
 class Progress:
-    """Shows steps, time left and a few values.
+    """Shows the step, the time left and a few values.
 
     Args:
         total: steps of the whole run.
-        start: steps taken before.
+        start: steps already taken.
         speak: whether this rank prints.
-        line_every_s: seconds between lines of a log file.
+        line_every_s: seconds between lines in a log file.
     """
 
     def __init__(self, total: int, start: int, speak: bool, line_every_s: float = 10.0) -> None:
@@ -34,7 +34,7 @@ class Progress:
         )
 
     def advance(self, done: int, values: Mapping[str, str] | None = None) -> None:
-        """Count a step, the ``done``-th; show new ``values`` by name."""
+        """Count step number ``done``, and show ``values`` if given."""
         self._bar.update(1)
         if values is None:
             return
@@ -48,7 +48,7 @@ class Progress:
 
     @contextmanager
     def waiting(self, what: str) -> Iterator[None]:
-        """Show every few seconds how long ``what`` has taken."""
+        """Show every few seconds how long ``what`` has taken so far."""
         began, done = time.monotonic(), threading.Event()
 
         def show() -> None:
@@ -71,10 +71,10 @@ class Progress:
             tqdm.write(text, file=sys.stderr)
 
     def note(self, text: str) -> None:
-        """Print a line in a log file only; a terminal has a bar for it."""
+        """Print a line in log files only; a terminal has the bar."""
         if self._lines:
             self.say(text)
 
     def close(self) -> None:
-        """Leave the bar as it is."""
+        """Close the bar, leaving it on screen."""
         self._bar.close()

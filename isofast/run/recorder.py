@@ -39,7 +39,7 @@ class Totals:
 
 @dataclass
 class _Lap:
-    """Since the last record: start, seconds spent waiting for data, steps."""
+    """The time since the last record: start, seconds spent waiting for data, steps."""
 
     began: float = field(default_factory=time.perf_counter)
     waited: float = 0.0
@@ -50,14 +50,14 @@ class Recorder:
     """Records, progress and timing of one rank; only the main rank writes and prints.
 
     Args:
-        run_dir: the run's folder; gets config.json and environment.json at once.
-        config: the run's.
-        world: this process among its peers.
+        run_dir: the run's folder; config.json and environment.json are written at once.
+        config: the run's configuration.
+        world: rank, world size and device.
         environment: the content of environment.json.
-        totals: as they were at ``step``.
-        step: where the run continues; later records are dropped.
-        last_step: where it ends.
-        steps_per_epoch: steps of one pass over the images.
+        totals: those saved at ``step``.
+        step: where the run resumes; later records are dropped.
+        last_step: where the run ends.
+        steps_per_epoch: steps in one pass over the images.
     """
 
     def __init__(
@@ -105,14 +105,14 @@ class Recorder:
         self._lap = _Lap()
 
     def stop_clock(self) -> _Lap:
-        """Add the current lap to the total, start another, and return the former."""
+        """Add the current lap to the total, start a new one, and return the old one."""
         lap, self._lap = self._lap, _Lap()
         if lap.steps:
             self.totals.train_s += self._lap.began - lap.began
         return lap
 
     def spectrum(self, step: int, corr_DD: Tensor, w_DD: Tensor | None) -> None:
-        """Record the spectrum of C (D, D), and a trained W's alignment, without waiting for it."""
+        """Record the spectrum of C (D, D), and a trained W's alignment, without waiting."""
         if self._writer is None:
             return
         writer, corr = self._writer, HostCopy(corr_DD)
@@ -126,7 +126,7 @@ class Recorder:
         self._spectrum = self._background.do(work)
 
     def training(self, step: int, values: Record) -> None:
-        """Write and show a step's ``values``, the speed, and the ranks of the last spectrum."""
+        """Write and show a step's ``values`` and speed, with the last spectrum's ranks."""
         lap = self.stop_clock()
         elapsed = self._lap.began - lap.began
         speed = {
@@ -145,7 +145,7 @@ class Recorder:
         self.progress.advance(step, shown)
 
     def evaluation(self, step: int, result: Evaluation) -> bool:
-        """Write and show an evaluation; return whether its k-NN is the best of training so far."""
+        """Write and show an evaluation; return whether its k-NN is the best after step 0."""
         self.totals.val_top1, self.totals.knn_top1 = result.val_top1, result.knn_top1
         if step == 0:
             self.totals.knn_top1_initial = result.knn_top1
@@ -164,25 +164,25 @@ class Recorder:
         return best
 
     def finding(self) -> Finding | None:
-        """Return the collapse that the last record shows; None on all ranks but the main one.
+        """Return the collapse that the last record shows, if any; always None except on rank 0.
 
-        Waits for that record, usually written long before the next is due.
+        Wait for that record, which is usually written long before the next one is due.
         """
         return None if self._finding is None else self._finding.result()
 
     def note_collapse(self, message: str) -> None:
-        """Note in summary.json that a collapse ends the run."""
+        """Note for summary.json that a collapse ends the run."""
         self._background.wait()
         self.totals.collapse = message
 
     def flush(self) -> tuple[Totals, Future[OSError | None]]:
-        """Return the totals so far, and whether all records before reached the disk."""
+        """Return the totals so far, and a future of the error, if any, in writing all records."""
         self._background.wait()
         wall_s = self.totals.wall_s + time.perf_counter() - self._began
         return replace(self.totals, wall_s=wall_s), self._background.do(self._flush)
 
     def summary(self, step: int, corr_DD: Tensor, dropped: int, failure: str | None) -> Summary:
-        """Write summary.json; without ``failure`` the run is completed and its table printed."""
+        """Write summary.json; without ``failure``, the run is complete: print the results table."""
         so_far, written = self.flush()
         if (error := written.result()) is not None:
             raise error
@@ -227,7 +227,7 @@ class Recorder:
         return round(step / self._steps_per_epoch, 4)
 
     def _write(self, record: Record, measured: Future[Spectrum]) -> Finding | None:
-        """Write a record with the spectrum's ranks; return the collapse it shows."""
+        """Write a record with the spectrum's effective ranks; return the collapse it shows."""
         assert self._writer is not None
         spectrum = measured.result()
         record["effective_rank"] = spectrum.effective_rank

@@ -1,4 +1,4 @@
-"""Checkpoints written while training goes on."""
+"""Checkpoints written in the background, during training."""
 
 import copy
 import time
@@ -16,14 +16,14 @@ from isofast.run.checkpoint import REMEDY, State, save_checkpoint
 
 
 class Saver:
-    """Copies what it is given and writes it in the background, one checkpoint at a time.
+    """Copies the state and writes it in the background, one checkpoint at a time.
 
-    One that cannot be written leaves the older ones and the run, until ``max_failures`` in a row.
+    Up to ``max_failures`` in a row may fail; the older checkpoints and the run are unaffected.
 
     Args:
         folder: the run's checkpoints folder.
         config: the config's checkpoint section.
-        report: takes a line for the user.
+        report: called with a line for the user.
         about: metadata of encoder.safetensors.
     """
 
@@ -42,7 +42,7 @@ class Saver:
         self._pending: Future[None] | None = None
 
     def is_due(self) -> bool:
-        """Whether ``every_minutes`` are over since the last checkpoint or since this was true."""
+        """Whether ``every_minutes`` have passed since the last checkpoint or the last True."""
         minutes, now = self._config.every_minutes, time.monotonic()
         due = minutes is not None and now - self._last > 60 * minutes
         if due:
@@ -57,12 +57,12 @@ class Saver:
         best_step: int | None = None,
         records: Future[OSError | None] | None = None,
     ) -> None:
-        """Save a step as `save_checkpoint` does; waits only for the checkpoint before.
+        """Save a step like `save_checkpoint`; wait only for the previous checkpoint.
 
-        ``records`` of the steps before are to be on the disk first.
+        The checkpoint is written once ``records``, the earlier records, are on disk.
 
         Raises:
-            RunError: too many in a row could not be written.
+            RunError: too many checkpoints in a row could not be written.
         """
         try:
             self.wait()
@@ -77,7 +77,7 @@ class Saver:
         self._pending = self._thread.submit(self._write, step, copies, best_step, records)
 
     def wait(self) -> None:
-        """Wait until the last checkpoint is on the disk.
+        """Wait until the last checkpoint is on disk.
 
         Raises:
             RunError: it could not be written.
@@ -87,7 +87,7 @@ class Saver:
             pending.result()
 
     def close(self) -> None:
-        """Finish what is being written."""
+        """Finish the checkpoint that is being written."""
         self._thread.shutdown()
 
     def _write(
@@ -105,9 +105,9 @@ class Saver:
 
 
 def _each(function: Callable[[Any], Any], tree: Any) -> Any:
-    """``tree`` with ``function`` of its leaves."""
+    """Apply ``function`` to the leaves of ``tree``."""
     if isinstance(tree, dict):
-        # a copy keeps the versions that a module's state carries
+        # a copy keeps the versions in a module's state dict
         copied = copy.copy(tree)
         copied.update({key: _each(function, value) for key, value in tree.items()})
         return copied

@@ -1,6 +1,6 @@
 """C's spectrum: effective ranks, and the alignment of a trained linear predictor with it.
 
-Computed in float64, kept in float32. Shapes: D embedding dimensions.
+Computed in float64, stored as float32. Shapes: D embedding dimensions.
 """
 
 from dataclasses import dataclass
@@ -57,7 +57,7 @@ def measure(corr_DD: Tensor, w_DD: Tensor | None = None) -> Spectrum:
 
     The alignment is cos(W u_i, u_i) = u_i^T W u_i / |W u_i|, P Fig. 4 (after Tian et al., 2021): 1
     if u_i is an eigenvector of W with a positive eigenvalue (so for any W = f(C)), -1 with a
-    negative one, 0 if W u_i is. A random W gives 0 on average, with a spread of 1/sqrt(D).
+    negative one, 0 if W u_i = 0. A random W gives 0 on average, with a spread of 1/sqrt(D).
 
     Args:
         corr_DD: C, symmetric (D, D), any dtype, on the CPU.
@@ -81,7 +81,7 @@ def effective_rank(eigenvalues_D: npt.ArrayLike) -> float:
     """Return the participation ratio (sum lambda)^2 / sum lambda^2: D if all are equal."""
     values_D = np.asarray(eigenvalues_D, dtype=np.float64)
     squares = np.square(values_D).sum()
-    # infinite / infinite is NaN, as it should be
+    # inf / inf is NaN, as it should be
     with np.errstate(invalid="ignore"):
         return float(np.square(values_D.sum()) / squares) if squares != 0 else 0.0
 

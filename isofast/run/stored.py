@@ -1,4 +1,4 @@
-"""Read runs back from their folders, and name them apart."""
+"""Read runs back from their folders, and label them."""
 
 import os
 from collections.abc import Sequence
@@ -25,7 +25,7 @@ TITLES = {
     "linear": "linear predictor",
     "sigreg": "SIGReg",
 }
-# Named whenever runs differ in them; other keys only to tell runs apart.
+# Named whenever runs differ in them; other keys only if needed to tell runs apart.
 _ALWAYS_KEYS = ("method.metric", "method.ema")
 _WORDS = {
     "method.name": TITLES,
@@ -41,32 +41,32 @@ class Run:
     path: Path
     config: Config
     records: list[dict[str, Any]]
-    """Of training steps, in order; at least one."""
+    """Records of training steps, in order; at least one."""
     evaluations: list[dict[str, Any]]
     epochs_T: Array
-    """When the spectra were taken."""
+    """Epochs at which the spectra were taken."""
     eigenvalues_TD: Array
     """Descending in each row."""
     alignment_TD: Array | None
-    """Of a linear predictor with C; NaN where unknown."""
+    """Alignment of a linear predictor with C; NaN where unknown."""
 
     def curve(self, name: str) -> tuple[Array, Array]:
-        """Return the epochs and values at which a number was recorded or evaluated."""
+        """Return the epochs and values of a recorded or evaluated metric."""
         known = [r for r in (*self.records, *self.evaluations) if r.get(name) is not None]
         return np.array([r["epoch"] for r in known]), np.array([float(r[name]) for r in known])
 
 
 def read_config(path: Path) -> Config:
-    """Read the config of the run in a folder.
+    """Read the config of a run.
 
     Raises:
         UserError: the folder is not a run, or is damaged.
     """
     config_path = path / "config.json"
     if not config_path.is_file():
-        what = "holds no config.json" if path.is_dir() else "is not a folder"
+        what = "has no config.json" if path.is_dir() else "is not a folder"
         raise UserError(
-            f"{path} is no run: it {what}. Give the folder that --run-dir named, such as runs/NAME"
+            f"{path} is not a run: it {what}. Give a folder passed as --run-dir, e.g. runs/NAME"
         )
     try:
         return read_stored(config_path)
@@ -104,18 +104,18 @@ def read_run(path: Path) -> Run:
 
 
 def labels(runs: Sequence[Run], first: Sequence[str] = ()) -> list[str]:
-    """Return a short name for each run: its method and the settings in which it differs.
+    """Return a short label for each run: its method and the settings in which it differs.
 
-    Runs of the same settings are told apart by their folders, below the one they share.
+    Runs with the same settings are told apart by their folders, relative to a common parent.
 
     Args:
         runs: the runs of one figure.
-        first: keys always named, such as optimizer.weight_decay.
+        first: keys that are always named, such as optimizer.weight_decay.
     """
     settings = [dict(leaves(run.config)) for run in runs]
 
     def groups(*keys: str) -> int:
-        """How many groups of runs these keys tell apart."""
+        """Count the groups of runs that these keys tell apart."""
         return len({repr([setting.get(key) for key in keys]) for setting in settings})
 
     differing = [key for key in _ALWAYS_KEYS if groups(key) > 1]

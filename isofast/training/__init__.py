@@ -1,1 +1,1 @@
-"""Training: the loop, its step, optimizers, parallelism and evaluation beside it."""
+"""Training: the loop, the step, optimizers, data parallelism and online evaluation."""

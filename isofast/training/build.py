@@ -1,4 +1,4 @@
-"""Everything a run consists of, built from its config, saved and restored as one."""
+"""The training state of a run: built from its config, saved and restored as a whole."""
 
 from dataclasses import dataclass
 from functools import partial
@@ -27,10 +27,10 @@ from isofast_kernels.arguments import MAX_FEATURES
 from isofast_kernels.matrix_power import runs_by_products
 
 State = dict[str, Any]
-# of a checkpoint; 3 has no counters of BatchNorm
+# of checkpoints; 3 dropped BatchNorm's counters, 4 added the precision
 _FORMAT = 4
-# of Inductor on a GPU. Its own limits have it write out, for a second reader, what BatchNorm's
-# backward makes anew from x: 6.8 GB in place of 4.3 for CIFAR-10's backward at batch 256
+# Inductor options on a GPU. With its default limits it writes out, for a second reader, what
+# BatchNorm's backward can recompute from x: 6.8 GB, not 4.3, for CIFAR-10's backward at batch 256
 _INDUCTOR = {"realize_reads_threshold": 16, "realize_opcount_threshold": 200}
 
 
@@ -43,19 +43,19 @@ class TrainState:
     target: EmaTarget | None
     optimizer: Optimizer
     engine: Any
-    """DeepSpeed's; None where the step is a graph, in one process."""
+    """The DeepSpeed engine; None in a single process whose step is a CUDA graph."""
     compiled: bool
-    """Whether the networks go through torch.compile."""
+    """Whether the networks are compiled with torch.compile."""
     graphed: bool
     """Whether the step is a CUDA graph."""
 
     @property
     def method(self) -> Method:
-        """The method, inside ``online``."""
+        """The method in ``online``."""
         return self.online.method
 
     def step(self, batch: Batch) -> StepOutput:
-        """A step of all that trains, at the learning rates and the target's decay that are set."""
+        """Take one training step, with the current learning rates and EMA decay."""
         with part("target"):
             targets = None if self.target is None else self.target(batch)
         if self.engine is None:
@@ -77,7 +77,7 @@ class TrainState:
         return output
 
     def initialise(self, path: str | None) -> list[str]:
-        """Begin with the encoder weights of ``path``, the target too; return a line on it."""
+        """Load encoder weights from ``path``, for the target too; return a line describing them."""
         if path is None:
             return []
         note = initialise(self.online.branch.encoder, path)
@@ -86,7 +86,7 @@ class TrainState:
         return [note]
 
     def capture(self) -> State:
-        """All that training has changed, as tensors and plain values. Called on every rank."""
+        """Return all that training changes, as tensors and plain values. Call on every rank."""
         return {
             "format": _FORMAT,
             "online": self.online.state_dict(),
@@ -99,17 +99,17 @@ class TrainState:
         }
 
     def restore(self, state: State, steps: int) -> list[str]:
-        """Put back what ``capture`` gave, ``steps`` steps into the run.
+        """Restore a state from ``capture``, taken ``steps`` steps into the run.
 
         Returns:
-            What keeps the run from going on bitwise as it was, a line each.
+            One line for each reason why the run will not continue bitwise identically.
 
         Raises:
-            UserError: the state was made by an earlier version.
+            UserError: the state is from another version of isofast.
         """
         if state.get("format") != _FORMAT:
             raise UserError(
-                "the run's checkpoints are of another version of isofast; finish it with that "
+                "the run's checkpoints are from another version of isofast; finish it with that "
                 "version, or start over with --fresh"
             )
         self.online.load_state_dict(state["online"])
@@ -118,7 +118,7 @@ class TrainState:
         load_optimizer_state(self.optimizer, state["optimizer"])
         if self.engine is not None:
             restore_engine(self.engine, steps)
-        # "auto" stays what it was, on another machine too
+        # "auto" keeps its meaning on another machine
         for module in (self.online, self.target):
             if module is not None:
                 module.branch.precision = getattr(torch, state["precision"])
@@ -129,39 +129,39 @@ class TrainState:
         ranks = state["world_size"]
         if ranks != self.world.size:
             notes.append(
-                f"the run had {ranks} process(es) and has {self.world.size} now: the same batches, "
-                f"summed in another order, and other BatchNorm statistics if they are local"
+                f"the run had {ranks} process(es) and has {self.world.size} now: the batches are "
+                f"the same, but summed in another order, and local BatchNorm statistics differ"
             )
         if notes:
-            # nothing of isofast draws from these; a dropout of your own encoder may
+            # isofast never uses these generators; dropout in a custom encoder may
             torch.manual_seed(steps * self.world.size + self.world.rank)
         else:
             _set_rng_state(state["rng"][self.world.rank], self.world.device)
         return notes
 
     def is_finite(self) -> bool:
-        """Whether no parameter has become NaN or infinite. Synchronises with the GPU."""
+        """Return whether every parameter is finite. Synchronises with the GPU."""
         norms = torch._foreach_norm([p.detach() for p in self.online.parameters()])
         return bool(torch.isfinite(torch.stack(norms)).all())
 
 
 def build(config: Config, world: World, classes: int) -> TrainState:
-    """Networks, target, C, optimizer and engine of a new run, from ``config.seed``.
+    """Build a new run's networks, target, C, optimizer and engine, seeded by ``config.seed``.
 
     Args:
-        config: the run's.
+        config: the run's configuration.
         world: this process among its peers.
-        classes: outputs of the probe.
+        classes: number of outputs of the probe.
 
     Raises:
-        UserError: the embeddings are wider than the kernels take.
+        UserError: the embeddings are wider than the kernels support.
     """
     torch.manual_seed(config.seed)
     cuda = world.device.type == "cuda"
     if cuda and config.projector.output > MAX_FEATURES:
         raise UserError(
             f"projector.output is {config.projector.output}; on a GPU the losses take at most "
-            f"{MAX_FEATURES}. Set projector.output to that or less (the paper has 256)"
+            f"{MAX_FEATURES}. Set projector.output to that or less (the paper uses 256)"
         )
     torch.backends.cudnn.benchmark = cuda
     side = recipe_for(config.data.dataset, crop=config.data.crop).crop
@@ -185,7 +185,7 @@ def build(config: Config, world: World, classes: int) -> TrainState:
     online.to(world.device)
     target = EmaTarget(online.branch, config.method.ema_base) if config.method.ema else None
     if compiled:
-        # all networks of a process share their code, of which torch would keep eight builds
+        # all networks in a process share code objects; torch would keep only eight builds of each
         limits = torch._dynamo.config
         limits.recompile_limit = max(limits.recompile_limit, 64)
         options = _INDUCTOR if cuda else None
@@ -198,16 +198,16 @@ def build(config: Config, world: World, classes: int) -> TrainState:
             target.branch.compile(options=options)
     optimizer = make_optimizer(online, config)
     graphed = is_graphed(config, world)
-    # outside a graph the host would check 400 tensors a step
+    # outside a graph, guards on 400 tensors would be checked on the host in every step
     if fused and graphed:
-        # up to 64 norms are read where they are, not copied to be stacked
+        # stack up to 64 norms without copying each one first
         one_pass = partial(torch.compile, dynamic=False, options={"max_pointwise_cat_inputs": 64})
         if isinstance(optimizer, LARS):
             optimizer.update = one_pass(optimizer.update)  # type: ignore[method-assign]
         if target is not None:
             target.lerp_ = one_pass(target.lerp_)
     engine = None if graphed else make_engine(online, optimizer, config, world)
-    # only now: DeepSpeed's first broadcast refuses parameters that are not contiguous
+    # only now: DeepSpeed's initial broadcast rejects non-contiguous parameters
     for module in (online, target):
         if module is not None:
             module.to(memory_format=torch.channels_last)
@@ -224,7 +224,7 @@ def train_loader(
     dtype: torch.dtype,
     start_step: int = 0,
 ) -> TrainLoader:
-    """The batches of this rank, from ``start_step`` on, by ``backend`` (not "auto")."""
+    """Return this rank's loader, starting at ``start_step``; ``backend`` must not be "auto"."""
     return TrainLoader(
         backend,
         train,
@@ -243,23 +243,23 @@ def train_loader(
 
 
 def synchronises_batch_norm(config: Config, world: World) -> bool:
-    """Whether BatchNorm's statistics are those of all ranks."""
+    """Return whether BatchNorm statistics are computed over all ranks."""
     return world.size > 1 and config.train.batch_norm != "local"
 
 
 def is_graphed(config: Config, world: World) -> bool:
-    """Whether the step is a CUDA graph.
+    """Return whether the step is a CUDA graph.
 
     Raises:
-        UserError: it should be, with several processes or pieces.
+        UserError: ``cuda_graph`` is "on" with several processes or micro-batches.
     """
     pieces = config.train.accumulation
     if config.train.cuda_graph == "on" and (world.size > 1 or pieces > 1):
         raise UserError(
-            f"train.cuda_graph is for one process and whole batches, and there are {world.size} "
+            f"train.cuda_graph=on needs one process and train.accumulation=1, got {world.size} "
             f"process(es) and train.accumulation={pieces}; leave it at auto"
         )
-    # a graph keeps the Python values of its capture, and only our own code is known to have none
+    # a graph freezes Python values at capture; only our own code is known not to depend on any
     encoder = config.encoder.name
     ours = ":" not in config.method.name and (":" not in encoder or encoder.startswith("timm:"))
     auto = world.device.type == "cuda" and world.size == pieces == 1 and ours
@@ -268,7 +268,7 @@ def is_graphed(config: Config, world: World) -> bool:
 
 
 def _decomposes(method: MethodConfig) -> bool:
-    """Whether W takes an eigendecomposition, which waits for the host."""
+    """Return whether W needs an eigendecomposition, which synchronises with the host."""
     if not isinstance(method, ClosedForm.Config) or method.alpha == 1:
         return False
     return not runs_by_products(method.alpha, method.eps, method.normalize)
@@ -281,7 +281,7 @@ def _precision(config: Config, cuda: bool) -> torch.dtype:
 
 
 def _rng_state(device: torch.device) -> State:
-    """torch's generators; nothing in a run draws from numpy's or Python's global ones."""
+    """Return torch's generator states; a run never uses NumPy's or Python's global ones."""
     return {
         "cpu": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,

@@ -1,4 +1,4 @@
-"""Faults of the machine, told in a user's words."""
+"""Machine faults, explained in the user's terms."""
 
 import errno
 from collections.abc import Iterator
@@ -12,7 +12,7 @@ from isofast.errors import GOES_ON, RunError, UserError
 
 @contextmanager
 def in_words(config: Config) -> Iterator[None]:
-    """Raise a RunError in the place of a lost peer's or an exhausted memory's own errors."""
+    """Turn errors from a lost peer or exhausted memory into a RunError."""
     try:
         yield
     except (RunError, UserError):
@@ -24,10 +24,10 @@ def in_words(config: Config) -> Iterator[None]:
 
 
 def _message(error: Exception, config: Config) -> str | None:
-    """What a user should know and do; None of all other errors."""
+    """Return what happened and what to do, or None for any other error."""
     cause = str(error)
     sentences = cause.split(". ")
-    # torch's and DALI's
+    # torch's and DALI's errors
     plain = isinstance(error, RuntimeError)
     if isinstance(error, torch.distributed.DistError) or (plain and "gloo" in cause):
         return (
@@ -36,18 +36,18 @@ def _message(error: Exception, config: Config) -> str | None:
         )
     if isinstance(error, torch.OutOfMemoryError):
         return (
-            f"the GPU is out of memory ({'. '.join(sentences[:2])}). Less is needed with a "
-            f"smaller evaluation.batch_size and with more processes, which share the batch: "
+            f"the GPU is out of memory ({'. '.join(sentences[:2])}). Lower "
+            f"evaluation.batch_size or start more processes, which split the batch, then "
             f"{GOES_ON}. Or start over (--fresh) with train.accumulation="
             f"{2 * config.train.accumulation}, a smaller train.batch_size (now "
-            f"{config.train.batch_size}), or data.backend=dali where images are resident"
+            f"{config.train.batch_size}), or data.backend=dali if the images are resident"
         )
     exhausted = isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM
     # DefaultCPUAllocator, std::bad_alloc
     if exhausted or (plain and "alloc" in cause):
         return (
-            f"this machine is out of memory ({cause or 'MemoryError'}). Free some, or need less "
-            f"with lower values of data.prefetch (now {config.data.prefetch}), data.threads, "
-            f"evaluation.batch_size or evaluation.knn_images; {GOES_ON}"
+            f"this machine is out of memory ({cause or 'MemoryError'}). Free some, or lower "
+            f"data.prefetch (now {config.data.prefetch}), data.threads, "
+            f"evaluation.batch_size or evaluation.knn_images, then {GOES_ON}"
         )
     return None

@@ -1,4 +1,4 @@
-"""A training step as one CUDA graph: a launch a step in place of several hundred."""
+"""A training step as one CUDA graph: one launch per step instead of several hundred."""
 
 from collections.abc import Callable
 
@@ -9,19 +9,19 @@ from isofast.errors import RunError
 from isofast.training.step import StepOutput
 
 WARMUP_STEPS = 20
-"""Eager steps before the capture, in which kernels compile and cuDNN chooses."""
+"""Eager steps before capture, in which kernels compile and cuDNN picks its algorithms."""
 
 
 class GraphedStep:
-    """``step`` as a graph, captured at call ``warmup + 1`` and replayed from then on.
+    """``step`` as a CUDA graph, captured at call ``warmup + 1`` and replayed from then on.
 
-    Each call copies the batch into tensors of its own, which the graph reads. What else changes
-    from step to step must be a tensor on the device: the learning rate, the target's decay.
-    The calls before the capture train as any others. On a CPU every call is one of these.
+    Each call copies the batch into static tensors that the graph reads. Anything else that changes
+    between steps, such as the learning rate and the EMA decay, must be a tensor on the device.
+    Warm-up calls are ordinary eager training steps, and so is every call on a CPU.
 
     Args:
-        step: the training step; its results are overwritten by the next call.
-        device: of the batches.
+        step: the training step; each call overwrites the previous results.
+        device: device of the batches.
         warmup: calls before the capture.
 
     Raises:
@@ -60,7 +60,7 @@ class GraphedStep:
         return self._output
 
     def _warm_up(self, batch: Batch) -> StepOutput:
-        """A step on the stream of the capture, so that nothing is tied to another one."""
+        """Run a step on the capture stream, so that nothing is tied to another stream."""
         current = torch.cuda.current_stream()
         assert self._stream is not None
         self._stream.wait_stream(current)
@@ -72,12 +72,12 @@ class GraphedStep:
     def _capture(self, batch: Batch) -> None:
         graph = torch.cuda.CUDAGraph()
         try:
-            # the loader's and the recorder's threads call CUDA meanwhile
+            # the loader and recorder threads keep calling CUDA during capture
             with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
                 self._output = self._step(batch)
         except RuntimeError as error:
             raise RunError(
                 f"the step could not be captured as a CUDA graph ({error}); "
-                f"--set train.cuda_graph=off trains without one"
+                f"to train without one, --set train.cuda_graph=off"
             ) from error
         self._graph = graph

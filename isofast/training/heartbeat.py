@@ -1,4 +1,4 @@
-"""Notices a rank that is gone or hangs, which the collectives would wait for in silence."""
+"""Detection of a lost or hung rank, for which collectives would wait silently."""
 
 import os
 import sys
@@ -19,15 +19,15 @@ TURN_S = 4.0
 class Heartbeat:
     """Ends this process when another rank has not answered for ``limit_s``.
 
-    A thread counts up a number in the launcher's store and reads those of the others, however long
-    a step, a check or an evaluation takes. The process ends with exit code 1, for its main thread
-    waits in a collective; the run's last checkpoint stands. The first rank of a machine says why,
-    the second where the first hangs.
+    A thread increments this rank's counter in the launcher's store and reads the others', however
+    long a step, a check or an evaluation takes. It exits the process with code 1, because the main
+    thread is stuck in a collective; the last checkpoint is kept. The first rank on each machine
+    says why, or the second if the first hangs.
 
     Args:
-        world: the ranks; nothing is watched in a run of one.
-        told: set once the launcher has asked this process to end, for another one has.
-        limit_s: seconds.
+        world: the ranks; a single rank is not watched.
+        told: set once the launcher has asked this process to end because another one has.
+        limit_s: timeout in seconds.
     """
 
     def __init__(self, world: World, told: threading.Event, limit_s: float = LIMIT_S) -> None:
@@ -49,11 +49,11 @@ class Heartbeat:
         self._closed.set()
         for thread in self._threads:
             if thread.is_alive():
-                # one that Python's end finds alive aborts the process; the store may be cut off
+                # a thread alive at interpreter exit aborts the process; the store may not answer
                 thread.join(None if self._ends.is_set() else INTERVAL_S)
 
     def _beat(self) -> None:
-        """Exchange the numbers; without rank 0's store nothing is heard any more."""
+        """Exchange counters; without rank 0's store every rank falls silent."""
         mine = self._world.rank
         others = [rank for rank in self._heard if rank != mine]
         try:
@@ -72,7 +72,7 @@ class Heartbeat:
                         before[rank], self._heard[rank] = beats, time.monotonic()
                 self._heard[mine] = time.monotonic()
         except (RuntimeError, OSError):
-            # at the end of a run rank 0 takes the store with it
+            # the store ends with rank 0
             return
 
     def _watch(self) -> None:
@@ -80,7 +80,7 @@ class Heartbeat:
         while not self._closed.wait(1.0):
             now = time.monotonic()
             if now - last > self._limit_s / 2:
-                # it is this process that was stopped
+                # this process was the one suspended
                 self._heard = dict.fromkeys(self._heard, now)
             last = now
             if self._silent():
@@ -92,7 +92,7 @@ class Heartbeat:
 
     def _end(self) -> None:
         self._ends.set()
-        # all have noticed then; once a rank has spoken and ended, a launcher tells the others
+        # by then all have noticed; once a rank has reported and exited, the launcher ends the rest
         time.sleep(TURN_S)
         silent = self._silent()
         if not silent:
@@ -100,7 +100,7 @@ class Heartbeat:
             return
         rank, turn = self._world.rank, self._world.local_rank
         if turn == 0 or (not self._told.wait(min(turn, 2) * TURN_S) and turn == 1):
-            # without the store no rank is heard, and this one is silent itself
+            # without the store every rank is silent, this one included
             which = f"rank {', '.join(map(str, silent))}"
             which = "rank 0 or its machine" if rank in silent else which
             sys.stderr.write(

@@ -1,4 +1,4 @@
-"""fit(): a run from its config to its summary; the loop from top to bottom."""
+"""fit(): a run from its config to its summary; the loop reads from top to bottom."""
 
 import atexit
 import time
@@ -60,16 +60,16 @@ from isofast.training.step import StepOutput, embedding_scalars
 
 
 def fit(config: Config, run_dir: str | PathLike[str]) -> Summary:
-    """Train ``config`` in ``run_dir``, or continue from its newest whole checkpoint.
+    """Train ``config`` in ``run_dir``, or resume from its newest intact checkpoint.
 
-    Called by every process of a launcher's group, or by one alone.
+    Call it in every process that the launcher starts, or in a single process.
 
     Returns:
-        What is in summary.json.
+        The contents of summary.json.
 
     Raises:
         UserError: the configuration, the data or the run dir does not allow the run.
-        RunError: the run cannot go on; what is known is in the run dir.
+        RunError: the run cannot continue; the run dir says what is known.
     """
     run_dir = Path(run_dir)
     check_pass_through(config)
@@ -77,7 +77,7 @@ def fit(config: Config, run_dir: str | PathLike[str]) -> Summary:
     data = config.data
     recipe = recipe_for(data.dataset, crop=data.crop, augmentation=data.augmentation)
     images = list_images(config)
-    # with gradients and in fp32, whatever the caller has set
+    # enable gradients and default to fp32, whatever the caller has set
     with torch.inference_mode(False), in_words(config), ExitStack() as stack:
         stack.callback(torch.set_default_dtype, torch.get_default_dtype())
         torch.set_default_dtype(torch.float32)
@@ -87,10 +87,10 @@ def fit(config: Config, run_dir: str | PathLike[str]) -> Summary:
         joins = not torch.distributed.is_initialized()
         world = init_world()
         signals = Signals(world)
-        # released last: a launcher that sees a rank die asks the others to end, who say why first
+        # released last: when a rank dies the launcher signals the others, which first say why
         stack.push(signals)
         if joins:
-            # several ranks could not meet anew on their launcher's port, for the next run
+            # several ranks could not rendezvous again on the launcher's port for a next run
             (stack.callback if world.size == 1 else atexit.register)(close_world)
         stack.enter_context(Heartbeat(world, signals.told))
         images = agree_on_images(config, world, images)
@@ -104,7 +104,7 @@ def fit(config: Config, run_dir: str | PathLike[str]) -> Summary:
             raise
         except Exception as error:
             if signals.received and not isinstance(error, UserError | RunError):
-                # sent to the whole group, it also ends a compiler that the step waits for
+                # a signal to the whole process group also ends a compiler that the step waits for
                 raise stopped(signals.received, run.step, world, error) from error
             run.finish(failure=str(error) or type(error).__name__)
             raise
@@ -112,7 +112,7 @@ def fit(config: Config, run_dir: str | PathLike[str]) -> Summary:
 
 
 class _Run:
-    """One process of a run."""
+    """One process's part of a run."""
 
     def __init__(
         self,
@@ -126,7 +126,7 @@ class _Run:
         self.config, self.run_dir, self.world, self.recipe = config, run_dir, world, recipe
         train, val = images
         self.synchronised = synchronises_batch_norm(config, world)
-        # without any class the probe has one output, and nothing to learn
+        # without classes the probe has one output and nothing to learn
         outputs = max(1, len(train.classes))
         self.state: TrainState = build(config, world, outputs)
         self.fingerprints = {
@@ -201,7 +201,7 @@ class _Run:
             progress = self.step / self.total_steps
             if state.target is not None:
                 state.target.set_decay(progress)
-            # compiles in the first step, in silence
+            # the first step compiles silently
             with recorder.progress.waiting("compiling") if compiling else nullcontext():
                 output = take_step(batch)
             compiling = False
@@ -231,7 +231,7 @@ class _Run:
 
     def log(self, output: StepOutput, lr: float) -> None:
         """Record this step; the only place where the loop waits for the GPU."""
-        # of the previous record, so the loop doesn't wait; other ranks learn it with the metrics
+        # about the previous record, to avoid a wait; other ranks receive it with the metrics
         finding = self.recorder.finding()
         scalars = {
             "loss": output.loss.detach(),
@@ -252,7 +252,7 @@ class _Run:
             self._tell_collapse(finding)
 
     def evaluate(self) -> bool:
-        """Clean top-1 and k-NN, where there is a validation set; not counted as training time.
+        """Evaluate on the validation set, if there is one, outside the training clock.
 
         Returns:
             Whether the k-NN accuracy is the best so far.
@@ -263,7 +263,7 @@ class _Run:
         self.recorder.progress.note(f"evaluating on {self.evaluator.images:,} images")
         best = self.recorder.evaluation(self.step, self.evaluator(self.state.online))
         self.recorder.resume_clock()
-        # ranks may round apart
+        # rounding may differ between ranks
         return gather_objects(best)[0]
 
     def checkpoint(self, *, last: bool) -> None:
@@ -286,7 +286,7 @@ class _Run:
         self.recorder.resume_clock()
 
     def finish(self, failure: str | None = None) -> Summary:
-        """Write the summary; ``failure`` says why the run could not go on."""
+        """Write the summary; ``failure`` says why the run could not continue."""
         if failure is None and self.config.evaluation.knn_pixels and self.evaluator is not None:
             self.recorder.totals.knn_top1_pixels = self.evaluator.pixels()
         corr_DD = self.state.method.correlation.corr_DD
@@ -299,30 +299,30 @@ class _Run:
         self.loader.close()
 
     def _resume(self) -> tuple[int, Totals, list[str]]:
-        """Restore the newest whole checkpoint: its step, its totals, notes for the user."""
+        """Restore the newest intact checkpoint; return its step, totals and notes to print."""
         notes: list[str] = []
         found = newest_checkpoint(self.run_dir / "checkpoints", notes.append)
         steps = {*gather_objects(0 if found is None else found.step)}
         if len(steps) > 1:
             raise UserError(
-                f"the processes do not find the same checkpoint in {self.run_dir}, but those of "
-                f"steps {', '.join(map(str, sorted(steps)))}; it must be one folder for all "
-                f"machines, on a disk that they share"
+                f"the processes find different checkpoints in {self.run_dir}, from steps "
+                f"{', '.join(map(str, sorted(steps)))}; it must be one folder on a disk that all "
+                f"machines share"
             )
         if found is None:
             if (self.run_dir / "metrics.jsonl").exists():
-                notes.append(f"no checkpoint in {self.run_dir} yet: beginning again at step 0")
+                notes.append(f"no checkpoint in {self.run_dir} yet: starting again at step 0")
             notes += self.state.initialise(self.config.encoder.init)
             return 0, Totals(), notes
         state = found.load()
         for kind, fingerprint in self.fingerprints.items():
-            # a run may begin or go on without evaluation, and so without validation images
+            # a run may start or resume without evaluation, and so without validation images
             if None not in (fingerprint, state["images"][kind]) and (
                 fingerprint != state["images"][kind]
             ):
                 raise UserError(
                     f"the {kind} images under {self.config.data.root} are not those that the run "
-                    f"began with (names, classes or file sizes differ); put them back, or start "
+                    f"started with (names, classes or file sizes differ); put them back, or start "
                     f"over with --fresh"
                 )
         self.backend_before = state["loader"].get("backend")
@@ -330,28 +330,28 @@ class _Run:
         return found.step, Totals(**state["totals"]), notes
 
     def _backend(self, train: ImageFolder, recipe: Recipe) -> str:
-        """The backend, which must not change during a run."""
+        """Return the backend, which must not change during a run."""
         data = self.config.data
         backend = resolve_backend(
             data.backend, train, recipe, self.world.device, data.resident_limit_gb
         )
         if self.backend_before not in (None, backend):
             raise UserError(
-                f"the run's images were made by the {self.backend_before} backend, and {backend} "
-                f"jitters colours a little differently; go on with "
+                f"the run started with the {self.backend_before} backend, and {backend} "
+                f"jitters colours slightly differently; continue with "
                 f"--set data.backend={self.backend_before}, or start over with --fresh"
             )
         return backend
 
     def _plan(self, train: ImageFolder, device: str) -> list[str]:
-        """What the run is about to do, line by line."""
+        """Return lines that describe what the run is about to do."""
         config, world = self.config, self.world
         statistics = "synchronised" if self.synchronised else "of one process"
         lines = [
             f"{config.method.name} ({self.state.method.describe()}, {config.optimizer.name} "
             f"{config.optimizer.lr:g}) on {describe_images(train)}, {device}",
             f"{world.size} process(es), BatchNorm statistics {statistics}, "
-            f"{self.steps_per_epoch} steps an epoch "
+            f"{self.steps_per_epoch} steps per epoch "
             f"({self.loader.dropped_per_epoch} images left out of each)",
             self.loader.describe(),
             f"steps {self.step} to {self.last_step}, written to {self.run_dir}"
@@ -359,7 +359,7 @@ class _Run:
             else f"{self.run_dir} is at step {self.step} and has nothing left to do",
         ]
         if self.state.compiled and self.step < self.last_step:
-            lines.append("the first step compiles the networks, a minute or two")
+            lines.append("the first step compiles the networks, which takes a minute or two")
         return lines
 
     def _evaluation_is_due(self) -> bool:
@@ -367,20 +367,20 @@ class _Run:
         return every > 0 and self.step % (every * self.steps_per_epoch) == 0
 
     def _spectrum_is_due(self) -> bool:
-        """Whether C's eigenvalues are wanted at a step without a record."""
+        """Return whether C's eigenvalues are due, even at a step without a record."""
         every = self.config.logging.spectrum_every_steps
         return self.step % self.steps_per_epoch == 0 or bool(every and self.step % every == 0)
 
     def _blow_up(self, what: str) -> NoReturn:
         message = (
             f"{what} became NaN or infinite before step {self.step}. The last checkpoint is "
-            f"from before; start over with {' or '.join(remedies(self.config, 'blow-up'))}"
+            f"older; start over with {' or '.join(remedies(self.config, 'blow-up'))}"
         )
         self.recorder.note_collapse(message)
         raise RunError(message)
 
     def _tell_collapse(self, finding: Finding | None) -> None:
-        """Warn once a kind of collapse, or stop; only the first rank knows which kind."""
+        """Warn once per kind of collapse, or stop; only rank 0 knows which kind."""
         message = finding.message if finding else "the first process reports a collapse"
         if self.config.train.on_collapse == "stop":
             self.recorder.note_collapse(message)

@@ -1,6 +1,6 @@
-"""Evaluation: top-1 of the online probe, k-NN of features and raw pixels, metrics without labels.
+"""Online evaluation: linear-probe top-1, k-NN on features and raw pixels, label-free metrics.
 
-Shapes: N images of the bank, M queries, V views, F features, K classes.
+Shapes: N images in the bank, M queries, V views, F features, K classes.
 """
 
 from collections.abc import Callable
@@ -27,12 +27,12 @@ from isofast.training.step import Online
 
 Features = Callable[[Tensor], Tensor]
 _QUERIES_AT_ONCE = 1024
-# augmented for the metrics that compare views
+# images, and views of each, for the metrics that compare views
 _VIEWED_IMAGES, _VIEWS = 100, 10
 
 
 class Evaluator:
-    """Evaluates on the validation images, the work shared out over the ranks.
+    """Evaluation on the validation images, split across the ranks.
 
     The k-NN bank is ``evaluation.knn_images`` labelled training images, drawn once from the seed.
 
@@ -65,9 +65,9 @@ class Evaluator:
         bank = np.sort(order[: config.evaluation.knn_images])
         if min(len(bank), len(val)) < world.size:
             raise UserError(
-                f"evaluation shares its images out over {world.size} processes, and there are "
+                f"evaluation splits its images across {world.size} processes, but there are only "
                 f"{len(bank)} labelled training images for k-NN and {len(val)} validation images; "
-                f"give more, or --set evaluation.every_epochs=0"
+                f"provide more, or --set evaluation.every_epochs=0"
             )
 
         self._bank = clean_loader(config, train, recipe, bank, world, backend)
@@ -75,7 +75,7 @@ class Evaluator:
         self.images = len(bank) + len(val)
         self._views: Tensor | None = None
         if config.evaluation.metrics_images:
-            # the same for every seed; at least one image a rank
+            # the same for every seed; at least one image per rank
             drawn = np.random.default_rng(0).permutation(len(val))
             sample = drawn[: max(config.evaluation.metrics_images, world.size)]
             gathered = [np.arange(len(val))[rank :: world.size] for rank in range(world.size)]
@@ -85,7 +85,7 @@ class Evaluator:
 
     @torch.no_grad()
     def __call__(self, online: Online) -> Evaluation:
-        """Evaluate in eval mode, and go back to training."""
+        """Evaluate in eval mode, then return to training mode."""
         online.eval()
         bank_NF, bank_y_N = self._collect(self._bank, online.branch.features)
         val_MF, val_y_M = self._collect(self._val, online.branch.features)
@@ -98,12 +98,12 @@ class Evaluator:
 
     @torch.no_grad()
     def pixels(self) -> float:
-        """The k-NN of the clean pixels themselves, the same images and settings."""
+        """Return the k-NN accuracy of raw clean pixels, on the same images and settings."""
         flat = nn.Flatten()
         return self._knn(*self._collect(self._bank, flat), *self._collect(self._val, flat))
 
     def _label_free(self, online: Online, val_MF: Tensor) -> Callable[[], Record]:
-        """What computes the metrics of features and embeddings as they are now."""
+        """Return a function that computes the metrics of the current features and embeddings."""
         if self._views is None:
             return dict
         branch = online.branch
@@ -126,8 +126,8 @@ class Evaluator:
         return compute
 
     def _collect(self, loader: EvalLoader, features: Features) -> tuple[Tensor, Tensor]:
-        """Features and labels of all of a loader's images, gathered from all ranks."""
-        # disable=None hides the bar where there is no terminal
+        """Return features and labels of all of a loader's images, gathered from all ranks."""
+        # disable=None hides the bar unless stderr is a terminal
         silent = None if self._speak else True
         batches = tqdm(loader, "evaluating", leave=False, disable=silent, unit="batch")
         parts = [(features(x_BCHW), y_B) for x_BCHW, y_B in self._watch.over(batches)]
@@ -145,7 +145,7 @@ def clean_loader(
     world: World,
     backend: str,
 ) -> EvalLoader:
-    """Return the loader of this rank's share of ``images[indices]``, as the config says."""
+    """Return a loader over this rank's share of ``images[indices]``."""
     return EvalLoader(
         backend,
         images,
@@ -169,9 +169,9 @@ def knn_top1(
     k: int = 200,
     temperature: float = 0.07,
 ) -> float:
-    """Share of queries whose class wins a vote of the ``k`` nearest by cosine similarity.
+    """Return the k-NN top-1 accuracy: neighbours by cosine similarity, votes weighted.
 
-    A neighbour's vote weighs exp(similarity / temperature), as in instance discrimination
+    A neighbour's vote has weight exp(similarity / temperature), as in instance discrimination
     (Wu et al., CVPR 2018).
 
     Args:
@@ -179,9 +179,9 @@ def knn_top1(
         bank_y_N: their labels, int64 in [0, classes).
         query_MF: features to classify.
         query_y_M: their labels.
-        classes: how many there are.
-        k: neighbours that vote; all of the bank where it is smaller.
-        temperature: of the weights.
+        classes: number of classes.
+        k: number of neighbours that vote; the whole bank if it is smaller.
+        temperature: temperature of the vote weights.
     """
     bank_NF = functional.normalize(bank_NF, dim=1)
     right = torch.zeros((), dtype=torch.int64, device=query_MF.device)
@@ -191,7 +191,7 @@ def knn_top1(
         similarity_QN = functional.normalize(query_QF, dim=1) @ bank_NF.T
         nearest_Qk, index_Qk = similarity_QN.topk(min(k, len(bank_NF)), dim=1)
         votes_QK = torch.zeros(len(query_QF), classes, device=query_QF.device)
-        # relative to the nearest, which changes no vote and cannot overflow
+        # relative to the nearest neighbour: the same winner, and no overflow
         weights_Qk = ((nearest_Qk - nearest_Qk[:, :1]) / temperature).exp()
         votes_QK.scatter_add_(1, bank_y_N[index_Qk], weights_Qk)
         right += (votes_QK.argmax(1) == query_y_Q).sum()
@@ -201,18 +201,18 @@ def knn_top1(
 def _views(
     config: Config, images: ImageFolder, recipe: Recipe, world: World, backend: str
 ) -> Tensor:
-    """View 1 of each image, ``_VIEWS`` times: (images * V, C, H, W) on the CPU."""
+    """Return ``_VIEWS`` draws of view 1 of each image: (images * V, C, H, W) on the CPU."""
     threads = config.data.threads or cores_of_rank(world)
     twice = replace(recipe, view2=recipe.view1)
     try:
         pairs = draw_views(
             backend, images, twice, _VIEWS // 2, device=world.device, threads=threads
         )
-        # float16 rounds a fraction of a gray level
+        # float16's rounding error is a fraction of a grey level
         x_NVCHW = torch.stack([x.cpu().half() for pair in pairs for x in pair], dim=1)
     except UserError as error:
         raise UserError(
-            f"augmented validation images: {error}. To do without the metrics that need them, "
+            f"augmented validation images: {error}. To skip the metrics that need them, "
             f"--set evaluation.metrics_images=0"
         ) from None
     return x_NVCHW.flatten(0, 1)

@@ -16,7 +16,7 @@ REFERENCE_BATCH = 256
 
 
 class LARS(Optimizer):
-    """Layer-wise adaptive rate scaling, as in the released code, without host synchronisation.
+    """Layer-wise adaptive rate scaling, as in the released code, without host syncs.
 
     g' = (g + wd p) min(eta |p| / (|g| + wd |p| + 1e-8) / lr, 1); v <- momentum v + g';
     p <- p - lr v.
@@ -25,8 +25,8 @@ class LARS(Optimizer):
 
     Args:
         params: parameters or groups; a group may set ``adapt``.
-        lr: learning rate, a number or a 0-dimensional tensor on the parameters' device, which is
-            only read there: a CUDA graph replays the step at whatever rate the tensor holds.
+        lr: learning rate, a number or a 0-dimensional tensor on the parameters' device. A tensor
+            is read only there, so a replayed CUDA graph uses its current value.
         momentum: decay of the velocity.
         weight_decay: wd.
         eta: trust coefficient.
@@ -51,7 +51,7 @@ class LARS(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        """One update of every parameter that has a gradient."""
+        """Update every parameter that has a gradient."""
         if closure is not None:
             raise ValueError("LARS takes no closure")
         groups = []
@@ -70,14 +70,14 @@ class LARS(Optimizer):
 
     @staticmethod
     def update(groups: list[tuple[Any, ...]]) -> None:
-        """The step of each group's (params, grads, velocities, lr, momentum, wd, eta, adapt).
+        """Apply the step to groups of (params, grads, velocities, lr, momentum, wd, eta, adapt).
 
-        torch.compile makes one pass of it.
+        torch.compile turns it into a single pass.
         """
         for params, grads, velocities, lr, momentum, wd, eta, adapt in groups:
             torch._foreach_mul_(velocities, momentum)
             if adapt:
-                # a rate of 0 moves nothing, whatever the scale
+                # with a learning rate of 0 nothing moves, whatever the scale
                 rate = lr.clamp(min=1e-38)
                 p_norm = torch.stack(torch._foreach_norm(params))
                 g_norm = torch.stack(torch._foreach_norm(grads))
@@ -95,11 +95,11 @@ class LARS(Optimizer):
 
 
 def make_optimizer(online: Online, config: Config) -> Optimizer:
-    """The configured optimizer over the network's and the probe's parameters.
+    """Return the configured optimizer over the network, method and probe parameters.
 
-    Each group carries ``peak_lr``, from which ``set_lr`` makes its rate at a step, and the rate
-    itself as a tensor beside the parameters. Learning rates scale with the global batch, relative
-    to 256.
+    Each group has ``peak_lr``, from which ``set_lr`` computes the learning rate at a step, and the
+    learning rate itself as a tensor on the parameters' device. Peak learning rates are scaled by
+    the global batch size / 256.
     """
     settings = config.optimizer
     scale = config.train.batch_size / REFERENCE_BATCH
@@ -118,11 +118,11 @@ def make_optimizer(online: Online, config: Config) -> Optimizer:
     decay = settings.weight_decay
     if settings.name == "sgd":
         groups = [group([*matrices, *vectors], settings.lr, decay), probe()]
-        # the fused form reads a rate on the device without waiting for it
+        # the fused implementation reads a learning-rate tensor without a host sync
         return SGD(groups, momentum=settings.momentum, fused=True)
     if settings.name == "adamw":
         groups = [group(matrices, settings.lr, decay), group(vectors, settings.lr, 0.0), probe()]
-        # capturable: the step's count is on the device, where a CUDA graph advances it
+        # capturable keeps the step count on the device, where a CUDA graph can advance it
         cuda = network[0].is_cuda
         return AdamW(groups, betas=(settings.momentum, 0.999), fused=True, capturable=cuda)
     groups = [
@@ -134,10 +134,10 @@ def make_optimizer(online: Online, config: Config) -> Optimizer:
 
 
 def load_optimizer_state(optimizer: Optimizer, state: dict[str, Any]) -> None:
-    """Restore what ``state_dict`` gave; the rates stay in the tensors that they are in."""
+    """Load a ``state_dict``, keeping the existing learning-rate tensors."""
     rates = [group["lr"] for group in optimizer.param_groups]
     optimizer.load_state_dict(state)
-    # the fused forms need the strides of the weights, which copies to the CPU may lose
+    # fused implementations need the weights' strides, which copies to the CPU may lose
     for parameter, kept in optimizer.state.items():
         for name, value in kept.items():
             if isinstance(value, torch.Tensor) and value.shape == parameter.shape:
@@ -149,7 +149,7 @@ def load_optimizer_state(optimizer: Optimizer, state: dict[str, Any]) -> None:
 def lr_at(
     step: int, peak: float, *, total_steps: int, warmup_steps: int, warmup_start: float
 ) -> float:
-    """Learning rate of a step: linear from ``warmup_start`` to ``peak``, half a cosine to 0."""
+    """Return a step's rate: linear warm-up from ``warmup_start`` to ``peak``, cosine decay to 0."""
     if step < warmup_steps:
         return warmup_start + (peak - warmup_start) * step / warmup_steps
     progress = (step - warmup_steps) / max(total_steps - warmup_steps, 1)
@@ -157,10 +157,10 @@ def lr_at(
 
 
 def set_lr(optimizer: Optimizer, step: int, steps_per_epoch: int, config: Config) -> float:
-    """Give every group its rate at ``step``, in place and without waiting for the device.
+    """Set every group's learning rate for ``step`` in place, without a host sync.
 
     Returns:
-        The first group's rate, the network's.
+        The first group's learning rate, that of the network.
     """
     rates = [
         lr_at(

@@ -20,7 +20,7 @@ from isofast.errors import RankError, UserError
 _DERIVED = {
     "train_batch_size": "train.batch_size",
     "train_micro_batch_size_per_gpu": "train.batch_size",
-    "gradient_accumulation_steps": "train.batch_size (one batch a step)",
+    "gradient_accumulation_steps": "train.batch_size (one batch per step)",
     "gradient_clipping": "the paper's recipe, which has none",
     "steps_per_print": "logging.every_steps",
     "optimizer": "optimizer.name",
@@ -36,10 +36,10 @@ _NEVER_PRINT = 2**62
 
 
 def check_pass_through(config: Config) -> None:
-    """Refuse DeepSpeed settings that isofast derives, and ZeRO stages.
+    """Reject DeepSpeed settings that isofast derives, and ZeRO stages above 0.
 
     Raises:
-        UserError: a key is derived, or a ZeRO stage above 0 is asked for.
+        UserError: the section has a derived key or a ZeRO stage above 0.
     """
     for key in config.deepspeed:
         if key in _DERIVED:
@@ -51,24 +51,24 @@ def check_pass_through(config: Config) -> None:
     if not isinstance(zero, dict):
         raise UserError(f"deepspeed.zero_optimization must be a section, got {zero!r}")
     stage = zero.get("stage", 0)
-    # DeepSpeed 0.19.8, stage 1, tried: it flattens gradients by view(-1), which those of
-    # channels_last weights refuse. With contiguous ones losses are bitwise those of stage 0 until
-    # the run is resumed: each rank has its shard of the optimizer's state and of an fp32 copy of
-    # the weights, and a checkpoint has the first rank's.
+    # Tried stage 1 of DeepSpeed 0.19.8: it flattens gradients with view(-1), which fails on
+    # channels_last weights. With contiguous weights the losses match stage 0 bitwise until the run
+    # is resumed: each rank holds its shard of the optimizer state and of an fp32 copy of the
+    # weights, but a checkpoint holds only rank 0's.
     if stage != 0:
         raise UserError(
-            f"deepspeed.zero_optimization.stage must be 0, got {stage!r}: higher stages cut apart "
-            f"the layers that LARS adapts to and a checkpoint holds, and a ResNet fits any GPU"
+            f"deepspeed.zero_optimization.stage must be 0, got {stage!r}: higher stages shard the "
+            f"layers that LARS and checkpoints need whole, and a ResNet fits on any GPU"
         )
 
 
 def init_world() -> World:
-    """Join the launcher's process group (deepspeed, torchrun, srun), or start one of one process.
+    """Join the launcher's process group (deepspeed, torchrun, srun), or create one of size 1.
 
-    The backend is NCCL where there is a GPU, gloo on a CPU.
+    The backend is NCCL on GPUs, gloo on a CPU.
 
     Raises:
-        UserError: the launcher started more processes than there are GPUs, or its port is taken.
+        UserError: the launcher started more processes than there are GPUs, or its port is in use.
     """
     srun = under_srun()
     _fill_launcher_environment()
@@ -76,7 +76,7 @@ def init_world() -> World:
     local_rank = gpu = int(os.environ["LOCAL_RANK"])
     if cuda:
         if srun and torch.cuda.device_count() == 1:
-            # with --gpus-per-task=1 a task sees its own alone; DeepSpeed counts by LOCAL_RANK
+            # with --gpus-per-task=1 a task sees only its own GPU; DeepSpeed indexes by LOCAL_RANK
             gpu, os.environ["LOCAL_RANK"] = 0, "0"
         if gpu >= torch.cuda.device_count():
             raise RankError(
@@ -88,15 +88,15 @@ def init_world() -> World:
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     world = World(rank, size, local_rank, device)
     if size == 1 and importlib.util.find_spec("deepspeed") is None:
-        # enough for a step in a CUDA graph, which takes no engine
+        # enough for a step in a CUDA graph, which needs no engine
         return world
     if not cuda and size > 1 and "OMP_NUM_THREADS" not in os.environ:
-        # ranks that each take all cores wait for each other at every barrier of OpenMP
+        # ranks that each use all cores wait for each other at every OpenMP barrier
         torch.set_num_threads(min(torch.get_num_threads(), cores_of_rank(world)))
     deepspeed = _import_deepspeed()
     if not cuda:
-        # DeepSpeed would compile a shared-memory all-reduce at the first start: 40 s and a
-        # compiler, for collectives that gloo does as well at this size.
+        # DeepSpeed would first compile a shared-memory all-reduce: 40 s and the need for a
+        # compiler, for collectives that gloo does as well at this size
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     try:
         deepspeed.init_distributed(
@@ -106,8 +106,8 @@ def init_world() -> World:
         if "EADDRINUSE" not in str(error):
             raise
         raise UserError(
-            f"port {os.environ['MASTER_PORT']} is taken, by another run on this machine most "
-            f"likely; give the launcher another one, such as deepspeed --master_port 29501"
+            f"port {os.environ['MASTER_PORT']} is taken, most likely by another run on this "
+            f"machine; give the launcher another one, such as deepspeed --master_port 29501"
         ) from None
     return world
 
@@ -115,18 +115,18 @@ def init_world() -> World:
 def close_world() -> None:
     """Leave the process group."""
     if torch.distributed.is_initialized():
-        # torch's own would leave DeepSpeed its groups, for the next run to take
+        # torch's version would leave DeepSpeed's groups for the next run to pick up
         _import_deepspeed().comm.destroy_process_group()
 
 
 def make_engine(module: nn.Module, optimizer: Optimizer, config: Config, world: World) -> Any:
-    """DeepSpeed's engine around ``module``: call it, then ``backward(loss)`` and ``step()``.
+    """Wrap ``module`` in a DeepSpeed engine: call it, then ``backward(loss)`` and ``step()``.
 
-    Gradients are averaged over the ranks after the backward, in fp32; rank 0's parameters are
-    given to all at the start.
+    Gradients are averaged over the ranks after the backward pass, in fp32; rank 0's parameters are
+    broadcast at the start.
 
     Raises:
-        UserError: DeepSpeed does not accept the pass-through section.
+        UserError: DeepSpeed rejects the pass-through section.
     """
     settings = {
         **config.deepspeed,
@@ -141,7 +141,7 @@ def make_engine(module: nn.Module, optimizer: Optimizer, config: Config, world: 
         "timers": {"throughput": {"enabled": False}},
     }
     deepspeed = _import_deepspeed()
-    # its first broadcast takes no scalars, such as a temperature that a method learns
+    # its initial broadcast rejects scalars, such as a method's learned temperature
     scalars = [p for p in module.parameters() if p.ndim == 0]
     for p in scalars:
         p.data = p.data.view(1)
@@ -154,24 +154,24 @@ def make_engine(module: nn.Module, optimizer: Optimizer, config: Config, world: 
             raise
         # DeepSpeed has no error class for bad settings
         raise UserError(
-            f"DeepSpeed refused its settings; the deepspeed section of the config adds "
-            f"{config.deepspeed}. It said: {type(error).__name__}: {error}"
+            f"DeepSpeed refused its settings, to which the config's deepspeed section adds "
+            f"{config.deepspeed}. It raised {type(error).__name__}: {error}"
         ) from error
     for p in scalars:
         p.data = p.data.view(())
-    # one rank has nothing to average, and the engine would copy every gradient twice
+    # a single rank has nothing to average, but the engine would copy every gradient twice
     engine.enable_backward_allreduce = world.size > 1
     return engine
 
 
 def restore_engine(engine: Any, steps: int) -> None:
-    """Tell the engine how many steps were taken before this process."""
+    """Set the engine's counters to ``steps`` completed steps."""
     engine.global_steps = engine.micro_steps = steps
     engine.global_samples = steps * engine.train_batch_size()
 
 
 def _fill_launcher_environment() -> None:
-    """Slurm's variables under torch's names; one process where no launcher set anything."""
+    """Set torch's variables from Slurm's, or for a single process without a launcher."""
     env = os.environ
     if under_srun():
         rank, size = launched_rank(), launched_world_size()
@@ -183,13 +183,13 @@ def _fill_launcher_environment() -> None:
             )
     if "RANK" not in env:
         env.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1")
-        # any free port: nobody else has to find it
+        # any free port: no other process needs to find it
         env["MASTER_PORT"] = "0"
     env.setdefault("LOCAL_RANK", "0")
 
 
 def _import_deepspeed() -> Any:
-    """DeepSpeed, without the banners that it and its imports print."""
+    """Import DeepSpeed without the banners that it and its imports print."""
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):

@@ -1,4 +1,4 @@
-"""The parts of a training step: timed and named in a trace while somebody asks, else free."""
+"""Named parts of a training step, timed and traced on request, with no overhead otherwise."""
 
 import time
 from collections import defaultdict
@@ -14,7 +14,7 @@ _spans: dict[str, list[tuple[Any, Any]]] | None = None
 
 @contextmanager
 def part(name: str) -> Iterator[None]:
-    """Name what a step does within, for ``timed_parts``."""
+    """Name the enclosed part of a step for ``timed_parts``."""
     if _spans is None:
         yield
         return
@@ -26,11 +26,11 @@ def part(name: str) -> Iterator[None]:
 
 @contextmanager
 def timed_parts() -> Iterator[dict[str, list[float]]]:
-    """Time every part of the steps within.
+    """Time every part of the enclosed steps.
 
     Yields:
-        Milliseconds of each part by name, one number a step, filled in at the end: of the GPU
-        where there is one, else of the clock.
+        Each part's milliseconds by name, one number per step, filled in on exit: GPU time if there
+        is a GPU, wall-clock time otherwise.
     """
     global _spans
     spans = _spans = defaultdict(list)

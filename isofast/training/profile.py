@@ -1,4 +1,4 @@
-"""Where the time of a training step goes: torch's profiler around some steps of a run."""
+"""Where a training step spends its time: torch's profiler around a few steps of a run."""
 
 import statistics
 import time
@@ -21,25 +21,25 @@ from isofast.training.parts import timed_parts
 
 
 def profile_steps(config: Config, output: Path, steps: int = 20) -> str:
-    """Time ``steps`` training steps of a run of one process, write their trace, return a table.
+    """Profile training steps of a single-process run: write a trace and return a table.
 
-    Nothing is saved but the trace. The first steps, in which kernels compile, are left out.
+    Only the trace is saved. The first steps, in which kernels compile, are left out.
 
     Args:
-        config: the run's.
-        output: folder of trace.json; made if it does not exist.
-        steps: to time, and as many again to trace.
+        config: the run's configuration.
+        output: folder for trace.json, created if missing.
+        steps: number of steps to time, and again to trace.
 
     Raises:
         UserError: the configuration or the data does not allow the run, or ``output`` cannot be
-            made.
+            created.
     """
     if launched_world_size() > 1:
-        raise UserError("isofast profile is for one process; start it without a launcher")
+        raise UserError("isofast profile runs in one process; start it without a launcher")
     try:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"cannot write to {output}: {error}; name another --output") from None
+        raise UserError(f"cannot write to {output}: {error}; use another --output") from None
     train = check_images(config, list_images(config)).train
     world = init_world()
     try:
@@ -63,7 +63,7 @@ def _profile(config: Config, train: ImageFolder, world: World, output: Path, ste
             torch.cuda.synchronize()
         return time.perf_counter()
 
-    # at the rate of the first step, the same throughout
+    # the first step's learning rate throughout
     set_lr(state.optimizer, 0, loader.steps_per_epoch, config)
     for _ in range(WARMUP_STEPS + 2 if state.graphed and cuda else 3):
         take_step(next(loader))
@@ -89,9 +89,9 @@ def _profile(config: Config, train: ImageFolder, world: World, output: Path, ste
     total = sum(parts_ms.values())
     advice = _advice(state.compiled, precision, backend, wait_ms / step_ms)
     rows = [
-        f"{step_ms:.1f} ms a step, {1e3 * config.train.batch_size / step_ms:,.0f} images/s, "
+        f"{step_ms:.1f} ms per step, {1e3 * config.train.batch_size / step_ms:,.0f} images/s, "
         f"{wait_ms:.1f} ms of it waiting for the batch; {describe_environment(world)['device']}",
-        *([f"{memory_gb:.2f} GB of GPU memory at the peak"] if cuda else []),
+        *([f"{memory_gb:.2f} GB of peak GPU memory"] if cuda else []),
         f"\n{'part of an eager step':30}{'ms':>9}{'share':>8}",
         *(f"{name:30}{ms:9.2f}{ms / total:8.0%}" for name, ms in parts_ms.items()),
         f"\n{'slowest operations':46}{'calls':>7}{'ms':>9}",
@@ -104,7 +104,7 @@ def _profile(config: Config, train: ImageFolder, world: World, output: Path, ste
 
 
 def _slowest(profiler: profile, steps: int, cuda: bool, parts: set[str]) -> list[str]:
-    """The slowest operations: name, calls a step, ms a step without what they call."""
+    """Return a line per slowest operation: name, calls per step, self time in ms per step."""
     kind = "self_device_time_total" if cuda else "self_cpu_time_total"
     events = [event for event in profiler.key_averages() if event.key not in parts]
     return [
@@ -114,7 +114,7 @@ def _slowest(profiler: profile, steps: int, cuda: bool, parts: set[str]) -> list
 
 
 def _advice(compiled: bool, precision: torch.dtype, backend: str, waiting: float) -> list[str]:
-    """What would make the step faster, most first."""
+    """Return what would speed up the step, the largest gain first."""
     advice = []
     if waiting > 0.1:
         also = "" if backend == "resident" else ", or data.backend=resident if the images fit"

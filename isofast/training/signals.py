@@ -16,9 +16,9 @@ import torch.distributed as dist
 from isofast.distributed import World
 from isofast.errors import GOES_ON, Stopped
 
-# Slurm kills 30 s after SIGTERM by default; a rank that waits for a lost peer would never save
+# Slurm kills 30 s after SIGTERM by default; a rank waiting for a lost peer would never save
 GRACE_S = 60.0
-# Ctrl-C reaches all processes of a terminal, and a launcher among them sends a SIGTERM after it
+# Ctrl-C reaches every process of the terminal; a launcher among them then sends SIGTERM as well
 ECHO_S = 3.0
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 # below every signal's number
@@ -26,17 +26,17 @@ _SAVE = 1
 
 
 class Signals:
-    """Holds the signals back that ask a run to stop; the loop polls between steps.
+    """Holds back the signals that ask a run to stop or save; the loop polls between steps.
 
-    A process that cannot reach its next step within ``grace_s`` ends there, and so does one that
-    gets another signal ``ECHO_S`` after the first or later.
+    The process exits if it cannot reach its next step within ``grace_s``, or if another signal
+    arrives more than ``ECHO_S`` after the first.
 
     Args:
-        world: all ranks of it poll after the same steps.
-        grace_s: seconds.
+        world: the ranks, which must all poll after the same steps.
+        grace_s: timeout in seconds.
 
     Attributes:
-        told: set once a signal has come.
+        told: set once a signal has arrived.
     """
 
     def __init__(self, world: World, grace_s: float = GRACE_S) -> None:
@@ -54,13 +54,13 @@ class Signals:
         return self
 
     def hold(self) -> None:
-        """Begin to hold signals back, which ends with the context."""
+        """Hold signals back until the context exits."""
         if threading.current_thread() is not threading.main_thread():
-            # Python gives signals to the main thread alone
+            # Python delivers signals only to the main thread
             return
         self._reader, self._writer = os.pipe()
         os.set_blocking(self._writer, False)
-        # a handler alone does not run while a collective waits
+        # a Python handler does not run while a collective blocks
         self._wakeup = signal.set_wakeup_fd(self._writer)
         self._handlers = {number: signal.signal(number, _ignore) for number in _SIGNALS}
         self._start(self._listen)
@@ -73,23 +73,23 @@ class Signals:
             signal.signal(number, handler)
         signal.set_wakeup_fd(self._wakeup)
         os.close(self._writer)
-        # one that Python's end finds alive aborts the process
+        # a thread alive at interpreter exit aborts the process
         for thread in self._threads:
             thread.join()
 
     @property
     def received(self) -> signal.Signals | None:
-        """The first signal that asks this process to stop."""
+        """The first signal that asked this process to stop."""
         return signal.Signals(self._received) if self._received else None
 
     def poll(self, save: bool = False) -> tuple[bool, signal.Signals | None]:
-        """Return whether to save after this step, and what stops the run; the same on all ranks.
+        """Return whether to save now and which signal stops the run, the same on all ranks.
 
-        With several ranks it is what they had at the poll before, so that the step between hides
-        the exchange.
+        With several ranks the answer is that of the previous poll, so that a step hides the
+        all-reduce.
 
         Args:
-            save: ask for a checkpoint.
+            save: request a checkpoint.
         """
         asked = self._received or (_SAVE if save else 0)
         if self._group is not None:
@@ -123,7 +123,7 @@ class Signals:
     def _give_up(self) -> None:
         if not self._handled.wait(self._grace_s):
             name = signal.Signals(self._received).name
-            what = f"no step ended within {self._grace_s:g} s of {name}; nothing is saved of it"
+            what = f"no step finished within {self._grace_s:g} s of {name}; it was not saved"
             sys.stderr.write(f"\nerror: {what}\n")
             os._exit(128 + self._received)
 
@@ -131,9 +131,9 @@ class Signals:
 def stopped(
     number: signal.Signals, step: int, world: World, failure: Exception | None = None
 ) -> Stopped:
-    """Return what ends a run that has saved ``step``, or whose next step failed.
+    """Return the exception that ends a run which saved ``step`` or failed in the next one.
 
-    After SIGUSR1 Slurm is asked to run it again.
+    After SIGUSR1, ask Slurm to requeue the job.
     """
     what = "which is saved" if failure is None else f"in a {type(failure).__name__}"
     message = f"stopped by {number.name} after step {step}, {what}; {GOES_ON}"
@@ -141,12 +141,12 @@ def stopped(
         requeue = ["scontrol", "requeue", os.environ["SLURM_JOB_ID"]]
         try:
             subprocess.run(requeue, check=True)
-            message += ", and Slurm was asked to give it"
-        # a container may have no scontrol, and a partition no requeueing
+            message += ". Slurm was asked to requeue the job"
+        # a container may lack scontrol, and a partition may forbid requeueing
         except (OSError, subprocess.CalledProcessError) as error:
-            message += f". Slurm will not give it by itself ({error})"
+            message += f". Slurm will not requeue the job ({error})"
     return Stopped(number, message)
 
 
 def _ignore(number: int, frame: FrameType | None) -> None:
-    """What counts is the byte in the pipe."""
+    """Do nothing: the signal arrives through the wake-up pipe."""

@@ -1,4 +1,4 @@
-"""Notices a loader that hangs, as on a network file system that has gone away."""
+"""Detection of a loader that hangs, for example on a lost network file system."""
 
 import os
 import sys
@@ -13,13 +13,13 @@ _T = TypeVar("_T")
 
 
 class StallWatch:
-    """Ends this process, with exit code 1, when a batch does not come in ``data.stall_seconds``.
+    """Exits this process with code 1 when a batch takes longer than ``data.stall_seconds``.
 
-    What reads is inside a system call then, which no exception interrupts.
+    The reader is then inside a system call that no exception can interrupt.
 
     Args:
         config: the config's data section.
-        rank: for the message.
+        rank: rank named in the message.
     """
 
     def __init__(self, config: DataConfig, rank: int) -> None:
@@ -37,7 +37,7 @@ class StallWatch:
         self._thread.join()
 
     def over(self, batches: Iterable[_T]) -> Iterator[_T]:
-        """Yield ``batches``, and watch how long each takes."""
+        """Yield from ``batches``, watching how long each takes."""
         each = iter(batches)
         while True:
             self._waiting = True
@@ -51,7 +51,7 @@ class StallWatch:
             yield batch
 
     def _watch(self) -> None:
-        # seconds are counted, not read off a clock, which goes on while the process is stopped
+        # count seconds instead of reading a clock, which runs on while the process is suspended
         waited, before = 0, -1
         while not self._closed.wait(1.0):
             taken = self._taken
@@ -61,7 +61,7 @@ class StallWatch:
                 sys.stderr.write(
                     f"\nerror on rank {self._rank}: no batch of images for "
                     f"{self._config.stall_seconds:g} s (data.stall_seconds). Reading from "
-                    f"{self._config.root} hangs or is too slow: look after the disk or the network "
+                    f"{self._config.root} hangs or is too slow: check the disk or the network "
                     f"file system, or raise the limit. The last checkpoint stands; {GOES_ON}\n"
                 )
                 os._exit(1)

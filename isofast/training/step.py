@@ -1,6 +1,6 @@
 """The algorithm on one page: everything with a gradient, in one forward call.
 
-Shapes: B images a rank, C x H x W pixels, D embedding dimensions, K classes.
+Shapes: B images per rank, C x H x W pixels, D embedding dimensions, K classes.
 """
 
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ class StepOutput:
     """One step's results; only ``loss`` and ``probe.loss`` carry a gradient."""
 
     loss: Tensor
-    """The method's, a scalar."""
+    """The method's loss, a scalar."""
     probe: ProbeOutput
     z1_BD: Tensor
     """The first view's embeddings, detached."""
@@ -30,7 +30,7 @@ class StepOutput:
 class Online(nn.Module):
     """The branch, the probe on its detached features, and the method.
 
-    Each view has BatchNorm statistics of its own, and moves the running statistics in turn.
+    BatchNorm normalises each view separately and updates the running statistics once per view.
     """
 
     def __init__(self, branch: Branch, probe: nn.Linear, method: Method) -> None:
@@ -40,7 +40,7 @@ class Online(nn.Module):
         self.method = method
 
     def forward(self, batch: Batch, targets: tuple[Tensor, Tensor] | None = None) -> StepOutput:
-        """A training step up to the loss; without ``targets`` (t1_BD, t2_BD), z1 and z2 are."""
+        """Run a training step up to the loss; ``targets`` (t1_BD, t2_BD) default to (z1, z2)."""
         with part("forward"):
             (h1_BF, z1_BD), (h2_BF, z2_BD) = self.branch.of_views(batch)
         t1_BD, t2_BD = targets or (z1_BD, z2_BD)
@@ -56,15 +56,15 @@ class Online(nn.Module):
 
 @torch.no_grad()
 def embedding_scalars(z_BD: Tensor) -> dict[str, Tensor]:
-    """What a record says of embeddings (B, D), each a scalar.
+    """Return the logged statistics of embeddings (B, D), each a scalar.
 
     embedding_std: mean over dimensions of the std of z / |z|; healthy is 1/sqrt(D).
-    embedding_norm: root of the mean |z|^2.
-    mean_share: |mean z|^2 / mean |z|^2, 1 where all embeddings are one.
-    norm_spread: 95th percentile of |z| over its median; a raw C belongs to the long ones.
+    embedding_norm: root mean square of |z|.
+    mean_share: |mean z|^2 / mean |z|^2; 1 if all embeddings are equal.
+    norm_spread: 95th percentile of |z| over its median; long embeddings dominate a raw C.
     """
     z_BD = z_BD.float()
-    # a collapsed batch has finite numbers
+    # keep the statistics of a collapsed batch finite
     z_B = z_BD.norm(dim=1).clamp(min=1e-8)
     return {
         "embedding_std": functional.normalize(z_BD, dim=1).std(0).mean(),

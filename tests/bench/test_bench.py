@@ -1,4 +1,4 @@
-"""The benchmarks refuse what they cannot time fairly, keep earlier results, and pair ratios."""
+"""Benchmarks refuse what they cannot time fairly, keep earlier results and pair their ratios."""
 
 import importlib
 from types import ModuleType
@@ -15,7 +15,7 @@ def _beside_the_scripts(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def harness() -> ModuleType:
-    """bench/harness.py, found as its scripts find it."""
+    """bench/harness.py, imported as the scripts import it."""
     return importlib.import_module("harness")
 
 
@@ -47,7 +47,7 @@ def test_only_questions_with_green_tests_are_timed_and_no_result_is_overwritten(
         return harness.Question(name, selected, lambda: ([contender], harness.Work(bytes=100)))
 
     good, bad, results = question("good"), question("bad"), tmp_path / "results"
-    # alone, a missing file would have pytest load every conftest.py of the repository
+    # on its own, a missing file would make pytest load every conftest.py in the repository
     red = [bad, question("absent"), question("good", str(tmp_path / "test_missing.py"))]
     assert harness.run("some", red, 2, results) == 1
     assert not results.exists() and not called
@@ -58,7 +58,7 @@ def test_only_questions_with_green_tests_are_timed_and_no_result_is_overwritten(
     assert set(kept) == {"some-001.csv", "some-001.png"}
     assert b"# commit: " in kept["some-001.csv"] and b"\ngood,who,2," in kept["some-001.csv"]
 
-    # where older records were deleted, the next is still the last
+    # the next record is numbered last even where older ones were deleted
     (results / "some-001.csv").rename(results / "some-004.csv")
     assert harness.run("some", [good], 2, results) == 0
     now = {path.name: path.read_bytes() for path in results.iterdir()}

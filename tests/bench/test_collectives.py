@@ -1,4 +1,4 @@
-"""What a step may exchange, by kind, and what it does; ranks beside each other."""
+"""A step's collectives by kind, within their budget, and ranks timed side by side."""
 
 import csv
 import re
@@ -12,7 +12,7 @@ from isofast.methods.networks import make_encoder, make_projector
 
 from ..support.runs import ROOT, call
 
-# a step whose calls grow has become slower on a cluster
+# more calls per step make it slower on a cluster
 BUDGET = {
     "BatchNorm, forward": 21,
     "BatchNorm, backward": 21,

@@ -1,4 +1,4 @@
-"""bench/gpu_day.py: what becomes of stages of real programs, and all of it on a CPU."""
+"""bench/gpu_day.py: the outcomes of stages of real programs, and a dry run on a CPU."""
 
 import importlib
 import json
@@ -20,7 +20,7 @@ def day(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 
 def test_a_day_goes_on_after_failures_and_is_taken_up_again(day, tmp_path, monkeypatch):
-    """The stage that hangs does not listen, and has a child."""
+    """The stage that hangs ignores SIGTERM and has a child process."""
     monkeypatch.setattr(day, "GRACE_S", 0.5)
     done, mended = tmp_path / "done", tmp_path / "mended"
     hang = f"test -f {mended} && exit; trap '' TERM; sleep 60 & echo $!; wait; wait"
@@ -62,7 +62,7 @@ def test_a_day_goes_on_after_failures_and_is_taken_up_again(day, tmp_path, monke
     assert [second[name]["status"] for name in ("fails", "hangs")] == ["passed", "passed"]
     assert second["good"] == first["good"]
     assert done.read_text().split()[4:] == ["fails", "second", "hangs"]
-    # asked for by number, or no longer the same programs
+    # selected by number, or with changed commands
     day.run_stages(stages, tmp_path, only=[7])
     day.run_stages([shell("good", "echo other"), *stages[1:]], tmp_path)
     assert done.read_text().split()[7:] == ["last", "good"]

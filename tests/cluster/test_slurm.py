@@ -1,4 +1,4 @@
-"""launch/slurm.sh under a stand-in for Slurm, which does not run here."""
+"""launch/slurm.sh with stubs in place of Slurm's commands."""
 
 import json
 import os
@@ -12,7 +12,7 @@ from ..support.runs import ROOT, assert_same_run, environment, opened, train, wa
 
 pytestmark = pytest.mark.long
 
-# starts the tasks of a step, passes SIGUSR1 on to them, and ends as the first that fails
+# starts a step's tasks, forwards SIGUSR1 to them, and exits with the code of the first failure
 SRUN = """#!/bin/bash
 [ "$1" = --kill-on-bad-exit=1 ] && shift || exit 9
 tasks=()
@@ -59,7 +59,7 @@ def test_a_job_that_reaches_its_time_limit_is_requeued_and_goes_on(config_file, 
 
     process = opened(command, env=env)
     wait_for_step(1, job, process)
-    # as Slurm does two minutes before the end: to the steps, not to the batch script
+    # as Slurm does two minutes before the time limit: signal the steps, not the batch script
     (srun,) = subprocess.check_output(["pgrep", "-P", str(process.pid)], text=True).split()
     os.kill(int(srun), signal.SIGUSR1)
     _, printed = process.communicate(timeout=120)

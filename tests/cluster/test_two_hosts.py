@@ -1,4 +1,4 @@
-"""Two hosts on one machine: network namespaces joined by a cable, two ranks in each."""
+"""Two hosts on one machine: network namespaces joined by a virtual cable, two ranks in each."""
 
 import os
 import shutil
@@ -30,7 +30,7 @@ from ..support.runs import (
 pytestmark = pytest.mark.long
 
 ADDRESSES = ("10.231.7.1", "10.231.7.2")
-# what the heartbeat waits, and then some
+# the heartbeat's timeout, plus a margin
 ENDS_WITHIN_S = 60
 
 
@@ -39,7 +39,7 @@ def ip(*arguments: str) -> None:
 
 
 def start(hosts: list[str], config: Path, run_dir: Path, by: str) -> list[Process]:
-    """A launcher on both, as an administrator without ssh starts it."""
+    """Start a launcher on each host, as one does by hand without ssh."""
     hostfile = config.with_name("hostfile")
     hostfile.write_text("".join(f"{address} slots=2\n" for address in ADDRESSES))
     launcher = {
@@ -61,7 +61,7 @@ def start(hosts: list[str], config: Path, run_dir: Path, by: str) -> list[Proces
 
 @pytest.fixture
 def hosts() -> Iterator[list[str]]:
-    """Two namespaces, by name; the cable's ends are called ``cable`` in both."""
+    """The names of two namespaces; each end of the cable is a device called ``cable``."""
     if os.geteuid() != 0 or shutil.which("ip") is None:
         pytest.skip("network namespaces need root and iproute2")
     names = [f"isofast-{os.getpid()}-{side}" for side in "ab"]
@@ -91,7 +91,7 @@ def config(config_file: Callable[..., Path]) -> Path:
 
 
 def end_of(processes: list[Process], within_s: float) -> list[str]:
-    """What each printed, once it has ended."""
+    """Return each process's stderr once it has ended; kill those that outlast the deadline."""
     deadline = time.monotonic() + within_s
     try:
         return [p.communicate(timeout=max(0.1, deadline - time.monotonic()))[1] for p in processes]
@@ -107,7 +107,7 @@ def test_two_hosts_train_as_one_and_outlive_a_cut_cable(hosts, config, tmp_path)
     single, whole = tmp_path / "one-process", tmp_path / "one-host"
     train(config, whole, ranks=4)
     train(config, single)
-    # the same global batch and statistics, summed in another order, which grows with the steps
+    # same global batch and statistics, summed in another order; the gap grows with the steps
     losses = [[r["loss"] for r in timeless(run) if r["loss"]][:5] for run in (whole, single)]
     np.testing.assert_allclose(*losses, rtol=1e-3)
 
@@ -121,18 +121,18 @@ def test_two_hosts_train_as_one_and_outlive_a_cut_cable(hosts, config, tmp_path)
         assert time.monotonic() - began < ENDS_WITHIN_S
         assert all(process.returncode != 0 for process in processes)
         for text in printed:
-            assert text.count("\nerror") == 1 and "the same command goes on" in text, text
-            # torchrun shows a traceback of its own
+            assert text.count("\nerror") == 1 and "rerun the same command" in text, text
+            # torchrun prints a traceback of its own code
             assert 'launch/train.py", line' not in text, text
 
         ip("-n", hosts[0], "link", "set", "cable", "up")
-        # goes on where it is given, here on one host; the losses of two are bitwise those of one
+        # resumes on one host; the losses on two hosts are bitwise those on one
         assert "continuing from" in train(config, cut, ranks=4)
         assert_same_run(whole, cut)
 
 
 def test_a_rank_that_hangs_ends_the_run(config, tmp_path):
-    """The one that keeps the ranks' addresses, or another; two runs side by side."""
+    """Rank 0, which hosts the ranks' store, or another; two runs side by side."""
     hung, processes = [], []
     try:
         for rank in (0, 1):

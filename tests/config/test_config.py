@@ -1,4 +1,4 @@
-"""The configuration: overrides, errors that carry the remedy, stored runs, the schema."""
+"""The configuration: overrides, errors that name the remedy, stored runs, the schema."""
 
 import json
 import sys
@@ -22,7 +22,7 @@ DATA = {"data": {"dataset": "cifar10", "root": "somewhere"}}
 
 @pytest.fixture
 def file(tmp_path: Path) -> Callable[..., Path]:
-    """Writes a config file of text, or of sections over DATA."""
+    """Writes a config file from text, or from sections merged over DATA."""
 
     def write(content: str | dict[str, Any]) -> Path:
         path = tmp_path / "c.json"
@@ -32,7 +32,7 @@ def file(tmp_path: Path) -> Callable[..., Path]:
     return write
 
 
-# settings of C where the predictor is trained, and methods that do not exist
+# settings of C for methods with a trained predictor, and methods that do not exist
 WRONG_METHODS: list[tuple[dict[str, Any], list[str]]] = [
     *(
         ({"name": name, key: 0.5}, [f"method.{key}: unknown key", "Allowed: method.name, method."])
@@ -68,7 +68,7 @@ WRONG_METHODS: list[tuple[dict[str, Any], list[str]]] = [
         ({**DATA, "optimizer": {"lr": float("nan")}}, ["optimizer.lr", "nan"]),
         ({}, ["data.root: missing", "--set data.root"]),
         ({**DATA, "encoder": {"name": "resnet50", "width": 16}}, ["encoder.width", "resnet18"]),
-        ({**DATA, "logging": {"loggers": ["wanda"]}}, ["'wanda' is no logger", "tensorboard"]),
+        ({**DATA, "logging": {"loggers": ["wanda"]}}, ["'wanda' is not a logger", "tensorboard"]),
         *(({**DATA, "method": method}, words) for method, words in WRONG_METHODS),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, list) else "",
@@ -78,7 +78,7 @@ def test_errors_name_the_key_and_the_remedy(raw, words):
         validate(raw)
     for word in words:
         assert word in str(caught.value)
-    # and nothing else
+    # and this is the only error
     assert str(caught.value).count("\n") == 1
 
 
@@ -127,7 +127,7 @@ def test_the_resolved_config_reads_back_as_itself(name):
     ("dataset", "method", "changes"),
     [
         ("cifar10", {"name": "directcopy"}, []),
-        # when all methods shared one section, a trained predictor's keys of C were null
+        # when all methods shared one section, methods with a trained predictor had null C keys
         ("cifar10", {"name": "byol"} | dict.fromkeys(["alpha", "eps", "normalize"]), []),
         ("digits", {"name": "isoloss"}, ["method.correlation: 'embeddings' -> 'directions'"]),
     ],
@@ -144,7 +144,7 @@ def test_runs_of_earlier_versions_stay_readable(file, dataset, method, changes):
 
 
 def test_a_stored_method_of_your_own_reads_back_as_itself(file, monkeypatch):
-    """Also nulls, and tuples, which JSON has not: config.json holds lists."""
+    """Including nulls, and tuples, which config.json stores as lists."""
 
     class Mine(Method):
         class Config(Method.Config):
@@ -187,7 +187,7 @@ def test_a_batch_that_does_not_divide_is_refused(world, suggestion):
 
 
 def test_the_schema_is_fresh():
-    """`make schema` writes it."""
+    """If this fails, run `make schema`."""
     assert (LAUNCH / "config.schema.json").read_text() == schema_json()
 
 
@@ -199,7 +199,7 @@ def test_every_key_is_documented():
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.name)
 def test_shipped_configs_spell_out_nothing_implied(path):
-    """But for the method's name, which a reader changes, and the optimizer's, beside its rate."""
+    """Except the method's name, for users to change, and the optimizer's, next to its ``lr``."""
     assert load_config(path).data.root
     raw = json.loads(path.read_text())
     whole = validate(raw)

@@ -1,4 +1,4 @@
-"""What a data set, a method and the length of a run imply."""
+"""The defaults implied by a data set, a method and the length of a run."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ from isofast.config.load import load_config, validate
 from ..support.runs import ROOT
 
 DATA = {"data": {"dataset": "cifar10", "root": "somewhere"}}
-# A line a method: what the paper's run of it has.
+# one line per method: its settings in the paper
 PRESETS: dict[str, dict[str, Any]] = {
     "isoloss": {"alpha": 0.5, "eps": 0.0, "normalize": "spectral", "decay": 0.998, "ema": True},
     "directpred": {"alpha": 0.5, "eps": 0.0, "normalize": "spectral", "decay": 0.998, "ema": True},

@@ -1,4 +1,4 @@
-"""Small data roots, made once a session, and the real pictures where they are at hand."""
+"""Small data roots, made once per session, and real images where available."""
 
 import io
 import shutil
@@ -33,7 +33,7 @@ TINY_ZIP = SHARED / "tiny-imagenet-20-classes.zip"
 
 
 def write_images(root: Path, split: str, count: int, *, one_size: bool = False) -> None:
-    """Write smooth coloured pictures of three classes: PNG and JPEG in turn, of several sizes."""
+    """Write smooth colour images of three classes, alternating PNG and JPEG, in several sizes."""
     rng = np.random.default_rng(0)
     for k in range(count):
         folder = root / split / f"class{k % 3}"
@@ -68,13 +68,13 @@ def checked(root: Path, split: str = "train", **options: Any) -> ImageFolder:
 
 
 def numbered(dataset: ImageFolder) -> ImageFolder:
-    """The same images, each labelled with its own number, to see which ones come by."""
+    """Return the same images, each labelled with its index, to see which ones are loaded."""
     return replace(dataset, labels=np.arange(len(dataset)))
 
 
 @pytest.fixture(scope="session")
 def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A data root with 3 classes, 51 train and 15 val images; only to be read."""
+    """A data root with 3 classes, 51 train and 15 val images; read-only."""
     root = tmp_path_factory.mktemp("pictures")
     write_images(root, "train", 51)
     write_images(root, "val", 15)
@@ -83,7 +83,7 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def root(tmp_path: Path, pictures: Path) -> Path:
-    """A copy of the pictures that a test may spoil."""
+    """A copy of ``pictures`` that a test may damage."""
     shutil.copytree(pictures, tmp_path / "data", ignore=shutil.ignore_patterns(".isofast*"))
     return tmp_path / "data"
 
@@ -115,14 +115,14 @@ def recipe() -> Recipe:
 def eval_loader(
     dataset: ImageFolder, recipe: Recipe, indices: Sequence[int], **changes: Any
 ) -> EvalLoader:
-    """A loader of clean images on the CPU, by DALI where nothing else is said."""
+    """Return a loader of clean images on the CPU, using DALI by default."""
     options = {"backend": "dali", "batch_size": 2, "threads": 1, "device": CPU} | changes
     return EvalLoader(options.pop("backend"), dataset, recipe, indices, **options)
 
 
 @pytest.fixture
 def make_loader(photo_set: ImageFolder, recipe: Recipe) -> Iterator[MakeLoader]:
-    """Make loaders on the CPU, by DALI and over `photo_set` by default, closed after the test."""
+    """Makes CPU loaders, over `photo_set` with DALI by default; closes them after the test."""
     made: list[TrainLoader] = []
 
     def make(dataset: ImageFolder = photo_set, row: Recipe = recipe, **changes: Any) -> TrainLoader:
@@ -137,7 +137,7 @@ def make_loader(photo_set: ImageFolder, recipe: Recipe) -> Iterator[MakeLoader]:
 
 
 def levels_of(x_BCHW: torch.Tensor, recipe: Recipe) -> np.ndarray:
-    """The 8-bit levels that were normalised, (B, H, W, 3) float64."""
+    """Return the 8-bit levels before normalisation, (B, H, W, 3) float64."""
     return 255 * (x_BCHW.permute(0, 2, 3, 1).numpy().astype(float) * recipe.std + recipe.mean)
 
 
@@ -147,7 +147,7 @@ def take(loader: TrainLoader, count: int) -> list[Batch]:
 
 @pytest.fixture(scope="session")
 def photos(tmp_path_factory: pytest.TempPathFactory) -> ImageFolder:
-    """1,000 validation pictures of the real TinyImageNet, 64 x 64, some of them gray."""
+    """1,000 validation images of the real TinyImageNet, 64 x 64, some of them gray."""
     if not TINY_ZIP.exists():
         pytest.skip(f"needs {TINY_ZIP.name}, which is not in {TINY_ZIP.parent}")
     folder = tmp_path_factory.mktemp("tinyimagenet") / "unlabeled"

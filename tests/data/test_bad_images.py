@@ -1,4 +1,4 @@
-"""Images that passed the check and are refused in a run: named, remembered, left out with skip."""
+"""Images that pass the check but fail in a run: named, remembered, left out with skip."""
 
 import json
 from collections.abc import Callable
@@ -26,7 +26,7 @@ def root(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def culprit(root: Path) -> Path:
-    """A file that Pillow takes and DALI refuses."""
+    """A file that Pillow decodes and DALI refuses."""
     path = root / "train" / "b" / "17.png"
     path.write_bytes(BAD["a stray byte"][0])
     return path
@@ -43,7 +43,7 @@ def two_epochs(make_loader: MakeLoader) -> Train:
     ("backend", "check"), [("dali", "full"), ("dali", "headers"), ("resident", "headers")]
 )
 def test_the_culprit_is_named_and_can_be_skipped(root, culprit, two_epochs, backend, check):
-    """As where a GPU's decoder refuses what a check has let pass."""
+    """As when a GPU's decoder refuses what has passed the check."""
     if backend == "resident":
         culprit.write_bytes(PNG[: len(PNG) // 2])
     how: Any = {"check": check, "decoder": "pillow"}
@@ -55,7 +55,7 @@ def test_the_culprit_is_named_and_can_be_skipped(root, culprit, two_epochs, back
         two_epochs(dataset, backend=backend)
     message = str(caught.value)
     assert message.count(".png") == 1 and str(culprit) in message
-    # that is of no use here
+    # turning evaluation off would not help here
     assert "evaluation" not in message
     # remembered, though the check itself would let it pass again
     again = checked(root, on_bad="skip", **how)
@@ -77,7 +77,7 @@ def test_one_named_after_another_is_remembered_too(root, two_epochs):
 
 @pytest.mark.parametrize("length", [len(PNG) // 2, len(PNG) - 12])
 def test_an_unchecked_png_that_ends_early_is_named(root, two_epochs, length):
-    """DALI itself would end the process, in three runs of four."""
+    """DALI itself would kill the process in three out of four runs."""
     path = root / "train" / "b" / "17.png"
     path.write_bytes(PNG[:length])
     dataset = checked(root, check="headers")
@@ -99,14 +99,14 @@ def test_a_validation_image_need_not_end_the_run(root, culprit):
     (root / "train").rename(root / "val")
     dataset = checked(root, "val", decoder="pillow")
     loader = eval_loader(dataset, RECIPE, range(64), batch_size=16)
-    with pytest.raises(RunError, match=r"restore these undamaged.*evaluation\.every_epochs=0"):
+    with pytest.raises(RunError, match=r"restore intact copies.*evaluation\.every_epochs=0"):
         list(loader)
 
 
 def test_where_no_file_is_to_blame_none_is_named(root, two_epochs):
-    """The window of a recipe for larger pictures lies outside of these."""
+    """Crop windows drawn for four times the true sizes lie outside the images."""
     dataset = checked(root)
-    with pytest.raises(RunError, match="no single one is to blame"):
+    with pytest.raises(RunError, match=r"no single one of the \d+ in progress is to blame"):
         two_epochs(replace(dataset, sizes=dataset.sizes * 4))
     assert len(check_folder(dataset, on_bad="skip")) == 64
 
@@ -115,7 +115,7 @@ def test_a_decoder_that_fails_at_everything_makes_no_file_bad(root, culprit, two
     for path in (root / "train").glob("*/*.png"):
         path.write_bytes(culprit.read_bytes())
     dataset = checked(root, check="headers")
-    with pytest.raises(RunError, match="no single one is to blame"):
+    with pytest.raises(RunError, match=r"no single one of the \d+ in progress is to blame"):
         two_epochs(dataset)
     memory = json.loads((root / ".isofast-checked-train.json").read_text())
     assert len(memory["problem"]) == 64 and not any(memory["problem"])

@@ -28,7 +28,7 @@ RNG = np.random.default_rng(1)
 
 
 def encoded(kind: str, **options: object) -> bytes:
-    """A picture of noise."""
+    """Return an encoded image of noise."""
     file = io.BytesIO()
     pixels = RNG.integers(0, 256, (SIDE, SIDE, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(file, kind, **options)
@@ -49,13 +49,13 @@ SHORT_PNG = PNG[:33] + chunk(b"IDAT", ROWS) + chunk(b"IEND", b"")
 
 
 def flipped(content: bytes, place: int) -> bytes:
-    """One bit is another."""
+    """Return ``content`` with one bit flipped."""
     changed = bytearray(content)
     changed[place] ^= 1
     return bytes(changed)
 
 
-# what is refused: by both decoders, and by the headers alone?
+# content, the decoders that refuse it, whether the header check refuses it too
 BAD = {
     "empty": (b"", DECODERS, True),
     "text": (b"this is no picture", DECODERS, True),
@@ -65,10 +65,10 @@ BAD = {
     "half a JPEG": (JPEG[: len(JPEG) // 2], DECODERS, False),
     "JPEG cut by 60": (JPEG[:-60], DECODERS, False),
     **{f"PNG cut by {n}": (PNG[:-n], DECODERS, False) for n in (12, 20, 60)},
-    # all pixels are there, and Pillow reads no further
+    # all pixels are there, and Pillow does not read beyond them
     **{f"PNG cut by {n}": (PNG[:-n], ("dali",), False) for n in (1, 4)},
     "a checksum of pixels": (flipped(PNG, -13), DECODERS, False),
-    # Pillow reads what there is, and leaves the rest black
+    # Pillow reads the rows that exist and leaves the rest black
     "a PNG short of rows": (SHORT_PNG, ("dali",), False),
     "a stray byte": (JPEG.replace(b"\xff\xdb", b"\0\xff\xdb", 1), ("dali",), False),
     "a damaged marker": (JPEG.replace(b"\xff\xc4", b"\0\xc4", 1), ("dali",), False),
@@ -78,14 +78,14 @@ BAD = {
 
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
-    """Two classes of three images, two validation images each."""
+    """Two classes with three training and two validation images each."""
     write_copies(tmp_path, "train", "ab", 3, PNG)
     write_copies(tmp_path, "val", "ab", 2, PNG)
     return tmp_path
 
 
 def keep_stamp(path: Path, content: bytes) -> None:
-    """Write other bytes into a file that looks unchanged."""
+    """Overwrite a file without changing its size and modification time."""
     before = path.stat()
     assert len(content) == before.st_size
     path.write_bytes(content)
@@ -115,17 +115,17 @@ def test_a_bad_file_is_named_and_can_be_skipped(root, kind, decoder):
     assert len(kept.sizes) == len(kept.stamps) == 5
     (note,) = notes_on([kept])
     assert note.startswith("1 of 6 train images cannot be read: train/a/01.png (")
-    # what is trained on is what the root would be without the file
+    # the training set is the same as if the file did not exist
     path.unlink()
     assert checked(root, decoder=decoder).fingerprint == kept.fingerprint
 
 
 def test_no_file_is_to_blame_where_dali_decodes_nothing(root, monkeypatch):
-    # after which nothing is left to remember
+    # fills the cache, which the failing check then empties
     checked(root, decoder="pillow")
     with monkeypatch.context() as broken:
         broken.setattr(SingleDecoder, "decodes", lambda self, content: False)
-        with pytest.raises(UserError, match=r"6 of 6 .*decodes nothing at all at the moment"):
+        with pytest.raises(UserError, match=r"6 of 6 .*currently decodes no image at all"):
             checked(root, decoder="dali")
     assert len(checked(root, on_bad="skip", decoder="dali")) == 6
 
@@ -170,16 +170,16 @@ def test_a_class_without_readable_images_is_an_error(root):
 def test_what_was_checked_is_not_read_again(root, decoder):
     first = checked(root, decoder=decoder)
     good, bad = root / "train" / "a" / "00.png", root / "train" / "b" / "00.png"
-    # damage that looks like no change stays unseen
+    # damage that changes neither size nor time goes unnoticed
     keep_stamp(good, bytes(len(PNG)))
     again = checked(root, decoder=decoder)
     assert np.array_equal(first.sizes, again.sizes) and np.array_equal(first.stamps, again.stamps)
-    # a new time of change: read again, and remembered as bad
+    # a new modification time: read again, and cached as bad
     os.utime(good, ns=(1, 1))
     assert set(checked(root, on_bad="skip", decoder=decoder).skipped) == {"train/a/00.png"}
     keep_stamp(good, PNG)
     assert set(checked(root, on_bad="skip", decoder=decoder).skipped) == {"train/a/00.png"}
-    # who is stopped by a file may have mended it
+    # a file that stopped the check may have been repaired, so it is read again
     assert len(checked(root, decoder=decoder)) == 6
     Image.new("RGB", (9, 7)).save(bad)
     changed = checked(root, decoder=decoder)
@@ -194,10 +194,10 @@ def test_one_decoder_does_not_answer_for_the_other(root):
         checked(root, decoder="dali")
     path.write_bytes(PNG)
     checked(root, decoder="dali")
-    # either will do for the headers
+    # the cached results of either decoder will do for a header check
     keep_stamp(path, bytes(len(PNG)))
     assert len(checked(root, check="headers")) == 6
-    # which leaves the full check's memory as it was
+    # which leaves the full check's cache unchanged
     assert len(checked(root, decoder="dali")) == 6
     with pytest.raises(UserError, match=r"1\.png"):
         checked(root, decoder="pillow")
@@ -213,13 +213,13 @@ def test_a_damaged_memory_is_written_anew(root, memory):
 
 
 def test_a_root_that_cannot_be_written_is_checked_all_the_same(root):
-    # a folder in the place of the file, which stops even those whom no permission stops
+    # a folder in place of the cache file, which stops even root
     (root / ".isofast-checked-train.json").mkdir()
     assert len(checked(root)) == 6
 
 
 def test_a_file_that_cannot_be_read_now_is_tried_again(root):
-    """A file of the kernel's, which nobody can read from its start, not even root."""
+    """A /proc file that cannot be read from its start, not even by root."""
     (root / "train" / "a" / "closed.png").symlink_to("/proc/self/mem")
     with pytest.raises(UserError, match=r"closed\.png \(Input/output error\)"):
         checked(root)
@@ -232,7 +232,7 @@ def test_broken_links_are_named_and_links_to_no_files_ignored(root, tmp_path):
     os.mkfifo(tmp_path / "pipe")
     (root / "train" / "a" / "z.png").symlink_to(tmp_path / "pipe")
     (root / "train" / "b" / "folder.jpg").symlink_to(tmp_path)
-    # opening a pipe would wait for ever
+    # opening a pipe would block forever
     assert len(open_dataset(root, "train")) == 6
     (root / "train" / "a" / "gone.png").symlink_to(tmp_path / "unmounted.png")
     with pytest.raises(UserError, match=r"1 of 7 .*gone\.png \(No such file"):
@@ -262,7 +262,7 @@ def test_unusual_images_are_read_as_pillow_reads_them(tmp_path, decoder):
     ((x, _),) = eval_loader(dataset, recipe, range(len(dataset)), batch_size=16, backend=backend)
     for pixels, path in zip(np.rint(levels_of(x, recipe)), dataset.paths, strict=True):
         with Image.open(tmp_path / path) as stored:
-            # Pillow clips 16 bits where it should scale them
+            # Pillow clips 16-bit levels instead of scaling them
             theirs = stored.convert("RGB") if "sixteen" not in path else image.convert("L")
             theirs = np.asarray(theirs.convert("RGB"), np.float32)
         assert np.abs(pixels - theirs).max() <= 1, path

@@ -1,4 +1,4 @@
-"""Downloads, from a real server on this machine: verified, not repeated, or nothing at all."""
+"""Downloads from a real local server: verified, not repeated, all or nothing."""
 
 import http.server
 import socket
@@ -20,7 +20,7 @@ NAME = "tiny-imagenet-200.zip"
 
 
 class Server(http.server.ThreadingHTTPServer):
-    """Serves ``content``; ``sent`` is how much of it goes out before the connection is cut."""
+    """Serves ``content``, but cuts the connection after ``sent`` bytes of it."""
 
     requests = 0
 
@@ -64,7 +64,7 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
 
 def test_a_data_set_is_downloaded_and_made(tmp_path, server):
     root = tmp_path / "root"
-    # a killed command left half of it
+    # left behind by a killed command
     (root / ".download").mkdir(parents=True)
     (root / ".download" / NAME).write_bytes(server.content[:100])
     counts = prepare("tinyimagenet", root)
@@ -113,7 +113,7 @@ def test_the_command_names_the_address_and_the_way_out(tmp_path, monkeypatch, re
     def unreachable(*_: object) -> object:
         raise socket.gaierror(-2, "Name or service not known")
 
-    # also where this machine could reach it
+    # even if this machine is online
     monkeypatch.setattr(socket, "getaddrinfo", unreachable)
     words = f"cannot download {URLS[name]}", "--archive FILE"
     refused(["prepare", name, "--root", tmp_path / "root"], *words)

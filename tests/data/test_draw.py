@@ -1,4 +1,4 @@
-"""The random numbers: known answers, promises about order, and distributions."""
+"""The random numbers: known answers, guarantees about order, and distributions."""
 
 from dataclasses import replace
 from itertools import permutations
@@ -13,7 +13,7 @@ from isofast.config.schema import ViewConfig
 from isofast.data.draw import colour_matrices, draw, philox
 from isofast.data.recipe import recipe_for
 
-# significance of every statistical test here; the draws are fixed, so none of them is flaky
+# significance level of every statistical test here; draws are fixed, so none of them is flaky
 P = 1e-3
 
 
@@ -61,7 +61,7 @@ def test_parameters_have_the_distributions_of_the_table():
     ):
         assert stats.kstest(values, stats.uniform(low, high - low).cdf).pvalue > P, name
     assert np.all(view.brightness_N[~jittered] == 1)
-    # flags and strengths are drawn independently of each other
+    # flags are drawn independently of each other
     flags = np.stack([jittered, view.gray_N, view.blur_sigma_N > 0, view.solarize_N, view.flip_N])
     correlations = np.corrcoef(flags)[np.triu_indices(5, 1)]
     assert np.abs(correlations).max() < 4 / np.sqrt(n)
@@ -87,7 +87,7 @@ def test_crop_windows_follow_torchvision(size):
 
 
 def test_jitter_follows_torchvision():
-    """Factors and the order of the operations, by torchvision's own draw."""
+    """Factors and the order of operations have the distributions of torchvision's draws."""
     n = 6000
     row = ViewConfig(jitter_p=1.0)
     recipe = replace(recipe_for("tinyimagenet"), view1=row)
@@ -107,7 +107,7 @@ def test_jitter_follows_torchvision():
         counts[1, orders.index(tuple(drawn[0].tolist()))] += 1
     assert stats.chi2_contingency(counts).pvalue > P
     assert stats.chisquare(counts[0]).pvalue > P
-    # neither the strengths nor the flags tell the order
+    # the order is independent of the strengths, the window and the flags
     first = view.order_N4[:, 0]
     for values in (*ours, view.window_N4[:, 2]):
         groups = [values[first == operation] for operation in range(4)]
@@ -117,7 +117,7 @@ def test_jitter_follows_torchvision():
 
 
 def test_no_number_has_moved():
-    """What an image went through once, it goes through again in the next release."""
+    """An image's augmentation stays the same from release to release."""
     view = draw(recipe_for("stl10"), 2, np.array([[96, 96]]), np.array([1234]), seed=7, epoch=3)
     assert view.window_N4.tolist() == [[1, 6, 92, 89]]
     assert view.order_N4.tolist() == [[3, 0, 2, 1]]
@@ -138,7 +138,7 @@ def test_thin_images_get_the_central_window(size):
     view = draw(recipe, 1, np.array([size]), np.array([0]), seed=0, epoch=0)
     transform = RandomResizedCrop(224, scale=(0.5, 1.0))
     theirs = transform.get_params(torch.empty(3, *size), [0.5, 1.0], [3 / 4, 4 / 3])
-    # torchvision's height is 0 pixels nowhere here; 1 x 1 fits at once
+    # torchvision's height is never 0 pixels here; 1 x 1 fits at the first draw
     assert tuple(view.window_N4[0]) == tuple(theirs)
 
 
@@ -146,7 +146,7 @@ def test_colour_matrices_keep_white_and_gray():
     recipe = recipe_for("tinyimagenet")
     view = draw(recipe, 1, np.full((500, 2), 64), np.arange(500), seed=0, epoch=0)
     colour, of_mean = colour_matrices(view)
-    # a gray pixel in an image of the same gray only changes by the brightness
+    # in an image of one gray, only the brightness changes a pixel
     gray = np.ones(3, np.float32)
     expected = view.brightness_N[:, None] * gray
     assert np.allclose((colour + of_mean) @ gray, expected, atol=1e-5)

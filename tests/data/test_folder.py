@@ -60,7 +60,7 @@ def test_missing_folders_are_explained(tmp_path, root):
     (root / "train" / "class1" / "sub").mkdir()
     for path in (root / "train" / "class1").glob("*.*"):
         path.unlink()
-    with pytest.raises(UserError, match=r"class folder .*/train/class1 has no image"):
+    with pytest.raises(UserError, match=r"class folder .*/train/class1 has no images"):
         open_dataset(root, "train")
     shutil.rmtree(root / "train" / "class1")
     with pytest.raises(UserError, match=r"differ; only in val: class1"):
@@ -90,7 +90,7 @@ def test_pictures_that_are_not_used_are_counted(root, capsys):
     assert notes_on([open_dataset(root, "train")]) == []
     folder = root / "train" / "class0"
     ignored = ("a.webp", "b.BMP", "more/c.png", "more/deep/d.gif", "../stray.png")
-    # the last is a picture of the data set
+    # only the last one, ZZ.JPEG, belongs to the data set
     for name in (*ignored, ".thumbnails/e.png", ".f.jpg", "../.cache/g.png", "ZZ.JPEG"):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (4, 4)).save(folder / name)
@@ -105,7 +105,7 @@ def test_pictures_that_are_not_used_are_counted(root, capsys):
         "train/stray.png",
     )
     (note,) = notes_on([train])
-    assert note.startswith("5 train file(s) look like pictures and are not used: train/class0/a.w")
+    assert note.startswith("5 train file(s) look like images but are not used: train/class0/a.w")
     assert "\n" not in note
     assert main(["prepare", "imagefolder", "--root", str(root)]) == 0
     assert note in capsys.readouterr().out.splitlines()
@@ -144,18 +144,18 @@ def test_pictures_alone_are_a_data_set(tmp_path, pictures):
     assert "evaluation.every_epochs=0" in str(counts)
     with pytest.raises(UserError, match=r"no folder 'val'.*evaluation.every_epochs=0"):
         open_dataset(tmp_path, "val")
-    # validation classes ask for training classes
+    # validation classes require training classes
     shutil.copytree(pictures / "val", tmp_path / "val")
     with pytest.raises(UserError, match=r"no folder 'train'.*go into .*/unlabeled"):
         open_dataset(tmp_path, "val")
     for path in (tmp_path / "unlabeled").iterdir():
         path.unlink()
-    with pytest.raises(UserError, match=r"folder .*/unlabeled has no image"):
+    with pytest.raises(UserError, match=r"folder .*/unlabeled has no images"):
         open_dataset(tmp_path, "train")
 
 
 def test_names_that_are_not_utf8_are_taken_and_printed(root, capsys):
-    """Of files that are left out or ignored, and of the root."""
+    """For skipped and ignored files, and for the root."""
     for name in (b"/\xff.png", b"/\xff.gif"):
         Path(os.fsdecode(os.fsencode(root / "train" / "class0") + name)).write_text("no picture")
     there = os.fsdecode(os.fsencode(root) + b"\xff")

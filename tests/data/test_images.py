@@ -1,7 +1,7 @@
-"""How far the pixels are from torchvision's, per operation, on real pictures, same parameters.
+"""Pixel distance to torchvision per operation, on real images with the same parameters.
 
 Distances are mean absolute differences of 8-bit pixels. Pillow truncates where DALI rounds, which
-alone is worth half a level an operation.
+alone accounts for half a level per operation.
 """
 
 from collections.abc import Callable
@@ -37,7 +37,7 @@ WINDOW_SIDES = RNG.integers(10, 65, (N, 2))
 WINDOWS = np.concatenate(
     [(RNG.random((N, 2)) * (65 - WINDOW_SIDES)).astype(int), WINDOW_SIDES], axis=1
 ).astype(np.int32)
-# torchvision's ColorJitter takes its operations in an order drawn for each image
+# torchvision's ColorJitter draws the order of its operations for each image
 ORDERS = np.random.default_rng(1).permuted(np.tile(np.arange(4, dtype=np.int8), (N, 1)), axis=1)
 YES = np.ones(N, bool)
 COLOUR = {"brightness_N": BRIGHTNESS, "contrast_N": CONTRAST, "saturation_N": SATURATION}
@@ -46,7 +46,7 @@ Operation = Callable[[Image.Image, int], Image.Image]
 
 
 def neutral(**changes: np.ndarray) -> ViewDraw:
-    """Parameters that leave 64 x 64 images as they are, but for the changes."""
+    """Return parameters that leave 64 x 64 images unchanged, except for ``changes``."""
     whole = {"crop_scale": (1.0, 1.0), "crop_ratio": (1.0, 1.0)}
     row = ViewConfig(**whole, jitter_p=0.0, gray_p=0.0, flip_p=0.0)
     recipe = replace(BASE, view1=row)
@@ -56,7 +56,7 @@ def neutral(**changes: np.ndarray) -> ViewDraw:
 def through_dali(
     photos: ImageFolder, row: ViewConfig, drawn: ViewDraw, indices: np.ndarray = INDICES
 ) -> np.ndarray:
-    """Run the loader's own graph with the given parameters; gives (N, 64, 64, 3) levels."""
+    """Run the loader's pipeline with the given parameters; return (N, 64, 64, 3) levels."""
     recipe = replace(BASE, view1=row, view2=row)
     renderer = dali.DaliRenderer(
         photos, recipe, batch_size=len(indices), device=CPU, threads=2, prefetch=1
@@ -64,7 +64,7 @@ def through_dali(
     ((x_NCHW, _),) = renderer.render(iter([(indices[None], drawn, drawn)]))
     renderer.close()
     x1, x2 = x_NCHW.chunk(2)
-    assert torch.equal(x1, x2), "the same parameters make the same view"
+    assert torch.equal(x1, x2), "the same parameters must give the same view"
     levels = levels_of(x1, BASE)
     assert np.abs(levels - np.rint(levels)).max() < 1e-2
     return np.rint(levels)
@@ -108,7 +108,7 @@ CASES: dict[str, tuple[ViewConfig, ViewDraw, float]] = {
     "brightness": (ViewConfig(), neutral(brightness_N=BRIGHTNESS), 0.5),  # 0.45
     "contrast": (ViewConfig(), neutral(contrast_N=CONTRAST), 0.5),  # 0.45
     "saturation": (ViewConfig(), neutral(saturation_N=SATURATION), 0.5),  # 0.43
-    # a turn about the gray axis is not a shift of hue in HSV: close in colour, not in saturation
+    # a rotation about the gray axis is not a hue shift in HSV: close in colour, not in saturation
     "hue": (ViewConfig(), neutral(hue_N=HUE), 3.0),  # 2.7
     "gray": (ViewConfig(), neutral(gray_N=YES), 0.01),  # 0.000
     "blur": (BLURRING, neutral(blur_sigma_N=SIGMA), 0.01),
@@ -137,7 +137,7 @@ def test_one_map_stands_for_any_order_of_jitter_without_hue(photos):
             name = JITTER[place]
             theirs = getattr(F, f"adjust_{name}")(theirs, float(COLOUR[f"{name}_N"][k]))
         differences.append(np.abs(ours[k] - 255 * theirs.permute(1, 2, 0).numpy()))
-    # what is left is rounding (0.25) and clipping between the operations, which one map has not
+    # the rest is rounding (0.25), and clipping between operations, which a single map lacks
     assert np.median(differences) <= 0.3
     assert np.mean(differences) <= 0.8  # measured 0.66
 
@@ -156,7 +156,7 @@ def test_view_of_everything_in_the_stated_order(photos):
         flip_N=flip,
     )
     difference = np.abs(through_dali(photos, row, drawn) - expected(photos, drawn))
-    # solarize turns a rounding at its threshold into a jump, so the median speaks, and the mean
+    # solarize turns rounding at its threshold into a jump, so test the median as well as the mean
     assert np.median(difference) <= 2.0
     assert difference.mean() <= 3.4  # measured 3.2
 
@@ -168,7 +168,7 @@ def test_view_of_everything_in_the_stated_order(photos):
     [(1, True, 3.1), (2, True, 3.0), (1, False, 1.5), (2, False, 1.5)],
 )
 def test_distance_of_the_whole_recipe(photos, view, hue, allowed):
-    """What training sees: the preset's own draws for 1,000 pictures, with the drawn order."""
+    """What training sees: the preset's own draws for 1,000 images, in the drawn order."""
     everyone = np.arange(len(photos))
     drawn = draw(BASE, view, photos.sizes, everyone, seed=0, epoch=0)
     drawn = drawn if hue else replace(drawn, hue_N=np.zeros_like(drawn.hue_N))

@@ -1,4 +1,4 @@
-"""The loaders' promises: who sees which image when, resume, layout, memory, failures."""
+"""The loaders' guarantees: sampling by rank and epoch, resume, layout, memory, failures."""
 
 import sys
 from collections import Counter
@@ -37,7 +37,7 @@ def test_every_image_at_most_once_an_epoch_over_three_ranks(train_set, make_load
         assert len(seen) == 48
         assert max(Counter(seen).values()) == 1
     assert epochs[0] != epochs[1] != epochs[2] != epochs[0]
-    # what one epoch leaves out is not what the next one does
+    # the epochs drop different images
     assert len(set(epochs[0]) | set(epochs[1]) | set(epochs[2])) == 51
 
 
@@ -55,7 +55,7 @@ def test_streams_are_equal_by_seed_and_differ_by_seed(photo_set, make_loader, ba
 @BOTH
 @pytest.mark.parametrize("k", [1, 11, 12, 17])
 def test_resume_is_bit_exact(make_loader, backend, k):
-    """12 steps an epoch: resumed within an epoch, before, at and after its end."""
+    """With 12 steps per epoch: within an epoch, and before, at and after its end."""
     whole = make_loader(backend=backend)
     assert whole.steps_per_epoch == 12
     take(whole, k)
@@ -67,20 +67,20 @@ def test_resume_is_bit_exact(make_loader, backend, k):
 def test_a_global_batch_does_not_depend_on_the_number_of_ranks(make_loader, backend):
     one = make_loader(backend=backend, batch_size=8)
     two = [make_loader(backend=backend, batch_size=4, rank=rank, world_size=2) for rank in range(2)]
-    # 6 steps an epoch, so the epoch's end is crossed
+    # 6 steps per epoch, so this crosses an epoch's end
     for _ in range(8):
         whole = next(one)
         pieces = [next(loader) for loader in two]
         assert torch.equal(whole.y_B, torch.cat([piece.y_B for piece in pieces]))
         views = [*(piece.x1_BCHW for piece in pieces), *(piece.x2_BCHW for piece in pieces)]
-        # the CPU's matrix products may round a batch of another size to another level
+        # matrix products on the CPU may round to another level at another batch size
         allowed = 0 if backend == "dali" else 1e-3
         assert ((whole.x_NCHW - torch.cat(views)).abs() > allowed).float().mean() <= allowed
 
 
 @BOTH
 def test_batches_have_the_promised_layout_and_dtype(make_loader, recipe, backend):
-    """16-bit views are the float32 views of the same step, rounded once by DALI."""
+    """With DALI, 16-bit views are the float32 views of the same step, rounded once."""
     whole = take(make_loader(backend=backend), 3)
     assert not torch.equal(whole[0].x1_BCHW, whole[0].x2_BCHW)
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
@@ -96,7 +96,7 @@ def test_batches_have_the_promised_layout_and_dtype(make_loader, recipe, backend
 
 @BOTH
 def test_kept_batches_stay_as_they_were(make_loader, backend):
-    """Neither later batches nor closing the loader write into them."""
+    """Neither later batches nor closing the loader overwrites them."""
     loader = make_loader(backend=backend)
     kept = take(loader, 14)
     copies = [Batch(*(x.clone() for x in batch)) for batch in kept]
@@ -149,13 +149,13 @@ def test_clean_images_of_any_size_are_resized_and_cropped(tmp_path, size, backen
 
 @pytest.mark.parametrize("axis", [0, 1])
 def test_of_a_strip_the_middle_alone_is_resized(axis):
-    """The whole would take 400 GB."""
+    """Resizing the whole strip would take 400 GB."""
     strip = np.repeat(np.arange(3, dtype=np.uint8), 700_001)[None, :, None].repeat(3, 2)
     clean = clean_image(recipe_for("imagefolder"), strip if axis else strip.swapaxes(0, 1))
     assert clean.shape == (224, 224, 3) and (clean == 1).all()
 
 
-# 1: fewer batches than are made ahead
+# 1: fewer batches than are prefetched
 @BOTH
 @pytest.mark.parametrize("count", [15, 1])
 def test_evaluation_starts_again_after_a_break(val_set, recipe, backend, count):
@@ -170,7 +170,7 @@ def test_evaluation_starts_again_after_a_break(val_set, recipe, backend, count):
 
 
 def test_digits_views_are_affine_and_unmirrored(digits, make_loader):
-    """Identity parameters, drawn from a recipe of no strength, give the resized digit itself."""
+    """With a recipe of nearly zero strengths, the view is the resized digit itself."""
     recipe = recipe_for("digits")
     assert recipe.view1.flip_p == 0 and recipe.view1.has_affine
     nothing = {"degrees": 0.001, "translate": 0.0, "scale": (1.0, 1.0), "shear": 0.0}
@@ -178,7 +178,7 @@ def test_digits_views_are_affine_and_unmirrored(digits, make_loader):
     dataset = numbered(checked(digits))
     batch = next(make_loader(dataset, replace(recipe, view1=still), batch_size=32))
     ((x, _),) = eval_loader(dataset, recipe, batch.y_B.numpy(), batch_size=32)
-    # half a level of rounding, over the smallest std
+    # 1.5 levels, over the smallest std
     assert (batch.x1_BCHW - x).abs().max() < 1.5 / 255 / min(recipe.std)
     assert (batch.x2_BCHW - x).abs().mean() > 0.05
 
@@ -189,12 +189,12 @@ def test_digits_views_are_affine_and_unmirrored(digits, make_loader):
     ids=["deleted", "cut"],
 )
 def test_a_file_spoiled_during_the_run_is_named(root, make_loader, recipe, spoil):
-    """And DALI never sees it, whose decoder can take the whole process down."""
+    """DALI never sees it, since its decoder can crash the whole process."""
     dataset = checked(root)
     loader = make_loader(dataset, batch_size=51)
     next(loader)
     spoil(root / dataset.paths[7])
-    with pytest.raises(RunError, match=f"{dataset.paths[7]} is not what it was.*continue"):
+    with pytest.raises(RunError, match=f"{dataset.paths[7]} is not as it was.*continue"):
         take(loader, 6)
     with pytest.raises(RunError, match="make a new one"):
         next(loader)
@@ -205,7 +205,7 @@ def test_a_file_spoiled_during_the_run_is_named(root, make_loader, recipe, spoil
 
 @pytest.mark.slow
 def test_memory_stays_flat(pictures):
-    """In a process of its own, where nothing else comes and goes."""
+    """In a separate process, where nothing else allocates memory."""
     assert forked(_use_no_more_memory, pictures, environments=[environment()]) == [0]
 
 
@@ -216,7 +216,7 @@ def _use_no_more_memory(root: Path) -> None:
     for _ in range(100):
         next(loader)
     before = psutil.Process().memory_info().rss
-    # 39 MB of pixels that a leak would keep
+    # a leak would keep 39 MB of pixels
     for _ in range(400):
         next(loader)
     assert psutil.Process().memory_info().rss - before < 8 * 2**20
@@ -230,7 +230,7 @@ def test_too_few_images_are_refused(make_loader, backend):
 
 @pytest.mark.parametrize("check", ["full", "headers", "off"])
 def test_views_do_not_depend_on_the_check(pictures, train_set, make_loader, check):
-    """Without one, sizes come from the headers of a batch's files."""
+    """Without a check, sizes come from the headers of each batch's files."""
     dataset = checked(pictures, check=check)
     assert (dataset.sizes is None) is (check == "off")
     assert_equal_trees(take(make_loader(dataset), 14), take(make_loader(train_set), 14))
@@ -262,5 +262,5 @@ for backend, recipe in (("dali", recipe), ("auto", data.recipe_for("digits"))):
 
 @pytest.mark.slow
 def test_small_sets_train_and_evaluate_without_dali(digits):
-    """What needs DALI is an error with the remedy; nothing imports it."""
+    """What needs DALI fails with the remedy; nothing imports it."""
     call([sys.executable, "-c", WITHOUT_DALI, str(digits)])

@@ -1,6 +1,6 @@
-"""CIFAR, STL-10 and TinyImageNet: what torchvision's readers give, and archives that are refused.
+"""CIFAR-100 and STL-10 against torchvision's readers, TinyImageNet, and archives that are refused.
 
-Small archives stand in for the official ones, with their own checksums in torchvision's tables.
+Small archives replace the official ones, with their checksums patched into torchvision's tables.
 """
 
 import hashlib
@@ -28,7 +28,7 @@ RNG = np.random.default_rng(0)
 TOP = "tiny-imagenet-200"
 CIFAR = "cifar-100-python"
 STL = "stl10_binary"
-WHOLE = "cannot unpack .*not a whole and safe tar or zip file; download it again"
+WHOLE = "cannot unpack .*not a complete and safe tar or zip file; download it again"
 
 
 def md5(content: bytes) -> str:
@@ -54,7 +54,7 @@ def tiny_files() -> Files:
         for k in range(3):
             files[f"{TOP}/train/{wnid}/images/{wnid}_{k}.JPEG"] = jpeg(10 * c + k)
         for k in range(2):
-            # validation images of both classes lie mixed in one folder
+            # validation images of both classes share one folder
             files[f"{TOP}/val/images/val_{2 * k + c}.JPEG"] = jpeg(100 + 10 * c + k)
             lines.append(f"val_{2 * k + c}.JPEG\t{wnid}\t0\t0\t7\t7")
     files[f"{TOP}/val/val_annotations.txt"] = "\n".join(lines).encode()
@@ -65,7 +65,7 @@ def cifar100_files() -> Files:
     def part(labels: list[int], coarse: list[int]) -> bytes:
         data = RNG.integers(0, 256, (len(labels), 3072), dtype=np.uint8)
         content = {"data": data, "fine_labels": labels, "coarse_labels": coarse}
-        # protocol 2 is what the official files have
+        # the official files use protocol 2
         return pickle.dumps(content, protocol=2)
 
     names = {"coarse_label_names": ["fish"], "fine_label_names": ["aquarium_fish", "bed", "cup"]}
@@ -93,7 +93,7 @@ def stl10_files() -> Files:
 
 
 def certify(patch: pytest.MonkeyPatch, dataset: Any, files: Files) -> None:
-    """Let torchvision take generated files for the official ones."""
+    """Make torchvision accept generated files as the official ones."""
 
     def checksum(name: str) -> str:
         return md5(files[f"{dataset.base_folder}/{name}"])
@@ -106,7 +106,7 @@ def certify(patch: pytest.MonkeyPatch, dataset: Any, files: Files) -> None:
 
 
 def write_archive(path: Path, files: Files) -> Path:
-    """A zip or a tar, compressed or not, as the file's name says."""
+    """Write a zip or a tar, compressed or not, according to the suffix; return its path."""
     if path.suffix == ".zip":
         with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as packed:
             for name, content in files.items():
@@ -117,7 +117,7 @@ def write_archive(path: Path, files: Files) -> Path:
 
 
 def refuse(name: str, archive: Path, match: str) -> None:
-    """The archive is refused by its name, and nothing of it is left."""
+    """Check that the archive is refused by name, and leaves nothing behind."""
     root = archive.parent / "root"
     with pytest.raises(UserError, match=match) as caught:
         prepare(name, root, archive)
@@ -159,7 +159,7 @@ def test_stl10_is_torchvisions(tmp_path, monkeypatch):
     shutil.unpack_archive(archive, tmp_path / "unpacked")
     for split, ours in (("train", "train"), ("test", "val"), ("unlabeled", "unlabeled")):
         reader = theirs.STL10(tmp_path / "unpacked", split=split)
-        # the last class of the list stands for -1
+        # label -1 picks the last name
         names = [[*reader.classes, "none"][label] for label in reader.labels]
         assert_same_images(root, ours, reader.data.transpose(0, 2, 3, 1), names)
     train = open_dataset(root, "train")
@@ -195,7 +195,7 @@ SPOILED_TINY: dict[str, tuple[dict[str, bytes | None], str]] = {
     "annotated image missing": ({f"{TOP}/val/images/val_0.JPEG": None}, r"'val_0\.JPEG.*not in"),
     "annotated twice": (
         {ANNOTATIONS: b"val_0.JPEG\tn001\t0\nval_0.JPEG\tn002\t0"},
-        "has a class already",
+        "already has a class",
     ),
     "class that escapes": ({ANNOTATIONS: b"val_0.JPEG\t.."}, "the class or the image is not"),
     "image that escapes": ({ANNOTATIONS: b"../../../wnids.txt\tn001"}, "not in the archive"),
@@ -222,7 +222,7 @@ def test_a_spoiled_image_can_be_left_out(tmp_path):
     counts = prepare("tinyimagenet", tmp_path / "root", archive, on_bad="skip")
     assert (counts.classes, counts.train, counts.val) == (2, 5, 4)
     assert "\n1 of 6 train images cannot be read: train/n001/n001_1.JPEG (" in str(counts)
-    # and when it is asked again
+    # the same on a second call
     again = prepare("tinyimagenet", tmp_path / "root", on_bad="skip")
     assert again.notes == counts.notes and again.train == 5
     write_archive(archive, files | {name: b"text" for name in files if "/n001/images/" in name})
@@ -235,19 +235,19 @@ def test_archives_of_something_else_are_refused(tmp_path, monkeypatch):
     certify(monkeypatch, theirs.CIFAR100, files)
     whole = write_archive(tmp_path / "cifar.tar", files)
     refuse("stl10", whole, "not the official archive stl10_binary.tar.gz")
-    refuse("tinyimagenet", whole, "no TinyImageNet archive")
+    refuse("tinyimagenet", whole, "not a TinyImageNet archive")
     files.pop(f"{CIFAR}/test")
     lacking = write_archive(tmp_path / "cifar.tar", files)
-    refuse("cifar100", lacking, "missing or has another md5. Download it again")
+    refuse("cifar100", lacking, "missing or has a different md5. Download it again")
 
 
 def test_archives_that_are_not_whole_or_not_safe_are_refused(tmp_path):
     zipped = write_archive(tmp_path / "whole.zip", tiny_files()).read_bytes()
     packed = write_archive(tmp_path / "whole.tar.gz", tiny_files()).read_bytes()
-    # inside the packed bytes of an image, so only its checksum tells
+    # inside an image's compressed bytes, so that only the checksum reveals it
     place = zipped.index(b"n002_2.JPEG") + 200
     locked = bytearray(zipped)
-    # the first of the flags says that a password is needed, in both headers of the file
+    # the lowest flag bit, in both headers of a file, marks it as encrypted
     for header, flags in ((b"PK\x03\x04", 6), (b"PK\x01\x02", 8)):
         locked[locked.index(header) + flags] |= 1
     escaping = write_archive(tmp_path / "escaping.tar", {"../evil": b"x"}).read_bytes()

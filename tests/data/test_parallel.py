@@ -1,4 +1,4 @@
-"""Work in processes and threads: order, errors as they are, nothing left behind."""
+"""Work in processes and threads: results in order, errors unchanged, nothing left behind."""
 
 import multiprocessing
 import os
@@ -63,14 +63,14 @@ def test_processes_end_with_the_caller():
     caller.start()
     writer.close()
     assert reader.recv() != caller.pid
-    # ends when nobody has it open any more: neither the caller nor its processes
+    # EOF: neither the caller nor its processes hold the pipe open any more
     with pytest.raises(EOFError):
         assert reader.poll(10) and reader.recv()
 
 
 @pytest.mark.parametrize("seed", range(4))
 def test_one_killed_in_the_middle_of_a_result_is_told(seed):
-    """Which is larger than a pipe holds, and of which the caller has read the beginning."""
+    """The result exceeds a pipe's buffer, and the caller has already read its beginning."""
     results = in_processes(lambda k: bytes(1_000_000), range(2000), 2)
     for _ in range(20 + seed):
         next(results)

@@ -22,7 +22,7 @@ from isofast.errors import UserError
 from .conftest import write_images
 from .test_official import tiny_files, write_archive
 
-# seconds that nothing here comes near, unless it hangs
+# seconds; nothing here takes nearly as long unless it hangs
 LONG = 30
 
 
@@ -31,7 +31,7 @@ def snapshot(root: Path) -> dict[str, bytes]:
 
 
 def without(files: dict[str, bytes], part: str) -> dict[str, bytes]:
-    """The files whose names do not have a part."""
+    """Return the files whose names do not contain ``part``."""
     return {name: content for name, content in files.items() if part not in name}
 
 
@@ -49,7 +49,7 @@ def test_digits(digits, tmp_path):
         first_zero = load_digits().images[0]
         assert image.mode == "L"
         assert np.array_equal(np.asarray(image), np.rint(first_zero * 255 / 16))
-    # as another call has made them
+    # the same as from another call
     assert open_dataset(digits, "train").fingerprint == train.fingerprint
     images = without(snapshot(tmp_path / "digits"), ".isofast")
     assert images == without(snapshot(digits), ".isofast")
@@ -62,7 +62,7 @@ def test_a_second_call_checks_and_changes_nothing(tmp_path):
     archive = write_archive(tmp_path / "tiny.zip", tiny_files())
     first = prepare("tinyimagenet", tmp_path / "root", archive)
     before = snapshot(tmp_path / "root")
-    # the archive is not needed any more
+    # the archive is no longer needed
     second = prepare("tinyimagenet", tmp_path / "root")
     assert (first.already_there, second.already_there) == (False, True)
     assert (second.classes, second.train, second.val) == (2, 6, 4)
@@ -97,7 +97,7 @@ def test_an_interrupted_build_starts_over_and_an_interrupted_move_goes_on(tmp_pa
         prepare("tinyimagenet", root, archive)
     monkeypatch.undo()
     assert (root / "train").exists() and not (root / "val").exists()
-    # under its own name only
+    # only as the same data set
     with pytest.raises(UserError, match=r"already holds train, not made by .*prepare stl10`"):
         prepare("stl10", root)
     counts = prepare("tinyimagenet", root)
@@ -134,10 +134,10 @@ def test_other_peoples_folders_are_left_alone(tmp_path, pictures):
 
 def test_impossible_requests_are_refused(tmp_path):
     names = "digits, cifar10, cifar100, stl10, tinyimagenet, imagefolder"
-    with pytest.raises(UserError, match=f"no data set 'mnist'.*{names}"):
+    with pytest.raises(UserError, match=f"unknown data set 'mnist'.*{names}"):
         prepare("mnist", tmp_path)
     for name in ("digits", "imagefolder"):
-        with pytest.raises(UserError, match=f"{name} is made without an archive"):
+        with pytest.raises(UserError, match=f"{name} needs no archive"):
             prepare(name, tmp_path, tmp_path / "x.zip")
     assert tuple(VIEWS_OF_DATASET) == module.NAMES
     (tmp_path / "file").write_text("x")
@@ -159,7 +159,7 @@ def test_ctrl_c_says_what_is_kept(tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(module, "_write_digits", stop)
     assert main(["prepare", "digits", "--root", str(tmp_path / "root")]) == 130
-    assert "goes on from what is complete, or starts over" in capsys.readouterr().err
+    assert "to continue from what is complete, or to start over" in capsys.readouterr().err
     assert not any((tmp_path / "root").iterdir())
 
 
@@ -167,9 +167,9 @@ def test_changes_of_a_prepared_root_are_named(own_digits):
     train = own_digits / "train"
     (train / "notes.txt").write_text("x")
     (train / "2" / "x.png").symlink_to(train / "nowhere")
-    # which keeps the order, and so the contents one after the other
+    # which keeps the files' order, and so their concatenated contents
     max((train / "3").iterdir()).rename(train / "3" / "999.png")
-    places = r"3 place\(s\), train/2, train/3, train/notes\.txt\. Undo that"
+    places = r"3 place\(s\), train/2, train/3, train/notes\.txt\. Undo this"
     with pytest.raises(UserError, match=f"has changed .* {places}"):
         prepare("digits", own_digits)
 
@@ -180,7 +180,7 @@ def test_a_second_command_waits_for_the_first(tmp_path, monkeypatch, capsys, fai
     building, going_on = threading.Event(), threading.Event()
 
     def build(folder: Path) -> None:
-        # only the first build is held up
+        # hold up only the first build
         if not building.is_set():
             building.set()
             assert going_on.wait(LONG)
@@ -200,7 +200,7 @@ def test_a_second_command_waits_for_the_first(tmp_path, monkeypatch, capsys, fai
             time.sleep(0.01)
         waited = not second.done()
         going_on.set()
-    assert said == f"another isofast prepare works on {root}; waiting for it to end\n" and waited
+    assert said == f"another isofast prepare is using {root}; waiting for it to end\n" and waited
     assert isinstance(first.exception(), UserError) is fails
-    # it finds what the first has made, or makes what the first has failed at
+    # the second finds what the first built, or builds it if the first failed
     assert second.result().already_there is not fails

@@ -1,4 +1,4 @@
-"""`isofast prepare --preview`: originals and both views, as the loader makes them."""
+"""`isofast prepare --preview`: originals and both views, as produced by the loader."""
 
 import shutil
 from pathlib import Path
@@ -15,7 +15,7 @@ GAP = 4
 
 
 def tiles(path: Path, side: int = 96) -> list[list[np.ndarray]]:
-    """Cut the tiles out of a preview: rows of nine (side, side, 3)."""
+    """Cut a preview into its tiles: rows of nine (side, side, 3) images."""
     with Image.open(path) as image:
         assert image.format == "PNG"
         sheet = np.asarray(image)
@@ -29,16 +29,16 @@ def test_every_recipe_is_drawn(tmp_path, pictures, name):
     write_preview(name, pictures, path)
     side = {"tinyimagenet": 128, "imagefolder": 224}.get(name, 96)
     rows = tiles(path, side)
-    # every view is another draw
+    # every view is a different draw
     assert [len({view.tobytes() for view in row[1:]}) for row in rows] == [8] * 8
     assert [path.name for path in tmp_path.iterdir()] == ["views.png"]
 
 
 def test_views_are_of_the_images_beside_them(tmp_path, monkeypatch):
-    """Plain colours: without jitter every view of an image has that image's colour."""
+    """Plain colours: without jitter, every view has its image's colour."""
     colours = [(30 * k + 10, 200 - 20 * k, 90) for k in range(7)]
     plain = [Image.new("RGB", (40, 50), colour) for colour in colours]
-    # Pillow would keep the low end of 16 bits and call the rest white
+    # Pillow would keep the low end of the 16-bit range and clip the rest to white
     plain.append(Image.fromarray(np.full((50, 40), 130 * 257, np.uint16)))
     for k, image in enumerate(plain):
         folder = tmp_path / "train" / f"c{k}"
@@ -49,7 +49,7 @@ def test_views_are_of_the_images_beside_them(tmp_path, monkeypatch):
     write_preview("cifar10", tmp_path, tmp_path / "preview.png")
     for row, colour in zip(tiles(tmp_path / "preview.png"), [*colours, (130,) * 3], strict=True):
         assert len(row) == 9
-        # the original is taller than wide, so that white is left and right of it
+        # the original is taller than wide, so it has white margins left and right
         assert (row[0][:, 0] == 255).all() and (row[0][:, 48] == colour).all()
         for view in row[1:]:
             assert np.abs(view.astype(int) - colour).max() <= 1
@@ -61,7 +61,7 @@ def test_the_command_prepares_and_draws(tmp_path, capsys):
     assert main(command) == 0
     first = path.read_bytes()
     assert f"views of digits: {path}" in capsys.readouterr().out
-    # the same pictures, whenever it is asked
+    # the same preview on every call
     assert main(command) == 0
     assert path.read_bytes() == first
 

@@ -1,4 +1,4 @@
-"""The resident backend: against the files and DALI, when it is taken, what is refused."""
+"""The resident backend: against the files and DALI, when it is chosen, what it refuses."""
 
 import shutil
 from dataclasses import replace
@@ -29,7 +29,7 @@ def test_files_do_not_matter_once_they_are_decoded(tmp_path, photo_set, make_loa
     assert_equal_trees(take(loader, 14), take(make_loader(backend="resident"), 14))
 
 
-# the operations that both backends define alike: everything but the jitter
+# operations that both backends define identically: everything but jitter
 ALIKE = ViewConfig(jitter_p=0.0, blur_p=0.5, solarize_p=0.2)
 
 
@@ -47,11 +47,11 @@ def test_dali_sees_the_same_images_with_the_same_parameters(photo_set, make_load
         assert torch.equal(a.y_B, b.y_B)
         for x_BCHW, y_BCHW in zip(a.x_NCHW.chunk(2), b.x_NCHW.chunk(2), strict=True):
             distance = ((x_BCHW - y_BCHW) * levels).abs()
-            # rounding of the resize; at the threshold of solarize a level is a jump
+            # the resize rounds differently; at solarize's threshold, one level becomes a jump
             assert distance.median() <= 0.01
             assert distance.mean() <= 0.35
         other = ((a.x1_BCHW - a.x2_BCHW) * levels).abs().mean()
-        assert other > 20, "another view is far away"
+        assert other > 20, "the other view must be far away"
 
 
 @pytest.mark.parametrize("blurred", ["view1", "view2"])

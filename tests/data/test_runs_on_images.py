@@ -1,4 +1,4 @@
-"""Runs on pictures without labels, and beside pictures that cannot be read."""
+"""Runs with unlabelled images, and with images that cannot be read."""
 
 import json
 import shutil
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture
 def half_labelled(own_digits: Path) -> Path:
-    """The digits, with those of the last five classes without labels and one of them spoiled."""
+    """The digits, with the last five classes unlabelled and one of their images damaged."""
     root = own_digits
     (root / "unlabeled").mkdir()
     for label in "56789":
@@ -45,7 +45,7 @@ def test_half_labelled_digits_train_on_two_ranks(config_file, half_labelled, tmp
     unlabelled = len(list((half_labelled / "unlabeled").iterdir())) - 1
     assert f"1,441 images ({unlabelled:,} without a label) of 5 classes" in printed
     assert summary["completed"] is True
-    # chance is 0.2, and a bank with labels of -1 would have no vote to count
+    # chance is 0.2, and labels of -1 in the bank would make the vote impossible
     assert summary["knn_top1"] > 0.5
     assert all(record["probe_loss"] > 0 for record in records if "probe_loss" in record)
 
@@ -58,16 +58,16 @@ def test_without_validation_images_the_way_out_is_said(
     command = ["train", "--config", config, "--run-dir", tmp_path / "run"]
     way_out = ["--set", "evaluation.every_epochs=0"]
     refused(command, " ".join(way_out))
-    # and a bad image stops a run that was not told to skip it
+    # and without on_bad_image=skip, a bad image stops the run
     refused([*command, *way_out], "7-000.png", "data.on_bad_image=skip")
     assert not (tmp_path / "run" / "config.json").exists()
 
 
 def test_a_root_of_another_data_set_is_noted(digits, config_file, tmp_path):
-    """Said and not refused: a recipe may be tried on other images."""
+    """A note, not an error: a recipe may be tried on other images."""
     other = load_config(config_file(data={"dataset": "cifar10", "crop": 16}), [])
     (note,) = data_set_notes(other)
-    assert f"{digits} holds digits, and data.dataset is cifar10" in note
+    assert f"{digits} holds digits, but data.dataset is cifar10" in note
     for name in ("digits", "imagefolder"):
         assert data_set_notes(load_config(config_file(data={"dataset": name}), [])) == []
     (tmp_path / ".isofast-prepared.json").write_text("{")

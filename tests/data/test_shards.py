@@ -1,4 +1,4 @@
-"""Data roots of tars: the same images as in folders, in the same order, checked and read alike."""
+"""Data roots of tars: same images and order as in folders, checked and read the same way."""
 
 import gzip
 import json
@@ -29,7 +29,7 @@ from .test_prepare import snapshot, without
 
 
 def assert_same_images(ours: ImageFolder, theirs: ImageFolder) -> None:
-    """In all but where they lie and when they were written."""
+    """Compare everything except location and modification time."""
     for name in ("classes", "paths", "fingerprint", "skipped", "ignored"):
         assert getattr(ours, name) == getattr(theirs, name), name
     assert np.array_equal(ours.labels, theirs.labels) and np.array_equal(ours.sizes, theirs.sizes)
@@ -38,7 +38,7 @@ def assert_same_images(ours: ImageFolder, theirs: ImageFolder) -> None:
 
 
 def files_of(root: Path, top: str) -> dict[str, bytes]:
-    """The images below root/top, by name, not in their order."""
+    """Return the files below root/top by name, in reverse order."""
     found = [path for path in (root / top).rglob("*") if path.is_file()]
     files = {path.relative_to(root / top).as_posix(): path for path in found}
     return {name: files[name].read_bytes() for name in sorted(files, reverse=True)}
@@ -46,7 +46,7 @@ def files_of(root: Path, top: str) -> dict[str, bytes]:
 
 @pytest.fixture
 def packed(root: Path, tmp_path: Path) -> Path:
-    """The pictures, some of them without labels, as tars."""
+    """The images, some of them unlabelled, packed into tars."""
     add_unlabeled(root, 5)
     pack(root, tmp_path / "packed", shard_mib=1)
     return tmp_path / "packed"
@@ -65,7 +65,7 @@ def test_tars_hold_the_images_of_the_folder(root, packed, tmp_path, capsys):
         write_preview("cifar10", where, tmp_path / "views.png")
         sheets.append((tmp_path / "views.png").read_bytes())
     assert sheets[0] == sheets[1]
-    # and unpacked by others they are what they were
+    # other programs unpack the original files
     for top in ("train", "val", "unlabeled"):
         with tarfile.open(packed / top / f"{top}-000000.tar") as tar:
             tar.extractall(tmp_path / "out" / top, filter="data")
@@ -76,7 +76,7 @@ def test_shards_have_the_size_asked_for(digits, tmp_path):
     counts = pack(digits, tmp_path / "packed", shard_mib=1)
     assert (counts.name, counts.train, counts.val) == ("digits", 1442, 355)
     sizes = [path.stat().st_size for path in sorted((tmp_path / "packed/train").glob("*.tar"))]
-    # 1,024 bytes an image, in records of 10,240
+    # 1,024 bytes per image, in records of 10,240
     assert len(sizes) == 2 and 2**20 <= sizes[0] <= 2**20 + 2 * 10240
     assert_same_images(checked(tmp_path / "packed"), checked(digits))
 
@@ -84,7 +84,7 @@ def test_shards_have_the_size_asked_for(digits, tmp_path):
 @pytest.mark.long
 @pytest.mark.parametrize(("backend", "other"), [("dali", "resident"), ("resident", "dali")])
 def test_runs_on_folder_and_tars_are_bitwise_equal(config_file, digits, tmp_path, backend, other):
-    """Also where a run begins on the one and goes on with the other."""
+    """Also when a run starts on one and continues on the other."""
     pack(digits, tmp_path / "packed", shard_mib=1)
     config = config_file(
         data={"dataset": "cifar10", "crop": 16, "backend": backend},
@@ -98,7 +98,7 @@ def test_runs_on_folder_and_tars_are_bitwise_equal(config_file, digits, tmp_path
     assert (resident in printed) == (backend == "resident")
     train(config, tmp_path / "tars", *tars)
     assert_same_run(tmp_path / "folder", tmp_path / "tars")
-    # an epoch, after which there is an evaluation anyway
+    # stop after an epoch, where there is an evaluation anyway
     train(config, tmp_path / "moved", "--set", "train.max_steps=22")
     printed = train(config, tmp_path / "moved", *tars)
     assert "continuing from" in printed
@@ -114,7 +114,7 @@ LONG = f"{'deep' * 30}/{'x' * 120}.jpg"
 
 @pytest.mark.parametrize("writer", ["GNU_FORMAT", "PAX_FORMAT", "tar", "two of each"])
 def test_tars_of_others_are_read(root, tmp_path, writer):
-    """With long names, names that are no UTF-8, hidden files, and pictures that are not used."""
+    """With long names, non-UTF-8 names, hidden files, and images that are not used."""
     add_unlabeled(root, 3)
     for name in (LONG, "class0/é.png", "class0/.hidden.png", "class1/a.webp", "top.png"):
         (root / "train" / name).parent.mkdir(exist_ok=True)
@@ -147,7 +147,7 @@ def test_samples_of_webdataset_have_their_class_from_cls(tmp_path):
     dataset = checked(tmp_path)
     assert dataset.classes == ("0", "9") and dataset.labels.tolist() == [0, 0, 0, 1, 1, 1]
     assert dataset.paths[1] == "train/0/002.jpg" and len(checked(tmp_path, "val")) == 6
-    # folders of samples are part of the names; labels that cannot be folders are refused
+    # a sample's folder becomes part of its name; labels that cannot be folder names are refused
     files = {"a/1.jpg": PNG, "b/1.jpg": PNG, "a/1.cls": b"3", "b/1.cls": b"3"}
     write_tar(tmp_path / "train" / "a.tar", files)
     write_tar(tmp_path / "val" / "a.tar", files)
@@ -155,9 +155,9 @@ def test_samples_of_webdataset_have_their_class_from_cls(tmp_path):
     write_tar(tmp_path / "train" / "a.tar", {"1.jpg": PNG, "1.cls": b"../x"})
     with pytest.raises(UserError, match=r"a\.tar: the class of 1\.jpg is '\.\./x'"):
         open_dataset(tmp_path, "train")
-    # without, and without folders, there is no class
+    # without .cls files and without folders there are no classes
     write_tar(tmp_path / "train" / "a.tar", {"1.jpg": PNG, "2.jpg": PNG})
-    with pytest.raises(UserError, match=r"train has tars without .* of a class: .*unlabeled"):
+    with pytest.raises(UserError, match=r"train has tars, but no images with a class: .*unlabeled"):
         open_dataset(tmp_path, "train")
     (tmp_path / "train").rename(tmp_path / "unlabeled")
     assert checked(tmp_path).paths == ("unlabeled/1.jpg", "unlabeled/2.jpg")
@@ -166,14 +166,14 @@ def test_samples_of_webdataset_have_their_class_from_cls(tmp_path):
 
 
 def test_a_folder_beside_tars_is_what_counts(root):
-    """As ImageNet is unpacked, with an archive left beside each class or above them."""
+    """As when ImageNet is unpacked, leaving an archive next to each class folder or above them."""
     before = open_dataset(root, "train").fingerprint
     write_tar(root / "train" / "class0.tar", {"class0/new.png": PNG})
     assert open_dataset(root, "train").fingerprint == before
 
 
-WHOLE = "is not a whole, uncompressed tar file: .* again"
-# a tar's content and the place of its second header -> what becomes of it
+WHOLE = "is not a complete, uncompressed tar file: .* again"
+# (a tar's content, the offset of its second header) -> the damaged content
 DAMAGE: dict[str, Callable[[bytes, int], bytes]] = {
     "cut within an image": lambda tar, _: tar[: len(tar) // 2 + 7],
     "cut behind an image": lambda tar, second: tar[:second],
@@ -203,7 +203,7 @@ def test_a_damaged_tar_is_refused_by_name(packed, damage):
 def test_links_and_pictures_that_two_tars_hold_are_refused(packed):
     path = packed / "train" / "train-000000.tar"
     shutil.copy(path, path.with_name("z.tar"))
-    with pytest.raises(UserError, match=rf"{path} and .*z\.tar both hold class"):
+    with pytest.raises(UserError, match=rf"{path} and .*z\.tar both contain class"):
         open_dataset(packed, "train")
     with tarfile.open(path, "a") as tar:
         member = tarfile.TarInfo("class0/link.png")
@@ -221,7 +221,7 @@ def test_a_tar_that_changes_during_a_run_ends_it(packed, make_loader, check):
     with pytest.raises(RunError, match=r"train-000000\.tar.*has changed") as caught:
         take(loader, 20)
     assert "class" in str(caught.value)
-    # the next start finds it as it is now
+    # the next start takes the tar as it is now
     assert len(checked(packed)) == 56
 
 
@@ -249,7 +249,7 @@ def test_headers_are_read_once(packed):
         spoil()
         with pytest.raises(UserError, match=WHOLE):
             open_dataset(packed, "train")
-    # a root that cannot be written is indexed at every start
+    # an index that cannot be written is rebuilt at every start
     shutil.copy(packed / "val" / "val-000000.tar", tar)
     index.mkdir()
     assert len(open_dataset(packed, "train")) == 15 + 5
@@ -269,12 +269,12 @@ def test_an_interrupted_pack_leaves_nothing_and_a_second_one_changes_nothing(
         with pytest.raises(KeyboardInterrupt):
             pack(digits, output, shard_mib=1)
     assert not any(output.iterdir())
-    # one that was killed leaves what the next one clears away
+    # leftovers of a killed one, which the next one removes
     write_tar(output / ".partial" / "train" / "train-000007.tar", {})
     for split in ("train", "val"):
         checked(digits, split)
     with monkeypatch.context() as checking:
-        # what was checked is not checked again
+        # images already checked are not checked again
         checking.setattr(check, "_judge", lambda *_: 1 / 0)
         first = pack(digits, output, shard_mib=1)
     before = snapshot(output)
@@ -306,7 +306,7 @@ def test_pack_overwrites_nothing(digits, root, tmp_path, refused):
         before = snapshot(tmp_path)
         with pytest.raises(UserError, match=match):
             pack(source, output, shard_mib=size)
-        # but for what the check remembers
+        # except for the check's cache
         after = snapshot(tmp_path)
         assert without(after, "isofast-checked") == without(before, "isofast-checked")
     for words in (["pack"], ["digits", "--output", "x"], ["pack", "--output=x", "--archive=y"]):

@@ -1,4 +1,4 @@
-"""`isofast embed` against the same features made by hand, with torchvision's transforms."""
+"""`isofast embed` against features computed by hand with torchvision's transforms."""
 
 import csv
 import json
@@ -37,7 +37,7 @@ IMAGES = {
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Pictures of several sizes, formats and depths, and what is none."""
+    """Images of several sizes, formats and folder depths, and files that are not images."""
     root = tmp_path / "pictures"
     rng = np.random.default_rng(0)
     for name, (height, width) in IMAGES.items():
@@ -63,7 +63,7 @@ IMAGENET = (256, 224, [0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
 
 
 def by_hand(path: Path, recipe: Any = DIGITS) -> torch.Tensor:
-    """The clean view as torchvision's transforms make it."""
+    """Return the clean view made with torchvision's transforms."""
     short, crop, mean, std = recipe
     with Image.open(path) as image:
         x = functional.pil_to_tensor(image.convert("RGB"))
@@ -84,7 +84,7 @@ def test_tars_stand_for_their_pictures(run_dir, folder, tmp_path, capsys):
             tar.add(folder / top, arcname=".")
     for path in (folder / "a-b", folder / "zebra.jpeg"):
         (tars / path.name).symlink_to(path)
-    # one that nobody meant is named and left out
+    # an unrelated file is named and left out
     (tars / "old").mkdir()
     (tars / "old" / "backup.tar").write_bytes(b"no tar")
     read = []
@@ -125,7 +125,7 @@ def test_the_same_numbers_in_every_format(run_dir, folder, tmp_path):
 
 
 def test_they_are_those_of_the_evaluation(run_dir, digits, tmp_path):
-    """More than a batch; the evaluation's loader of resident images makes the same pixels."""
+    """More than one batch; the evaluation's resident loader makes the same pixels."""
     assert embed(run_dir, digits / "val", tmp_path / "out.npz") == 0
     images = check_folder(open_dataset(digits, "val"))
     options: Any = {"batch_size": 355, "device": torch.device("cpu"), "threads": 1}
@@ -138,7 +138,7 @@ def test_they_are_those_of_the_evaluation(run_dir, digits, tmp_path):
 
 
 def test_torchvision_timm_and_ours_agree(folder, tmp_path):
-    """A resnet18 that both libraries save and load, on images of ImageNet's size."""
+    """A resnet18 checkpoint that both libraries read, on ImageNet-sized images."""
     theirs = resnet18().eval()
     torch.save(theirs.state_dict(), tmp_path / "resnet18.pth")
     assert embed(tmp_path / "resnet18.pth", folder, tmp_path / "out.npz") == 0
@@ -155,7 +155,7 @@ def test_torchvision_timm_and_ours_agree(folder, tmp_path):
 
 @pytest.mark.filterwarnings("error::PIL.Image.DecompressionBombWarning")
 def test_unreadable_files_are_left_out_and_named(run_dir, folder, tmp_path, capsys, monkeypatch):
-    # some are large to Pillow, which is no fault of theirs
+    # some now count as too large for Pillow, which must not matter
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 2000)
     assert embed(run_dir, folder, tmp_path / "before.npz") == 0
     content = (folder / "b" / "one.jpg").read_bytes()
@@ -180,9 +180,9 @@ def test_unreadable_files_are_left_out_and_named(run_dir, folder, tmp_path, caps
 
 def test_a_link_to_a_folder_that_it_lies_in_is_not_followed(folder, tmp_path):
     (folder / "a" / "up").symlink_to(tmp_path)
-    # another one is
+    # a link elsewhere is
     (folder / "again").symlink_to("a-b")
-    # and two that lead to each other end
+    # and two links into each other end
     (folder / "a-b" / "deep").symlink_to("../a/deep")
     (folder / "a" / "deep" / "back").symlink_to("../../a-b")
     found = [name for name in list_pictures(folder) if "/" in name]
@@ -211,8 +211,8 @@ def test_mistakes_exit_with_2_and_lose_nothing(run_dir, folder, tmp_path, refuse
     (bad / "x.jpg").write_bytes(b"no picture")
     kept.write_bytes(b"earlier")
     for source, images, output, words in (
-        (run_dir, bad, kept, "none of the 1 pictures"),
-        (run_dir, none, kept, "no picture below"),
+        (run_dir, bad, kept, "none of the 1 images"),
+        (run_dir, none, kept, "no images below"),
         (run_dir, tmp_path / "gone", kept, "is not a folder"),
         (tmp_path / "gone", folder, kept, "cannot read the weights"),
         (run_dir, folder, tmp_path / "out.json", "must be named .npz, .csv, .pt"),

@@ -1,4 +1,4 @@
-"""load_encoder: runs and files of weights, against torchvision and timm."""
+"""load_encoder on runs and weight files, against torchvision and timm."""
 
 import json
 import shutil
@@ -39,7 +39,7 @@ def assert_same_features(one: nn.Module, other: nn.Module) -> None:
 
 
 def moved(net: nn.Module) -> nn.Module:
-    """The network with BatchNorm statistics that are not the initial ones."""
+    """Return the network with running statistics that differ from the initial ones."""
     with torch.no_grad():
         for _ in range(3):
             net.train()(1 + 2 * torch.randn(8, 3, 32, 32))
@@ -113,7 +113,7 @@ def test_checkpoints_of_torchvision_and_timm(tmp_path):
     deeper.fc = nn.Identity()
     assert_same_features(isofast.load_encoder(tmp_path / "resnet50.pth"), deeper)
 
-    # a model that names alone do not tell, as the hub has it
+    # a model that tensor names alone do not identify, as stored on the hub
     hub = tmp_path / "hub"
     model = moved(timm.create_model("resnet10t", num_classes=7))
     timm.models.save_for_hf(model, str(hub), safe_serialization=True)
@@ -144,14 +144,14 @@ def test_files_that_hold_no_encoder_are_refused(tmp_path):
     torch.save(wide_resnet50_2().state_dict(), tmp_path / "wide.pth")
     refused("wide.pth", r"of another shape: layer1.0.conv1.weight \(64 x 64 x 1 x 1 here, 128 x")
     (tmp_path / "empty").mkdir()
-    refused("empty", "is no run")
+    refused("empty", "is not a run")
     cifar = make_encoder(EncoderConfig(stem="cifar", width=4))
     torch.save(cifar.state_dict(), tmp_path / "cifar.pth")
     refused("cifar.pth", "3 x 3, and does not say what follows it")
     about = {"name": "resnet18", "stem": "round", "stem_padding": "1", "width": "4", "crop": "9"}
     about |= {"resize_short": "9", "mean": "[0,0,0]", "std": "[1,1,1]"}
     save_file(cifar.state_dict(), tmp_path / "damaged.safetensors", metadata=about)
-    refused("damaged.safetensors", "says of its encoder is damaged: .*stem")
+    refused("damaged.safetensors", "the encoder metadata of .* is damaged: .*stem")
 
 
 def test_initial_weights_are_the_files(tmp_path):

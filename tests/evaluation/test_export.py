@@ -1,4 +1,4 @@
-"""`isofast export`: each format read by the library that it is for."""
+"""`isofast export`: each format read by its own library."""
 
 import json
 import sys
@@ -132,11 +132,11 @@ def test_what_a_format_cannot_hold_is_said(run_of, tmp_path, refused, monkeypatc
     monkeypatch.setitem(sys.modules, "onnxscript", None)
     for kind, output, words in (
         ("timm", "x.pth", "stem cifar and width 4"),
-        ("huggingface", "hub", "encoder.stem=imagenet and encoder.width=64 are timm's"),
+        ("huggingface", "hub", "needs encoder.stem=imagenet and encoder.width=64"),
         ("onnx", "x.onnx", "needs onnxscript: pip install onnxscript"),
-        ("safetensors", "no/x.safetensors", "make it first"),
-        ("safetensors", "run", "run is a folder; name one that"),
-        ("safetensors", "x.pth", "has to end in .safetensors"),
+        ("safetensors", "no/x.safetensors", "create it first"),
+        ("safetensors", "run", "run is a folder; give a file"),
+        ("safetensors", "x.pth", "must end in .safetensors"),
     ):
         refused(["export", run, "--format", kind, "--output", tmp_path / output], words)
     assert {path.name for path in tmp_path.iterdir()} == {"run"}

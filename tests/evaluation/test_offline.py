@@ -1,4 +1,4 @@
-"""`isofast evaluate` on a run of the digits, against scikit-learn by hand."""
+"""`isofast evaluate` on a digits run, against scikit-learn."""
 
 import json
 import shutil
@@ -31,7 +31,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def report(evaluated_run: Path) -> dict[str, Any]:
-    """What the command prints, all protocols and both named baselines."""
+    """The command's output for all protocols and both named baselines."""
     command = [*ISOFAST, "evaluate", str(evaluated_run), "--baselines", "random,pixels", "--json"]
     return json.loads(call(command).stdout)
 
@@ -43,7 +43,7 @@ def results(report: dict[str, Any], baseline: str | None, protocol: str) -> list
 
 @pytest.fixture(scope="module")
 def features(evaluated_run: Path, digits: Path) -> list[Array]:
-    """Train and validation features and labels, of torchvision's network in eval mode."""
+    """Train and validation features and labels, from torchvision's network in eval mode."""
     (path,) = evaluated_run.glob("checkpoints/step_*44/encoder.safetensors")
     stem = json.loads((evaluated_run / "config.json").read_text())["encoder"]["stem"]
     encoder = make_encoder(EncoderConfig(width=4, stem=stem))
@@ -66,7 +66,7 @@ def test_knn_is_scikit_learns(report, features):
             k, metric="cosine", algorithm="brute", weights=lambda d: np.exp((1 - d) / 0.07)
         )
         want = vote.fit(train_NF, train_y_N).score(val_MF, val_y_M)
-        # of equal votes either may win
+        # either class may win a tie
         assert result["value"] == pytest.approx(want, abs=1 / 355)
 
 
@@ -87,7 +87,7 @@ def test_the_linear_probe_is_scikit_learns(report, features):
 
 
 def test_few_labels_are_drawn_for_each_seed(report, features):
-    """A mean over five draws, like that of five hundred by hand within their spread."""
+    """The mean over five draws equals that of thirty by hand, within their spread."""
     train_NF, train_y_N, val_MF, val_y_M = features
     scaler = StandardScaler().fit(train_NF)
     rows = results(report, None, "few")
@@ -108,7 +108,7 @@ def test_few_labels_are_drawn_for_each_seed(report, features):
 
 
 def test_baselines_and_the_run_are_what_training_knew(report, evaluated_run):
-    """The same network before and after training, voted on by the same 200 neighbours."""
+    """The same network before and after training, with the same 200 neighbours voting."""
     records = [r for r in read_metrics(evaluated_run / "metrics.jsonl") if "knn_top1" in r]
     known = {"random": records[0]["knn_top1"], None: records[-1]["knn_top1"], "pixels": 0.972}
     for name, top1 in known.items():
@@ -131,7 +131,7 @@ def test_everything_is_in_the_json(report, evaluated_run):
 
 
 def test_a_file_of_weights_is_a_baseline(evaluated_run, tmp_path, capsys):
-    """The first checkpoint, with a classifier as torchvision's files have; in 80 columns."""
+    """The first checkpoint with a classifier, as in torchvision's files; in 80 columns."""
     path = tmp_path / f"{'long-' * 20}name.safetensors"
     (early,) = evaluated_run.glob("checkpoints/step_*22/encoder.safetensors")
     save_file(load_file(early) | {"fc.weight": torch.zeros(10, 32)}, path)
@@ -141,7 +141,7 @@ def test_a_file_of_weights_is_a_baseline(evaluated_run, tmp_path, capsys):
     assert "150 training and 355 validation images, 10 classes" in lines[1]
     assert all(len(line) <= 80 for line in lines[1:])
     settings = [line.split("  ")[1] for line in lines if "k-NN" in line]
-    # a bank of 150 has no 200 neighbours
+    # a bank of 150 images cannot give 200 neighbours
     assert settings == ["k-NN, k = 20", "k-NN, k = 150"]
     assert sum("...name.safetensors"[-14:] in line for line in lines) == 2
 
@@ -157,7 +157,7 @@ def test_what_cannot_be_evaluated_is_told(evaluated_run, digits, tmp_path, refus
     shutil.copytree(digits / "train", no_val / "train")
     for split in ("train", "val"):
         shutil.copytree(digits / split / "0", tmp_path / "one" / split / "0")
-    refused(["evaluate", tmp_path], "is no run")
+    refused(["evaluate", tmp_path], "is not a run")
     refused(["evaluate", young], "no checkpoint yet", "every 22 steps")
     for options, words in (
         (["--baselines", "random,nets"], ["no file nets", "random, pixels"]),
@@ -178,4 +178,4 @@ def test_too_few_labels_are_left_out_and_noted(evaluated_run, capsys):
     assert main(["evaluate", str(evaluated_run), *options]) == 0
     report = json.loads(capsys.readouterr().out)
     assert [result["labels_per_class"] for result in report["results"]] == [1, 5]
-    assert any("no 10 labels a class" in note for note in report["notes"])
+    assert any("no 10 labels per class" in note for note in report["notes"])

@@ -1,4 +1,4 @@
-"""`isofast report` on real runs: what it says, that it is whole, and what a browser makes of it."""
+"""`isofast report` on real runs: what it says, well-formed and self-contained, and in a browser."""
 
 import json
 import re
@@ -25,7 +25,7 @@ CHROMIUM = shutil.which("chromium")
 
 
 class Page(HTMLParser):
-    """What a reader meets: text in order, the tags' attributes, and tags that stay open."""
+    """A parsed page: its text in order, its tags and their attributes; no tag may stay open."""
 
     def __init__(self, path: Path) -> None:
         super().__init__()
@@ -54,7 +54,7 @@ class Page(HTMLParser):
             self.words.append(data)
 
     def _check(self) -> None:
-        """Nothing comes from elsewhere, and a screen reader has words for everything."""
+        """Nothing is loaded from elsewhere, and a screen reader has text for everything."""
         for tag, attributes in self.tags:
             for name in ("src", "href", "xlink:href"):
                 assert str(attributes.get(name, "#")).startswith(("data:", "#")), tag
@@ -76,14 +76,14 @@ def report(tmp_path: Path, *runs: Path, options: tuple[str, ...] = ()) -> Page:
 
 
 def test_a_run_is_judged_by_what_it_gained(evaluated_run, tmp_path, digits, monkeypatch):
-    # a run is named after its folder, also from inside it
+    # a run is named after its folder, even from inside it
     monkeypatch.chdir(evaluated_run)
     page = report(tmp_path, Path())
     records = [json.loads(line) for line in (evaluated_run / "metrics.jsonl").open()]
     before, *_, after = (one["knn_top1"] for one in records if "knn_top1" in one)
     low, high = newcombe(after, before, 355, 355)
     assert f"{after:.3f}, before {before:.3f}: {after - before:+.3f}" in page.text
-    assert f"interval [{low:+.3f}, {high:+.3f}] by 355 images" in page.text
+    assert f"interval [{low:+.3f}, {high:+.3f}] from 355 images" in page.text
     said = "Learned" if low > 0 else "Worse" if high < 0 else "No gain"
     assert page.text.startswith(f"Run evaluated {said}")
     # eight queries with six neighbours each, and the map
@@ -118,7 +118,7 @@ def test_runs_stand_side_by_side_and_need_no_data(spectrum_runs, evaluated_run, 
     shutil.copytree(evaluated_run, moved)
     text = (moved / "config.json").read_text()
     (moved / "config.json").write_text(text.replace(str(digits), str(tmp_path / "gone")))
-    # as of a run of earlier versions
+    # as in runs of earlier versions
     (moved / "environment.json").unlink()
     page = report(tmp_path, moved, spectrum_runs["linear"][1])
     assert "2 runs: <b>moved, linear" in page.text
@@ -127,11 +127,11 @@ def test_runs_stand_side_by_side_and_need_no_data(spectrum_runs, evaluated_run, 
     assert "on a sample of 355 validation images" in page.text
     assert len(page.images) == 8 * 7 + 1
     page = report(tmp_path, moved, options=("--root", str(digits)))
-    assert "No pictures" not in page.text and "by 355 images" in page.text
+    assert "No pictures" not in page.text and "from 355 images" in page.text
 
 
 def test_without_labels_it_says_so(config_file, digits, tmp_path):
-    """The run's own report, in its folder, without any validation images."""
+    """The report that a run writes into its folder, without any validation images."""
     root = tmp_path / "pictures"
     (root / "unlabeled").mkdir(parents=True)
     for path in sorted(digits.glob("train/*/*"))[::10]:
@@ -153,7 +153,7 @@ def test_without_labels_it_says_so(config_file, digits, tmp_path):
 
 
 def test_a_collapsed_run_says_so_first(config_file, tmp_path):
-    """A projector of weight decay alone shrinks to its bias: all embeddings become one."""
+    """Weight decay alone shrinks the projector to its bias: all embeddings become equal."""
     config = config_file(
         optimizer={"name": "sgd", "lr": 1e-9, "weight_decay": 2e9},
         schedule={"warmup_epochs": 0},
@@ -173,7 +173,7 @@ def test_what_has_no_report_is_told(evaluated_run, tmp_path, refused):
     young.mkdir()
     shutil.copy(evaluated_run / "config.json", young)
     elsewhere = tmp_path / "no" / "report.html"
-    refused(["report", tmp_path], "is no run")
+    refused(["report", tmp_path], "is not a run")
     refused(["report", young], "no records in metrics.jsonl yet")
     refused(["report", evaluated_run, "--output", elsewhere], "there is no folder")
 
@@ -183,7 +183,7 @@ def test_what_has_no_report_is_told(evaluated_run, tmp_path, refused):
 def test_a_browser_asks_for_nothing_and_cuts_nothing_off(evaluated_run, tmp_path, width):
     report(tmp_path, evaluated_run, evaluated_run.parent / "evaluated")
     page = tmp_path / "report.html"
-    # measures the page inside the frame of a phone, which headless Chromium's window cannot be
+    # measured inside an iframe: headless Chromium's window cannot be as narrow as a phone
     frame = tmp_path / "frame.html"
     frame.write_text(
         f'<iframe id="f" src="report.html" width="{width}" height="900"></iframe><script>'

@@ -20,7 +20,7 @@ DIM = 32
 
 
 class Isotropic(pl.LightningModule):
-    """BYOL of lightly's documentation, with a closed form in place of its prediction head."""
+    """BYOL from lightly's documentation, with a closed form instead of the prediction head."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -32,11 +32,11 @@ class Isotropic(pl.LightningModule):
         self.student = nn.Sequential(encoder, SimSiamProjectionHead(256, 128, DIM))
         self.teacher = copy.deepcopy(self.student)
         deactivate_requires_grad(self.teacher)
-        # Lightning saves C with the module; on several devices it is the mean over them
+        # Lightning checkpoints C with the module; on several devices, C is averaged over them
         self.criterion = IsoLoss(DIM, decay=0.9, gather_distributed=True)
 
     def training_step(self, batch: list[Tensor], index: int) -> Tensor:
-        """A step; gradients reach the student alone."""
+        """Update the teacher and return the loss; only the student gets gradients."""
         momentum = cosine_schedule(self.global_step, self.trainer.max_steps, 0.9, 1)
         update_momentum(self.student, self.teacher, m=momentum)
         targets_VBD = [self.teacher(x_BCHW).detach() for x_BCHW in batch]
@@ -45,12 +45,12 @@ class Isotropic(pl.LightningModule):
         return loss
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        """SGD for the student."""
+        """Use SGD on the student only."""
         return torch.optim.SGD(self.student.parameters(), lr=0.05, momentum=0.9)
 
 
 def loader(batch_size: int = 32) -> DataLoader:
-    """Batches of two views of the digits, as colour pictures of 32 pixels."""
+    """Return batches of two views of the digits, as 32 x 32 RGB images."""
     first, second = (view(input_size=32) for view in (BYOLView1Transform, BYOLView2Transform))
     transform = BYOLTransform(first, second)
     pictures = [
@@ -65,7 +65,7 @@ def loader(batch_size: int = 32) -> DataLoader:
 
 
 def main(steps: int = 20, **options: object) -> tuple[nn.Module, IsoLoss]:
-    """Train; options are the Trainer's."""
+    """Train; ``options`` go to the Trainer."""
     pl.seed_everything(0, verbose=False)
     model = Isotropic()
     pl.Trainer(max_steps=steps, **options).fit(model, loader())

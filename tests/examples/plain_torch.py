@@ -1,4 +1,4 @@
-"""IsoLoss in a loop of plain torch: `python plain_torch.py`."""
+"""IsoLoss in a plain PyTorch training loop: `python plain_torch.py`."""
 
 import torch
 from sklearn.datasets import load_digits
@@ -12,12 +12,12 @@ augment = v2.RandomAffine(degrees=12, translate=(0.1, 0.1), scale=(0.85, 1.15), 
 
 
 def views(x_BCHW: Tensor) -> Tensor:
-    """Two draws a picture, (2, B, C, H, W)."""
+    """Augment each image twice; return (2, B, C, H, W)."""
     return torch.stack([torch.stack([augment(x) for x in x_BCHW]) for _ in range(2)])
 
 
 def main(steps: int = 60, checkpoint: str | None = None) -> tuple[nn.Module, IsoLoss]:
-    """Train, and save all that a later run needs."""
+    """Train, and save everything needed to resume."""
     torch.manual_seed(0)
     x_NCHW = torch.tensor(load_digits().images, dtype=torch.float32)[:, None] / 16
     encoder = nn.Sequential(
@@ -37,7 +37,7 @@ def main(steps: int = 60, checkpoint: str | None = None) -> tuple[nn.Module, Iso
         loss.backward()
         optimizer.step()
     if checkpoint is not None:
-        # C is a part of the state
+        # the criterion's state holds C
         parts = {"network": network, "criterion": criterion, "optimizer": optimizer}
         torch.save({name: part.state_dict() for name, part in parts.items()}, checkpoint)
     return network, criterion

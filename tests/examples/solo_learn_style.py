@@ -1,5 +1,5 @@
-"""IsoLoss in a training step as solo-learn's methods have it, written out without solo-learn:
-features, embeddings and an online classifier on the detached features."""
+"""IsoLoss in a training step in the style of solo-learn, without depending on it: features,
+embeddings and an online classifier on the detached features."""
 
 import torch
 from torch import Tensor, nn
@@ -24,13 +24,13 @@ class Isotropic(nn.Module):
         self.criterion = IsoLoss(dim, decay=0.9, gather_distributed=True)
 
     def forward(self, x_BCHW: Tensor) -> dict[str, Tensor]:
-        """What solo-learn's base class returns of a view."""
+        """Return what solo-learn's base class returns for a view."""
         feats_BF = self.backbone(x_BCHW)
         logits_BK = self.classifier(feats_BF.detach())
         return {"feats": feats_BF, "logits": logits_BK, "z": self.projector(feats_BF)}
 
     def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
-        """The loss of a batch (indices, views, labels), and its parts for the log."""
+        """Return the loss of a batch (indices, views, labels), and its terms for logging."""
         _, views, y_B = batch
         out1, out2 = (self(x_BCHW) for x_BCHW in views)
         class_loss = sum(functional.cross_entropy(out["logits"], y_B) for out in (out1, out2)) / 2
@@ -39,7 +39,7 @@ class Isotropic(nn.Module):
 
 
 def main(steps: int = 60) -> tuple[nn.Module, IsoLoss]:
-    """Train on the digits, noise for an augmentation."""
+    """Train on the digits, with noise as the augmentation."""
     from sklearn.datasets import load_digits
 
     torch.manual_seed(0)

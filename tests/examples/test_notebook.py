@@ -14,7 +14,7 @@ from ..support.runs import ROOT
 @pytest.mark.long
 def test_the_notebook_runs_and_its_encoder_knows_digits(tmp_path, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    # for its commands, as an activated environment does
+    # so that its shell commands find isofast, as in an activated environment
     monkeypatch.setenv("PATH", str(Path(sys.executable).parent), prepend=os.pathsep)
     monkeypatch.chdir(tmp_path)
     notebook = nbformat.read(ROOT / "docs" / "guide" / "digits.ipynb", as_version=4)

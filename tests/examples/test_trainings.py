@@ -1,5 +1,4 @@
-"""The examples of the loss in other people's trainings: each draws views together, and none
-collapses."""
+"""The loss in other training loops: every example brings views together, and none collapses."""
 
 import sys
 from pathlib import Path
@@ -26,7 +25,7 @@ def _pixels() -> Tensor:
 
 @torch.no_grad()
 def _alignment(embed: nn.Module, criterion: IsoLoss, views: Tensor) -> float:
-    """Mean cosine of prediction and target of the same picture, less that of different ones."""
+    """Return the mean cosine of an image's prediction and target, minus that over all pairs."""
     z1_BD, z2_BD = map(embed, views)
     w_DD = matrix_power(criterion.corr_DD, criterion.alpha)
     p_BD, t_BD = functional.normalize(z1_BD @ w_DD), functional.normalize(z2_BD)
@@ -58,7 +57,7 @@ def test_solo_learn_style():
         method, criterion = solo_learn_style.main(steps)
         found.append(_alignment(lambda x, m=method: m(x)["z"], criterion, views))
     _check(*found, criterion)
-    # the classifier learns beside it, on features that it doesn't change
+    # the classifier learns alongside, on detached features
     with torch.no_grad():
         right = method(views[0])["logits"].argmax(1) == torch.tensor(load_digits().target[:256])
     assert right.float().mean() > 0.5

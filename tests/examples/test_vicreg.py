@@ -1,4 +1,4 @@
-"""A method of your own: its mathematics, and a run of it from outside the repository."""
+"""A custom method: its mathematics, and a run from outside the repository."""
 
 import json
 import shutil
@@ -55,7 +55,7 @@ def test_it_trains_resumes_and_is_evaluated(tmp_path, small):
     assert "continuing from" in train(*mine, "train.max_steps=4")
     stored = json.loads((tmp_path / "run" / "config.json").read_text())
     assert stored["method"]["covariance"] == 2 and stored["method"]["ema"] is False
-    # SimSiam's
+    # SimSiam's preset
     assert (stored["optimizer"]["name"], stored["optimizer"]["lr"]) == ("sgd", 0.1)
     records = read_metrics(tmp_path / "run" / "metrics.jsonl")
     steps = [record for record in records if "loss" in record]

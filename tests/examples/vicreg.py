@@ -1,4 +1,4 @@
-"""VICReg as a method of your own: `--set method.name=vicreg:VICReg`, with this file's folder as the
+"""VICReg as a custom method: `--set method.name=vicreg:VICReg`, with this file's folder as the
 working directory (or on PYTHONPATH).
 
 Bardes, Ponce, LeCun: VICReg: variance-invariance-covariance regularization (ICLR 2022).
@@ -13,7 +13,7 @@ from isofast.methods import Method, Views
 
 
 class VICReg(Method):
-    """Pulls the views together, keeps every dimension's variance, and decorrelates dimensions."""
+    """Aligns the views, keeps up the variance of each dimension, and decorrelates dimensions."""
 
     class Config(Method.Config):
         """The weights of the three terms."""
@@ -28,7 +28,7 @@ class VICReg(Method):
     config: Config
 
     def loss(self, views: Views) -> Tensor:
-        """The weighted sum of the three terms, fp32."""
+        """Return the weighted sum of the three terms in fp32."""
         z1_BD, z2_BD = views.z1_BD.float(), views.z2_BD.float()
         invariance = functional.mse_loss(z1_BD, z2_BD)
         variance = sum(_hinge(z_BD) for z_BD in (z1_BD, z2_BD)) / 2
@@ -41,7 +41,7 @@ class VICReg(Method):
         )
 
     def scalars(self) -> dict[str, Tensor]:
-        """The last step's terms, for metrics.jsonl."""
+        """Return the last step's terms for metrics.jsonl."""
         return self._terms
 
 

@@ -1,4 +1,4 @@
-"""Pictures and random rows of parameters for the tests of the augmentation."""
+"""Images and random parameter rows for the augmentation tests."""
 
 import functools
 
@@ -22,7 +22,7 @@ NEUTRAL = dict.fromkeys(("brightness", "contrast", "saturation"), 1.0) | {
 
 @functools.cache
 def photos(side=64):
-    """Squares of two photographs that ship with scikit-learn, (60 at 64 pixels, side, side, 3)."""
+    """Square crops of scikit-learn's two photographs, (60 at 64 pixels, side, side, 3)."""
     squares = [
         image[top : top + side, left : left + side]
         for image in load_sample_images().images
@@ -33,13 +33,13 @@ def photos(side=64):
 
 
 def noise(count, height, width, seed=0):
-    """Levels from the whole range, 0 and 255 more often than others."""
+    """Random 8-bit levels, 0 and 255 more often than others."""
     levels = np.random.default_rng(seed).integers(-60, 316, (count, height, width, 3))
     return torch.from_numpy(levels.clip(0, 255).astype(np.uint8))
 
 
 def rows(views, batch, whole_height, whole_width, **columns):
-    """Neutral parameters of whole images, but for the given columns (values or arrays)."""
+    """Neutral parameters for whole images, except for the given columns (values or arrays)."""
     values = NEUTRAL | {"height": whole_height, "width": whole_width} | columns
     shape = (views, batch)
     table = [np.broadcast_to(values.get(name, 0.0), shape) for name in COLUMNS]
@@ -47,7 +47,7 @@ def rows(views, batch, whole_height, whole_width, **columns):
 
 
 def random_rows(views, batch, height, width, *, blur, seed=0):
-    """Every operation at its usual strength, some of them left out at random."""
+    """Every operation at its usual strength, some left out at random."""
     rng = np.random.default_rng(seed)
     shape = (views, batch)
 
@@ -83,7 +83,7 @@ def random_rows(views, batch, height, width, *, blur, seed=0):
 
 
 def by_torchvision(image, row, side=64):
-    """The view of an image, Pillow's or (3, H, W), that a row of parameters describes."""
+    """The view that a parameter row describes, of a Pillow image or a (3, H, W) tensor."""
     column = dict(zip(COLUMNS, row.tolist(), strict=True))
     window = [int(column[name]) for name in ("top", "left", "height", "width")]
     image = F.resized_crop(image, *window, [side, side], InterpolationMode.BICUBIC)
@@ -111,5 +111,5 @@ def assert_levels(got, expected, share=2e-3):
     difference = (levels_of(got) - levels_of(expected)).abs()
     assert (difference > 0.5).double().mean() <= share
     assert difference.mean() <= 0.01
-    # where the level is the same, so is the value, to the rounding of the normalisation
+    # equal levels have equal values, up to the normalisation's rounding
     assert difference[difference < 0.5].max() < 1e-3

@@ -1,11 +1,11 @@
-"""What the kernel tests run over, and how far results may be off."""
+"""The kernel tests' parameters and error budgets."""
 
 import pytest
 import torch
 
 from isofast_kernels.dispatch import INTERPRET
 
-# CUDA and Triton's interpreter (`make interpret`) run the kernels, a plain CPU their reference
+# CUDA and Triton's interpreter (`make interpret`) run the kernels, a plain CPU the reference
 DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRET else "cpu"
 TRITON = INTERPRET or DEVICE == "cuda"
 ON_DEVICE = [pytest.mark.gpu] if DEVICE == "cuda" else []
@@ -32,14 +32,14 @@ def relative_error(got, exact):
 
 
 def assert_within_budget(name, got, torchs, exact):
-    """`got` errs at most twice as much as `torchs`, torch's result in the same dtype.
+    """`got` has at most twice the error of `torchs`, torch's result in the same dtype.
 
-    The budget is at least two roundings of the result: torch's error may be zero by luck.
+    The budget is at least two roundings of the result, as torch's error may be zero by luck.
     """
     assert got.dtype == torchs.dtype and got.shape == exact.shape
     budget = 2 * max(relative_error(torchs, exact), torch.finfo(got.dtype).eps)
     error = relative_error(got, exact)
     found = f"{name}: relative error {error:.2e}, budget {budget:.2e}"
-    # pytest -rP shows it
+    # shown by pytest -rP
     print(found)
     assert error <= budget, found

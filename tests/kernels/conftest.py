@@ -1,4 +1,4 @@
-"""Fixtures of the kernel tests. Shape letters: B rows, D features, V views."""
+"""Fixtures for the kernel tests. Shape letters: B rows, D features, V views."""
 
 import numpy as np
 import pytest
@@ -10,11 +10,11 @@ from isofast_kernels.dispatch import INTERPRET
 from .cases import TRITON
 
 GUARD = 4096
-"""Elements of NaN on either side of a guarded tensor; keeps the alignment kernels rely on."""
+"""NaN elements on either side of a guarded tensor; keeps the alignment kernels rely on."""
 
 
 def guarded_empty(shape, dtype, device, channels_last=False):
-    """A NaN-filled tensor between two guards of NaN, and the whole buffer."""
+    """Return a NaN-filled tensor between two NaN guards, and the whole buffer."""
     count = torch.Size(shape).numel()
     buffer = torch.full((count + 2 * GUARD,), float("nan"), dtype=dtype, device=device)
     within = buffer[GUARD : GUARD + count]
@@ -26,7 +26,7 @@ def guarded_empty(shape, dtype, device, channels_last=False):
 
 @pytest.fixture(autouse=INTERPRET)
 def bf16_products(request, monkeypatch):
-    """Tests in bf16: mends the interpreter, which multiplies bits, and lets bf16 in."""
+    """In bf16 tests, fix the interpreter's dot, which multiplies raw bits, and let bf16 use it."""
     call = getattr(request.node, "callspec", None)
     if call is None or torch.bfloat16 not in call.params.values():
         return
@@ -46,9 +46,9 @@ def bf16_products(request, monkeypatch):
 
 @pytest.fixture
 def guard_inputs():
-    """Copies a tensor between NaN, so that a read out of bounds shows in the result.
+    """Copy a tensor between NaN guards, so that an out-of-bounds read shows in the result.
 
-    A write out of bounds fails the test.
+    An out-of-bounds write fails the test.
     """
     buffers = []
 
@@ -66,7 +66,7 @@ def guard_inputs():
 
 @pytest.fixture
 def poisoned_empty(monkeypatch):
-    """Makes torch.empty return NaN; a write outside of such a tensor fails the test."""
+    """Make torch.empty return NaN; an out-of-bounds write to such a tensor fails the test."""
     buffers = []
     empty = torch.empty
 
@@ -90,7 +90,7 @@ def poisoned_empty(monkeypatch):
 
 @pytest.fixture
 def make_problem():
-    """Builds z1, z2, t1, t2 (B, D) with some alignment between views, and W (D, D) of rank > 1."""
+    """Make z1, z2, t1, t2 (B, D) with some alignment between views, and W (D, D) of rank > 1."""
 
     def make(rows, features, *, dtype=torch.float64, device="cpu", seed=0):
         generator = torch.Generator().manual_seed(seed)

@@ -1,4 +1,4 @@
-"""The steps of the matrix power in plain torch, with a product of one's choice."""
+"""The matrix power's steps in plain torch, with any matrix product."""
 
 import torch
 from torch import Tensor
@@ -7,21 +7,21 @@ from isofast_kernels.matrix_power import DEAD, LOW_SCALE, SQUARE_SCALE, SQUARING
 
 
 def halves(x: Tensor) -> tuple[Tensor, Tensor]:
-    """The fp16 numbers, in fp32, that stand for x: high + low / 2^11."""
+    """Return the fp16 numbers, as fp32, that represent x as high + low / 2^11."""
     high = x.half().float()
     return high, ((x - high) * LOW_SCALE).half().float()
 
 
 def product_of_halves(x: Tensor, y: Tensor) -> Tensor:
-    """x @ y as the kernels have it, of three products in fp16."""
+    """x @ y as in the kernels, from three fp16 products."""
     (x_high, x_low), (y_high, y_low) = halves(x), halves(y)
     return x_high @ y_high + (x_low @ y_high + x_high @ y_low) / LOW_SCALE
 
 
 def truncated_sums(x: Tensor, y: Tensor, restart: int) -> Tensor:
-    """x @ y where an accumulator is cut to fp32 after every fourth row, and every `restart` is new.
+    """x @ y with an accumulator truncated to fp32 every 4 rows and restarted every `restart` rows.
 
-    So a model says of tensor cores that fits what an H100 made of 2,048 rows (NUMERICS.md).
+    This model of tensor cores fits an H100's results over 2,048 rows (NUMERICS.md).
     """
     total = torch.zeros(len(x), y.shape[1])
     for start in range(0, len(y), restart):
@@ -34,14 +34,14 @@ def truncated_sums(x: Tensor, y: Tensor, restart: int) -> Tensor:
 
 
 def product_on_tensor_cores(x: Tensor, y: Tensor, restart: int = 64) -> Tensor:
-    """product_of_halves with such sums: the highs' restart, the others do not."""
+    """product_of_halves with truncated sums; only the high halves' sums restart."""
     (x_high, x_low), (y_high, y_low) = halves(x), halves(y)
     lows = truncated_sums(x_low, y_high, len(y)) + truncated_sums(x_high, y_low, len(y))
     return truncated_sums(x_high, y_high, restart) + lows / LOW_SCALE
 
 
 def reciprocal_or_zero(x: Tensor) -> Tensor:
-    """1 / x, but 0 where x counts as 0, as the kernels have it."""
+    """1 / x, but 0 where x counts as 0, as in the kernels."""
     return torch.where(x.abs() < DEAD, 0, 1 / x)
 
 

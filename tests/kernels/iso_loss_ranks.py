@@ -1,6 +1,6 @@
-"""IsoLoss in trainings as other people write them, by two gloo processes or by one.
+"""IsoLoss in training loops as users write them, on two gloo processes or on one.
 
-In float64, so that two processes differ from one by nothing but the order of sums.
+In float64, so that two processes differ from one only in the order of sums.
 """
 
 import copy
@@ -19,7 +19,7 @@ VIEWS, BATCH, INPUTS, DIM = 2, 16, 10, 6
 
 
 class Student(nn.Module):
-    """An encoder, its projector and the loss in one module, as a LightningModule has them."""
+    """An encoder, its projector and the loss in one module, as in a LightningModule."""
 
     def __init__(self, projector: nn.Module, gather: bool = True) -> None:
         super().__init__()
@@ -28,7 +28,7 @@ class Student(nn.Module):
         self.criterion = IsoLoss(DIM, decay=0.5, gather_distributed=gather)
 
     def embed(self, x_BI):
-        # of BatchNorm's rows, so that one process can take the statistics of each rank's
+        # chunks of rows, so that one process can compute each rank's BatchNorm statistics
         ranks = 1 if dist.is_initialized() else 2
         return torch.cat([self.projector(self.encoder(rows)) for rows in x_BI.chunk(ranks)])
 
@@ -37,7 +37,7 @@ class Student(nn.Module):
 
 
 def batches(steps):
-    """This process's share of each step's views, of all rows where it is alone."""
+    """Yield this process's share of each step's views; all rows if it is alone."""
     generator = torch.Generator().manual_seed(7)
     rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     rows = BATCH // ranks
@@ -60,7 +60,7 @@ def whole(tensor):
 
 
 def trained(steps, student, call, targets_of=lambda x1_BI, x2_BI: ()):
-    """Losses of steps of SGD, then every parameter, its last gradient, and C."""
+    """Train with SGD; return the losses, C, and every parameter with its last gradient."""
     optimizer = torch.optim.SGD(student.parameters(), lr=0.1, momentum=0.9)
     losses = []
     for x1, x2 in batches(steps):
@@ -75,7 +75,7 @@ def trained(steps, student, call, targets_of=lambda x1_BI, x2_BI: ()):
 
 
 def ddp(gather):
-    """The loss outside DDP, as a criterion of a plain loop."""
+    """The loss outside DDP, as the criterion of a plain loop."""
     torch.manual_seed(0)
     student = Student(nn.Linear(12, DIM), gather).double()
     network = nn.Sequential(student.encoder, student.projector)
@@ -107,7 +107,7 @@ def heads():
 
 
 def fsdp():
-    """Parameters sharded by FSDP2, a unit a layer."""
+    """Parameters sharded by FSDP2, one unit per layer."""
     torch.manual_seed(0)
     student = Student(nn.Linear(12, DIM)).double()
     if dist.is_initialized():
@@ -122,7 +122,7 @@ def compiled():
     """The loss as one graph, its collective included."""
     torch.manual_seed(0)
     student = Student(nn.Linear(12, DIM)).double()
-    # before DDP's hooks: one process has no gradients to average
+    # compiled before DDP adds its hooks; a single process has no gradients to average
     forward = torch.compile(student, fullgraph=True, backend="aot_eager")
     call = DistributedDataParallel(forward) if dist.is_initialized() else student
     return trained(3, student, call)
@@ -134,9 +134,9 @@ def everything():
 
 
 def main(folder: str) -> None:
-    """One of two ranks, which leaves FOLDER/RANK.pt."""
+    """Run one of two ranks; write FOLDER/RANK.pt."""
     dist.init_process_group("gloo")
     torch.save(everything(), f"{folder}/{dist.get_rank()}.pt")
-    # who leaves early takes the other's connections along
+    # a rank that exits early closes the other's connections
     dist.barrier()
     dist.destroy_process_group()

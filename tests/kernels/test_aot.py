@@ -1,4 +1,4 @@
-"""Every kernel compiles for GPUs that this machine does not have; a sample of what aot.py does."""
+"""Kernels compile for GPUs that this machine does not have; a sample of what aot.py compiles."""
 
 import re
 import sys
@@ -64,7 +64,7 @@ def test_a_kernel_is_within_its_budget(name, capability):
     ],
 )
 def test_products_are_three_tf32_and_of_few_features_fp32(name, tf32):
-    """One TF32 product would not show in the interpreter."""
+    """The interpreter would not reveal a single TF32 product."""
     code = aot.compile_for(build_named(name), 90).asm["ttir"]
     products = [line for line in code.splitlines() if "tt.dot" in line]
     assert products and all(("inputPrecision = tf32x3" in line) is tf32 for line in products)
@@ -75,7 +75,7 @@ def test_products_are_three_tf32_and_of_few_features_fp32(name, tf32):
 def test_bf16_rows_meet_w_in_three_parts(features):
     build = build_named(f"rows_times_w bf16 D={features}")
     code = aot.compile_for(build, 90).asm["ttir"]
-    # of each of the two directions; the last is of the part that is cut off first
+    # for each of the two directions; the last uses the part that is truncated first
     assert len(re.findall(r"tt\.dot .*xbf16> \* tensor<\w+xbf16>", code)) == code.count("tt.dot ")
     factors = re.findall(r"tt\.dot %\S+, (%\w+)", code)
     parts = re.findall(r"(%\w+) = arith\.truncf", code)
@@ -86,7 +86,7 @@ def test_bf16_rows_meet_w_in_three_parts(features):
 @pytest.mark.parametrize("name", ["rows_times_w bf16", "asymmetric_loss iso cosine bf16"])
 def test_rows_of_the_losses_are_found_in_64_bits(name):
     code = aot.compile_for(build_named(f"{name} D=256"), 90).asm["ttir"]
-    # B * D may pass 2^31: the first row of either direction, and the second direction's
+    # B * D may exceed 2^31: the first row of either direction, and the second direction's
     assert len(re.findall(r"arith\.extsi .* i32 to i64", code)) >= 3
 
 
@@ -108,7 +108,7 @@ def test_images_of_the_stem_are_found_in_64_bits(name):
     ],
 )
 def test_no_warp_computes_what_another_does(name, capability):
-    """Triton lays warps along one side of a tile whose products share factors, too many or not."""
+    """Triton lays warps along one side of a tile whose products share factors, even too many."""
     code = aot.compile_for(build_named(name), capability).asm["ttgir"]
     layouts = re.findall(r"(#\w+) = #ttg.nvidia_mma<.*warpsPerCTA = \[(\d+), (\d+)\]", code)
     warps = {layout: (int(down), int(across)) for layout, down, across in layouts}
@@ -116,26 +116,26 @@ def test_no_warp_computes_what_another_does(name, capability):
     assert products
     for rows, columns, layout in products:
         down, across = warps[layout]
-        # a product of one warp is 16 x 8 at least
+        # one warp's product is at least 16 x 8
         assert 16 * down <= int(rows) and 8 * across <= int(columns)
 
 
 @pytest.mark.parametrize(
     ("name", "products", "from_zero"),
     [
-        # a view each
+        # one per view
         ("correlation ema bf16 D=256", 2, 2),
         ("correlation fp16 D=1024", 2, 2),
-        # either direction: the lowest part begins, the others add to it
+        # in either direction the lowest part begins and the others add to it
         ("rows_times_w bf16 D=256", 6, 2),
-        # either product: the high halves'; of those with a low half all counts 2^11 times less
+        # in either product the high halves'; those with a low half count 2^11 times less
         ("product D=256", 6, 2),
         ("product D=1024", 6, 2),
     ],
 )
 @pytest.mark.parametrize("capability", [80, 90])
 def test_sums_of_the_tensor_cores_begin_at_zero(name, products, from_zero, capability):
-    """Chained over all rows they lose bits that the interpreter does not show: 9e-6 of 2,048."""
+    """Chained over 2,048 rows they would be off by 9e-6, which the interpreter does not show."""
     code = aot.compile_for(build_named(name), capability).asm["ttgir"]
     sums = re.findall(r"(?:tt\.dot|warp_group_dot) %\S+, %\S+, (%\w+)", code)
     assert len(sums) == products
@@ -144,10 +144,10 @@ def test_sums_of_the_tensor_cores_begin_at_zero(name, products, from_zero, capab
 
 
 def test_the_last_program_sees_every_loss():
-    """The interpreter runs one program at a time, in order, and would not miss any of these."""
+    """The interpreter runs programs one by one, in order, and would work without any of these."""
     build = build_named("asymmetric_loss iso cosine bf16 D=256")
     code = aot.compile_for(build, 90).asm["ttir"]
-    # a barrier of the block's threads, then the count, then losses from where all stores are seen
+    # a block barrier, then the counter, then losses read from where all stores are visible
     counted = (
         r"(?:gpu|ttg)\.barrier.*\n.*(%\w+) = tt\.atomic_rmw add, acq_rel, gpu(?s:.*)"
         r"arith\.cmpi eq, \1,(?s:.*)cache_?[mM]odifier = cg"
@@ -156,7 +156,7 @@ def test_the_last_program_sees_every_loss():
 
 
 def test_a_spill_is_seen():
-    """Two warps for a tile that eight would hold; the measure says so."""
+    """Two warps for a tile that needs eight; ``measure`` reports it."""
     build = build_named("rows_times_w fp32 D=1024")
     greedy = {**build.constants, "BLOCK_B": 64, "BLOCK_D": 128}
     usage = aot.measure(aot.Build(build.name, build.types, greedy, num_warps=2, num_stages=2), 90)
@@ -200,12 +200,12 @@ def test_every_kernel_dtype_and_tile_is_listed(all_widths):
     dtypes, widths = len(aot.DTYPES), set(aot.WIDTHS if all_widths else aot.FEATURES)
     losses = dtypes * len(aot.LOSS_FEATURES + aot.RAGGED * all_widths)
     powers, pools = len(widths & set(aot.POWER_WIDTHS)), dtypes * len(aot.STEMS)
-    # the correlation with and without EMA, of one view and more
+    # the correlation with and without EMA, for one view and several
     assert Counter(name.split()[0] for name in names) == {
         **{"rows_times_w": losses, "asymmetric_loss": 4 * losses},
         **{"correlation": 4 * dtypes * len(widths), "augment": dtypes * len(aot.VIEWS)},
         **{"normalize": powers, "shift": 3 * powers, "finish": 2 * powers},
-        # alone, with a square, a product with the quotient too
+        # plain or with a square; a product also with the quotient
         **{"polynomial": 2 * powers, "product": 3 * powers},
         **dict.fromkeys(("norm_pool", "norm_pool_sums", "norm_pool_gradient"), pools),
     }
@@ -220,7 +220,7 @@ def test_what_is_launched_is_among_what_is_compiled():
         widths = [module.padded(features) for features in range(1, 1025)]
         assert set(widths) == set(known)
         assert all(0 <= width - d < 64 for d, width in enumerate(widths, 1))
-    # a tile of the losses serves every narrower D; those between have masks
+    # a loss tile serves every narrower D; widths in between are masked
     for tiles in (product_tiles, row_tiles):
         known = [tiles(features) for features in aot.LOSS_FEATURES]
         assert all(tiles(features) in known for features in range(1, 2049))
@@ -228,6 +228,6 @@ def test_what_is_launched_is_among_what_is_compiled():
 
 @pytest.mark.parametrize("over", [{"stack": 8}, {"spills": 1}, {"shared": 232_449}], ids=str)
 def test_the_budget_is_the_hardware_s(over):
-    """CUDA's programming guide: 227 KiB of shared memory a block on sm_90."""
+    """CUDA's programming guide: 227 KiB of shared memory per block on sm_90."""
     usage = aot.Usage("x", 90, registers=255, spills=0, stack=0, shared=232_448)
     assert usage.within_budget and not replace(usage, **over).within_budget

@@ -1,8 +1,8 @@
 """The definition of the augmentation against torchvision, and the operation on the CPU.
 
 Distances are mean absolute differences of 8-bit levels, on the same photographs with the same
-parameters; each bound stands just above what was measured (NUMERICS.md). The definition follows
-torchvision on Pillow images; torchvision's tensor operations round elsewhere.
+parameters; each bound is just above the measured value (NUMERICS.md). The definition follows
+torchvision on Pillow images; torchvision's tensor operations round at other points.
 """
 
 import numpy as np
@@ -31,10 +31,10 @@ def augment(images, index, parameters, side, **options):
 
 
 def distances(table, side=64, **options):
-    """How far the photographs' views are from torchvision's of Pillow images and of tensors."""
+    """Yield the views' distances to torchvision's on Pillow images and on tensors."""
     got = augment(PHOTOS, torch.arange(N), table, side, **options)
     got = levels_of(got[0]).permute(0, 2, 3, 1)
-    # the normalisation there and back is float32
+    # the views are normalised in float32
     assert (got - got.round()).abs().max() < 1e-3
     pictures = [Image.fromarray(photo.numpy()) for photo in PHOTOS]
     of_pictures = map(by_torchvision, pictures, table[0], N * [side])
@@ -52,7 +52,7 @@ CASES = {
     "nothing": ({}, 64, 0.0, 0.0),
     "crop": (WINDOW, 64, 2e-4, 0.004),
     "crop, enlarged": (WINDOW, 100, 2e-4, 0.004),
-    # Pillow 13 resizes along y before x where that is cheaper, and so rounds elsewhere
+    # Pillow 13 resizes along y before x where that is cheaper, and so rounds at other points
     "crop, reduced": (WINDOW, 24, 0.05, 0.004),
     "brightness": ({"brightness": FACTOR}, 64, 0.0, 0.0),
     "contrast": ({"contrast": FACTOR}, 64, 0.0, 0.15),
@@ -76,7 +76,7 @@ def test_distance_to_torchvision(name):
 def test_distance_of_the_whole_recipe(blurred):
     table = random_rows(1, N, 64, 64, blur=blurred)
     of_pillow, of_tensors = distances(table, blur=blurred)
-    # gray and hue are what differs, and at the threshold of solarize a level is a jump
+    # gray and hue differ, and at solarize's threshold one level becomes a jump
     assert of_pillow <= 0.01 and of_tensors <= 0.7
 
 
@@ -95,7 +95,7 @@ def test_layout_dtype_and_repetition():
 
 @pytest.mark.parametrize("default", [torch.bfloat16, torch.float64])
 def test_the_default_dtype_changes_nothing(default):
-    """As within a training_step under Lightning's bf16-true."""
+    """As in a training_step under Lightning's bf16-true."""
     images, table = noise(2, 160, 160), random_rows(1, 2, 160, 160, blur=True)
     expected = augment(images, torch.arange(2), table, 160)
     torch.set_default_dtype(default)

@@ -1,6 +1,6 @@
-"""The augmentation's kernel against its definition, on a GPU or in Triton's interpreter.
+"""The augmentation kernel against its definition, on a GPU or in Triton's interpreter.
 
-Both round to levels after each operation, so a sum in another order may give another level.
+Both round to levels after each operation, so another summation order may give another level.
 """
 
 import pytest
@@ -14,14 +14,14 @@ from .augment_problems import MEAN, STD, assert_levels, levels_of, noise, photos
 from .cases import DEVICE, KERNELS_ONLY, ON_DEVICE, TRITON
 
 pytestmark = ON_DEVICE
-ROUNDED = pytest.mark.skipif(INTERPRET, reason="it truncates")
+ROUNDED = pytest.mark.skipif(INTERPRET, reason="the interpreter truncates")
 
-# stored height, width, side: no power of two, one block and more, enlarged and reduced
+# stored height, width, side: not a power of two, one block or more, upscaled and downscaled
 SHAPES = [(20, 20, 20), (37, 29, 15), (13, 11, 35), (64, 64, 64), (9, 50, 33)]
 
 
 def both(images, index, table, side, *, blur, dtype=torch.float32):
-    """What the kernel and what the definition make of the same arguments."""
+    """Return the results of the kernel and of the definition for the same arguments."""
     kind = {"side": side, "mean": MEAN, "std": STD, "dtype": dtype}
     got = augment_views(
         images.to(DEVICE), index.to(DEVICE), table.to(DEVICE), blur=blur, **kind
@@ -89,7 +89,7 @@ def test_the_same_inputs_give_the_same_views_in_any_batch():
     table = random_rows(2, 3, 20, 20, blur=True)
     whole, _ = both(images, index, table, 20, blur=True)
     assert torch.equal(both(images, index, table, 20, blur=True)[0], whole)
-    # a CPU's product over another batch may add in another order, and round to another level
+    # on a CPU another batch may change a product's summation order, and so a level
     bound = 0 if TRITON else 1e-3
     for k in range(3):
         alone, _ = both(images, index[k : k + 1], table[:, k : k + 1], 20, blur=True)

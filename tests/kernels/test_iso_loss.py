@@ -1,4 +1,4 @@
-"""The loss as a module: what it computes, when C moves, one process against two."""
+"""The loss as a module: what it computes, when C is updated, one process against two."""
 
 import pytest
 import torch
@@ -67,7 +67,7 @@ def test_settings_that_do_not_fit_are_refused(settings, word):
 
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 def test_autocast_changes_the_network_alone(compiled):
-    """fp32 inside, of bf16 embeddings: under autocast the bits of outside, in one graph too."""
+    """bf16 embeddings, fp32 inside: bitwise equal under autocast and outside, also as one graph."""
     z1, z2 = (z.detach().bfloat16().requires_grad_() for z in embeddings())
     criteria = IsoLoss(DIM, decay=0.5), IsoLoss(DIM, decay=0.5)
     call = criteria[1]
@@ -101,7 +101,7 @@ def test_a_model_of_bf16_keeps_c_in_fp32():
 
 @pytest.mark.parametrize("default", [torch.bfloat16, torch.float32, torch.float64])
 def test_a_criterion_made_under_another_default_dtype(default):
-    """As Lightning's bf16-true makes what configure_model does."""
+    """As Lightning's bf16-true builds modules in configure_model."""
     torch.set_default_dtype(default)
     try:
         criterion, encoder = IsoLoss(DIM), nn.Linear(5, DIM)
@@ -114,7 +114,7 @@ def test_a_criterion_made_under_another_default_dtype(default):
 
 
 def test_a_criterion_built_on_the_meta_device_starts_at_zero():
-    """As FSDP2's users build a model: sharded without memory, then given some and initialised."""
+    """As FSDP2 users build a model: sharded without memory, then materialised and initialised."""
     with torch.device("meta"):
         model = nn.ModuleDict({"encoder": nn.Linear(5, DIM), "criterion": IsoLoss(DIM)})
     model.to_empty(device="cpu")["criterion"].corr_DD.fill_(torch.nan)
@@ -150,7 +150,7 @@ def test_a_run_resumed_through_state_dict_has_the_losses_of_the_uncut_one(tmp_pa
         part.load_state_dict(state)
     assert [*losses(*second, x[4:])] == uncut
     assert len({*before, *uncut}) == 8
-    # what a checkpoint without C would give
+    # a checkpoint without C would give other losses
     second[0].load_state_dict(torch.load(tmp_path / "run.pt")[0])
     second[1].corr_DD.zero_()
     assert next(losses(*second, x[4:])) != uncut[0]
@@ -172,7 +172,7 @@ def test_with_gradient_accumulation_c_moves_at_each_call():
     expected = decay * start + torch.einsum("k,kij->ij", weights.double(), moments)
     torch.testing.assert_close(criterion.corr_DD, expected)
 
-    # each call's loss is at the C of its turn
+    # each call's loss uses C as of that call
     grad, corr = 0, start
     for views, moment in zip(x, moments, strict=True):
         corr = decay ** (1 / calls) * corr + (1 - decay ** (1 / calls)) * moment
@@ -196,7 +196,7 @@ def test_two_ranks_are_one_process_on_the_whole_batch(tmp_path):
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
     assert not torch.equal(first["local"].pop("C"), second["local"].pop("C"))
     assert_equal_trees(first, second)
-    # without it each rank trains at a C of its own
+    # without gathering, each rank trains with its own C
     assert (first["local"]["losses"] - expected.pop("local")["losses"]).abs().max() > 1e-3
     for case, results in expected.items():
         for name, tensor in results.items():

@@ -1,4 +1,4 @@
-"""The algorithm of the matrix power against float64, with products in fp32 and of fp16 halves."""
+"""The matrix power algorithm against float64, with products in fp32 and of fp16 halves."""
 
 import functools
 import runpy
@@ -39,19 +39,19 @@ SPECTRA = {
     "one_direction": torch.where(PLACE < 1, 1.0, 1e-7),
     "repeated": 2.0 ** -(PLACE // 32),
     "band_at_the_floor": torch.where(PLACE < 4, 1.0, 3e-6),
-    # where the bound is nearly D^(1/8) times the largest
+    # the bound is nearly D^(1/8) times the largest eigenvalue
     "flat_to_the_floor": torch.where(PLACE < 240, 1.0, 6e-7),
 }
 
 
 @functools.cache
 def correlation(kind):
-    """A random C of that spectrum, up to a factor, rounded to fp32."""
+    """Return a random C with this spectrum, up to a factor, rounded to fp32."""
     return rotated(7.3 * SPECTRA[kind])
 
 
 def rotated(values):
-    """A random symmetric matrix with these eigenvalues, rounded to fp32."""
+    """Return a random symmetric matrix with these eigenvalues, rounded to fp32."""
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(len(values), len(values), generator=generator, dtype=torch.float64)
     basis = torch.linalg.qr(noise)[0]
@@ -104,14 +104,14 @@ def test_three_steps_are_taken_from_where_they_are_enough(kind, eps):
     corr = correlation(kind)
     w = power_by_products(corr, 0.5, eps, "spectral", TorchSteps(corr, product_of_halves))
     assert spectral_error(w, corr, 0.5, eps) <= BUDGET
-    # the bound is at most D^(1/2048) of lambda_max, which itself is at most 0.2 % low
+    # the bound is at most D^(1/2048) times lambda_max, which itself is at most 0.2 % low
     assert SHIFTED_FLOOR <= SHIFTED_EPS / (1.15 + SHIFTED_EPS)
 
 
 @pytest.mark.parametrize("matmul", PRODUCTS)
 @pytest.mark.parametrize(("decay", "rows"), [(0.998, 256), (0.998, 32), (0.5, 256), (0.5, 32)])
 def test_along_a_stream(decay, rows, matmul):
-    """C as training makes it, from zero, of embeddings whose spectrum falls over 1e-8 and turns."""
+    """C from zero, as in training, on embeddings with a rotating basis and a spectrum to 1e-8."""
     generator = torch.Generator().manual_seed(1)
     slope = 10 ** (-4 * torch.arange(FEATURES) / FEATURES)
     mixing = torch.randn(FEATURES, FEATURES, generator=generator) / FEATURES**0.5
@@ -129,7 +129,7 @@ def test_along_a_stream(decay, rows, matmul):
 @pytest.mark.slow
 @pytest.mark.parametrize("rows", [512, 1024])
 def test_along_an_isotropic_stream(rows):
-    """Where IsoLoss drives C: a nearly flat spectrum, whose edge is dense with eigenvalues."""
+    """Where IsoLoss drives C: a nearly flat spectrum with eigenvalues crowded at its edge."""
     generator = torch.Generator().manual_seed(3)
     corr = torch.zeros(FEATURES, FEATURES)
     for _ in range(1200):
@@ -152,7 +152,7 @@ def test_tensor_cores_cost_less_where_the_sums_of_highs_begin_anew():
 
 
 def test_the_squares_of_a_flat_spectrum_stay_where_fp16_is_normal():
-    """Of 1,024 features: as they are they would be off by 6e-4."""
+    """With 1,024 features; without scaling the result would be off by 6e-4."""
     z = torch.randn(8192, 1024, generator=torch.Generator().manual_seed(0))
     corr = reference.second_moment_reference([z])
     steps = TorchSteps(corr, product_of_halves)
@@ -163,7 +163,7 @@ def test_the_squares_of_a_flat_spectrum_stay_where_fp16_is_normal():
 @pytest.mark.parametrize("matmul", PRODUCTS)
 @pytest.mark.parametrize("kind", ["power_law", "rank_16", "one_direction"])
 def test_on_the_way_to_zero_c_has_its_root_or_counts_as_zero(kind, matmul):
-    """At no scale is W anything between the two."""
+    """At no scale is W anything in between."""
     wide = correlation(kind)
     exact = reference.matrix_power_reference(wide[:64, :64].double(), 0.5).float()
     for exponent in range(-46, 1):
@@ -180,7 +180,7 @@ def test_where_the_bound_lives_and_the_largest_eigenvalue_counts_as_zero(matmul)
 
 
 def test_noise_below_zero_does_no_harm():
-    """fp32 leaves eigenvalues of C at -1e-7 of the largest; the iteration must not magnify them."""
+    """fp32 leaves eigenvalues of C at -1e-7 of the largest; the iteration must not amplify them."""
     values = torch.linspace(1, 0.5, 64, dtype=torch.float64)
     values[40:] = -3e-7
     corr = rotated(values)
@@ -188,7 +188,7 @@ def test_noise_below_zero_does_no_harm():
 
 
 def test_the_largest_eigenvalue_of_a_tight_cluster_is_off_by_less_than_documented():
-    """255 eigenvalues at 0.998 are the worst case of 2,048 powers: W is 0.08 % too large."""
+    """255 eigenvalues at 0.998 are the worst case for a 2,048th power: W is 0.08 % too large."""
     values = torch.full((FEATURES,), 0.998)
     values[0] = 1
     corr = torch.diag(values)

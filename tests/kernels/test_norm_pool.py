@@ -1,4 +1,4 @@
-"""BatchNorm's map, ReLU and max pool in one pass: the reference, and the operations against it."""
+"""Fused BatchNorm, ReLU and max pool: the reference, and the operations against it."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ from .cases import DEVICE, DTYPES, ON_DEVICE, TRITON, assert_within_budget
 
 pytestmark = ON_DEVICE
 
-# V, then x: odd and even sides, one row, tiles that end within an image, channels beyond a tile
+# V, then x: odd and even sides, one column, tiles ending within an image, channels beyond a tile
 SHAPES = [(1, (2, 3, 5, 8)), (2, (2, 16, 9, 1)), (2, (4, 80, 6, 7)), (2, (2, 64, 23, 20))]
 CASES = pytest.mark.parametrize(
     ("views", "shape"), [pytest.param(v, s, id="x".join(map(str, (v, *s)))) for v, s in SHAPES]
@@ -20,7 +20,7 @@ CASES = pytest.mark.parametrize(
 
 
 def problem(views, shape, dtype=torch.float32):
-    """x, dy, and mean, slope, bias, shift and along; two slopes are 0, and one's bias."""
+    """x, dy, mean, slope, bias, shift and along; two slopes are 0, one of them with bias 0."""
     generator = torch.Generator().manual_seed(0)
     n, channels, height, width = shape
 
@@ -90,7 +90,7 @@ def by_definition(dy, taps, x, of, dtype):
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_what_is_not_finite_is_not_lost(bad):
-    """It is in the statistics of its view and channel, and so everywhere in them."""
+    """It enters the statistics of its view and channel, and so all of their outputs."""
     x, _, mean, slope, bias, *_ = problem(2, (2, 16, 6, 6))
     x[0, 3, 2, 2] = bad
     mean[0, 3], slope[0, 3] = x[0, 3].mean(), x[0, 3].var().rsqrt()
@@ -98,7 +98,7 @@ def test_what_is_not_finite_is_not_lost(bad):
     assert y[0, 3].isnan().all() and y.isnan().sum() == y[0, 3].numel()
 
 
-@pytest.mark.skipif(not TRITON, reason="a CPU's sums are torch's")
+@pytest.mark.skipif(not TRITON, reason="on a CPU the sums are torch's")
 def test_equal_numbers_go_to_the_first_and_sums_are_the_same_bits(monkeypatch):
     x, dy, mean, slope, bias, *_ = problem(2, (4, 64, 24, 24))
     x = x.round()

@@ -20,7 +20,7 @@ OPS = torch.ops.isofast_kernels
 
 @pytest.mark.parametrize("metric", ["cosine", "euclidean"])
 def test_gradcheck(make_problem, metric):
-    """The plain losses have gradients that finite differences see; IsoLosses stop parts."""
+    """Only the plain losses: finite differences do not see IsoLoss's stop-gradients."""
     z1, z2, t1, t2, w = make_problem(4, 7)
 
     def pair(z1, z2):
@@ -37,7 +37,7 @@ def test_gradients_flow_once_and_only_into_z(make_problem):
         torch.autograd.grad(dz.sum(), z1)
     asymmetric_loss_pair(z1, z2, t1, t2, w).backward()
     assert z1.grad is not None and all(x.grad is None for x in (z2, t1, t2, w))
-    # nor are statistics a part of the graph
+    # statistics are not part of the graph either
     assert not second_moment(z1).requires_grad
     assert not matrix_power(w, 0.5).requires_grad
     assert not correlation_ema_(w.detach().clone(), z1, 0.5).requires_grad
@@ -65,7 +65,7 @@ def test_opcheck_loss(make_problem, metric, isotropic, dtype):
     z1, z2, t1, t2, w = make_problem(6, 9, dtype=dtype)
     z1.requires_grad_()
     z2.requires_grad_()
-    # opcheck's AOT test takes every result for differentiable, which the gradient itself is not;
+    # opcheck's AOT test assumes every result is differentiable, which the gradient itself is not;
     # test_compiles_without_a_graph_break covers that path
     utilities = ("test_schema", "test_autograd_registration", "test_faketensor")
     torch.library.opcheck(
@@ -85,7 +85,7 @@ def test_opcheck_statistics(make_problem):
 
 
 def step(corr, z1, z2, t1, t2, decay, eps, **loss):
-    """A training step's share of this package."""
+    """This package's part of a training step."""
     correlation_ema_(corr, [z1, z2], decay)
     w = matrix_power(corr, 0.5, eps=eps)
     return asymmetric_loss_pair(2 * z1, 2 * z2, t1, t2, w, **loss)
@@ -95,7 +95,7 @@ def step(corr, z1, z2, t1, t2, decay, eps, **loss):
 @pytest.mark.parametrize(("metric", "isotropic"), LOSSES)
 @pytest.mark.parametrize("dynamic", [None, True])
 def test_compiles_without_a_graph_break(make_problem, dynamic, metric, isotropic):
-    """opcheck cannot trace the loss's backward (its dz has no second one); this stands for it."""
+    """opcheck cannot trace the loss's backward (dz has no double backward); this replaces it."""
     torch.compiler.reset()
     # the operations are opaque to inductor: one of its slow compilations is enough
     once = (dynamic, metric, isotropic) == (None, "cosine", True)

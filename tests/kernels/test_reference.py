@@ -12,7 +12,7 @@ EPS = torch.finfo(torch.float64).eps
 
 
 def paper_loss(z, t, w, metric, isotropic):
-    """One sample, as printed: W^(1/2) is formed; only IsoLoss has its stop-gradients here."""
+    """One sample, as printed: W^(1/2) is formed; only IsoLoss has stop-gradients here."""
     p = w @ z
     if metric == "euclidean":
         if isotropic:  # P Eq. 15
@@ -58,7 +58,7 @@ def test_the_papers_target_gradient_differs_only_in_the_stated_term(make_problem
     a, b = p.norm(dim=-1, keepdim=True), t.norm(dim=-1, keepdim=True)
     d = (p * t).sum(-1, keepdim=True)
     difference = d * t / (a**3 * b) - d * t / (a * b**3)
-    assert difference.norm() > true.norm(), "the case must tell the two forms apart"
+    assert difference.norm() > true.norm(), "the case must distinguish the two forms"
     assert torch.equal(dz, true_dz)
     torch.testing.assert_close(paper - true, difference, rtol=1e-10, atol=1e-12)
     with pytest.raises(ValueError, match="for metric 'cosine'"):
@@ -107,7 +107,7 @@ def test_gradients_in_float32_survive_small_and_large_embeddings(make_problem, s
 
 @pytest.mark.parametrize(("metric", "isotropic"), LOSSES)
 def test_symmetries(make_problem, metric, isotropic):
-    """A rotation of everything turns the gradient; the cosine ignores the lengths of z and t."""
+    """Rotating everything rotates the gradient; the cosine ignores the lengths of z and t."""
     z, _, _, t, w = make_problem(9, 33)
     kind = {"metric": metric, "isotropic": isotropic}
     rotation = torch.linalg.qr(torch.randn(33, 33, dtype=torch.float64))[0]

@@ -1,4 +1,4 @@
-"""On a GPU: a training step's whole batches, CUDA graphs, torch.compile, other devices."""
+"""On a GPU: full training batches, CUDA graphs, torch.compile, other devices."""
 
 import pytest
 import torch
@@ -21,7 +21,7 @@ pytestmark = CUDA_ONLY
 
 @pytest.fixture
 def views(make_problem):
-    """z1, z2, which get gradients, t1 and t2."""
+    """Make z1 and z2, which require gradients, and t1 and t2."""
 
     def make(dtype, size=256, device="cuda"):
         z1, z2, t1, t2, _ = make_problem(size, size, dtype=dtype, device=device)
@@ -66,7 +66,7 @@ def test_the_compiled_step_is_one_graph(views):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_cuda_graph_replays_the_step(views, dtype):
-    """Capture fails on any host sync; the replay must give what eager execution gives."""
+    """Capture fails on any host sync; the replay must match eager execution."""
     problem = views(dtype)
     corr = torch.zeros(256, 256, device="cuda")
     expected_corr = corr.clone()

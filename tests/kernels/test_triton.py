@@ -1,4 +1,4 @@
-"""The operations against float64: Triton on a GPU or in its interpreter, else the CPU's path."""
+"""The operations against float64: Triton on a GPU or in its interpreter, else the CPU path."""
 
 import pytest
 import torch
@@ -20,18 +20,18 @@ from .emulation import TorchSteps
 
 pytestmark = ON_DEVICE
 
-# ragged in B and D, one row, one tile, more than one tile, wide tiles, more sums of losses than are
-# added up at a time
+# ragged in B and D, one row, one tile, more than one tile, wide tiles, more partial losses than are
+# summed at a time
 SHAPES = [(37, 129), (1, 256), (255, 250), (5, 32), (16, 64), (3, 17), (18, 600)]
 SHAPES += [(2100, 5), (3, 1100)]
-# the interpreter takes seconds for the large ones: fp32 is enough for them there
+# the interpreter takes seconds for the large ones, so only in fp32 there
 CASES = [
     pytest.param(*shape, *dtype.values, id=f"{shape[0]}x{shape[1]}-{dtype.id}", marks=dtype.marks)
     for dtype in DTYPES
     for shape in SHAPES
     if not INTERPRET or dtype.id == "fp32" or shape in [(37, 129), (1, 256), (3, 17)]
 ]
-# a CPU's matrix product of other shapes or strides may add in another order
+# on a CPU, other shapes or strides may change a matrix product's summation order
 EXACT = {"rtol": 0, "atol": 0} if TRITON else {}
 
 
@@ -40,7 +40,7 @@ def randn(*shape, seed=0):
 
 
 def exact_losses(zs, targets, w, metric, isotropic):
-    """float64 loss and gradients of the same numbers that the operation was given."""
+    """Return the float64 loss and gradients of the operation's own inputs."""
     loss, gradients = 0.0, []
     for z, target in zip(zs, targets, strict=True):
         loss_B, dz_BD = reference.losses_and_gradients_reference(
@@ -52,9 +52,9 @@ def exact_losses(zs, targets, w, metric, isotropic):
 
 
 def torch_losses(zs, targets, w, metric, isotropic):
-    """The definition in torch's fp32, by autograd: only the results are rounded to z's dtype.
+    """The definition in fp32 torch, by autograd: only the results are rounded to z's dtype.
 
-    All rows at once, as the operation has them: of one row a CPU takes W z by another routine,
+    All rows at once, as in the operation: for one row a CPU computes W z with another routine,
     with about half the error.
     """
     leaves = [z.detach().requires_grad_() for z in zs]
@@ -70,7 +70,7 @@ def torch_losses(zs, targets, w, metric, isotropic):
 @pytest.mark.parametrize(("rows", "features", "dtype"), CASES)
 def test_loss_pair(make_problem, guard_inputs, rows, features, metric, isotropic, dtype):
     results = []
-    # the errors of few numbers, and of one row's loss, are luck: of several draws together
+    # the errors of few numbers, or of one row's loss, are a matter of luck: pool several draws
     for seed in range(16 if rows * features < 300 else 1):
         problem = make_problem(rows, features, dtype=dtype, device=DEVICE, seed=seed)
         z1, z2, t1, t2, w = (guard_inputs(x) for x in problem)
@@ -143,7 +143,7 @@ def test_second_moment(guard_inputs, rows, features, dtype):
     assert_within_budget("moment", got, reference.second_moment_reference(views), exact)
 
 
-@pytest.mark.skipif(not INTERPRET, reason="about the interpreter")
+@pytest.mark.skipif(not INTERPRET, reason="concerns the interpreter")
 def test_the_interpreter_is_not_asked_for_bf16():
     z = randn(64, 64).bfloat16()
     assert torch.equal(second_moment(z), reference.second_moment_reference([z]))
@@ -152,7 +152,7 @@ def test_the_interpreter_is_not_asked_for_bf16():
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("decay", [0.0, 0.5, 0.998, 1.0])
 def test_correlation_ema(guard_inputs, decay, dtype):
-    """In place, of the lower triangle alone."""
+    """In place, reading only the lower triangle."""
     views = [randn(37, 129, seed=s).to(DEVICE, dtype) for s in range(2)]
     state = reference.second_moment_reference([3 * randn(200, 129, seed=2)]).to(DEVICE)
     above = torch.ones_like(state, dtype=torch.bool).triu(1)
@@ -205,12 +205,12 @@ def test_a_stream_of_updates_stays_symmetric_and_positive():
         *((37, alpha, 0.25, "spectral") for alpha in (0.25, 0.5, 1.0)),
         *((37, 2.0, 0.1, normalize) for normalize in ("spectral", "none")),
         (37, 0.5, 0.25, "none"),
-        # more than one step along D, the other tile, and a number of tiles that is no power of two
+        # more than one step along D, the other tile, a number of tiles that is not a power of two
         *((features, 2.0, 0.0, "none") for features in (190, 300)),
     ],
 )
 def test_matrix_power(guard_inputs, monkeypatch, features, alpha, eps, normalize):
-    """Next to torch's products and to float64, without a decomposition on the step."""
+    """Against torch's products and float64, without a decomposition on the way."""
     z = randn(3 * features, features)
     corr = reference.second_moment_reference([z * torch.logspace(0, -2, features)])
     own = power_by_products(corr, alpha, eps, normalize, TorchSteps(corr, torch.matmul))
@@ -228,10 +228,10 @@ def test_matrix_power(guard_inputs, monkeypatch, features, alpha, eps, normalize
 @pytest.mark.parametrize(
     ("alpha", "eps", "normalize", "launches"),
     [
-        # C / tr C, its bound, A, the root; the other squares and the quotient go along
+        # C / tr C, its bound, A, the root; the other squares and the quotient share launches
         (0.5, 0.0, "spectral", 1 + 2 + 1 + 17),
         (0.5, 0.0, "none", 1 + 2 + 1 + 17),
-        # the eigenvalue before A; three steps in place of six
+        # the eigenvalue before A; three steps instead of six
         (0.5, 0.25, "spectral", 1 + 11 + 1 + 8),
         (1.0, 0.25, "spectral", 1 + 11 + 1),
     ],
@@ -264,7 +264,7 @@ def test_matrix_power_of_zero_and_of_nan(alpha, eps, normalize):
     w = matrix_power(torch.zeros(20, 20, device=DEVICE), alpha, eps=eps, normalize=normalize)
     torch.testing.assert_close(w.cpu(), eps**alpha * torch.eye(20), rtol=1e-5, atol=0)
     for bits in (0x7FC00000, 0x7FFFFFFF, 0x7F800000, -0x800000):
-        # NaNs as a CPU and a GPU make them, and both infinities
+        # NaNs as a CPU and a GPU produce them, and both infinities
         corr = torch.eye(20, device=DEVICE)
         corr.view(torch.int32)[[19, 1], [1, 19]] = bits
         assert matrix_power(corr, alpha, eps=eps, normalize=normalize).isnan().all()
@@ -283,7 +283,7 @@ def test_matrix_power_takes_any_scale(alpha, eps, factor):
 @pytest.mark.parametrize("factor", [1e-30, 1e-44])
 @pytest.mark.parametrize(("alpha", "eps"), POWERS[:5])
 def test_a_dead_correlation_counts_as_zero(alpha, eps, factor):
-    """As it is after 130 steps of zeros at decay 0.5."""
+    """As after 130 steps on zeros at decay 0.5."""
     corr = reference.second_moment_reference([randn(100, 33)]).to(DEVICE) * factor
     w = matrix_power(corr, alpha, eps=eps)
     torch.testing.assert_close(w, eps**alpha * torch.eye(33, device=DEVICE), rtol=1e-5, atol=0)

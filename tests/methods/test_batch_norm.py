@@ -1,4 +1,4 @@
-"""BatchNorm by view: equal to a call a view, on one rank and on several, eager and compiled."""
+"""BatchNorm by view: equal to one call per view, on one rank and several, eager and compiled."""
 
 import copy
 from typing import Literal
@@ -18,7 +18,7 @@ from isofast.training.build import build
 
 from ..support.runs import forked, launched
 
-# of each tensor's norm
+# relative to each tensor's norm
 BUDGET = {torch.float32: 1e-5, torch.float64: 1e-12}
 LINEAR = ("1.0.bias", "projector.0.bias")
 STEMS = {"cifar": 16, "tiny": 32, "imagenet": 48}
@@ -26,7 +26,7 @@ Stem = Literal["cifar", "tiny", "imagenet"]
 
 
 def network(stem: str, dtype: torch.dtype) -> nn.Module:
-    """torch's own BatchNorm, with weights that are not all one."""
+    """Return a network with torch's own BatchNorm, whose weights are not all one."""
     torch.manual_seed(0)
     encoder = make_encoder(EncoderConfig(stem=stem, width=8))
     net = nn.Sequential(encoder, make_projector(64, ProjectorConfig(hidden=32, output=16)))
@@ -38,24 +38,24 @@ def network(stem: str, dtype: torch.dtype) -> nn.Module:
 
 
 def images(side: int, dtype: torch.dtype) -> Tensor:
-    """(2, 8, 3, side, side), the second view of another mean and contrast."""
+    """(2, 8, 3, side, side), the second view with another mean and contrast."""
     x_VBCHW = torch.randn(2, 8, 3, side, side, generator=torch.Generator().manual_seed(1))
     x_VBCHW[1] = 3 * x_VBCHW[1] + 1
     return x_VBCHW.to(dtype)
 
 
 def results(net: nn.Module, z_ND: Tensor) -> dict[str, Tensor]:
-    """Outputs, gradients and running statistics after a backward of a loss that weighs rows."""
+    """Outputs, gradients and running statistics after the backward pass of a row-weighted loss."""
     weight = torch.linspace(-1, 2, z_ND.numel(), dtype=z_ND.dtype, device=z_ND.device).view_as(z_ND)
     (z_ND * weight + z_ND.square()).mean().backward()
     found = {"output": z_ND.detach()}
-    # the bias before a BatchNorm has no gradient but rounding
+    # the gradient of a bias before a BatchNorm is only rounding
     found |= {f"grad {n}": p.grad for n, p in net.named_parameters() if not n.endswith(LINEAR)}
     return found | {n: b for n, b in net.named_buffers() if b.is_floating_point()}
 
 
 def fused_branch(name: str, fused: bool, stem: Stem = "cifar") -> Branch:
-    """In float64, both views in one call."""
+    """Return a float64 branch that takes both views in one call."""
     torch.manual_seed(0)
     config = EncoderConfig(name=name, stem=stem, width=8 if name == "resnet18" else 64)
     projector = ProjectorConfig(hidden=32, output=16)
@@ -79,7 +79,7 @@ def test_one_call_equals_a_call_a_view(stem, dtype, kind):
     x_VBCHW = images(STEMS[stem], dtype)
     expected = results(theirs, torch.cat([theirs(x_BCHW) for x_BCHW in x_VBCHW]))
     found = results(ours, ours(x_VBCHW.flatten(0, 1)))
-    # torch's sums are in double on a CPU: fused, each is a budget off in so many layers
+    # torch sums in double on a CPU: over so many layers, fused sums differ by up to two budgets
     assert_equal(found, expected, BUDGET[dtype] * (2 if kind == "fused" else 1))
     if kind == "fused":
         twice = convert_batch_norm(network(stem, dtype), views=1, fused=True)
@@ -122,7 +122,7 @@ def test_a_fused_layer_keeps_x_alone():
 
 @pytest.mark.parametrize("std", [1, 0.1, 0.01])
 def test_a_large_mean_costs_digits(std):
-    """The variance is off by fp32's rounding times (mean / std)^2, y by half of that."""
+    """The variance is off by fp32's rounding times (mean / std)^2, y by half that."""
     x_NC = 10 + std * torch.randn(4096, 64, generator=torch.Generator().manual_seed(0))
     y_NC, exact_NC = (ViewBatchNorm(64, fused=True, dtype=t)(x_NC.to(t)) for t in BUDGET)
     error = (y_NC - exact_NC).norm() / exact_NC.norm()
@@ -157,7 +157,7 @@ def test_one_value_a_channel_and_half_a_view_are_refused(fused):
 
 
 def assert_gradients_as_good(ours: Branch, plain: Branch, x_NCHW: Tensor) -> None:
-    """No parameter lacks one, and they are no further from float64's than the plain branch's."""
+    """Every parameter has one, about as close to float64's as the plain branch's are."""
     plain.load_state_dict(ours.state_dict())
     exact = copy.deepcopy(plain).double()
     exact.precision = torch.float32
@@ -178,7 +178,7 @@ def assert_gradients_as_good(ours: Branch, plain: Branch, x_NCHW: Tensor) -> Non
 @pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("stem", ["cifar", "tiny"])
 def test_a_compiled_fused_branch_has_its_gradients(stem, precision):
-    """In one graph, two of four stages. torch 2.11 loses gradients in silence at some casts."""
+    """In one graph, two of four stages. torch 2.11 silently loses gradients at some casts."""
     both = [fused_branch("resnet18", fused, stem).float() for fused in (True, False)]
     for branch in both:
         branch.precision = precision
@@ -213,7 +213,7 @@ def test_a_branch_stacks_views_and_a_target_does():
         branches.append(Branch(*config, torch.float32, 16, stacked=stacked))
     one, two = (branch.of_views(batch) for branch in branches)
     torch.testing.assert_close(one, two, rtol=1e-5, atol=1e-6)
-    # running statistics move in the order of the views
+    # running statistics are updated in view order
     torch.testing.assert_close(*(branch.state_dict() for branch in branches))
 
 
@@ -226,11 +226,11 @@ def test_a_batchnorm_with_an_activation_stays():
 
 
 def _rank(compiled: bool, folder: str) -> None:
-    """Our part of the global batch: rows of every view."""
+    """Run one rank on its part of the global batch: rows of every view."""
     dist.init_process_group("gloo")
     rank, size = dist.get_rank(), dist.get_world_size()
     net = convert_batch_norm(network("tiny", torch.float64), views=2, synchronised=True)
-    # so that the stem's pool is a part of its BatchNorm
+    # fuses the stem's pool into its BatchNorm
     _join_relus(net[0])
     target = copy.deepcopy(net).requires_grad_(False)
     x_NCHW = images(16, torch.float64).chunk(size, dim=1)[rank].flatten(0, 1)

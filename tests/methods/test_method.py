@@ -1,4 +1,4 @@
-"""The step against the specification, put together here in float64, by autograd."""
+"""The step against the specification, assembled here in float64, by autograd."""
 
 import numpy as np
 import pytest
@@ -23,7 +23,7 @@ from ..support.encoders import make_online
 )
 @pytest.mark.parametrize("name", ["isoloss", "directpred", "directcopy"])
 def test_a_step_is_the_specifications(small_config, name, metric, of, ema):
-    """C before W, each view at the other's target, both ways twice."""
+    """C before W, each view against the other's target, both directions counted twice."""
     method = {"name": name, "metric": metric, "ema": ema, "decay": 0.5, "correlation": of}
     config = small_config(method=method)
     torch.manual_seed(1)
@@ -31,7 +31,7 @@ def test_a_step_is_the_specifications(small_config, name, metric, of, ema):
     z1_BD, z2_BD = (torch.randn(batch, dim, requires_grad=True) for _ in range(2))
     t1_BD, t2_BD = torch.randn(2, batch, dim) if ema else (z1_BD.detach(), z2_BD.detach())
     step = make_method(config.method, config.projector)
-    # norms that differ, or directions would be embeddings
+    # with equal norms, C of directions could not be told from C of embeddings
     step.correlation.update(torch.randn(64, dim), torch.randn(64, dim) * torch.rand(64, 1))
     before_DD = step.correlation.corr_DD.double()
     step.correlation.update(z1_BD.detach(), z2_BD.detach())
@@ -74,7 +74,7 @@ def test_the_target_takes_no_gradient_and_the_probe_sends_none_on(small_config):
 
 @pytest.mark.parametrize("mode", [True, False], ids=["train", "eval"])
 def test_the_target_is_a_copy_with_batch_statistics_of_its_own(small_config, mode):
-    """In whichever mode the encoder comes."""
+    """Whatever mode the encoder is in."""
     online, _, batch = _networks(small_config())
     online.branch.encoder.train(mode)
     target = EmaTarget(online.branch, 0.99)
@@ -103,7 +103,7 @@ def test_metrics_of_a_step(small_config, name):
     scalars = embedding_scalars(z_BD) | method.scalars()
     z_BD, p_BD, t_BD = (x.detach().double().numpy() for x in (z_BD, p_BD, t2_BD))
     z_B, p_B, t_B = (np.linalg.norm(x, axis=1) for x in (z_BD, p_BD, t_BD))
-    # torch's median is the lower of the two in the middle
+    # torch's median is the lower of the two middle values
     middle = (len(z_B) - 1) // 2
     assert {name: value.item() for name, value in scalars.items()} == pytest.approx(
         {

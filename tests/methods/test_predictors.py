@@ -1,4 +1,4 @@
-"""Trained predictors: their layers, their gradients against autograd in float64."""
+"""Trained predictors: layers, and gradients against autograd in float64."""
 
 import pytest
 import torch
@@ -31,7 +31,7 @@ def test_each_predictor_has_its_layers(small_config, name, shapes):
 
 
 def _by_hand(z_BD: Tensor, weights: dict[str, Tensor]) -> Tensor:
-    """The predictor in elementary operations, with the batch's own statistics."""
+    """The predictor in elementary operations, with batch statistics."""
     if len(weights) == 1:
         return z_BD @ weights["predictor.weight"].T
     weights = {key.removeprefix("predictor."): value for key, value in weights.items()}
@@ -72,7 +72,7 @@ def test_gradients_of_embeddings_and_predictor_are_autograds(small_config, name,
     leaves |= {key: (p, weights[key]) for key, p in ours.items()}
     largest = max(p.grad.abs().max().item() for _, p in leaves.values() if p.grad is not None)
     for key, (mine, theirs) in leaves.items():
-        # a bias before BatchNorm has no gradient but what rounding leaves of the others
+        # the gradient of a bias before BatchNorm is only what rounding leaves of the others
         atol = max(1e-4 * theirs.grad.abs().max().item(), 1e-6 * largest)
         torch.testing.assert_close(mine.grad.double(), theirs.grad, rtol=1e-4, atol=atol, msg=key)
 
@@ -97,7 +97,7 @@ def test_predictions_follow_the_networks_precision(small_config, precision):
         )
     assert all(p.grad is None for p in target.parameters())
     assert len(list(target.parameters())) == len(list(online.branch.parameters()))
-    # as the other BatchNorms: a view at a time
+    # like the other BatchNorms: one view at a time
     norm = online.get_submodule("method.predictor.1")
     assert isinstance(norm, nn.BatchNorm1d) and norm.num_batches_tracked == 2
 
@@ -110,6 +110,6 @@ def test_the_predictor_is_one_graph_for_the_compiler(small_config):
     expected = online(batch).loss
     online, _ = _online(config, torch.bfloat16)
     online.get_submodule("method.predictor").compile(fullgraph=True, backend="aot_eager")
-    # both round to bf16, in whatever order
+    # both round to bf16, possibly in another order
     torch.testing.assert_close(online(batch).loss, expected, rtol=2e-2, atol=2e-2)
     assert list(online.state_dict()) == names

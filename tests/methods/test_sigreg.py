@@ -23,7 +23,7 @@ def _method(dim: int = 6, **settings: Any) -> SIGReg:
 
 
 def _expected(z_VBD: torch.Tensor, a_AD: torch.Tensor, weight: float, knots: int) -> torch.Tensor:
-    """The loss with complex numbers, a view and a direction at a time, over the whole interval."""
+    """The loss with complex numbers, one view and direction at a time, over the whole interval."""
     t = torch.linspace(-3, 3, 2 * knots - 1, dtype=torch.float64)
     tests = []
     for z_BD in z_VBD:
@@ -32,7 +32,7 @@ def _expected(z_VBD: torch.Tensor, a_AD: torch.Tensor, weight: float, knots: int
             gap = (empirical - torch.exp(-(t**2) / 2)).abs() ** 2
             tests.append(len(z_BD) * torch.trapezoid(gap * torch.exp(-(t**2) / 2), t))
     z1_BD, z2_BD = z_VBD
-    # of two views either is half their difference away from the mean
+    # each of two views is half their difference away from the mean
     prediction = ((z1_BD - z2_BD) / 2).pow(2).mean()
     return (1 - weight) * prediction + weight * sum(tests) / len(tests)
 
@@ -58,7 +58,7 @@ def test_loss_and_gradient_are_the_integrals(weight):
 
 
 def test_the_knots_are_enough():
-    """Of the integral itself, by adaptive quadrature, and the gradient by differences."""
+    """Against the integral by adaptive quadrature, the gradient against finite differences."""
     method = _method()
     x = np.random.default_rng(0).standard_t(3, size=40)
 
@@ -121,7 +121,7 @@ def test_each_step_has_its_directions_and_a_resumed_one_too():
 @pytest.mark.slow
 def test_it_trains(tmp_path, small):
     settings = small(method={"name": "sigreg"}, train={"max_steps": 40, "epochs": 10})
-    # the rest is the preset's
+    # the rest comes from the preset
     settings["optimizer"] = {"lr": 0.008}
     config: Config = validate(settings)
     optimizer = config.optimizer

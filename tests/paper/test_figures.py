@@ -1,4 +1,4 @@
-"""The figures of runs: their lines, titles and scales, and the errors without anything to draw."""
+"""Figures of runs: their lines, titles and scales, and the errors if there is nothing to draw."""
 
 import json
 import shutil
@@ -26,7 +26,7 @@ pytestmark = pytest.mark.slow
 def copied(
     run: Path, to: Path, *, top1: Sequence[float] = (), eigenvalues: Any = None, **changes: Any
 ) -> Run:
-    """A copy of a run with other settings, evaluations after 8, 16 ... steps, or last spectra."""
+    """Copy a run with other settings, evaluations after 8, 16 ... steps, or other last spectra."""
     alignment = changes.pop("alignment", None)
     shutil.copytree(run, to)
     config = json.loads((run / "config.json").read_text())
@@ -72,7 +72,7 @@ def test_a_figure_is_drawn_as_png_and_svg(what, spectrum_runs, tmp_path, capsys)
     ("draw", "names", "titles"),
     [
         (figure3, ["no ema", "ema"], ["IsoLoss, no EMA", "IsoLoss, EMA"]),
-        # EMA comes first, in whatever order given, and the larger weight decay
+        # EMA and the larger weight decay come first, whatever order is given
         (figure7, ["ema", "no ema"], ["IsoLoss, EMA", "IsoLoss, no EMA"]),
         (figure8, ["linear", "ema"], ["weight decay 0.05", "weight decay 0.0001"]),
     ],
@@ -80,7 +80,7 @@ def test_a_figure_is_drawn_as_png_and_svg(what, spectrum_runs, tmp_path, capsys)
 def test_panels_show_their_runs_in_order_on_one_scale(
     draw, names, titles, scales, spectrum_runs, tmp_path
 ):
-    """The effective rank is (sum of eigenvalues)^2 over that of squares: n for n that are equal."""
+    """The effective rank is (sum of eigenvalues)^2 / (sum of squares): n for n equal ones."""
     ranks, top1 = (5, 3), ((0.31, 0.52, 0.78), (0.2, 0.4, 0.3))
     runs = []
     for name, rank, scale, accuracies in zip(names, ranks, scales, top1, strict=True):
@@ -139,7 +139,7 @@ def test_eigenvalues_are_drawn_down_to_rounding(spectrum_runs, tmp_path):
 def test_figure_7_pairs_what_differs_only_in_ema(spectrum_runs, tmp_path):
     ema, no_ema = (spectrum_runs[name][1] for name in ("ema", "no ema"))
     both = [read_run(ema), read_run(no_ema)]
-    # the presets choose these by EMA
+    # the presets choose these depending on EMA
     with_sgd = copied(no_ema, tmp_path / "sgd", optimizer={"name": "sgd", "lr": 0.1})
     assert len(figure7([both[0], with_sgd]).axes) == 4
     for name, changes in {
@@ -149,13 +149,13 @@ def test_figure_7_pairs_what_differs_only_in_ema(spectrum_runs, tmp_path):
         "seed": {"seed": 1},
     }.items():
         other = copied(no_ema, tmp_path / name, **changes)
-        # neither paired nor left out silently
+        # neither paired nor silently left out
         for runs in ([both[0], other], [*both, other]):
-            with pytest.raises(UserError, match=f"figure 7 needs .*{other.path}"):
+            with pytest.raises(UserError, match=f"figure 7 needs, .*{other.path}"):
                 figure7(runs)
     with pytest.raises(UserError, match="exactly one without"):
         figure7([*both, copied(no_ema, tmp_path / "again")])
-    # a pair of each seed
+    # one pair per seed
     seeds = [copied(run, tmp_path / f"1-{run.name}", seed=1) for run in (ema, no_ema)]
     rows = figure7([both[0], *seeds[::-1], both[1]]).axes[:6]
     assert "seed 0, EMA" in rows[0].get_title() and "seed 1, no EMA" in rows[4].get_title()
@@ -206,7 +206,7 @@ def test_labels_say_what_differs_and_no_more(spectrum_runs, tmp_path):
     assert labels(moved) == ["IsoLoss (a/seed-0)", "IsoLoss (b/seed-0)"]
     seed = copied(ema.path, tmp_path / "other", seed=3)
     assert labels([ema, seed]) == ["IsoLoss, seed 0", "IsoLoss, seed 3"]
-    # a folder's name is no formula
+    # a folder's name is not a formula
     runs = [copied(ema.path, tmp_path / name) for name in ("a$b_{$", "c$d_{$")]
     titles = [axis.get_title() for axis in figure3(runs).axes]
     assert r"(a\$b_{\$)" in titles[0] and r"(c\$d_{\$)" in titles[1]
@@ -226,11 +226,11 @@ def test_what_cannot_be_drawn_is_refused(spectrum_runs, tmp_path, refused):
     (tmp_path / "file").write_text("")
     out = ["--output", str(tmp_path / "figures")]
     for arguments, words in (
-        (["3", str(tmp_path / "nowhere"), *out], ["nowhere is no run", "not a folder"]),
-        (["3", ema, str(empty), *out], ["empty is no run", "config.json", "--run-dir"]),
+        (["3", str(tmp_path / "nowhere"), *out], ["nowhere is not a run", "not a folder"]),
+        (["3", ema, str(empty), *out], ["empty is not a run", "config.json", "--run-dir"]),
         (["3", str(bare), *out], ["no records in metrics.jsonl"]),
         (["3", str(blind), *out], ["no eigenvalues in spectrum.npz"]),
-        (["3", str(torn), *out], ["cannot read", "torn", "put it back"]),
+        (["3", str(torn), *out], ["cannot read", "torn", "restore it"]),
         (["4", linear, ema, *out], ["has method isoloss", "--set method.name=linear"]),
         (["4", str(old), *out], ["old has method linear and no alignment"]),
         (["7", ema, linear, *out], ["one without", "--set method.ema=false", "IsoLoss"]),

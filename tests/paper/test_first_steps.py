@@ -1,4 +1,4 @@
-"""The closed form of docs/method/first-steps.md: a few long embeddings in C."""
+"""The closed form in docs/method/first-steps.md: a few long embeddings in C."""
 
 import math
 
@@ -27,7 +27,7 @@ def test_long_embeddings_own_c_and_shorten_the_others(z_BD):
     assert norms_B[0].item() == pytest.approx(1, abs=1e-3)
     assert norms_B[-1].item() == pytest.approx(short, abs=1e-3)
 
-    # in full agreement the isotropic value is -|z| / 2|Wz|, -1/2 where W does not shorten
+    # at perfect alignment the isotropic loss is -|z| / 2|Wz|, or -1/2 where W does not shorten
     rest_BD = z_BD[FEW:]
     value = asymmetric_loss(rest_BD, rest_BD, w_DD).item()
     assert value == pytest.approx(-1 / (2 * short), rel=1e-3)
@@ -41,7 +41,7 @@ def test_in_c_of_directions_every_image_counts_the_same(z_BD):
 
 
 def test_the_isotropic_gradient_goes_with_the_inverse_of_the_prediction():
-    """|z| |g| = sin(p, t) |z| / |p| of each image."""
+    """|z| |g| = sin(p, t) |z| / |p| for each image."""
     torch.manual_seed(0)
     z_BD, t_BD = torch.randn(2, 32, 8, dtype=torch.float64)
     z_BD.requires_grad_()

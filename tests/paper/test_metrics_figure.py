@@ -1,4 +1,4 @@
-"""`isofast figures metrics`: what is drawn and written is what the runs recorded."""
+"""`isofast figures metrics` draws and writes what the runs recorded."""
 
 import csv
 import json
@@ -35,7 +35,7 @@ def test_spearman_is_the_correlation_of_ranks():
 
 @pytest.mark.slow
 def test_metrics_of_two_runs(evaluated_run, tmp_path, capsys):
-    # the same run as one of an earlier version, which knew no metrics
+    # the same run as from an earlier version, without the metrics
     old = tmp_path / "old"
     shutil.copytree(evaluated_run, old)
     records = read_metrics(old / "metrics.jsonl")

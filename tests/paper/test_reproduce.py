@@ -1,4 +1,4 @@
-"""`isofast reproduce`: the plan, the runs, an interruption, the table on the screen."""
+"""`isofast reproduce`: the plan, the runs, an interruption, the printed table."""
 
 import json
 import shlex
@@ -36,13 +36,13 @@ def command(root: Path, runs: Path, *more: str, seeds: int = 1) -> list[str]:
 
 
 def start(arguments: list[str]) -> Process:
-    """In a process group of its own, on the CPU."""
+    """Start the command in its own process group, on the CPU."""
     own = {"start_new_session": True, "preexec_fn": _hear_signals}
     return opened([*ISOFAST, *arguments], stdout=subprocess.PIPE, **own)
 
 
 def _hear_signals() -> None:
-    """Background jobs of a shell ignore these signals."""
+    """Restore the signals that a shell's background jobs ignore."""
     for number in (signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_DFL)
 
@@ -85,7 +85,7 @@ def test_a_killed_table_continues_and_is_printed(digits, tmp_path):
     # nothing is left to do
     again, _ = run(arguments)
     assert again.count("finished before") == 2 and table in again
-    # what was asked for is not what is there
+    # the settings differ from those of the existing runs
     _, err = run([*arguments, "--set", "train.batch_size=32"], code=2)
     assert "train.batch_size: 64 -> 32" in err and "--runs" in err
 
@@ -155,7 +155,7 @@ def test_the_plan_is_the_table(request_of):
         assert row.alpha is None or method.alpha == row.alpha
         assert planned.config.train.epochs == 7 and planned.config.seed == planned.seed
         assert planned.config.data.dataset == planned.dataset
-        # of runs of 7 epochs
+        # for runs of 7 epochs
         assert method.decay == (0.99 if row.alpha is None else 0.9 if row.ema else 0.5)
         assert planned.command[:2] == ("deepspeed", "-x")
         assert planned.command[2].endswith("launch/train.py")
@@ -163,7 +163,7 @@ def test_the_plan_is_the_table(request_of):
     assert [(run.config.method.alpha, run.config.method.eps) for run in shipped] == [(1, 0.25)] * 4
     assert {run.config.train.epochs for run in shipped} == {1000}
     assert {run.row.ema: run.config.method.decay for run in shipped} == {True: 0.998, False: 0.5}
-    # the method section of quickstart.json is not for tables
+    # the method section of quickstart.json does not apply to tables
     digits = request_of(methods=["isoloss"]).plan()
     assert {run.row.ema: run.config.method.decay for run in digits} == {True: 0.9, False: 0.5}
     for small in request_of(datasets=["cifar10", "tinyimagenet"], scale="small").plan():
@@ -233,7 +233,7 @@ def test_the_table_fixes_its_keys(override, key, request_of):
     assert (run.config.method.name, run.config.method.ema_base) == ("byol", 0.98)
 
 
-# A launcher that passes no signal on, and its process, deaf to SIGINT and SIGTERM or not.
+# a launcher that forwards no signals, and its process, which may ignore SIGINT and SIGTERM
 LAUNCHER = """
 import os, pathlib, signal, subprocess, sys, time
 if sys.argv[1] == "launcher":
@@ -271,12 +271,12 @@ def test_an_interruption_leaves_nothing_running(number, child, session, digits, 
         assert process.poll() is None, process.communicate()
         time.sleep(0.02)
     pid = int(note.read_text())
-    # an impatient user: the second and third lead to SIGTERM and SIGKILL at once
+    # an impatient user: the second and third signal cause SIGTERM and SIGKILL at once
     for _ in range(3 if child == "deaf" else 1):
         process.send_signal(number)
         time.sleep(0.5)
     _, err = process.communicate(timeout=60)
-    assert process.returncode == 130 and "interrupted; the same command" in err
+    assert process.returncode == 130 and "interrupted; rerun the same command" in err
     assert not psutil.pid_exists(pid) or psutil.Process(pid).status() == "zombie"
-    # whoever heard it ended by itself
+    # a process that received it ended by itself
     assert (tmp_path / "ended").exists() == (child == "polite")

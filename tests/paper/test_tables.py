@@ -6,7 +6,7 @@ from typing import Any
 from isofast.paper.reproduce import render
 from isofast.paper.tables import DATASETS, TABLES, PlannedRun
 
-# by method and EMA: CIFAR-10, CIFAR-100, STL-10 and TinyImageNet
+# table, method, EMA, then CIFAR-10, CIFAR-100, STL-10 and TinyImageNet
 PAPER = """
 table2 byol True 92.6 70.5 91.7 38.3
 table2 simsiam False 90.7 66.3 87.5 39.8
@@ -98,7 +98,7 @@ def test_more_steps_are_trained(request_of):
 
 
 def _leave(run: PlannedRun, **summary: Any) -> None:
-    """What a run leaves in its folder."""
+    """Write what a run leaves in its folder."""
     summary = {"failure": None, "collapse": None, **summary}
     summary["completed"] = summary["failure"] is None
     run.run_dir.mkdir(parents=True)

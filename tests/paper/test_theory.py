@@ -81,7 +81,7 @@ def test_cosine_equalises_at_the_trace_it_started_with_and_iso_loss_at_a_larger_
 
 
 def test_iso_cosine_recruits_small_modes_at_homogeneous_rates():
-    """Relative rates of the modes below half the mean, 0.33, 0.084 and 0.043, slowest over fastest.
+    """Relative rates of the modes below half the mean (0.33, 0.084, 0.043), slowest over fastest.
 
     0.75 for IsoLoss and 0.18 for the plain loss, which multiplies each by its eigenvalue.
     """
@@ -101,7 +101,7 @@ def test_iso_cosine_recruits_small_modes_at_homogeneous_rates():
 
 @pytest.mark.parametrize("name", COSINE)
 def test_whether_a_cosine_gradient_leaves_the_trace_alone(name):
-    """Exactly, on any samples, where it is a gradient: the loss ignores lengths."""
+    """Exactly, on any samples, if it is a true gradient: the loss ignores lengths."""
     change = rates_of_modes(COSINE[name], initial_weights(Toy())).sum()
     if name in ("iso_cosine", "cosine_paper_gradient"):
         assert change > 0.1
@@ -132,9 +132,9 @@ def test_relu_networks_keep_their_dimensions_and_lose_them_without_stop_gradient
 
 
 def test_the_relu_iso_cosine_of_two_outputs_ends_alike_on_any_samples():
-    """From one V, its end trace over four draws of the samples is the same to 2 %.
+    """From one V, the final trace agrees to 2 % over four draws of the samples.
 
-    Its mean gradient exists by the bound on lengths alone: without it single samples decide.
+    The mean gradient exists only thanks to the bound on lengths: without it single samples decide.
     """
     toy = Toy(loss="iso_cosine", relu=True, inputs=6, outputs=2, lr=0.01, samples=500)
     start = initial_weights(toy)

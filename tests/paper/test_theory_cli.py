@@ -41,7 +41,7 @@ def test_every_ablation_has_its_own_end(capsys):
     assert len(json.loads(initial)) == 3
     relu = simulate_json(capsys, *sizes, "--relu")
     assert relu["matrix"] == "E[z z^T], z = relu(V x)"
-    # half of every variance passes a ReLU
+    # a ReLU passes half of every variance
     assert relu["trace"][0] == pytest.approx(found[0]["trace"][0] / 2)
 
 

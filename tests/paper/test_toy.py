@@ -34,7 +34,7 @@ def test_relu_correlation_is_the_mean_outer_product():
 
 
 def test_the_relu_networks_drift_without_predictor_is_the_populations():
-    """By quadrature over u = v.x1 of unit variance; the mean over the noise is the textbook's."""
+    """By quadrature over u = v.x1 of unit variance, with the textbook mean over the noise."""
     u = np.linspace(0, 9, 200_001)
     density = np.exp(-(u**2) / 2) / np.sqrt(2 * np.pi)
     below = np.array([0.5 * (1 + math.erf(x / NOISE / 2**0.5)) for x in u])
@@ -49,7 +49,7 @@ def test_the_relu_networks_drift_without_predictor_is_the_populations():
 
 
 def test_what_the_relu_iso_cosine_leaves_out_does_not_hang_on_the_scale():
-    """g is homogeneous of degree -3 in V, as W = V V^T; an absolute bound would end that."""
+    """g is homogeneous of degree -3 in V, since W = V V^T; an absolute bound would break that."""
     toy = Toy(loss="iso_cosine", relu=True, inputs=6, outputs=2)
     v_SMN = initial_weights(toy)
     small, large = (sampled_gradient(toy, v * v_SMN, stream(0, 1)) for v in (0.1, 10.0))
@@ -66,7 +66,7 @@ def test_a_row_of_zeros_is_no_trouble():
 @pytest.mark.parametrize("name", COSINE)
 @pytest.mark.parametrize("short_side", ["prediction", "target"])
 def test_a_relu_sample_with_one_side_below_the_norm_floor_moves_nothing(short_side, name):
-    """V takes the only pair of views to embeddings of length 1 and 1e-12.
+    """V maps the only pair of views to embeddings of length 1 and 1e-12.
 
     The short one would otherwise move V by 1e8, along itself.
     """
@@ -93,7 +93,7 @@ def test_the_closed_form_is_the_mean_of_the_samples(name):
     error = rounds.std(0) / 60**0.5
     exact = population_gradient(toy, v_SMN, generator)[0]
     assert ((rounds.mean(0) - exact).abs() < 5 * error).all()
-    assert error.max() < 0.02, "or the bound would hold whatever the closed form said"
+    assert error.max() < 0.02, "otherwise the bound holds whatever the closed form is"
 
 
 @pytest.mark.parametrize("relu", [False, True], ids=["linear", "relu"])
@@ -102,7 +102,7 @@ def test_the_closed_form_is_the_mean_of_the_samples(name):
     [
         pytest.param(toy, id=name)
         for name, toy in {**EUCLIDEAN, **COSINE}.items()
-        # the paper's form is the derivative of nothing
+        # the paper's form is not a derivative of anything
         if not toy.paper_gradient
     ],
 )
@@ -130,11 +130,11 @@ def test_a_seed_gives_one_result_and_another_seed_another():
     assert not np.allclose(first[0], elsewhere[0])
     drawn = simulate(other, initial_weights(toy)).eigenvalues
     assert np.array_equal(drawn[0], first[0])
-    assert not np.array_equal(drawn[1], first[1]), "the samples have the seed too"
+    assert not np.array_equal(drawn[1], first[1]), "the samples depend on the seed too"
 
 
 def test_no_two_streams_have_anything_to_do_with_each_other():
-    """Of 10,000 numbers each; by chance a correlation is 0.01."""
+    """Over 10,000 numbers each, where a chance correlation is 0.01."""
     places = [(seed, index) for seed in range(3) for index in range(4)]
     drawn = np.stack([randn((10_000,), stream(*place)).numpy() for place in places])
     assert np.abs(np.corrcoef(drawn) - np.eye(len(places))).max() < 0.06

@@ -1,4 +1,4 @@
-"""`isofast theory figureN`: pictures and NPZ files against simulations set up here."""
+"""`isofast theory figureN`: figures and NPZ files against simulations set up here."""
 
 from pathlib import Path
 from typing import Any
@@ -38,7 +38,7 @@ Arrays = dict[str, NDArray[Any]]
 
 @pytest.fixture
 def drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Runs the command; gives the picture that it saved, {(row, column): axes}, and the NPZ."""
+    """Run the command; return the saved figure as {(row, column): axes}, and the NPZ."""
     saved: list[Figure] = []
     write = Figure.savefig
 
@@ -90,7 +90,7 @@ def assert_stored(arrays: Arrays, name: str, fields: tuple[str, ...], track: Tra
 
 
 def assert_plane(axes: Axes, points_TPM: NDArray[Any]) -> None:
-    """Paths as lines, circles where they begin, dots where they end."""
+    """Paths are lines, with circles where they begin and dots where they end."""
     first, last = axes.collections
     for found, expected in (
         (np.stack(lines_of(axes)), points_TPM.T),
@@ -104,7 +104,7 @@ def assert_plane(axes: Axes, points_TPM: NDArray[Any]) -> None:
 
 
 def assert_spectrum(axes: Axes, values_TM: NDArray[Any]) -> None:
-    """An eigenvalue a line over the steps, the larger the lighter, on a logarithmic axis."""
+    """One line per eigenvalue over the steps, lighter for larger ones, on a logarithmic axis."""
     x, y = lines_of(axes)
     assert (x == np.arange(STEPS + 1)).all()
     np.testing.assert_allclose(y, values_TM.T, rtol=1e-7)
@@ -140,8 +140,8 @@ def test_every_panel_shows_the_loss_its_title_and_row_name(drawn, figure, seed):
             assert all(list(line.get_ydata()) == [1, 1] for line in dotted)
     assert len(ends) == 9 and not arrays
     distinct = np.unique(np.round(list(ends.values()), 6), axis=0)
-    assert len(distinct) == 9, "panels alike could be swapped unseen"
-    # the Euclidean loss has no derivative of the paper's: its place says how the others differ
+    assert len(distinct) == 9, "identical panels could be swapped unnoticed"
+    # the Euclidean loss has no paper's derivative: its panel says how the others differ
     assert [place for place, panel in axes.items() if not panel.axison] == [(0, 1), (1, 1)]
     assert title_of(axes[2, 1]) == DIVERGES
     (note,) = axes[0, 1].texts
@@ -179,7 +179,7 @@ def test_figure5_shows_each_start_in_its_column_and_its_colour(drawn, seed):
 
 
 def test_what_diverges_has_its_own_scale_and_the_others_share_theirs(drawn):
-    """Of this seed's few samples the paper's derivative leaves both scales within 140 steps."""
+    """With this seed and few samples the paper's derivative leaves both scales in 140 steps."""
     axes, _ = drawn("figure2", seed=6, steps=140, samples=1)
     limits = {}
     for (row, column), panel in axes.items():
@@ -222,7 +222,7 @@ def test_figures_follow_the_papers_settings():
 def test_an_output_that_takes_no_file_is_refused_before_anything_is_simulated(
     output, tmp_path, refused, monkeypatch
 ):
-    """Even root makes no file in /proc."""
+    """Even root cannot create a file in /proc."""
     (tmp_path / "file").write_text("here")
     monkeypatch.setattr("isofast.paper.toy_figures.simulate", None)
     command = ["theory", "figure5", "--output", tmp_path / output, "--steps", "3"]

@@ -28,7 +28,7 @@ def background() -> Iterator[Background]:
 
 @pytest.fixture
 def gate() -> Iterator[threading.Event]:
-    """What holds up the background thread, until it is set or the test is over."""
+    """Blocks the background thread until it is set or the test ends."""
     event = threading.Event()
     yield event
     event.set()
@@ -85,7 +85,7 @@ def test_a_host_copy_of_a_gpu_tensor_is_of_its_moment_and_is_not_waited_for():
     tensor = torch.ones(256, 256, device="cuda")
     HostCopy(tensor).get()
     torch.cuda.synchronize()
-    # about half a second of work in front of the copy
+    # about half a second of work queued before the copy
     torch.cuda._sleep(1_000_000_000)
     copy = HostCopy(tensor)
     tensor.zero_()
@@ -95,7 +95,7 @@ def test_a_host_copy_of_a_gpu_tensor_is_of_its_moment_and_is_not_waited_for():
 
 @pytest.fixture
 def make_recorder(small_config: Callable[..., Config], tmp_path: Path) -> Callable[..., Recorder]:
-    """Makes the recorder of a run continued from a step; its 200th is the first judged."""
+    """Makes the recorder of a run continued from a step; step 200 is the first to be judged."""
 
     def make(step: int, *loggers: str) -> Recorder:
         config = small_config(method={"decay": 0.99}, logging={"loggers": list(loggers)})
@@ -109,7 +109,7 @@ def make_recorder(small_config: Callable[..., Config], tmp_path: Path) -> Callab
 def record(
     recorder: Recorder, step: int, corr_DD: torch.Tensor, spread: float = 0.2, norm: float = 4.0
 ) -> None:
-    """A step and its record, as the loop gives them; a spread of 0.25 is healthy."""
+    """Record a step as the training loop does; a spread of 0.25 is healthy."""
     recorder.stepped()
     recorder.spectrum(step, corr_DD, None)
     values: dict[str, Any] = {"loss": 0.0, "probe_top1": 0.0}
@@ -118,7 +118,7 @@ def record(
 
 
 def corr_of(dimensions: int) -> torch.Tensor:
-    """C, (16, 16), of an effective rank just above so many dimensions."""
+    """Return C, (16, 16), with an effective rank just above ``dimensions``."""
     return torch.diag(torch.tensor([1.0] * dimensions + [0.01] * (16 - dimensions)))
 
 
@@ -126,7 +126,7 @@ def test_the_loop_waits_for_no_spectrum_and_records_keep_their_order(
     make_recorder, gate, tmp_path, monkeypatch
 ):
     class Gated:
-        """A logger held up at its first record."""
+        """A logger that blocks at its first record."""
 
         def __init__(self, run_dir: Path, config: Config, step: int) -> None:
             self.flush = self.close = lambda: None

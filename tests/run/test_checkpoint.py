@@ -1,4 +1,4 @@
-"""Checkpoints: whole or not at all, the newest whole one used."""
+"""Checkpoints: all or nothing, and the newest intact one is used."""
 
 import resource
 import signal
@@ -24,7 +24,7 @@ def test_the_newest_is_found_and_old_ones_go(tmp_path):
     found = newest_checkpoint(tmp_path)
     assert found.step == 100
     assert torch.equal(found.load()["value"], torch.full((1000,), 100.0))
-    # whoever may read one file may read all
+    # all files have the same permissions
     assert len({file.stat().st_mode for file in found.path.iterdir()}) == 1
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step_00000010", "step_00000100"]
 
@@ -57,7 +57,7 @@ def test_a_damaged_one_is_passed_over_and_named(tmp_path, name, damage):
         file.write_bytes(damage(file.read_bytes()))
     said: list[str] = []
     assert newest_checkpoint(tmp_path, said.append).step == 1
-    assert len(said) == 1 and "step_00000002 is not whole" in said[0]
+    assert len(said) == 1 and "step_00000002 is damaged" in said[0]
 
 
 def test_continuing_from_an_older_one_keeps_and_replaces(tmp_path):
@@ -85,7 +85,7 @@ def test_an_unfinished_folder_is_no_checkpoint(tmp_path):
     (tmp_path / ".step_00000002.part" / "state.pt").write_bytes(b"half")
     (tmp_path / "step_notes").mkdir()
     assert newest_checkpoint(tmp_path).step == 1
-    # it does not stand in the way of the same step, and another one clears it away
+    # it does not block saving the same step, and the next save removes it
     assert _save(tmp_path, 2).exists()
     (tmp_path / ".step_00000003.part").mkdir()
     _save(tmp_path, 4)
@@ -98,7 +98,7 @@ def test_a_full_disk_leaves_the_older_checkpoint(tmp_path):
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1024, limits[1]))
     try:
-        with pytest.raises(RunError, match="older checkpoints are whole"):
+        with pytest.raises(RunError, match="Older checkpoints are intact"):
             _save(tmp_path, 2)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)

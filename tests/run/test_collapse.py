@@ -1,4 +1,4 @@
-"""The collapse watch on recorded runs and on made-up records."""
+"""The collapse watch on recorded runs and on synthetic records."""
 
 import json
 from pathlib import Path
@@ -21,7 +21,7 @@ RUNS = [
 
 
 def config_of(**method: Any) -> Config:
-    """Of a run on the digits; keyword arguments are the method's."""
+    """Return the config of a run on the digits; keyword arguments set the method."""
     return validate(
         {
             "data": {"dataset": "digits", "root": "somewhere"},
@@ -34,7 +34,7 @@ def config_of(**method: Any) -> Config:
 
 
 def findings(run: dict[str, Any]) -> list[tuple[int, Finding]]:
-    """Of a recorded run, whose embeddings have 256 dimensions."""
+    """Return the findings for a recorded run, whose embeddings have 256 dimensions."""
     method = {"name": run["method"], "ema": run["ema"], "correlation": run["correlation"]}
     config = validate(
         {
@@ -56,8 +56,8 @@ def name_of(run: dict[str, Any]) -> str:
     return "-".join(map(str, (*words, run["warmup_epochs"])))
 
 
-# First warning of the runs that were lost, and of which kind; the two of a trained predictor are
-# missed.
+# step and kind of the first warning for each failed run; the two with a trained predictor are
+# missed
 WARNED = {
     "folder-isoloss-no-ema-embeddings-sgd-0.1-1.5": (312, "torn"),
     "folder-isoloss-no-ema-embeddings-sgd-0.1-7.5": (481, "torn"),
@@ -84,7 +84,7 @@ def test_recorded_runs_are_judged_by_what_became_of_them(run):
 
 
 def at(step: int, share: float | None = 1.0, **more: float) -> Record:
-    """A record whose embeddings have a share of the healthy spread; else all is well."""
+    """Return a record with a share of the healthy embedding spread, and otherwise healthy."""
     known = {"norm_spread": 2.0, "prediction_norm": 0.9, "embedding_norm": 4.0}
     spread = None if share is None else share / np.sqrt(128)
     return {"step": step, "embedding_std": spread, "effective_rank": 2.0} | known | more
@@ -99,17 +99,17 @@ LONG_RUN = [at(10, **LONG), at(20), at(30, **LONG), at(40, **LONG)]
     ("method", "records", "expected"),
     [
         ({}, [at(10, 0.005)], ["complete"]),
-        # long embeddings own a raw C only, and after two records
+        # long embeddings dominate only a raw C, and count after two records in a row
         ({"correlation": "embeddings"}, LONG_RUN, [None, None, None, "torn"]),
         ({"correlation": "directions"}, LONG_RUN, [None] * 4),
         ({"correlation": "embeddings", "metric": "euclidean"}, LONG_RUN, [None] * 4),
         ({"correlation": "embeddings", "name": "byol"}, LONG_RUN, [None] * 4),
-        # a low spread may still grow, or C settle
+        # a low spread may still be growing, or C still be settling
         ({}, [at(100, 0.2), at(220, 0.2)], [None, "dimensional"]),
         ({}, [at(100, 0.2), at(220, 0.3)], [None, None]),
         ({"decay": 0.998}, [at(100, 0.2), at(220, 0.2)], [None, None]),
         ({}, [at(1000, 0.2)], [None]),
-        # a norm a thousand times the first, or NaN
+        # a norm over a thousand times the first, or NaN
         ({}, GROWING, [None, None, "blow-up"]),
         ({}, [at(1), at(2, None)], [None, "blow-up"]),
     ],

@@ -1,4 +1,4 @@
-"""Run dirs: chosen, locked, cleared of what an interruption left."""
+"""Run directories: chosen, locked, cleared of an interruption's leftovers."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""`isofast doctor`: what it finds here, and what it says of a machine where things are missing."""
+"""`isofast doctor`: what it finds here, and what it reports when something is missing."""
 
 import json
 import os
@@ -41,7 +41,7 @@ def test_this_machine_can_train(tmp_path):
     assert report["cores"] == len(os.sched_getaffinity(0))
     (device,) = report["devices"]
     assert device["kind"] == "CPU" and max(device["errors"].values()) < 1e-5
-    assert "training runs on the CPU alone" in report["verdict"]
+    assert "training runs on the CPU only" in report["verdict"]
 
 
 @pytest.mark.slow
@@ -53,16 +53,16 @@ def test_one_process_on_a_gpu_needs_no_deepspeed(cuda):
 
 @pytest.mark.slow
 def test_what_is_missing_is_named_with_its_remedy(tmp_path):
-    # found before the installed ones
+    # these shadow the installed ones
     (tmp_path / "deepspeed.py").write_text("raise ImportError('libmpi.so.40: cannot open')")
     (tmp_path / "nvidia.py").write_text("")
     (tmp_path / "torchvision.py").write_text("raise RuntimeError('built for another torch')")
     path = f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
     done = call(DOCTOR, code=1, PYTHONPATH=path, CC="no-such-compiler")
     for words in (
-        "problem: deepspeed: ImportError: libmpi.so.40: cannot open. It is for several processes",
+        "problem: deepspeed: ImportError: libmpi.so.40: cannot open. Needed for several processes",
         "pip install deepspeed",
-        "problem: torchvision: RuntimeError: built for another torch. It is for networks",
+        "problem: torchvision: RuntimeError: built for another torch. Needed for networks",
         "note: nvidia-dali-cuda130: ModuleNotFoundError",
         "pip install nvidia-dali-cuda130",
         "note: no C compiler",

@@ -15,7 +15,7 @@ SHAPES = pytest.mark.parametrize("shape", [(40, 7), (7, 40), (300, 130)], ids=st
 
 
 def embeddings(*shape: int, seed: int = 0) -> Array:
-    """Neither centred nor isotropic, as features are."""
+    """Return embeddings that are neither centred nor isotropic, like real features."""
     random = np.random.default_rng(seed)
     return random.normal(size=shape) * random.exponential(size=shape[-1]) + 0.3
 
@@ -25,7 +25,7 @@ def tensor(array: Array) -> torch.Tensor:
 
 
 def orthogonal(rows: int, columns: int, seed: int = 0) -> Array:
-    """Orthonormal columns."""
+    """Return a matrix with orthonormal columns."""
     return np.linalg.qr(np.random.default_rng(seed).normal(size=(rows, columns)))[0]
 
 
@@ -48,7 +48,7 @@ def test_rankme_of_known_spectra():
     # eps adds 1e-7 D log D
     assert rankme(torch.eye(50)) == pytest.approx(50, rel=1e-4)
     assert rankme(torch.outer(torch.arange(1, 31.0), torch.ones(7))) == pytest.approx(1, rel=1e-4)
-    # covariance eigenvalues 1/k: counted by singular values more dimensions than by themselves
+    # covariance eigenvalues 1/k: singular values count more dimensions than eigenvalues
     eigenvalues = 1 / np.arange(1, 65)
     z_NF = orthogonal(200, 64) * np.sqrt(eigenvalues) @ orthogonal(64, 64, 1).T
     assert rankme(tensor(z_NF)) == pytest.approx(55.0, abs=0.05)
@@ -74,7 +74,7 @@ def test_lidar_is_thilaks(shape):
 
 
 def test_lidar_counts_what_outlasts_the_views():
-    """RankMe sees dimensions in use, LiDAR only those in which images differ from their views."""
+    """RankMe counts dimensions in use, LiDAR those where images differ more than their views."""
     random = np.random.default_rng(0)
     noise = 0.01 * random.normal(size=(200, 20, 40))
     images = np.zeros((200, 1, 40))
@@ -83,7 +83,7 @@ def test_lidar_counts_what_outlasts_the_views():
     noise[..., 4:] *= 1000
     assert lidar(tensor(images + noise)) == pytest.approx(4, rel=0.1)
     assert rankme(tensor((images + noise)[:, 0])) > 30
-    # N means about their own mean span N - 1 dimensions
+    # N centred means span N - 1 dimensions
     few = orthogonal(40, 6).T[:, None].repeat(3, 1)
     assert lidar(tensor(few)) == pytest.approx(5, rel=1e-3)
 
@@ -107,7 +107,7 @@ def test_alpha_req_of_a_power_law(alpha):
 def test_alpha_req_is_polyfits():
     z_NF = embeddings(30, 60)
     eigenvalues = np.linalg.eigvalsh(np.cov(z_NF.T))[::-1]
-    # 30 images about their mean have 29
+    # 30 centred images have 29 eigenvalues
     want = -np.polyfit(np.log(np.arange(5, 30)), np.log(eigenvalues[4:29]), 1)[0]
     assert alpha_req(tensor(z_NF)) == pytest.approx(want, rel=1e-6)
 

@@ -57,7 +57,7 @@ def test_nan_becomes_null(tmp_path):
 
 
 class Recording:
-    """A logger of one's own."""
+    """A custom logger."""
 
     seen: ClassVar[list[Any]] = []
 

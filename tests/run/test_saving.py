@@ -1,4 +1,4 @@
-"""Checkpoints that are written while training goes on."""
+"""Checkpoints written while training continues."""
 
 import pytest
 import torch
@@ -25,7 +25,7 @@ def test_a_checkpoint_holds_what_there_was_when_it_was_asked_for(tmp_path):
     assert found.step == 2
     state = found.load()["online"]
     assert (state["weight"] == 2).all()
-    # by which modules know what an older version of them saved
+    # by which modules recognise state saved by an older version of themselves
     assert state._metadata == module.state_dict()._metadata
 
 
@@ -37,7 +37,7 @@ def test_a_disk_that_fails_is_borne_for_a_while(tmp_path):
     def save(step: int) -> None:
         saver.save(step, {}, {"weight": torch.zeros(2)})
 
-    # no folder can be made where a file is
+    # no folder can be created in place of a file
     folder.touch()
     for step in (1, 2, 3):
         save(step)
@@ -52,7 +52,7 @@ def test_a_disk_that_fails_is_borne_for_a_while(tmp_path):
     folder.touch()
     for step in (7, 8, 9):
         save(step)
-    # counted anew after one that was written
+    # a successful save resets the count
     assert len(said) == 4
     with pytest.raises(RunError, match="could not write"):
         saver.wait()

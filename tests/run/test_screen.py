@@ -1,4 +1,4 @@
-"""What is printed: a long wait, the table of results."""
+"""Console output: a long wait, the table of results."""
 
 import time
 
@@ -41,5 +41,5 @@ def test_the_table_shows_what_there_is(tmp_path):
     assert shown["wall time"].strip() == "1:02:05"
     assert shown["images/s while training"].strip() == "1,234.5"
     assert shown["encoder weights"].strip() == str(checkpoint / "encoder.safetensors")
-    # values in one column
+    # values are aligned in one column
     assert len({line.index(line.split("  ")[-1].strip()) for line in lines if line}) == 1

@@ -1,4 +1,4 @@
-"""Spectra: what they measure, and which of them a run keeps."""
+"""Spectra: what they measure, and which ones a run keeps."""
 
 import math
 from contextlib import closing
@@ -66,7 +66,7 @@ def test_functions_of_c_are_aligned_with_it(function, expected):
 def test_alignment_follows_the_order_of_the_eigenvalues():
     u_DD = basis(3, 4)
     corr_DD = symmetric(u_DD, torch.tensor([4.0, 3.0, 2.0, 1.0]))
-    # keeps u_0, turns u_1 by 60 degrees towards u_3, takes u_2 to u_3, and u_3 to -u_3
+    # keeps u_0, rotates u_1 by 60 degrees towards u_3, maps u_2 to u_3 and u_3 to -u_3
     to = u_DD[:, [0, 1, 3, 3]] * torch.tensor([1, 0.5, 1, -1])
     to[:, 1] += math.sqrt(0.75) * u_DD[:, 3]
     spectrum = measure(corr_DD, to @ u_DD.T)
@@ -94,7 +94,7 @@ def test_files_without_alignment_stay_readable(tmp_path):
 def test_a_run_keeps_spectra_at_records_ends_of_epochs_and_where_asked(spectrum_runs):
     _, run_dir = spectrum_runs["linear"]
     with np.load(run_dir / "spectrum.npz") as stored:
-        # every 8, each record's (every 10 and the last), the end of the epoch
+        # every 8 steps, at each record (every 10 and the last), at the end of the epoch
         assert stored["step"].tolist() == [8, 10, 16, 20, 22, 24]
         assert stored["alignment"].shape == stored["eigenvalues"].shape == (6, 16)
         assert (np.abs(stored["alignment"]) <= 1).all() and np.ptp(stored["alignment"]) > 0.1

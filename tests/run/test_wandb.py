@@ -1,4 +1,4 @@
-"""Weights & Biases by its own package, offline: what its run files hold, and how a run goes on."""
+"""Weights & Biases through its own package, offline: what its run files hold, and resuming."""
 
 import json
 import struct
@@ -28,7 +28,7 @@ def offline(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _messages(path: Path) -> Iterator[bytes]:
-    """A LevelDB log: 32 KB blocks of chunks (checksum, length, kind), after a header of 7 bytes."""
+    """Read a LevelDB log: a 7-byte header, then 32 KB blocks of chunks (checksum, length, kind)."""
     raw, at, message = path.read_bytes(), 7, b""
     while at + 7 <= len(raw):
         left = 32768 - at % 32768
@@ -38,14 +38,14 @@ def _messages(path: Path) -> Iterator[bytes]:
         _, length, kind = struct.unpack("<IHB", raw[at : at + 7])
         message += raw[at + 7 : at + 7 + length]
         at += 7 + length
-        # whole, or the last of several
+        # a whole message, or its last chunk
         if kind in (1, 4):
             yield message
             message = b""
 
 
 def _stored(run_dir: Path) -> list[tuple[str, dict[str, Any], dict[int, dict[str, Any]]]]:
-    """Id, config and rows by step of each process's file, in order."""
+    """Return the id, the config and the rows by step of each process's file, in order."""
     from wandb.proto.wandb_internal_pb2 import Record
 
     found = []
@@ -82,7 +82,7 @@ def test_records_config_and_spectrum_and_one_run_for_both_processes(tmp_path, sm
             writer.spectrum(step, Spectrum(np.float32([2, 1, 0]) * step))
         writer.write({"step": step, "knn_top1": 0.25})
         writer.close()
-    # its own process has written everything when it ends
+    # wandb's own process has written everything by the time it ends
     wandb.teardown()
     (first_id, stored, first), (second_id, _, second) = _stored(tmp_path)
     assert first_id == second_id == (tmp_path / "wandb" / "id").read_text()
@@ -98,7 +98,7 @@ def test_records_config_and_spectrum_and_one_run_for_both_processes(tmp_path, sm
     }
     (path,) = tmp_path.glob(f"wandb/offline-run-*/files/{second[4]['spectrum.path']}")
     pixels = np.asarray(Image.open(path).convert("RGB"))
-    # more than axes: lines in colours
+    # not only axes but coloured lines
     assert (pixels.max(2).astype(int) - pixels.min(2) > 100).sum() > 100
 
 

@@ -1,4 +1,4 @@
-"""Networks with nothing trained, and runs of them, written as a run writes them."""
+"""Untrained networks, and runs of them in the format that training writes."""
 
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from isofast.training.step import Online
 
 
 def make_online(config: Config, precision: torch.dtype = torch.float32) -> Online:
-    """The same network at each call, with a probe of ten classes."""
+    """Return the same network at each call, with a ten-class probe."""
     torch.manual_seed(0)
     branch = Branch(config.encoder, config.projector, precision)
     probe = nn.Linear(branch.features_out, 10)

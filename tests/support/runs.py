@@ -1,4 +1,4 @@
-"""Runs as the tests start them, always on the CPU with one thread, and how they are compared."""
+"""Start runs for tests, always on the CPU with one thread, and compare them."""
 
 import atexit
 import multiprocessing
@@ -26,7 +26,7 @@ from isofast.run.metrics import read_metrics
 ROOT = Path(__file__).resolve().parents[2]
 ALONE = World(0, 1, 0, torch.device("cpu"))
 ISOFAST = [sys.executable, "-m", "isofast.cli"]
-# takes from root what lets it read everything; others have nothing to lose
+# drops the capabilities that let root read everything; other users have none
 UNPRIVILEGED = (
     ["setpriv", "--bounding-set", "-dac_override,-dac_read_search"] if os.getuid() == 0 else []
 )
@@ -34,9 +34,9 @@ Done = subprocess.CompletedProcess[str]
 Process = subprocess.Popen[str]
 Codes = list[int | None]
 TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
-# what a clock decides
+# fields that depend on a clock
 TIMED = ("images_per_s", "data_wait")
-# processes that have imported everything already
+# a fork server that has already imported everything
 _PROCESSES = multiprocessing.get_context("forkserver")
 _PROCESSES.set_forkserver_preload(
     ["isofast.training.loop", "isofast.evaluation.report", "deepspeed"]
@@ -44,12 +44,12 @@ _PROCESSES.set_forkserver_preload(
 
 
 def environment(**more: str) -> dict[str, str]:
-    """One thread and no GPU: bitwise the same however busy the machine is."""
+    """One thread and no GPU: bitwise reproducible however busy the machine is."""
     return os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""} | more
 
 
 def free_port() -> int:
-    """A port of this machine that is free now."""
+    """Return a local port that is currently free."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
@@ -59,14 +59,14 @@ def command_of(config: Path, run_dir: Path, *options: str, ranks: int = 0) -> li
     """`python launch/train.py ...`, or through DeepSpeed's launcher with ``ranks`` processes."""
     program = [str(ROOT / "launch" / "train.py"), "--config", str(config)]
     if ranks:
-        # the launcher's own port is the same for all, and runs beside each other would meet there
+        # the launcher's default port is fixed, so concurrent runs would collide
         port = f"--master_port={free_port()}"
         program = ["-m", "deepspeed.launcher.runner", f"--num_accelerators={ranks}", port, *program]
     return [sys.executable, *program, "--run-dir", str(run_dir), *options]
 
 
 def opened(command: Sequence[str], **more: Any) -> Process:
-    """A process, on the CPU, whose errors are kept for ``communicate``."""
+    """Start a process on the CPU; its stderr is kept for ``communicate``."""
     kept: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
     return subprocess.Popen(command, **(kept | {"env": environment()} | more))
 
@@ -80,7 +80,7 @@ def started(
     start_new_session: bool = False,
     **env: str,
 ) -> Process:
-    """A run in processes of its own that has recorded ``step``."""
+    """Start a run in separate processes; return once it has recorded ``step``."""
     command = command_of(config, run_dir, *options, ranks=ranks)
     process = opened(command, env=environment(**env), start_new_session=start_new_session)
     wait_for_step(step, run_dir, process)
@@ -88,7 +88,7 @@ def started(
 
 
 def wait_for_step(step: int, run_dir: Path, *processes: Process) -> None:
-    """Wait until a run has recorded a step; its processes may not end before."""
+    """Wait until a run has recorded a step; fail if one of its processes ends before."""
     deadline = time.monotonic() + 200
     while True:
         records = read_metrics(run_dir / "metrics.jsonl")
@@ -101,20 +101,20 @@ def wait_for_step(step: int, run_dir: Path, *processes: Process) -> None:
 
 
 def launched(ranks: int, names: Sequence[str] = TORCHRUN) -> list[dict[str, str]]:
-    """The environment of each rank, with rank, size and local rank under a launcher's names."""
+    """Return each rank's environment, with rank, size and local rank under a launcher's names."""
     address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     given = [zip(names, map(str, (rank, ranks, rank)), strict=True) for rank in range(ranks)]
     return [environment(**address, **dict(variables)) for variables in given]
 
 
 def forked(target: Callable[..., None], *args: Any, environments: list[dict[str, str]]) -> Codes:
-    """Exit codes of ``target(*args)``, run in a process of each environment at the same time.
+    """Run ``target(*args)`` in one process per environment, concurrently; return the exit codes.
 
-    A fork of what is imported: half a second each in place of the seven of a new program.
+    Forking after the imports takes half a second each, instead of seven for a new program.
     """
     everything = [(env, os.getcwd(), target, args) for env in environments]
     processes = [_PROCESSES.Process(target=_call, args=arguments) for arguments in everything]
-    # what is imported beforehand settles on a device, too
+    # the preloaded imports choose a device too
     with mock.patch.dict(os.environ, environment()):
         for process in processes:
             process.start()
@@ -133,16 +133,16 @@ def _call(
     try:
         target(*args)
     finally:
-        # which a child of multiprocessing skips
+        # a multiprocessing child skips these
         atexit._run_exitfuncs()
 
 
 def train(
     config: Path, run_dir: Path, *options: str, ranks: int = 1, code: int = 0, report: bool = False
 ) -> str:
-    """Run launch/train.py to its end, with exit code ``code``; return what it printed.
+    """Run launch/train.py to its end, expecting exit code ``code``; return its stderr.
 
-    Without ``report`` no HTML file is written beside the run, which takes longer than the run.
+    Without ``report`` the HTML report, which takes longer than the run, is not written.
     """
     arguments = ["--config", str(config), "--run-dir", str(run_dir), *options]
     environments = launched(ranks) if ranks > 1 else [environment()]
@@ -176,7 +176,7 @@ def call(command: list[str], *, code: int = 0, cwd: Path | None = None, **env: s
 
 
 def fit_apart(settings: dict[str, Any], *run_dirs: Path, ranks: int = 1) -> None:
-    """``fit`` in processes of its own, for one run dir after the other."""
+    """Call ``fit`` in separate processes, for one run dir after another."""
     environments = launched(ranks) if ranks > 1 else [environment()]
     assert forked(_fit, settings, *run_dirs, environments=environments) == [0] * ranks
 
@@ -186,19 +186,19 @@ def _fit(settings: dict[str, Any], *run_dirs: Path) -> None:
 
     for run_dir in run_dirs:
         fit(validate(settings), run_dir)
-        # as a notebook does that goes on to evaluate
+        # like a notebook that goes on to evaluate
         torch.set_grad_enabled(False)
         torch.set_default_dtype(torch.float64)
 
 
 def timeless(run_dir: Path) -> list[dict[str, Any]]:
-    """A run's records without what a clock decides."""
+    """Return a run's records without the fields that depend on a clock."""
     records = read_metrics(run_dir / "metrics.jsonl")
     return [{k: v for k, v in record.items() if k not in TIMED} for record in records]
 
 
 def assert_same_run(one: Path, other: Path) -> None:
-    """Records, spectra and the last checkpoint are bitwise the same."""
+    """Records, spectra and the last checkpoint are bitwise equal."""
     assert timeless(one) and timeless(one) == timeless(other)
     with np.load(one / "spectrum.npz") as a, np.load(other / "spectrum.npz") as b:
         assert a.files == b.files
@@ -212,7 +212,7 @@ def assert_same_run(one: Path, other: Path) -> None:
 
 
 def assert_equal_trees(a: Any, b: Any, where: str = "") -> None:
-    """Nested containers with bitwise equal tensors."""
+    """Nested containers hold bitwise equal tensors."""
     assert type(a) is type(b), where
     if isinstance(a, dict):
         assert a.keys() == b.keys(), where

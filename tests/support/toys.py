@@ -1,4 +1,4 @@
-"""The toy networks that the tests of the theory share."""
+"""Toy networks shared by the theory tests."""
 
 from isofast.paper.toy import Toy
 

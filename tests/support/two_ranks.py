@@ -1,6 +1,6 @@
-"""One process of a group: a real step of method and engine on its share of a fixed batch.
+"""One rank of a group: real steps of method and engine on its share of fixed batches.
 
-With RANK, WORLD_SIZE and the rest in the environment; rank 0 writes what it has after the backward.
+Expects RANK, WORLD_SIZE and the rest in the environment; rank 0 writes its results.
 """
 
 from dataclasses import replace
@@ -28,7 +28,7 @@ GLOBAL_BATCH = 16
 
 
 def main(config_path: str, output: str) -> None:
-    """Two steps, then what the ranks exchange beside gradients."""
+    """Take two steps, then exchange what ranks exchange besides gradients."""
     world = init_world()
     config = load_config(Path(config_path))
     state = build(config, world, classes=10)
@@ -70,7 +70,7 @@ def main(config_path: str, output: str) -> None:
 
 
 def refusals(config: Config, world: World) -> list[str]:
-    """What this rank is told where all have the same images, and where the last has others."""
+    """Return this rank's errors when all have the same images, and when the last has others."""
     images = list_images(config)
     others = replace(images.train, fingerprint="others")
     unreadable = replace(images.train, paths=("train/0/gone.png", *images.train.paths[1:]))

@@ -1,4 +1,4 @@
-"""A batch in pieces: what must equal the whole batch does, in less memory."""
+"""Micro-batches: equal to the whole batch where they must be, in less memory."""
 
 from collections.abc import Callable
 
@@ -33,7 +33,7 @@ class Short(nn.Module):
 def state_of(
     small_config: MakeConfig, pieces: int, encoder: str = "resnet18", **method: object
 ) -> TrainState:
-    """In float64, without DeepSpeed's engine."""
+    """Build the networks in float64, without DeepSpeed's engine."""
     train = {"precision": "fp32", "cuda_graph": "on"}
     network = {"name": encoder, "width": 4 if encoder == "resnet18" else 64}
     config = small_config(train=train, method=method, encoder=network)
@@ -45,7 +45,7 @@ def state_of(
 
 
 def repeated_batch(pieces: int) -> Batch:
-    """8 images a view, the same ones in each piece, whose statistics are then the whole batch's."""
+    """Return 8 images per view, the same ones in each micro-batch, so that statistics agree."""
     x_VBCHW = torch.randn(2, 8 // pieces, 3, 16, 16, dtype=torch.float64)
     x_NCHW = x_VBCHW.repeat(1, pieces, 1, 1, 1).flatten(0, 1)
     return Batch(x_NCHW.contiguous(memory_format=torch.channels_last), torch.arange(8) % 10)
@@ -54,11 +54,11 @@ def repeated_batch(pieces: int) -> Batch:
 @pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.long)])
 @pytest.mark.parametrize("kind", ["apart", "stacked", "fused"])
 def test_pieces_equal_the_whole_batch(small_config, kind, compiled):
-    """Loss, gradients, C and target; running statistics move once a piece.
+    """Loss, gradients, C and target; running statistics move once per micro-batch and view.
 
-    The whole is eager and not fused.
+    The whole batch runs eagerly and unfused.
     """
-    # what other tests have compiled counts towards the compiler's limit of networks
+    # networks compiled by other tests count towards the compiler's limit
     torch._dynamo.reset()
     stacked = kind != "apart"
     batch = repeated_batch(2)
@@ -80,7 +80,7 @@ def test_pieces_equal_the_whole_batch(small_config, kind, compiled):
         output = online(batch, target(batch))
         output.loss.backward()
         left = dict(online.branch.named_buffers())
-        # from zero by 0.1 of the same mean, twice a piece
+        # from zero by 0.1 towards the same mean, twice per micro-batch
         share = {name: 1 - 0.9 ** (2 * pieces) for name in left if name.endswith("mean")}
         found.append(
             {
@@ -117,7 +117,7 @@ def test_a_batch_that_does_not_divide_is_refused(small_config):
     with pytest.raises(UserError, match=r"processes times train\.accumulation=4.*batch_size=16"):
         config.batch_size_per_rank(2)
     config = small_config(train={"accumulation": 2, "cuda_graph": "on"})
-    with pytest.raises(UserError, match="whole batches"):
+    with pytest.raises(UserError, match=r"needs one process and train.accumulation=1"):
         is_graphed(config, ALONE)
 
 

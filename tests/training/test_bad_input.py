@@ -1,4 +1,4 @@
-"""What a user may get wrong: exit code 2, a message with the remedy, nothing lost."""
+"""User errors: exit code 2, a message with the remedy, nothing lost."""
 
 import socket
 from collections.abc import Callable
@@ -16,12 +16,12 @@ Write = Callable[..., Path]
 
 @pytest.fixture
 def refuses(refused: Any, config_file: Write, tmp_path: Path) -> Callable[..., None]:
-    """Trains with a run dir or a setting that must be refused with these words."""
+    """Trains with a run dir or a setting that must be refused with the given words."""
 
     def check(*words: str, setting: str = "seed=0", run_dir: Path | None = None) -> None:
         where = ["--config", config_file(), "--run-dir", run_dir or tmp_path / "run"]
         refused(["train", *where, "--set", setting], *words)
-        # nothing was begun, so that the corrected command is not refused
+        # nothing was written, so that the corrected command is not refused
         assert not (tmp_path / "run" / "config.json").exists()
 
     return check

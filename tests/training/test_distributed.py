@@ -1,4 +1,4 @@
-"""Two processes and one on the same global batch agree, through gloo and the real engine."""
+"""One and two processes agree on the same global batch, through gloo and the real engine."""
 
 import json
 import os
@@ -30,7 +30,7 @@ CASES = [("isoloss", "torchrun"), ("byol", "srun"), ("sigreg", "torchrun")]
 def results(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, digits: Path
 ) -> dict[int, dict[str, Any]]:
-    """What one and two processes computed, by the number of processes."""
+    """The results of one and two processes, by number of processes."""
     method, launcher = request.param
     folder = tmp_path_factory.mktemp("ranks")
     config = folder / "config.json"
@@ -58,8 +58,8 @@ def test_loss_correlation_and_gradients_agree(results, step):
         assert torch.equal(corr_DD, corr_DD.T)
     for name in names:
         if name.endswith(".bias") and one[name].abs().max() < 1e-6:
-            continue  # a BatchNorm follows, and takes the bias out again: rounding alone
-        # 1e-4 of each entry, or of the tensor's largest where sums cancel to almost nothing
+            continue  # rounding error: the BatchNorm that follows cancels the bias
+        # 1e-4 of each entry, or of the tensor's largest entry where sums nearly cancel
         atol = 1e-4 * one[name].abs().max().item()
         torch.testing.assert_close(two[name], one[name], rtol=1e-4, atol=atol, msg=name)
         assert one[name].abs().max() > 0, name
@@ -77,7 +77,7 @@ def test_ranks_agree_on_their_images_or_stop_together(results):
     assert first[0] == last[0] == ""
     assert all("same images" in told for told in (*first[1:], last[1]))
     assert "gone.png" in last[2]
-    # nobody to differ from
+    # no other rank to differ from
     assert results[1]["refused"] == [["", "", ""]]
 
 
@@ -119,7 +119,7 @@ def test_a_run_goes_on_with_another_number_of_processes(config_file, tmp_path):
 
 @pytest.mark.long
 def test_a_run_dir_that_machines_do_not_share_is_refused(config_file, tmp_path):
-    """The second process would begin at step 0, beside a first that goes on from step 2."""
+    """The second process would start at step 0 while the first continues from step 2."""
     config = config_file(train={"max_steps": 2})
     train(config, tmp_path / "0")
     codes = forked(_continue_in_a_folder_of_its_own, config, tmp_path, environments=launched(2))
@@ -127,5 +127,5 @@ def test_a_run_dir_that_machines_do_not_share_is_refused(config_file, tmp_path):
 
 
 def _continue_in_a_folder_of_its_own(config: Path, folder: Path) -> None:
-    with pytest.raises(UserError, match="steps 0, 2; it must be one folder for all machines"):
+    with pytest.raises(UserError, match="steps 0, 2; it must be one folder on a disk that all"):
         fit(load_config(config, ["train.max_steps=4"]), folder / os.environ["RANK"])

@@ -1,4 +1,4 @@
-"""The launchers' environments, the cores of a rank, BatchNorm across ranks."""
+"""The launchers' environments, cores per rank, BatchNorm across ranks."""
 
 import os
 from types import SimpleNamespace
@@ -38,7 +38,7 @@ def test_the_rank_is_known_before_the_group_exists(launched, expected, monkeypat
         ({"LOCAL_WORLD_SIZE": "64"}, 64),
         # Slurm has bound the process to its cores
         ({"SLURM_STEP_NUM_TASKS": "8", "LOCAL_WORLD_SIZE": "8"}, 1),
-        # a shell or a launcher of several ranks, with the cores of them all
+        # a shell or a launcher that starts several ranks and has the cores of them all
         ({"SLURM_STEP_NUM_TASKS": "1", "LOCAL_SIZE": "8"}, 8),
         ({"SLURM_STEP_NUM_TASKS": "2", "LOCAL_WORLD_SIZE": "4"}, 4),
     ],

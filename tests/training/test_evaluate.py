@@ -1,4 +1,4 @@
-"""k-NN against scikit-learn's, evaluation in eval mode, metrics without labels beside it."""
+"""k-NN against scikit-learn's, evaluation in eval mode, label-free metrics."""
 
 import json
 
@@ -55,7 +55,7 @@ def evaluator_of(config: Config) -> tuple[Evaluator, Images, Recipe]:
 
 
 def test_metrics_without_labels_are_of_a_fixed_sample(small_config):
-    """Features and embeddings of all 355 validation images, here; no random number is drawn."""
+    """The sample here is all 355 validation images; no random number is drawn."""
 
     def config(**evaluation: int) -> Config:
         sections = {"evaluation": {"every_epochs": 1, "knn_images": 99, **evaluation}}
@@ -82,7 +82,7 @@ def test_metrics_without_labels_are_of_a_fixed_sample(small_config):
         assert 0 < found[f"view_alignment{suffix}"] < 2
     assert len(found) == 10
 
-    # the same images and views in another run, and others in a smaller sample
+    # another evaluator uses the same images and views, a smaller sample different ones
     assert evaluator_of(config())[0](online).label_free() == found
     fewer = evaluator_of(config(metrics_images=60))[0](online).label_free()
     assert fewer.keys() == found.keys() and not fewer.items() & found.items()
@@ -93,7 +93,7 @@ def test_metrics_without_labels_are_of_a_fixed_sample(small_config):
 
 
 def test_views_are_of_the_recipes_first_view(small_config):
-    """With a first view that changes nothing, the views of an image are one point."""
+    """With a first view that changes nothing, an image's views coincide."""
     still = {"crop_scale": [1.0, 1.0], "crop_ratio": [1.0, 1.0], "jitter_p": 0.0, "gray_p": 0.0}
     still |= {"degrees": 0.0, "translate": 0.0, "scale": [1.0, 1.0], "shear": 0.0, "flip_p": 0.0}
     config = small_config(

@@ -1,4 +1,4 @@
-"""Every method from its preset: real runs of a few steps, continued, and what they leave."""
+"""Every method with its preset: real runs of a few steps, continued, and what they write."""
 
 import shutil
 from pathlib import Path
@@ -28,14 +28,14 @@ TRAINED = ("byol", "simsiam", "linear")
 @pytest.mark.parametrize("name", METHODS)
 def test_a_run_stopped_and_continued_ends_as_one_never_stopped(name, small, tmp_path):
     settings = small(method={"name": name}, train={"max_steps": 4})
-    # the optimizer is the preset's
+    # use the preset's optimizer
     del settings["optimizer"]
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     fit_apart(settings, whole)
     _check_records(whole)
     _check_checkpoint(validate(settings), whole)
 
-    # what a crash after the fourth step leaves, before its checkpoint is written
+    # as left by a crash after the fourth step, before its checkpoint was written
     shutil.copytree(whole, broken)
     shutil.rmtree(broken / "checkpoints" / "step_00000004")
     fit_apart(settings, broken)
@@ -63,7 +63,7 @@ def _fit_in_a_group(settings: dict[str, Any], folder: Path) -> None:
 
 
 class Scaled(Method):
-    """One of your own that learns a scalar."""
+    """A custom method that learns a scalar."""
 
     def __init__(self, config: MethodConfig, projector: ProjectorConfig) -> None:
         super().__init__(config, projector)
@@ -93,7 +93,7 @@ def _check_records(run_dir: Path) -> None:
 
 
 def _check_checkpoint(config: Config, run_dir: Path) -> None:
-    """A trained predictor is saved with the online network, has moved, and is nowhere else."""
+    """Check that a trained predictor is saved with the online network alone, and has changed."""
     first, last = (
         torch.load(run_dir / "checkpoints" / f"step_0000000{step}" / "state.pt", weights_only=True)
         for step in (2, 4)

@@ -1,4 +1,4 @@
-"""Faults of the machine, for real: what a run says, and what is left of it."""
+"""Real machine faults: what a run reports, and what it leaves behind."""
 
 import json
 import os
@@ -25,14 +25,14 @@ pytestmark = pytest.mark.slow
 def one_message(printed: str, *words: str) -> None:
     assert "Traceback" not in printed, printed
     (message,) = [text for text in printed.split("\n") if text.startswith("error")]
-    assert all(word in message for word in (*words, "the same command goes on")), message
+    assert all(word in message for word in (*words, "rerun the same command")), message
 
 
 @pytest.mark.parametrize(
     ("number", "rank"), [(signal.SIGKILL, 1), (signal.SIGSEGV, 0)], ids=["SIGKILL", "SIGSEGV"]
 )
 def test_a_rank_that_dies(number, rank, config_file, tmp_path):
-    """By the kernel for its memory, or by a crash of a thread that decodes images."""
+    """Killed by the kernel for its memory use, or by a crash in an image-decoding thread."""
     config = config_file(train={"max_steps": 30})
     process = started(config, tmp_path / "run", ranks=2)
     tree = psutil.Process(process.pid).children(recursive=True)
@@ -45,7 +45,7 @@ def test_a_rank_that_dies(number, rank, config_file, tmp_path):
 
 
 def test_a_loader_that_hangs(config_file, own_digits, tmp_path):
-    """Opening a named pipe waits for ever, as does reading from a file system that is gone."""
+    """Opening a named pipe blocks forever, as does reading from a file system that is gone."""
     config = config_file(
         data={"root": str(own_digits), "stall_seconds": 3.0},
         train={"epochs": 50, "max_steps": 1000},
@@ -60,7 +60,7 @@ def test_a_loader_that_hangs(config_file, own_digits, tmp_path):
     assert newest_checkpoint(tmp_path / "run" / "checkpoints") is not None
 
 
-# as little is left as `ulimit -v` or a batch system might leave
+# leaves as little memory as `ulimit -v` or a batch system might
 LIMITED = """
 import resource, sys, psutil, nvidia.dali, isofast.training.loop
 from isofast import cli
@@ -75,7 +75,7 @@ def test_a_machine_without_memory(config_file, tmp_path):
     arguments = ["--config", str(config), "--run-dir", str(tmp_path / "run")]
     printed = call([sys.executable, "-c", LIMITED, *arguments], code=1).stderr
     one_message(printed, "this machine is out of memory", "data.prefetch (now 2)")
-    # nothing was recorded that a report could show
+    # there are no records for a report to show
     assert "report" not in printed
 
 
@@ -84,14 +84,14 @@ def test_a_disk_that_fills_up(config_file, small_disk):
     run_dir = small_disk / "run"
     printed = train(config, run_dir, code=1)
     assert printed.count("warning: could not write the checkpoint") == 3
-    one_message(printed.replace("give the same command to continue", "the same command goes on"))
+    one_message(printed.replace("repeat the command to continue", "rerun the same command"))
     assert newest_checkpoint(run_dir / "checkpoints") is not None
     subprocess.run(["mount", "-o", "remount,size=100m", str(small_disk)], check=True)
     assert "continuing from" in train(config, run_dir)
 
 
 def test_a_full_disk_is_borne_until_there_is_room(config_file, small_disk):
-    """Not one byte is left for a record while the run goes on; none is missing in the end."""
+    """Not one byte is left for records while the run goes on; none is missing in the end."""
     subprocess.run(["mount", "-o", "remount,size=20m", str(small_disk)], check=True)
     checkpoint = {"every_steps": 2, "max_failures": 1000}
     config = config_file(train={"max_steps": 200, "epochs": 10}, checkpoint=checkpoint)
@@ -110,8 +110,8 @@ def test_a_full_disk_is_borne_until_there_is_room(config_file, small_disk):
     assert json.loads((run_dir / "summary.json").read_text())["completed"]
 
 
-# preloaded, it moves the date by the seconds in a file, at any time; other clocks stay, as they do
-# when somebody sets the date
+# preloaded, shifts the wall clock by the seconds in a file, which may change at any time; other
+# clocks are unaffected, as when somebody sets the date
 SHIFTED = """
 #define _GNU_SOURCE
 #include <fcntl.h>
@@ -137,7 +137,7 @@ int clock_gettime(clockid_t clock, struct timespec *now) {
 
 @pytest.mark.long
 def test_a_clock_that_jumps(config_file, tmp_path):
-    """The clock of two ranks and their launcher, forth and back while they train."""
+    """The wall clock of two ranks and their launcher jumps forward and back during training."""
     if not shutil.which("gcc"):
         pytest.skip("needs gcc")
     source, library, shift = (tmp_path / name for name in ("shifted.c", "shifted.so", "shift"))
@@ -166,7 +166,7 @@ def test_a_clock_that_jumps(config_file, tmp_path):
 @pytest.mark.long
 @pytest.mark.parametrize("days", [-365, 365])
 def test_files_of_another_time(days, config_file, tmp_path):
-    """Files of the run from the future, or all of them equally old."""
+    """The run's files are dated a year ago or a year ahead, all with the same time."""
     config = config_file(train={"max_steps": 12})
     whole, jumped = tmp_path / "whole", tmp_path / "jumped"
     train(config, whole)

@@ -1,4 +1,4 @@
-"""The same code on a GPU: views against the CPU's, a run from end to end."""
+"""The same code on a GPU: views against the CPU's, and an end-to-end run."""
 
 import json
 import sys
@@ -31,7 +31,7 @@ def loader_on(device: str, backend: str, images: ImageFolder, recipe: Recipe) ->
 
 
 def differences(on_cpu: Batch, on_gpu: Batch, recipe: Recipe) -> Sequence[torch.Tensor]:
-    """The distance of each view's pixels, in 8-bit levels; labels and layout must be right."""
+    """Return each view's pixel distances in 8-bit levels, after checking labels and layout."""
     assert torch.equal(on_cpu.y_B, on_gpu.y_B.cpu())
     levels = 255 * torch.tensor(recipe.std).view(-1, 1, 1)
     assert on_gpu.x_NCHW.is_contiguous(memory_format=torch.channels_last)
@@ -44,14 +44,14 @@ def test_dali_makes_the_same_views_on_both_devices(images):
     loaders = [loader_on(device, "dali", images, recipe) for device in ("cpu", "cuda")]
     for _ in range(3):
         for difference in differences(*map(next, loaders), recipe):
-            # resampling and rounding differ a little between the two
+            # resampling and rounding differ slightly between the two
             assert difference.mean() < 1.5
     for loader in loaders:
         loader.close()
 
 
 def test_dali_decodes_jpegs_as_on_the_cpu(tmp_path):
-    """Sharp colours with halved chroma; clean images are decoded and resized alone."""
+    """Sharp colours with halved chroma; clean images are only decoded and resized."""
     pytest.importorskip("nvidia.dali")
     generator = np.random.default_rng(0)
     folder = tmp_path / "unlabeled"
@@ -70,20 +70,20 @@ def test_dali_decodes_jpegs_as_on_the_cpu(tmp_path):
         ((x_BCHW, _),) = eval_loader(images, recipe, range(64), batch_size=64, device=where)
         made.append(x_BCHW.cpu() * levels)
     on_cpu, on_gpu, again = made
-    # without enlarging chroma smoothly they are 7 levels away
+    # without smooth chroma upsampling they differ by 7 levels
     assert (on_cpu - on_gpu).abs().mean() < 1.5
     assert torch.equal(on_gpu, again)
 
 
 def test_resident_views_are_the_cpu_s_reference(images):
-    """Stored 8 x 8 digits under the CIFAR-10 recipe; auto takes the resident backend here."""
+    """8 x 8 digits under the CIFAR-10 recipe, for which auto chooses the resident backend."""
     recipe = recipe_for("cifar10", crop=24)
     kinds = (("cpu", "resident"), ("cuda", "auto"))
     loaders = [loader_on(device, backend, images, recipe) for device, backend in kinds]
     assert all(loader.backend == "resident" for loader in loaders)
     for _ in range(40):
         for difference in differences(*map(next, loaders), recipe):
-            # a filter's sum in another order rounds to another level now and then
+            # a filter summed in another order occasionally rounds to another level
             assert (difference > 0.5).float().mean() < 5e-3
             assert difference.mean() < 0.05
     for loader in loaders:
@@ -145,12 +145,12 @@ def test_a_run_goes_to_the_gpu_and_back(config_file, tmp_path, optimizer):
     assert [r["step"] for r in other] == [r["step"] for r in one] == list(range(1, 13))
     assert [r["loss"] for r in other[:4]] == [r["loss"] for r in one[:4]]
     for a, b in zip(one, other, strict=True):
-        # a lost momentum, C or target moves them by more than TF32's convolutions
+        # losing the momentum, C or the target would change them by more than TF32 does
         assert b["loss"] == pytest.approx(a["loss"], rel=0.02)
 
 
 def test_a_gpu_without_memory(config_file, tmp_path):
-    """A limit of torch's own, as a GPU that others use."""
+    """torch's own memory limit stands in for a GPU shared with others."""
     limited = "import sys, torch; from isofast import cli; "
     limited += "torch.cuda.set_per_process_memory_fraction(1e-4); "
     limited += "sys.exit(cli.main(['train', *sys.argv[1:]]))"

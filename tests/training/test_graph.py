@@ -1,4 +1,4 @@
-"""The step as a CUDA graph, through its eager calls on a CPU, and torch.compile against eager."""
+"""The CUDA-graphed step, called eagerly on a CPU, and torch.compile against eager mode."""
 
 import sys
 
@@ -21,7 +21,7 @@ from ..support.runs import ALONE, assert_same_run, train
 @pytest.mark.long
 @pytest.mark.parametrize("method", ["isoloss", "byol"])
 def test_a_graphed_run_is_the_plain_one_also_resumed(method, config_file, tmp_path):
-    """One goes through DeepSpeed's engine, the other around it."""
+    """The plain run uses DeepSpeed's engine; the graphed one bypasses it."""
     config = config_file(method={"name": method, "ema": True})
     plain, graphed = tmp_path / "plain", tmp_path / "graphed"
     train(config, plain)
@@ -40,7 +40,7 @@ def test_a_graphed_run_is_the_plain_one_also_resumed(method, config_file, tmp_pa
         ("cuda", {"method": {"name": "tests.examples.vicreg:VICReg"}}, False),
         ("cuda", {"encoder": {"name": "my_file:encoder", "width": 64}}, False),
         ("cuda", {"encoder": {"name": "timm:resnet18", "width": 64}}, True),
-        # an eigendecomposition waits for the host, which a capture refuses
+        # an eigendecomposition syncs with the host, which is not allowed during capture
         ("cuda", {"method": {"name": "directpred", "alpha": 0.25}}, False),
         ("cuda", {"method": {"name": "directpred", "alpha": 0.3, "eps": 0.25}}, False),
         ("cuda", {"method": {"name": "directpred", "alpha": 0.25, "eps": 0.25}}, True),
@@ -55,12 +55,12 @@ def test_a_graph_is_made_of_what_is_known_to_bear_it(device, sections, graphed, 
 
 
 def test_a_graph_of_several_processes_is_refused(small_config):
-    with pytest.raises(UserError, match="for one process and whole batches, and there are 2"):
+    with pytest.raises(UserError, match=r"needs one process and train.accumulation=1, got 2"):
         is_graphed(small_config(train={"cuda_graph": "on"}), World(0, 2, 0, torch.device("cpu")))
 
 
 def steps(state: TrainState, config: Config, numbers: range) -> list[float]:
-    """Losses of these steps, on batches that their numbers choose."""
+    """Take these steps, on batches seeded by their numbers; return the losses."""
     losses = []
     take_step = GraphedStep(state.step, state.world.device)
     for step in numbers:
@@ -77,7 +77,7 @@ def steps(state: TrainState, config: Config, numbers: range) -> list[float]:
 
 @pytest.mark.long
 def test_compiled_networks_train_as_eager_ones_in_one_graph_each(small_config):
-    """20 steps with an evaluation's forward between; online and target compile once."""
+    """20 steps with an evaluation's forward pass in between; online and target compile once."""
     losses = {}
     for mode in ("off", "on"):
         config = small_config(
@@ -108,7 +108,7 @@ def test_networks_of_many_sizes_stay_compiled_in_one_process(small_config):
         sizes = {"encoder": {"width": 4}, "projector": {"hidden": hidden}}
         config = small_config(**sizes, train={"compile": "on", "cuda_graph": "on"})
         branch = build(config, ALONE, 10).online.branch
-        # without Inductor, which takes ten seconds for each
+        # without Inductor, which takes ten seconds per network
         branch.compile(backend="aot_eager")
         branch(torch.zeros(4, 3, 16, 16))
     assert counters["stats"]["unique_graphs"] == 9
@@ -124,7 +124,7 @@ def test_a_replayed_step_is_the_eager_one(optimizer, method, small_config):
         config = small_config(
             method={"name": method, "ema": True},
             optimizer={"name": optimizer, "lr": 0.01},
-            # rates that go on changing behind the capture
+            # learning rates that keep changing after the capture
             train={"compile": "off", "cuda_graph": "on", "epochs": 4},
         )
         state = build(config, World(0, 1, 0, device), classes=10)
@@ -141,7 +141,7 @@ def test_a_replayed_step_is_the_eager_one(optimizer, method, small_config):
 
 @pytest.mark.gpu
 def test_compiled_updates_are_the_eager_ones(small_config):
-    """LARS and the target's move, which a GPU has compiled."""
+    """LARS and the target's update, which are compiled on a GPU."""
     device = torch.device("cuda", torch.cuda.current_device())
     ends = []
     for mode in ("off", "on"):

@@ -1,4 +1,4 @@
-"""encoder.init: a run that begins with another's weights."""
+"""encoder.init: a run that starts from another run's weights."""
 
 import json
 
@@ -26,7 +26,7 @@ def test_encoder_and_target_begin_with_the_file(small, small_config, tmp_path):
     for branch in (state.online.branch, state.target.branch):
         for name, tensor in branch.encoder.state_dict().items():
             assert torch.equal(tensor, wanted[name]), name
-    # what the optimizer moves is what the network has
+    # the optimizer updates the parameters that the network uses
     moved = {id(p) for group in state.optimizer.param_groups for p in group["params"]}
     assert all(id(p) in moved for p in state.online.branch.encoder.parameters())
 
@@ -40,18 +40,18 @@ def test_a_run_goes_on_from_another_and_needs_the_file_once(config_file, tmp_pat
     (path,) = first.glob("checkpoints/*12/encoder.safetensors")
     path = path.rename(tmp_path / "begin.safetensors")
     init = ("--set", f"encoder.init={path}")
-    assert f"begins with the weights of {path}" in train(config, second, *init)
+    assert f"starts with the weights of {path}" in train(config, second, *init)
     ends = []
     for run in (first, second):
         records = read_metrics(run / "metrics.jsonl")
         ends.append([record["knn_top1"] for record in records if "knn_top1" in record])
-    # the first run's end is the second's beginning
+    # the second run starts where the first one ended
     assert ends[1][0] == ends[0][-1] != ends[0][0]
     assert json.loads((second / "config.json").read_text())["encoder"]["init"] == str(path)
 
     path.unlink()
     said = train(config, second, *init, "--set", "train.max_steps=8")
-    assert "continuing from" in said and "begins with" not in said
+    assert "continuing from" in said and "starts with" not in said
     assert "encoder.init: " in train(config, second, "--set", "train.max_steps=9", code=2)
     assert "encoder.init: cannot read the weights" in train(
         config, tmp_path / "third", *init, code=2

@@ -1,8 +1,8 @@
-"""The whole training step on the meta device: no wait for the device, and so many operations.
+"""The whole training step on the meta device: no host syncs, and a fixed number of operations.
 
-On meta a tensor has no values: what reads one on the host (.item(), .tolist(), a mask's size)
-raises. The counts are of dispatched operations that are not views, each a launch or more on a GPU,
-in fp32 without torch.compile, both views in one call as on a GPU; a kernel of ours counts as one.
+Meta tensors have no values, so reading one on the host (.item(), .tolist(), a mask's size) raises.
+Counted are dispatched operations that are not views, each at least one kernel launch on a GPU, in
+fp32 without torch.compile, with both views in one call as on a GPU; our own kernels count as one.
 """
 
 from collections import Counter
@@ -25,10 +25,10 @@ from isofast.training.graph import GraphedStep
 from isofast.training.optim import set_lr
 from isofast.training.parts import timed_parts
 
-# Operations of each part of a step, and the 10^6 bytes that they read and write, at batch 256.
-# A change that raises one says why.
+# operations in each part of a step, and the 10^6 bytes that they read and write, at batch size 256;
+# a change that raises a number must say why
 NETWORK = {
-    # rates, and the batch's copy where the graph reads it
+    # learning rates, and the copy of the batch to where the graph reads it
     "before": (5, 19),
     "forward": (112, 11_593),
     "correlation": (1, 1),
@@ -45,12 +45,12 @@ BUDGET = {
     # the directions' hash and the test, all small
     "sigreg without EMA": NETWORK | {"loss": (85, 100), "backward": (204, 16_033)},
 }
-# Memory that is not touched, and the profiler's marks.
+# operations that touch no memory
 _FREE = ("aten.empty.memory_format", "aten.detach.default")
 
 
 class Counting(TorchDispatchMode):
-    """Counts operations and bytes by part, and refuses a tensor that is not on meta."""
+    """Counts operations and bytes by part, and rejects tensors that are not on meta."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -60,7 +60,7 @@ class Counting(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        # the step marks its parts, the optimizer itself
+        # the step marks its parts; the optimizer marks itself
         if str(func) == "profiler._record_function_enter_new.default" and args[0] in EMA:
             self.part = args[0]
         tensors = [x for x in tree_leaves((args, kwargs, out)) if isinstance(x, Tensor)]
@@ -74,7 +74,7 @@ class Counting(TorchDispatchMode):
 
 
 def step_of(name: str) -> Counting:
-    """The second step of a CIFAR-10 preset with LARS; the first makes the optimizer's state."""
+    """Count the second step of a CIFAR-10 preset with LARS; the first creates optimizer state."""
     name, _, without = name.partition(" without ")
     raw: dict[str, Any] = {"data": {"dataset": "cifar10", "root": "x"}}
     raw["method"] = {"name": name, "ema": not without}
@@ -114,14 +114,14 @@ def test_both_views_in_one_call_save_operations(monkeypatch):
 
 
 class Reads(IsoLoss):
-    """Waits for the device."""
+    """Causes a host sync."""
 
     def loss(self, views: Views) -> Tensor:
         return super().loss(views) * float(views.z1_BD.mean())
 
 
 class Strays(IsoLoss):
-    """Takes a tensor of the host."""
+    """Uses a CPU tensor."""
 
     def loss(self, views: Views) -> Tensor:
         return super().loss(views) + torch.ones((), device="cpu")

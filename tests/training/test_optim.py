@@ -1,4 +1,4 @@
-"""LARS against its formula, parameter groups, schedules, the EMA target's moves."""
+"""LARS against its formula, parameter groups, schedules, the EMA target's updates."""
 
 import math
 from typing import Any
@@ -40,7 +40,7 @@ def test_both_forms_of_an_update_follow_its_formula(one_pass):
 def _lars_by_hand(
     p: torch.Tensor, g: torch.Tensor, v: torch.Tensor, lr: float, wd: float, eta: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """One step of one tensor, as in the released code."""
+    """Take one step of one tensor, as in the released code."""
     p_norm, g_norm = p.norm(), g.norm()
     if p_norm != 0 and g_norm != 0:
         trust = eta * p_norm / (g_norm + p_norm * wd + 1e-8)
@@ -65,7 +65,7 @@ def test_lars_follows_its_formula(lr, kind, compiled, device):
         {"params": params[2:3], "weight_decay": 5e-2, "eta": 0.1},
         {"params": params[3:], "weight_decay": 3e-2, "adapt": False},
     ]
-    # trust of 1e30 always counts as 1
+    # an eta of 1e30 always clips the ratio to 1
     settings = [(lr, 1e-2, 0.02), (lr, 1e-2, 0.02), (lr / 3, 5e-2, 0.1), (lr / 7, 3e-2, 1e30)]
     optimizer = LARS(groups, lr=lr, weight_decay=1e-2, eta=0.02)
     if compiled:
@@ -100,7 +100,7 @@ def test_lars_without_adaptation_is_momentum_sgd():
 
 
 def _config(name: str) -> Config:
-    """Peak rates of 1 and 0.1 at this batch; no value is a default or a preset."""
+    """Set peak rates of 1 and 0.1 at this batch size; no value is a default or from a preset."""
     settings = {"name": name, "lr": 0.5, "probe_lr": 0.05, "momentum": 0.8, "weight_decay": 0.03}
     if name == "lars":
         settings["eta"] = 0.05
@@ -157,7 +157,7 @@ def test_target_decay_at_its_corners():
     assert all(ema_decay(0.0, base) == base for base in (0.5, 0.9, 0.97, 0.99, 0.996, 0.999, 1.0))
     assert ema_decay(0.5, 0.99) == pytest.approx(0.995)
     assert ema_decay(1.0, 0.99) == 1.0
-    # the last one used, a step before the end
+    # the last value used, one step before the end
     last = 1 - 0.01 * (math.cos(math.pi * 499 / 500) + 1) / 2
     assert ema_decay(499 / 500, 0.99) == pytest.approx(last, abs=1e-15) != 1.0
 
@@ -182,7 +182,7 @@ def test_target_moves_parameters_and_not_buffers(device):
 
 
 class _NoSync(TorchDispatchMode):
-    """Raises where the host reads a tensor's value, and on a GPU would wait for it."""
+    """Raises when the host reads a tensor's value, which would be a sync on a GPU."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         assert func is not torch.ops.aten._local_scalar_dense.default
@@ -211,7 +211,7 @@ def test_a_step_reads_no_tensor_on_the_host(name, device):
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_the_rate_counts_that_the_tensor_holds(name):
-    """A step replayed by a CUDA graph sees new rates only through the tensors it was given."""
+    """A step replayed by a CUDA graph sees new rates only through the tensors it captured."""
     online = _online()
     optimizer = make_optimizer(online, _config(name))
     rates = [group["lr"] for group in optimizer.param_groups]
@@ -242,7 +242,7 @@ def test_a_captured_step_follows_the_rates(name):
     step, same_step = make_optimizer(replayed, config), make_optimizer(eager, config)
     target, same_target = (EmaTarget(one.branch, base=0.5) for one in (replayed, eager))
     for optimizer in (step, same_step):
-        # velocities are made by the first step, which may not be captured
+        # the first step creates the velocities, and must not be captured
         set_lr(optimizer, 0, 10, config)
         optimizer.step()
     graph = torch.cuda.CUDAGraph()
@@ -264,7 +264,7 @@ def test_a_captured_step_follows_the_rates(name):
 
 
 def test_restored_momentum_has_the_strides_of_the_weights():
-    """As torch's fused SGD and AdamW ask for on a GPU."""
+    """As torch's fused SGD and AdamW require on a GPU."""
     weight = nn.Parameter(torch.randn(4, 3, 3, 3).to(memory_format=torch.channels_last))
     optimizer = SGD([weight], lr=0.1, momentum=0.9)
     weight.grad = torch.ones_like(weight)

@@ -1,4 +1,4 @@
-"""`isofast profile`: where the time of a step goes."""
+"""`isofast profile`: where a step's time goes."""
 
 import json
 

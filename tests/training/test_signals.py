@@ -1,4 +1,4 @@
-"""Runs that are asked to stop: saved at the step, the same exit code whatever the launcher."""
+"""Runs asked to stop: saved at that step, with the same exit code under any launcher."""
 
 import os
 import re
@@ -75,7 +75,7 @@ def test_a_signal_that_ends_a_compiler_too_is_no_failure(config_file, tmp_path, 
 
 @pytest.mark.long
 def test_ranks_stop_after_the_same_step(config, tmp_path):
-    """One of them gets the signal."""
+    """Only one of them gets the signal."""
     process = started(config, tmp_path / "run", ranks=2, step=3)
     children = subprocess.run(
         ["pgrep", "-f", f"local_rank=1.*{tmp_path}"], capture_output=True, text=True
@@ -89,9 +89,9 @@ def test_ranks_stop_after_the_same_step(config, tmp_path):
 @pytest.mark.parametrize(
     ("scontrol", "words"),
     [
-        ('[ "$*" = "requeue 17" ]', "Slurm was asked to give it"),
-        ("exit 1", "Slurm will not give it by itself"),
-        (None, "Slurm will not give it by itself"),
+        ('[ "$*" = "requeue 17" ]', "Slurm was asked to requeue the job"),
+        ("exit 1", "Slurm will not requeue the job"),
+        (None, "Slurm will not requeue the job"),
     ],
 )
 def test_what_becomes_of_a_slurm_job_is_told(scontrol, words, tmp_path, monkeypatch):
@@ -104,7 +104,7 @@ def test_what_becomes_of_a_slurm_job_is_told(scontrol, words, tmp_path, monkeypa
     assert ended.exit_code == 0 and words in str(ended)
 
 
-# a step that never ends, as one that waits for a lost peer
+# a step that never ends, like one that waits for a lost peer
 STUCK = """
 import threading, sys
 from isofast.distributed import World
@@ -126,4 +126,4 @@ def test_a_run_that_cannot_stop_is_ended(grace_s, signals):
         time.sleep(ECHO_S + 0.2)
     _, printed = process.communicate(timeout=20)
     assert process.returncode == 143
-    assert ("nothing is saved" in printed) == (signals == 1)
+    assert ("it was not saved" in printed) == (signals == 1)

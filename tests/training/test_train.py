@@ -1,4 +1,4 @@
-"""Whole runs as a user starts them: what they leave, killed and continued, with two processes."""
+"""Whole runs as a user starts them: what they write, killed and continued, with two processes."""
 
 import json
 import shutil
@@ -24,7 +24,7 @@ Write = Callable[..., Path]
 
 @pytest.fixture
 def config(config_file: Write) -> Path:
-    """30 steps over one border of epochs, a checkpoint every 7, evaluated after each epoch."""
+    """30 steps across an epoch boundary: a checkpoint every 7, an evaluation after each epoch."""
     return config_file(
         train={"max_steps": 30},
         evaluation={"every_epochs": 1, "at_start": True, "knn_images": 200},
@@ -42,9 +42,9 @@ def test_a_killed_run_ends_as_one_never_killed(config, tmp_path):
         victim.kill()
         victim.communicate()
         assert not (broken / "summary.json").exists()
-        # nor may an older summary speak for a run that goes on
+        # an older summary must not survive in a run that continues
         (broken / "summary.json").write_text("{}")
-    # a crash may cut a line short, and leave half a checkpoint
+    # a crash may cut a line short
     with (broken / "metrics.jsonl").open("a") as file:
         file.write('{"step": 26, "lo')
     again = train(config, broken)
@@ -59,7 +59,7 @@ def test_a_killed_run_ends_as_one_never_killed(config, tmp_path):
 
 
 def _check_run_dir(run_dir: Path, printed: str) -> None:
-    """The numbers of a run and its files, and that it says what it did."""
+    """Check a run's numbers, files and output."""
     summary, environment_json, config = (
         json.loads((run_dir / f"{name}.json").read_text())
         for name in ("summary", "environment", "config")
@@ -113,7 +113,7 @@ def test_lost_data_on_one_rank_is_reported_and_written_down(config_file, own_dig
 @pytest.mark.long
 @pytest.mark.skipif(not TINY.exists(), reason=f"{TINY} is missing")
 def test_tinyimagenet_trains_as_shipped(tmp_path):
-    """The paper's network and recipe, full width, on real pictures, through the launcher."""
+    """The paper's network and recipe at full width, on real images, through the launcher."""
     root = tmp_path / "tinyimagenet"
     counts = prepare("tinyimagenet", root, TINY)
     assert (counts.classes, counts.train, counts.val) == (20, 10_000, 1_000)
@@ -151,4 +151,4 @@ def test_changed_images_are_noticed_on_resume(config_file, own_digits, tmp_path,
     train(config, run_dir)
     next((own_digits / split / "0").iterdir()).unlink()
     printed = train(config, run_dir, "--set", "train.max_steps=4", code=2)
-    assert "not those that the run began with" in printed
+    assert "not those that the run started with" in printed
