@@ -3,9 +3,9 @@
 import json
 import os
 import signal
-import subprocess
 import sys
 
+import psutil
 import pytest
 
 from ..support.runs import ROOT, assert_same_run, environment, opened, train, wait_for_step
@@ -60,8 +60,8 @@ def test_a_job_that_reaches_its_time_limit_is_requeued_and_goes_on(config_file, 
     process = opened(command, env=env)
     wait_for_step(1, job, process)
     # as Slurm does two minutes before the time limit: signal the steps, not the batch script
-    (srun,) = subprocess.check_output(["pgrep", "-P", str(process.pid)], text=True).split()
-    os.kill(int(srun), signal.SIGUSR1)
+    (srun,) = psutil.Process(process.pid).children()
+    srun.send_signal(signal.SIGUSR1)
     _, printed = process.communicate(timeout=120)
     assert process.returncode == 0 and "Slurm was asked" in printed, printed
     assert (tmp_path / "requeued").read_text() == f"{os.getpid()}\n"

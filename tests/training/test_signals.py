@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import pytest
 
 from isofast.run.checkpoint import newest_checkpoint
@@ -77,10 +78,9 @@ def test_a_signal_that_ends_a_compiler_too_is_no_failure(config_file, tmp_path, 
 def test_ranks_stop_after_the_same_step(config, tmp_path):
     """Only one of them gets the signal."""
     process = started(config, tmp_path / "run", ranks=2, step=3)
-    children = subprocess.run(
-        ["pgrep", "-f", f"local_rank=1.*{tmp_path}"], capture_output=True, text=True
-    ).stdout.split()
-    os.kill(int(children[-1]), signal.SIGTERM)
+    ranks = psutil.Process(process.pid).children(recursive=True)
+    (second,) = [rank for rank in ranks if "--local_rank=1" in rank.cmdline()]
+    second.send_signal(signal.SIGTERM)
     _, printed = process.communicate(timeout=60)
     assert printed.count("stopped by SIGTERM after step") == 1 and "Traceback" not in printed
     assert "continuing from" in train(config, tmp_path / "run", ranks=2)
