@@ -95,9 +95,9 @@ def init_world() -> World:
         torch.set_num_threads(min(torch.get_num_threads(), cores_of_rank(world)))
     deepspeed = _import_deepspeed()
     if not cuda:
-        # DeepSpeed would first compile a shared-memory all-reduce: 40 s and the need for a
-        # compiler, for collectives that gloo does as well at this size
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        # DeepSpeed would test what compiles here, with the linker's errors in a notebook, and then
+        # compile a shared-memory all-reduce: 40 s, for collectives that gloo does as well
+        deepspeed.ops.__compatible_ops__ = {}
     try:
         deepspeed.init_distributed(
             dist_backend="nccl" if cuda else "gloo", auto_mpi_discovery=False, verbose=False
