@@ -30,7 +30,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 def parser_of_all() -> argparse.ArgumentParser:
     """Return the parser of all commands."""
-    parser = argparse.ArgumentParser(prog="isofast", description=__doc__)
+    description = "Train, evaluate and export non-contrastive self-supervised encoders."
+    parser = argparse.ArgumentParser(prog="isofast", description=description)
     try:
         own = version("isofast")
     except PackageNotFoundError:
