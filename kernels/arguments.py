@@ -41,7 +41,7 @@ def check_square(name: str, x_DD: Tensor) -> None:
         )
     if x_DD.is_cuda and x_DD.dtype == torch.float64:
         raise ValueError(
-            f"{name} is torch.float64 on {x_DD.device}; the CUDA kernels take torch.float32. "
+            f"{name} is torch.float64 on {x_DD.device}; the CUDA kernels need torch.float32. "
             "Convert with .float(), or call isofast_kernels.reference."
         )
 
@@ -69,8 +69,8 @@ def check_loss_arguments(
     first = next(iter(zs.values()))
     if first.is_cuda and first.shape[-1] > MAX_FEATURES:
         raise ValueError(
-            f"D is {first.shape[-1]}; on CUDA the losses take at most {MAX_FEATURES} features. Use "
-            "isofast_kernels.reference.losses_reference for wider embeddings."
+            f"D is {first.shape[-1]}; on CUDA the losses support at most {MAX_FEATURES} features. "
+            "Use isofast_kernels.reference.losses_reference for wider embeddings."
         )
     for name, x_BD in (zs | targets).items():
         check_rows(name, x_BD)

@@ -270,7 +270,7 @@ def resolve_backend(
         "dali" or "resident".
 
     Raises:
-        UserError: resident cannot be used, and is asked for or the only choice.
+        UserError: resident is requested or the only choice, but cannot be used.
     """
     better = has_dali() and (device.type != "cuda" or dataset.sizes is None)
     if asked == "dali" or (asked == "auto" and better):

@@ -130,7 +130,7 @@ def _onnx(encoder: Encoder, output: Path) -> str:
         (got_BF,) = session.run(None, {"x": x_BCHW.numpy()})
         errors.append((torch.from_numpy(got_BF) - h_BF).abs().max() / h_BF.abs().max())
     worst = torch.stack(errors).max().item()
-    differ = f"onnxruntime's features differ from torch's by up to {worst:.1e} of the largest"
+    differ = f"onnxruntime's features differ from torch's by {worst:.1e} of the largest feature"
     if not worst <= _ONNX_TOLERANCE:
         raise RunError(f"{differ}; {output} was not written")
     write_atomically(output, lambda part: part.write_bytes(model))

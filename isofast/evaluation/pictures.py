@@ -170,7 +170,7 @@ def _neighbours(
 
 
 def _map(h_NF: Tensor, sample: _Sample, colored: bool) -> tuple[str, str]:
-    """Return thumbnails placed by the first two PCs, without overlap, and the PCs' variances."""
+    """Return thumbnails placed by the first two PCs, without overlap, and the PCs' shares."""
     centred_NF = h_NF.numpy().astype(np.float64) - h_NF.numpy().mean(0)
     u_NK, s_K, _ = np.linalg.svd(centred_NF, full_matrices=False)
     shares = np.square(s_K[:2]) / max(np.square(s_K).sum(), np.finfo(float).tiny)

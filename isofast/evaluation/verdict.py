@@ -74,8 +74,8 @@ def _by_accuracy(run: Run, val_images: int | None, pictures: Pictures | None) ->
         n, where = pictures.queries, f"on a sample of {pictures.sample}"
     elif ends:
         headline = (
-            f"k-NN top-1 {ends[-1]:.3f}, with nothing to compare: the untrained network was not "
-            "evaluated (set evaluation.at_start to true)."
+            f"k-NN top-1 {ends[-1]:.3f}, with nothing to compare it with: the untrained network "
+            "was not evaluated (set evaluation.at_start to true)."
         )
         return Verdict("not comparable", None, headline, [])
     else:

@@ -49,7 +49,7 @@ def rankme(z_NF: Tensor) -> float:
 
 
 def lidar(e_NVF: Tensor) -> float:
-    """Return LiDAR, the smooth rank (as in RankMe) of what separates images across views.
+    """Return LiDAR, the smooth rank (as in RankMe) of what tells images apart in any view.
 
     The eigenvalues are those of S_w^(-1/2) S_b S_w^(-1/2): S_b is the covariance of the images'
     means, S_w the mean outer product of the views' deviations from them, plus 1e-4 I. At most N - 1

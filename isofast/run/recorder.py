@@ -145,7 +145,7 @@ class Recorder:
         self.progress.advance(step, shown)
 
     def evaluation(self, step: int, result: Evaluation) -> bool:
-        """Write and show an evaluation; return whether its k-NN is the best after step 0."""
+        """Write and show an evaluation; return whether its k-NN is the best yet (not step 0)."""
         self.totals.val_top1, self.totals.knn_top1 = result.val_top1, result.knn_top1
         if step == 0:
             self.totals.knn_top1_initial = result.knn_top1

@@ -130,7 +130,7 @@ class TrainState:
         if ranks != self.world.size:
             notes.append(
                 f"the run had {ranks} process(es) and has {self.world.size} now: the batches are "
-                f"the same, but summed in another order, and local BatchNorm statistics differ"
+                f"the same, but summed in another order; BatchNorm statistics differ if local"
             )
         if notes:
             # isofast never uses these generators; dropout in a custom encoder may
@@ -160,7 +160,7 @@ def build(config: Config, world: World, classes: int) -> TrainState:
     cuda = world.device.type == "cuda"
     if cuda and config.projector.output > MAX_FEATURES:
         raise UserError(
-            f"projector.output is {config.projector.output}; on a GPU the losses take at most "
+            f"projector.output is {config.projector.output}; on a GPU the losses support at most "
             f"{MAX_FEATURES}. Set projector.output to that or less (the paper uses 256)"
         )
     torch.backends.cudnn.benchmark = cuda

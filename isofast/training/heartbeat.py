@@ -105,7 +105,7 @@ class Heartbeat:
             which = "rank 0 or its machine" if rank in silent else which
             sys.stderr.write(
                 f"\nerror on rank {rank}: {which} has not answered for {self._limit_s:g} s (lost, "
-                f"hung or cut off). The last checkpoint stands; {GOES_ON}\n"
+                f"hung or cut off). The last checkpoint is intact; {GOES_ON}\n"
             )
         os._exit(1)
 

@@ -208,7 +208,7 @@ def _views(
         pairs = draw_views(
             backend, images, twice, _VIEWS // 2, device=world.device, threads=threads
         )
-        # float16's rounding error is a fraction of a grey level
+        # float16's rounding error is a fraction of a gray level
         x_NVCHW = torch.stack([x.cpu().half() for pair in pairs for x in pair], dim=1)
     except UserError as error:
         raise UserError(

@@ -123,7 +123,7 @@ class Signals:
     def _give_up(self) -> None:
         if not self._handled.wait(self._grace_s):
             name = signal.Signals(self._received).name
-            what = f"no step finished within {self._grace_s:g} s of {name}; it was not saved"
+            what = f"no step finished within {self._grace_s:g} s of {name}; its work was not saved"
             sys.stderr.write(f"\nerror: {what}\n")
             os._exit(128 + self._received)
 

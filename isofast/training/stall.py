@@ -62,6 +62,6 @@ class StallWatch:
                     f"\nerror on rank {self._rank}: no batch of images for "
                     f"{self._config.stall_seconds:g} s (data.stall_seconds). Reading from "
                     f"{self._config.root} hangs or is too slow: check the disk or the network "
-                    f"file system, or raise the limit. The last checkpoint stands; {GOES_ON}\n"
+                    f"file system, or raise the limit. The last checkpoint is intact; {GOES_ON}\n"
                 )
                 os._exit(1)

@@ -126,4 +126,4 @@ def test_a_run_that_cannot_stop_is_ended(grace_s, signals):
         time.sleep(ECHO_S + 0.2)
     _, printed = process.communicate(timeout=20)
     assert process.returncode == 143
-    assert ("it was not saved" in printed) == (signals == 1)
+    assert ("its work was not saved" in printed) == (signals == 1)
