@@ -105,7 +105,7 @@ def test_runs_on_folder_and_tars_are_bitwise_equal(config_file, digits, tmp_path
     assert_same_run(tmp_path / "folder", tmp_path / "moved")
     more = ("--set", "train.max_steps=27", "--set", f"data.backend={other}")
     printed = train(config, tmp_path / "moved", *more, code=2)
-    assert f"made by the {backend} backend" in printed
+    assert f"started with the {backend} backend" in printed
     assert f"--set data.backend={backend}" in printed
 
 
