@@ -257,7 +257,7 @@ def _class_names(root: Path, split: str, index: Index | None) -> tuple[str, ...]
 
 def _is_folder(path: Path) -> bool:
     """Whether a path is a folder; a broken link, perhaps to an unmounted disk, is an error."""
-    # not is_dir(), which from Python 3.14 on takes any error, such as of permissions, for False
+    # from Python 3.14 on, is_dir() returns False on any error, such as missing permission
     try:
         return S_ISDIR(path.stat().st_mode)
     except (FileNotFoundError, NotADirectoryError):

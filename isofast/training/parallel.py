@@ -95,8 +95,8 @@ def init_world() -> World:
         torch.set_num_threads(min(torch.get_num_threads(), cores_of_rank(world)))
     deepspeed = _import_deepspeed()
     if not cuda:
-        # DeepSpeed would test what compiles here, with the linker's errors in a notebook, and then
-        # compile a shared-memory all-reduce: 40 s, for collectives that gloo does as well
+        # DeepSpeed would probe the compiler (in a notebook, linker errors show), then spend 40 s
+        # compiling a shared-memory all-reduce that is no faster than gloo at this size
         deepspeed.ops.__compatible_ops__ = {}
     try:
         deepspeed.init_distributed(
