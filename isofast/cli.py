@@ -18,8 +18,8 @@ from isofast.errors import RunError, UserError, exit_code_of
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; return the exit code."""
     args = parser_of_all().parse_args(arguments)
-    # Pillow warns that a large image could be an attack
-    warnings.filterwarnings("ignore", r"Image size \(\d+ pixels\)")
+    # Pillow warns that a large image could be an attack, and of transparent palettes
+    warnings.filterwarnings("ignore", r"Image size \(\d+ pixels\)|Palette images")
     rank = 0
     if args.command == "train":
         from isofast.distributed import launched_rank
@@ -438,7 +438,7 @@ def _toy_figure(args: argparse.Namespace) -> None:
     paths = write_figure(
         args.theory, args.output, say=lambda text: print(text, file=sys.stderr), **settings
     )
-    print(*paths, sep="\n")
+    _say("\n".join(map(str, paths)))
 
 
 def _add_figures(commands: Any) -> None:
@@ -462,9 +462,10 @@ def _figures(args: argparse.Namespace) -> None:
     from isofast.paper.metrics_figure import draw_metrics
 
     if args.what == "metrics":
-        print(*draw_metrics(args.runs, args.output), sep="\n")
+        paths = draw_metrics(args.runs, args.output)
     else:
-        print(*draw(int(args.what), args.runs, args.output), sep="\n")
+        paths = draw(int(args.what), args.runs, args.output)
+    _say("\n".join(map(str, paths)))
 
 
 def _add_reproduce(commands: Any) -> None:
@@ -542,7 +543,7 @@ def _reproduce(args: argparse.Namespace) -> None:
         overrides=args.set,
         launcher=args.launcher,
     )
-    reproduce(request, lambda text: print(text, flush=True), dry_run=args.dry_run)
+    reproduce(request, _say, dry_run=args.dry_run)
 
 
 def _words(text: str) -> list[str]:
@@ -563,7 +564,7 @@ def _say(text: str, stream: TextIO | None = None) -> None:
     """Print text with file names, which the terminal's encoding may not represent."""
     stream = stream or sys.stdout
     encoding = stream.encoding or "utf-8"
-    print(text.encode(encoding, "backslashreplace").decode(encoding), file=stream)
+    print(text.encode(encoding, "backslashreplace").decode(encoding), file=stream, flush=True)
 
 
 if __name__ == "__main__":

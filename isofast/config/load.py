@@ -103,7 +103,7 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
             raise UserError(f"--set {override}: {section} is a value, not a section")
     try:
         node[name] = json.loads(text)
-    except json.JSONDecodeError:
+    except ValueError:
         node[name] = text
 
 

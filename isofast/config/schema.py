@@ -141,7 +141,8 @@ class DataConfig(_Section):
     of one size, no affine transforms). auto: resident if possible and within resident_limit_gb, on
     a GPU or without DALI; else dali. It must not change during a run."""
     resident_limit_gb: float = Field(8.0, gt=0, json_schema_extra=FREE)
-    """Memory limit for resident images on each device, in 10^9 bytes."""
+    """Memory limit in 10^9 bytes, on each device, for each set of resident images: those for
+    training, validation and the k-NN bank."""
     crop: int | None = Field(None, ge=8)
     """Side of the square network input, in pixels; null: the data set's default."""
     augmentation: AugmentationConfig = Field(default_factory=dict, validate_default=True)

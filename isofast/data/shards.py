@@ -194,7 +194,8 @@ def _members(path: str) -> list[tuple[str, int, int]]:
                 raise tarfile.ReadError(f"no header and no end at byte {tar.offset:,}")
     except tarfile.TarError as error:
         raise UserError(
-            f"{path} is not a complete, uncompressed tar file: {error}. Create or copy it again"
+            f"{path} is not a complete, uncompressed tar file: {error}. Create or copy it again "
+            "(GNU tar: with its default record size)"
         ) from error
     if not classes or os.path.basename(os.path.dirname(path)) == "unlabeled":
         return found

@@ -55,7 +55,7 @@ def chart(lines: Sequence[Line], *, log: bool = False, alt: str | None = None) -
                 alpha=line.opacity,
                 markersize=3,
                 clip_on=False,
-                marker="o" if len(kept) < 25 and len(lines) <= _MOST_DOTTED else None,
+                marker="o" if len(kept) < (25 if len(lines) <= _MOST_DOTTED else 2) else None,
             )
         axis.set(xlim=(0, None), yscale="log" if log else "linear")
         axis.set_xlabel("epoch", color=_SOFT)

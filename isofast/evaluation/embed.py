@@ -20,7 +20,7 @@ from torch import nn
 from tqdm import tqdm
 
 from isofast.data import Recipe
-from isofast.data.files import check_output, write_atomically
+from isofast.data.files import check_output, torch_bytes, write_atomically
 from isofast.data.parallel import in_processes
 from isofast.data.resident import clean_image, normalised, rgb
 from isofast.data.shards import PICTURES, open_member, read_index
@@ -219,7 +219,8 @@ def _decoder(
 ) -> Callable[[str], Pixels | str]:
     def decode(name: str) -> Pixels | str:
         try:
-            with pictures[name]() as file, Image.open(file) as image:
+            # libtiff would read a tar's descriptor from its start
+            with pictures[name]() as file, Image.open(io.BytesIO(file.read())) as image:
                 return clean_image(recipe, rgb(image))
         except UnidentifiedImageError:
             return "cannot identify it as an image"
@@ -236,7 +237,7 @@ def _write(path: Path, h_NF: npt.NDArray[np.float32], names: list[str]) -> None:
     if path.suffix == ".npz":
         np.savez(path, embeddings=h_NF, filenames=np.array(names))
     elif path.suffix == ".pt":
-        torch.save({"embeddings": torch.from_numpy(h_NF), "filenames": names}, path)
+        path.write_bytes(torch_bytes({"embeddings": torch.from_numpy(h_NF), "filenames": names}))
     else:
         with path.open("w", encoding="utf-8", errors="surrogateescape", newline="") as table:
             rows = csv.writer(table)

@@ -10,11 +10,12 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save
 from torch import Tensor
 
 from isofast.config.schema import EncoderConfig
-from isofast.data.files import check_output, write_atomically
+from isofast.data.files import check_output, torch_bytes, write_atomically
 from isofast.errors import RunError, UserError
 from isofast.evaluation.encoders import Encoder, read_encoder
 from isofast.methods.networks import STAGES
@@ -64,9 +65,9 @@ def export(source: Path, kind: str, output: Path) -> str:
     if kind == "safetensors" or output.suffix == ".safetensors":
         # only their owner can read save_file's files
         content = save(tensors, describe(config, encoder.recipe))
-        write_atomically(output, lambda part: part.write_bytes(content))
     else:
-        write_atomically(output, lambda part: torch.save(tensors, part))
+        content = torch_bytes(tensors)
+    write_atomically(output, lambda part: part.write_bytes(content))
     return loading
 
 
@@ -94,9 +95,13 @@ def _huggingface(encoder: Encoder, output: Path) -> str:
     }
     with TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.") as folder:
         part = Path(folder, "part")
-        save_for_hf(
-            model, str(part), model_config={"pretrained_cfg": card}, safe_serialization=True
-        )
+        try:
+            save_for_hf(
+                model, str(part), model_config={"pretrained_cfg": card}, safe_serialization=True
+            )
+        # raised on a full disk
+        except SafetensorError as error:
+            raise RunError(f"could not write {output}: {error}") from error
         shutil.copymode(part / "config.json", part / "model.safetensors")
         part.rename(output)
     return f'timm.create_model("local-dir:{output}", pretrained=True, num_classes=0)'

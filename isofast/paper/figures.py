@@ -258,7 +258,7 @@ def _accuracies(axis: Axes, runs: Sequence[Run], names: Sequence[str]) -> None:
             values_T,
             color=PALETTE[place % len(PALETTE)],
             linestyle=_DASHES[place % len(_DASHES)],
-            marker="o" if validated and len(epochs_T) < 40 else None,
+            marker="o" if len(epochs_T) < (40 if validated else 2) else None,
             label=name,
         )
     axis.set(ylim=(0, 1.02), ylabel=f"top-1, {'validation' if validated else 'training views'}")

@@ -77,6 +77,8 @@ def metrics_figure(rows: Sequence[Row]) -> Figure:
     for kind, metrics in _ROWS.items():
         if keys := [key for key in metrics if any(row[key] is not None for row in rows)]:
             shown[kind] = keys
+    if not shown:
+        raise UserError("none of these evaluations has a metric; see evaluation.metrics_images")
     columns = max(len(keys) for keys in shown.values())
     figure = new_figure(len(shown), columns)
     axes = figure.subplots(len(shown), columns, squeeze=False)
@@ -121,7 +123,7 @@ def _panel(axis: Axes, rows: Sequence[Row], key: str, kind: str) -> None:
 
 
 def _write_csv(rows: Sequence[Row], path: Path) -> None:
-    with path.open("w", encoding="utf-8", newline="") as file:
+    with path.open("w", encoding="utf-8", errors="surrogateescape", newline="") as file:
         writer = csv.DictWriter(file, fieldnames=[*rows[0]])
         writer.writeheader()
         writer.writerows(rows)

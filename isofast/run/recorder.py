@@ -224,7 +224,7 @@ class Recorder:
         return None
 
     def _epoch(self, step: int) -> float:
-        return round(step / self._steps_per_epoch, 4)
+        return float(f"{step / self._steps_per_epoch:.6g}")
 
     def _write(self, record: Record, measured: Future[Spectrum]) -> Finding | None:
         """Write a record with the spectrum's effective ranks; return the collapse it shows."""

@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from isofast.config.load import read_stored
 from isofast.config.schema import Config, leaves
+from isofast.data.folder import printable
 from isofast.errors import UserError
 from isofast.run.metrics import read_metrics, read_spectra
 
@@ -123,12 +124,15 @@ def labels(runs: Sequence[Run], first: Sequence[str] = ()) -> list[str]:
     for key in dict.fromkeys(["method.alpha", *settings[0]]):
         if groups(*wanted, key) > groups(*wanted):
             wanted.append(key)
-    names = [", ".join(_text(key, setting.get(key)) for key in wanted) for setting in settings]
+    names = [
+        printable(", ".join(_text(key, setting.get(key)) for key in wanted)) for setting in settings
+    ]
     if len(set(names)) == len(names):
         return names
     paths = [run.path.absolute() for run in runs]
     top = os.path.commonpath([path.parent for path in paths])
-    return [f"{name} ({path.relative_to(top)})" for name, path in zip(names, paths, strict=True)]
+    places = [printable(str(path.relative_to(top))) for path in paths]
+    return [f"{name} ({place})" for name, place in zip(names, places, strict=True)]
 
 
 def _text(key: str, value: Any) -> str:

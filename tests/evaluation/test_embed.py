@@ -32,6 +32,7 @@ IMAGES = {
     "a/three.PNG": (90, 33),
     "zebra.jpeg": (17, 16),
     "a/deep/er/four.webp": (32, 32),
+    "a/five.tif": (32, 32),
 }
 
 
@@ -44,7 +45,9 @@ def folder(tmp_path: Path) -> Path:
         path = root / name
         path.parent.mkdir(parents=True, exist_ok=True)
         small = Image.fromarray(rng.integers(0, 255, (5, 5, 3), dtype=np.uint8))
-        small.resize((width, height), Image.Resampling.BICUBIC).save(path)
+        large = small.resize((width, height), Image.Resampling.BICUBIC)
+        # libtiff decodes it, not Pillow
+        large.save(path, **({"compression": "tiff_lzw"} if name.endswith("tif") else {}))
     (root / "a" / "notes.txt").write_text("no picture")
     (root / ".hidden").mkdir()
     (root / ".hidden" / "x.png").write_bytes(b"")
@@ -200,7 +203,7 @@ def test_a_folder_that_may_not_be_read_is_named(run_dir, folder, tmp_path):
         done = call([*UNPRIVILEGED, *ISOFAST, *command])
     finally:
         (folder / "a" / "deep").chmod(0o700)
-    assert done.stdout.startswith("4 embeddings")
+    assert done.stdout.startswith("5 embeddings")
     assert "a/deep: [Errno 13] Permission denied" in done.stderr
 
 

@@ -90,6 +90,14 @@ def test_a_hugging_face_folder(run_of, tmp_path, encoder):
     assert export(run, "huggingface", folder) == 2
 
 
+@pytest.mark.parametrize("kind", ["torchvision", "huggingface"])
+def test_a_full_disk_is_named(run_of, small_disk, capsys, kind):
+    run, _ = run_of(stem="imagenet")
+    assert export(run, kind, small_disk / "net.pth") == 1
+    assert "No space left on device" in capsys.readouterr().err
+    assert not any(small_disk.iterdir())
+
+
 def test_safetensors_come_back(run_of, tmp_path):
     run, expected = run_of(stem="tiny", width=4)
     assert export(run, "safetensors", tmp_path / "one.safetensors") == 0

@@ -204,6 +204,8 @@ def test_labels_say_what_differs_and_no_more(spectrum_runs, tmp_path):
     assert labels([ema, ema]) == ["IsoLoss (ema)", "IsoLoss (ema)"]
     moved = [replace(ema, path=tmp_path / name) for name in ("a/seed-0", "b/seed-0")]
     assert labels(moved) == ["IsoLoss (a/seed-0)", "IsoLoss (b/seed-0)"]
+    moved = [replace(ema, path=tmp_path / name) for name in ("a", "\udcff")]
+    assert labels(moved) == ["IsoLoss (a)", r"IsoLoss (\udcff)"]
     seed = copied(ema.path, tmp_path / "other", seed=3)
     assert labels([ema, seed]) == ["IsoLoss, seed 0", "IsoLoss, seed 3"]
     # a folder's name is not a formula

@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from isofast.cli import main
+from isofast.errors import UserError
 from isofast.paper.metrics_figure import metrics_figure, spearman, table
 from isofast.run.metrics import read_metrics, read_spectra
 from isofast.run.stored import read_run
@@ -70,6 +71,8 @@ def test_metrics_of_two_runs(evaluated_run, tmp_path, capsys):
     last = panels[0].collections[0].get_offsets()
     assert last.tolist() == [[evaluations[-1]["rankme"], evaluations[-1]["knn_top1"]]]
     assert len(metrics_figure(table([read_run(old)])).axes) == 2
+    with pytest.raises(UserError, match=r"evaluation\.metrics_images"):
+        metrics_figure(table([read_run(old)])[:1])
 
 
 @pytest.mark.slow

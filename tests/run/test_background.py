@@ -164,6 +164,15 @@ def test_records_of_a_run_on_the_cpu_take_one_core(make_recorder, monkeypatch):
     assert threads == [1]
 
 
+def test_the_epoch_of_a_very_early_record(small_config, tmp_path):
+    totals, config = Totals(), small_config()
+    with closing(
+        Recorder(tmp_path, config, ALONE, {}, totals, step=0, last_step=9, steps_per_epoch=300_000)
+    ) as recorder:
+        record(recorder, 1, torch.eye(16))
+    assert [one["epoch"] for one in read_metrics(tmp_path / "metrics.jsonl")] == [3.33333e-06]
+
+
 def test_a_collapse_that_recovers_is_forgotten(make_recorder, tmp_path):
     with closing(make_recorder(0)) as recorder:
         record(recorder, 100, corr_of(8))
