@@ -20,12 +20,12 @@ def main(arguments: list[str] | None = None) -> int:
     args = parser_of_all().parse_args(arguments)
     # Pillow warns that a large image could be an attack, and of transparent palettes
     warnings.filterwarnings("ignore", r"Image size \(\d+ pixels\)|Palette images")
-    rank = 0
+    ranks = {}
     if args.command == "train":
-        from isofast.distributed import launched_rank
+        from isofast.distributed import launched_local_rank, launched_rank
 
-        rank = launched_rank()
-    return exit_code_of(lambda: args.run(args), debug=args.debug, rank=rank)
+        ranks = {"rank": launched_rank(), "local_rank": launched_local_rank()}
+    return exit_code_of(lambda: args.run(args), debug=args.debug, **ranks)
 
 
 def parser_of_all() -> argparse.ArgumentParser:

@@ -9,6 +9,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
+from isofast.errors import UserError
+
 _T = TypeVar("_T")
 
 
@@ -37,9 +39,24 @@ def launched_rank() -> int:
     return int(os.environ.get("SLURM_PROCID" if under_srun() else "RANK", "0"))
 
 
+def launched_local_rank() -> int:
+    """Return the rank on this machine that the launcher assigned; 0 without a launcher."""
+    return int(os.environ.get("SLURM_LOCALID" if under_srun() else "LOCAL_RANK", "0"))
+
+
 def launched_world_size() -> int:
-    """Return the number of processes that the launcher started; 1 without a launcher."""
-    return int(os.environ.get("SLURM_STEP_NUM_TASKS" if under_srun() else "WORLD_SIZE", "1"))
+    """Return the number of processes that the launcher started; 1 without a launcher.
+
+    Raises:
+        UserError: the caller's process group has another size.
+    """
+    size = int(os.environ.get("SLURM_STEP_NUM_TASKS" if under_srun() else "WORLD_SIZE", "1"))
+    if dist.is_initialized() and dist.get_world_size() != size:
+        raise UserError(
+            f"the process group has {dist.get_world_size()} processes, but the environment says "
+            f"{size}; set RANK, LOCAL_RANK and WORLD_SIZE in each, as torchrun does"
+        )
+    return size
 
 
 def cores_of_rank(world: World) -> int:
@@ -91,9 +108,3 @@ def gather_objects(item: _T) -> list[_T]:
 def world_size() -> int:
     """Return the number of processes in the group; 1 without a group."""
     return dist.get_world_size() if dist.is_initialized() else 1
-
-
-def barrier() -> None:
-    """Wait for all ranks."""
-    if world_size() > 1:
-        dist.barrier()

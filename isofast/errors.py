@@ -24,8 +24,10 @@ class RunError(RuntimeError):
     """A run cannot continue (non-finite loss, collapse, lost data). Commands exit with code 1."""
 
 
-class Stopped(Exception):
+class Stopped(BaseException):
     """A signal stopped a run; its state is saved and it can continue.
+
+    Like KeyboardInterrupt it is not an Exception, so that a loop over runs ends too.
 
     Args:
         number: the signal. After SIGUSR1 commands exit with code 0, else with 128 + ``number``.
@@ -37,13 +39,16 @@ class Stopped(Exception):
         self.exit_code = 0 if number == signal.SIGUSR1 else 128 + number
 
 
-def exit_code_of(command: Callable[[], None], *, debug: bool, rank: int = 0) -> int:
+def exit_code_of(
+    command: Callable[[], None], *, debug: bool, rank: int = 0, local_rank: int = 0
+) -> int:
     """Run ``command``; return 0, or print its error and return that error's exit code.
 
     Args:
         command: what to run.
         debug: also print tracebacks of user errors.
         rank: rank of this process; only rank 0 prints errors common to all ranks.
+        local_rank: rank on this machine; rank 0 on each prints users' errors.
     """
     try:
         command()
@@ -52,7 +57,7 @@ def exit_code_of(command: Callable[[], None], *, debug: bool, rank: int = 0) -> 
             traceback.print_exc()
         elif rank == 0:
             sys.stderr.write(f"\nerror: {error}\n")
-        elif isinstance(error, RunError | RankError):
+        elif local_rank == 0 or isinstance(error, RunError | RankError):
             sys.stderr.write(f"\nerror on rank {rank}: {error}\n")
         return 2 if isinstance(error, UserError) else 1
     except Stopped as stopped:

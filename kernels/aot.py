@@ -1,6 +1,7 @@
 """Compile every kernel for given GPUs on a machine without one, and check its resource usage.
 
     python -m isofast_kernels.aot [--targets sm_80,sm_90,sm_100] [--only TEXT] [--all-widths]
+        [--jobs N]
 
 prints one row per kernel and target: registers per thread, spill instructions (LDL and STL in the
 machine code), stack and shared memory. Exits with 1 if a kernel spills, uses a stack or needs more

@@ -88,9 +88,9 @@ class Branch(nn.Module):
         encoder, projector: the config's sections.
         precision: autocast dtype of the networks.
         side: image size in pixels, from which the encoder's F is found.
-        stacked: pass both views in one call, which halves the kernel launches on a GPU; ignored if
-            the encoder has a BatchNorm class that is not torch's. On a CPU separate calls are 5 to
-            10 % faster.
+        stacked: pass both views in one call, which halves the kernel launches on a GPU and the
+            all-reduces of synchronised BatchNorm; ignored if the encoder has a BatchNorm class that
+            is not torch's. Without either, separate calls are 5 to 10 % faster on a CPU.
         synchronised: compute BatchNorm statistics over all ranks.
         fused: as in ViewBatchNorm, for a compiled branch on a GPU; torchvision's ResNets then apply
             their ReLUs inside BatchNorm.
@@ -179,14 +179,15 @@ def autocast(x: Tensor, precision: torch.dtype) -> AbstractContextManager[object
 @contextmanager
 def _momentum_zero(module: nn.Module) -> Iterator[None]:
     norms = [norm for norm in module.modules() if isinstance(norm, _NormBase)]
-    momenta = [norm.momentum for norm in norms]
+    kept = [(norm.momentum, norm.track_running_stats) for norm in norms]
     try:
         for norm in norms:
-            norm.momentum = 0.0
+            # the second stops torch's counter of batches
+            norm.momentum, norm.track_running_stats = 0.0, False
         yield
     finally:
-        for norm, momentum in zip(norms, momenta, strict=True):
-            norm.momentum = momentum
+        for norm, settings in zip(norms, kept, strict=True):
+            norm.momentum, norm.track_running_stats = settings
 
 
 def _make_other(name: str) -> nn.Module:

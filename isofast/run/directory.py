@@ -26,17 +26,20 @@ _PACKAGES = (
 def choose_run_dir(config_path: Path, run_dir: Path | None, fresh: bool) -> Path:
     """Return ``run_dir``, or runs/NAME for config NAME; if ``fresh``, a new one next to it.
 
-    Jobs requeued by Slurm repeat their command, so they continue in the newest of these.
+    Jobs requeued by Slurm repeat their command, so they continue in the one that they began.
     """
-    newest, new = None, run_dir or Path("runs") / config_path.stem
+    new = run_dir or Path("runs") / config_path.stem
     if not fresh:
         return new
-    name, number = new.name, 1
+    new = new if new.name else Path.cwd()
+    begun, first, number = None, new.name, 1
     while new.exists():
+        if (lock := new / ".lock").exists() and lock.read_text(encoding="utf-8") == _job():
+            begun = new
         number += 1
-        newest, new = new, new.with_name(f"{name}-{number}")
+        new = new.with_name(f"{first}-{number}")
     requeued = int(os.environ.get("SLURM_RESTART_COUNT", "0")) > 0
-    return newest if requeued and newest is not None else new
+    return begun if requeued and begun is not None else new
 
 
 def open_run_dir(run_dir: Path, config: Config) -> IO[str]:
@@ -57,7 +60,7 @@ def open_run_dir(run_dir: Path, config: Config) -> IO[str]:
         )
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
-        lock = (run_dir / ".lock").open("w", encoding="utf-8")
+        lock = (run_dir / ".lock").open("a", encoding="utf-8")
     except OSError as error:
         raise UserError(f"cannot write to {run_dir}: {error}; use another --run-dir") from None
     try:
@@ -70,6 +73,9 @@ def open_run_dir(run_dir: Path, config: Config) -> IO[str]:
     except OSError:
         # some network file systems have no locks; train without one
         pass
+    lock.truncate(0)
+    lock.write(_job())
+    lock.flush()
     for part in run_dir.glob(".*.part*"):
         part.unlink()
     return lock
@@ -95,6 +101,10 @@ def describe_environment(world: World, **resolved: str) -> dict[str, Any]:
         "commit": _commit(),
         "command": sys.argv,
     }
+
+
+def _job() -> str:
+    return os.environ.get("SLURM_JOB_ID", "")
 
 
 def _refuse_other_config(stored: Path, config: Config) -> None:
@@ -141,6 +151,8 @@ def _commit() -> str | None:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
     try:
+        # not that of a repository around the environment that isofast is installed in
+        git("ls-files", "--error-unmatch", __file__)
         return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else "")
     except (OSError, subprocess.CalledProcessError):
         return None

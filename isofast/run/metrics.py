@@ -100,7 +100,8 @@ class MetricsWriter:
         for logger in [*self._loggers]:
             try:
                 what(logger)
-            except OSError as error:
+            # a library's own errors
+            except Exception as error:
                 self._loggers.remove(logger)
                 self._report(f"warning: {type(logger).__name__} receives no more records ({error})")
 

@@ -145,13 +145,14 @@ class TrainState:
         return bool(torch.isfinite(torch.stack(norms)).all())
 
 
-def build(config: Config, world: World, classes: int) -> TrainState:
+def build(config: Config, world: World, classes: int, *, uneven_labels: bool = False) -> TrainState:
     """Build a new run's networks, target, C, optimizer and engine, seeded by ``config.seed``.
 
     Args:
         config: the run's configuration.
         world: this process among its peers.
         classes: number of outputs of the probe.
+        uneven_labels: as in Online.
 
     Raises:
         UserError: the embeddings are wider than the kernels support.
@@ -173,7 +174,7 @@ def build(config: Config, world: World, classes: int) -> TrainState:
         config.projector,
         _precision(config, cuda),
         side,
-        stacked=world.device.type != "cpu",
+        stacked=world.device.type != "cpu" or synchronised,
         synchronised=synchronised,
         fused=fused,
         pieces=config.train.accumulation,
@@ -181,7 +182,7 @@ def build(config: Config, world: World, classes: int) -> TrainState:
     probe = nn.Linear(branch.features_out, classes)
     method = make_method(config.method, config.projector)
     convert_batch_norm(method, views=1, synchronised=synchronised, fused=fused)
-    online = Online(branch, probe, method)
+    online = Online(branch, probe, method, uneven_labels=uneven_labels)
     online.to(world.device)
     target = EmaTarget(online.branch, config.method.ema_base) if config.method.ema else None
     if compiled:

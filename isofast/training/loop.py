@@ -2,7 +2,7 @@
 
 import atexit
 import time
-from contextlib import ExitStack, closing, nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import asdict
 from os import PathLike
 from pathlib import Path
@@ -12,6 +12,7 @@ import torch
 
 from isofast.config.schema import Config
 from isofast.data import ImageFolder, Recipe, recipe_for, resolve_backend
+from isofast.data.folder import UNLABELLED
 from isofast.data.images import (
     Images,
     agree_on_images,
@@ -23,14 +24,13 @@ from isofast.data.images import (
 from isofast.data.preview import write_views
 from isofast.distributed import (
     World,
-    barrier,
     gather_objects,
     launched_rank,
     launched_world_size,
     mean_of_statistics_over_ranks_,
     mean_over_ranks_,
 )
-from isofast.errors import RunError, Stopped, UserError
+from isofast.errors import RunError, UserError
 from isofast.methods.weights import describe
 from isofast.run.checkpoint import newest_checkpoint
 from isofast.run.collapse import Finding, remedies
@@ -70,17 +70,25 @@ def fit(config: Config, run_dir: str | PathLike[str]) -> Summary:
     Raises:
         UserError: the configuration, the data or the run dir does not allow the run.
         RunError: the run cannot continue; the run dir says what is known.
+        Stopped: a signal ended the run, which is saved; not an Exception, so that it ends a loop
+            over runs too.
     """
     run_dir = Path(run_dir)
+    if torch.is_autocast_enabled("cuda") or torch.is_autocast_enabled("cpu"):
+        # within it, the networks' own autocast would keep its copies of old weights
+        raise UserError("call fit outside torch.autocast; train.precision sets the precision")
     check_pass_through(config)
     config.batch_size_per_rank(launched_world_size())
     data = config.data
     recipe = recipe_for(data.dataset, crop=data.crop, augmentation=data.augmentation)
     images = list_images(config)
-    # enable gradients and default to fp32, whatever the caller has set
+    # gradients, fp32 and CPU tensors by default, whatever the caller has set
     with torch.inference_mode(False), in_words(config), ExitStack() as stack:
         stack.callback(torch.set_default_dtype, torch.get_default_dtype())
         torch.set_default_dtype(torch.float32)
+        if (device := torch.get_default_device()).type != "cpu":
+            stack.callback(torch.set_default_device, device)
+            torch.set_default_device(None)
         if launched_rank() == 0:
             stack.enter_context(open_run_dir(run_dir, config))
             images = check_images(config, images)
@@ -92,16 +100,17 @@ def fit(config: Config, run_dir: str | PathLike[str]) -> Summary:
         if joins:
             # several ranks could not rendezvous again on the launcher's port for a next run
             (stack.callback if world.size == 1 else atexit.register)(close_world)
-        stack.enter_context(Heartbeat(world, signals.told))
+        watched = stack.enter_context(ExitStack())
+        watched.enter_context(Heartbeat(world, signals.told))
         images = agree_on_images(config, world, images)
         watch = stack.enter_context(StallWatch(data, world.rank))
-        run = stack.enter_context(closing(_Run(config, run_dir, world, recipe, images, watch)))
-        signals.hold()
+        run = _Run(config, run_dir, world, recipe, images, watch, stack)
+        signals.hold(watch)
+        watched.callback(signals.done)
         try:
-            with in_words(config):
+            # once it ends, ranks close their files at their own pace
+            with in_words(config), watched:
                 run.train(signals)
-        except Stopped:
-            raise
         except Exception as error:
             if signals.received and not isinstance(error, UserError | RunError):
                 # a signal to the whole process group also ends a compiler that the step waits for
@@ -112,7 +121,7 @@ def fit(config: Config, run_dir: str | PathLike[str]) -> Summary:
 
 
 class _Run:
-    """One process's part of a run."""
+    """One process's part of a run; ``stack`` closes what it opens."""
 
     def __init__(
         self,
@@ -122,13 +131,15 @@ class _Run:
         recipe: Recipe,
         images: Images,
         watch: StallWatch,
+        stack: ExitStack,
     ) -> None:
         self.config, self.run_dir, self.world, self.recipe = config, run_dir, world, recipe
         train, val = images
         self.synchronised = synchronises_batch_norm(config, world)
         # without classes the probe has one output and nothing to learn
         outputs = max(1, len(train.classes))
-        self.state: TrainState = build(config, world, outputs)
+        uneven = world.size > 1 and bool((train.labels == UNLABELLED).any())
+        self.state: TrainState = build(config, world, outputs, uneven_labels=uneven)
         self.fingerprints = {
             "training": train.fingerprint,
             "validation": None if val is None else val.fingerprint,
@@ -145,6 +156,7 @@ class _Run:
             dtype=self.state.online.branch.precision,
             start_step=self.step,
         )
+        stack.callback(self.loader.close)
         self.batches = watch.over(self.loader)
         self.steps_per_epoch: int = self.loader.steps_per_epoch
         self.total_steps = config.train.epochs * self.steps_per_epoch
@@ -171,6 +183,7 @@ class _Run:
             last_step=self.last_step,
             steps_per_epoch=self.steps_per_epoch,
         )
+        stack.callback(self.recorder.close)
         notes += images.notes() + data_set_notes(config)
         notes += self._plan(train, environment["device"])
         self.recorder.progress.say("\n".join(notes))
@@ -178,6 +191,7 @@ class _Run:
         self.saver = Saver(
             run_dir / "checkpoints", config.checkpoint, self.recorder.progress.say, about
         )
+        stack.callback(self.saver.close)
         self.all_finite = torch.ones((), dtype=torch.bool, device=world.device)
         self.warned: set[str] = set()
 
@@ -228,6 +242,8 @@ class _Run:
                 self.checkpoint(last=at_end or stop is not None)
             if stop and not at_end:
                 raise stopped(stop, self.step, self.world)
+        if config.evaluation.knn_pixels and self.evaluator is not None:
+            recorder.totals.knn_top1_pixels = self.evaluator.pixels()
 
     def log(self, output: StepOutput, lr: float) -> None:
         """Record this step; the only place where the loop waits for the GPU."""
@@ -282,21 +298,13 @@ class _Run:
             if last:
                 self.saver.wait()
         if last:
-            barrier()
+            gather_objects(None)
         self.recorder.resume_clock()
 
     def finish(self, failure: str | None = None) -> Summary:
         """Write the summary; ``failure`` says why the run could not continue."""
-        if failure is None and self.config.evaluation.knn_pixels and self.evaluator is not None:
-            self.recorder.totals.knn_top1_pixels = self.evaluator.pixels()
         corr_DD = self.state.method.correlation.corr_DD
         return self.recorder.summary(self.step, corr_DD, self.loader.dropped_per_epoch, failure)
-
-    def close(self) -> None:
-        """Close files and the loader."""
-        self.saver.close()
-        self.recorder.close()
-        self.loader.close()
 
     def _resume(self) -> tuple[int, Totals, list[str]]:
         """Restore the newest intact checkpoint; return its step, totals and notes to print."""

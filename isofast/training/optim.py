@@ -134,16 +134,16 @@ def make_optimizer(online: Online, config: Config) -> Optimizer:
 
 
 def load_optimizer_state(optimizer: Optimizer, state: dict[str, Any]) -> None:
-    """Load a ``state_dict``, keeping the existing learning-rate tensors."""
-    rates = [group["lr"] for group in optimizer.param_groups]
+    """Load a ``state_dict``'s tensors, keeping the groups' settings, which depend on the device."""
+    own = [{k: v for k, v in one.items() if k != "params"} for one in optimizer.param_groups]
     optimizer.load_state_dict(state)
     # fused implementations need the weights' strides, which copies to the CPU may lose
     for parameter, kept in optimizer.state.items():
         for name, value in kept.items():
             if isinstance(value, torch.Tensor) and value.shape == parameter.shape:
                 kept[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
-    for group, rate in zip(optimizer.param_groups, rates, strict=True):
-        group["lr"] = rate
+    for group, settings in zip(optimizer.param_groups, own, strict=True):
+        group.update(settings)
 
 
 def lr_at(

@@ -33,6 +33,8 @@ _DERIVED = {
     "wall_clock_breakdown": "logging (it synchronises every step)",
 }
 _NEVER_PRINT = 2**62
+# no other process needs to find it
+_ANY_PORT = "0"
 
 
 def check_pass_through(config: Config) -> None:
@@ -117,6 +119,10 @@ def close_world() -> None:
     if torch.distributed.is_initialized():
         # torch's version would leave DeepSpeed's groups for the next run to pick up
         _import_deepspeed().comm.destroy_process_group()
+    if os.environ.get("MASTER_PORT") == _ANY_PORT:
+        # set below; other libraries would expect a launcher
+        for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+            os.environ.pop(name, None)
 
 
 def make_engine(module: nn.Module, optimizer: Optimizer, config: Config, world: World) -> Any:
@@ -183,8 +189,7 @@ def _fill_launcher_environment() -> None:
             )
     if "RANK" not in env:
         env.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1")
-        # any free port: no other process needs to find it
-        env["MASTER_PORT"] = "0"
+        env["MASTER_PORT"] = _ANY_PORT
     env.setdefault("LOCAL_RANK", "0")
 
 

@@ -15,6 +15,7 @@ import torch.distributed as dist
 
 from isofast.distributed import World
 from isofast.errors import GOES_ON, Stopped
+from isofast.training.stall import StallWatch
 
 # Slurm kills 30 s after SIGTERM by default; a rank waiting for a lost peer would never save
 GRACE_S = 60.0
@@ -28,8 +29,8 @@ _SAVE = 1
 class Signals:
     """Holds back the signals that ask a run to stop or save; the loop polls between steps.
 
-    The process exits if it cannot reach its next step within ``grace_s``, or if another signal
-    arrives more than ``ECHO_S`` after the first.
+    The process exits after ``grace_s`` without a step or a batch, or if another signal arrives more
+    than ``ECHO_S`` after the first.
 
     Args:
         world: the ranks, which must all poll after the same steps.
@@ -44,6 +45,7 @@ class Signals:
         self.told = threading.Event()
         self._received = 0
         self._handled = threading.Event()
+        self._watch: StallWatch | None = None
         self._handlers: dict[signal.Signals, Any] = {}
         self._threads: list[threading.Thread] = []
         self._group: Any = dist.new_group(backend="gloo") if world.size > 1 else None
@@ -53,8 +55,9 @@ class Signals:
         self.hold()
         return self
 
-    def hold(self) -> None:
-        """Hold signals back until the context exits."""
+    def hold(self, watch: StallWatch | None = None) -> None:
+        """Hold signals back until the context exits; ``watch`` counts the batches."""
+        self._watch = watch
         if threading.current_thread() is not threading.main_thread():
             # Python delivers signals only to the main thread
             return
@@ -76,6 +79,10 @@ class Signals:
         # a thread alive at interpreter exit aborts the process
         for thread in self._threads:
             thread.join()
+
+    def done(self) -> None:
+        """Stop waiting for a step: there is nothing more to save."""
+        self._handled.set()
 
     @property
     def received(self) -> signal.Signals | None:
@@ -113,6 +120,7 @@ class Signals:
                 self.told.set()
                 self._start(self._give_up)
             elif time.monotonic() - began > ECHO_S:
+                sys.stderr.write(f"\n{signal.Signals(data[0]).name} again: ended without saving\n")
                 os._exit(128 + data[0])
         os.close(self._reader)
 
@@ -121,11 +129,16 @@ class Signals:
         self._threads[-1].start()
 
     def _give_up(self) -> None:
-        if not self._handled.wait(self._grace_s):
-            name = signal.Signals(self._received).name
-            what = f"no step finished within {self._grace_s:g} s of {name}; its work was not saved"
-            sys.stderr.write(f"\nerror: {what}\n")
-            os._exit(128 + self._received)
+        before = -1
+        # an evaluation takes many batches and may take longer
+        while (batches := 0 if self._watch is None else self._watch.batches) != before:
+            before = batches
+            if self._handled.wait(self._grace_s):
+                return
+        name = signal.Signals(self._received).name
+        what = f"no step or batch in {self._grace_s:g} s after {name}; the work was not saved"
+        sys.stderr.write(f"\nerror: {what}\n")
+        os._exit(128 + self._received)
 
 
 def stopped(

@@ -24,7 +24,7 @@ class StallWatch:
 
     def __init__(self, config: DataConfig, rank: int) -> None:
         self._config, self._rank = config, rank
-        self._taken, self._waiting = 0, False
+        self.batches, self._waiting = 0, False
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
 
@@ -47,14 +47,14 @@ class StallWatch:
                 return
             finally:
                 self._waiting = False
-                self._taken += 1
+                self.batches += 1
             yield batch
 
     def _watch(self) -> None:
         # count seconds instead of reading a clock, which runs on while the process is suspended
         waited, before = 0, -1
         while not self._closed.wait(1.0):
-            taken = self._taken
+            taken = self.batches
             waited = waited + 1 if self._waiting and taken == before else 0
             before = taken
             if waited >= self._config.stall_seconds:

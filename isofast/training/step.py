@@ -31,13 +31,17 @@ class Online(nn.Module):
     """The branch, the probe on its detached features, and the method.
 
     BatchNorm normalises each view separately and updates the running statistics once per view.
+    ``uneven_labels`` tells the probe that ranks may have a different number of labelled images.
     """
 
-    def __init__(self, branch: Branch, probe: nn.Linear, method: Method) -> None:
+    def __init__(
+        self, branch: Branch, probe: nn.Linear, method: Method, *, uneven_labels: bool = False
+    ) -> None:
         super().__init__()
         self.branch = branch
         self.probe = probe
         self.method = method
+        self.uneven_labels = uneven_labels
 
     def forward(self, batch: Batch, targets: tuple[Tensor, Tensor] | None = None) -> StepOutput:
         """Run a training step up to the loss; ``targets`` (t1_BD, t2_BD) default to (z1, z2)."""
@@ -50,7 +54,7 @@ class Online(nn.Module):
             loss = self.method.loss(Views(z1_BD, z2_BD, t1_BD.detach(), t2_BD.detach()))
         with part("probe"):
             logits1_BK, logits2_BK = (self.probe(h_BF.detach().float()) for h_BF in (h1_BF, h2_BF))
-            probe = probe_loss(logits1_BK, logits2_BK, batch.y_B)
+            probe = probe_loss(logits1_BK, logits2_BK, batch.y_B, uneven=self.uneven_labels)
         return StepOutput(loss, probe, z1_BD.detach())
 
 

@@ -17,15 +17,24 @@ def test_run_dirs_are_named_after_the_config(tmp_path, monkeypatch):
     assert choose_run_dir(Path("launch/x.json"), None, fresh=False) == Path("runs/x")
     assert choose_run_dir(Path("launch/x.json"), None, fresh=True) == Path("runs/x-3")
     assert choose_run_dir(Path("launch/x.json"), Path("y"), fresh=True) == Path("y")
+    assert choose_run_dir(Path("x.json"), Path("."), fresh=True) == tmp_path.with_name(
+        f"{tmp_path.name}-2"
+    )
 
 
-def test_a_requeued_job_goes_on_in_the_fresh_folder_that_it_began(tmp_path, monkeypatch):
+def test_a_requeued_job_goes_on_in_the_fresh_folder_that_it_began(
+    tmp_path, monkeypatch, small_config
+):
+    run, second, third = (tmp_path / name for name in ("run", "run-2", "run-3"))
+    for job, folder in (("", run), ("17", second), ("18", third)):
+        monkeypatch.setenv("SLURM_JOB_ID", job)
+        assert choose_run_dir(Path("x.json"), run, fresh=True) == folder
+        open_run_dir(folder, small_config()).close()
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
-    run = tmp_path / "run"
-    assert choose_run_dir(Path("x.json"), run, fresh=True) == run
-    for taken in (run, tmp_path / "run-2"):
-        taken.mkdir()
-        assert choose_run_dir(Path("x.json"), run, fresh=True) == taken
+    # the last one was stopped before it had a folder
+    for job, folder in (("17", second), ("18", third), ("19", tmp_path / "run-4")):
+        monkeypatch.setenv("SLURM_JOB_ID", job)
+        assert choose_run_dir(Path("x.json"), run, fresh=True) == folder
 
 
 def test_one_run_at_a_time(small_config, tmp_path):

@@ -5,7 +5,7 @@ import sys
 import types
 from contextlib import closing
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NoReturn
 
 import numpy as np
 import pytest
@@ -81,6 +81,20 @@ def test_a_logger_of_your_own_gets_every_record(tmp_path, small_config, monkeypa
         writer.write({"step": 3, "loss": 0.5})
     assert Recording.seen == [(tmp_path, 3, 2), {"step": 3, "loss": 0.5}, "flush", "close"]
     assert list((tmp_path / "tensorboard").iterdir())
+
+
+def test_a_logger_that_fails_is_dropped(tmp_path, small_config, monkeypatch):
+    def failing(*_: object) -> NoReturn:
+        raise RuntimeError("the server is gone")
+
+    logger = types.SimpleNamespace(log=failing, flush=failing, close=failing)
+    monkeypatch.setitem(sys.modules, "my_loggers", types.SimpleNamespace(Failing=lambda *_: logger))
+    config = small_config(logging={"loggers": ["my_loggers:Failing"]})
+    told: list[str] = []
+    writer = MetricsWriter(tmp_path, 0, make_loggers(tmp_path, config, 0), told.append)
+    with closing(writer):
+        writer.write({"step": 1, "loss": 0.5})
+    assert len(told) == 1 and "receives no more records (the server is gone)" in told[0]
 
 
 def test_a_logger_that_does_not_start_is_named(tmp_path, small_config):

@@ -186,7 +186,9 @@ def _fit(settings: dict[str, Any], *run_dirs: Path) -> None:
 
     for run_dir in run_dirs:
         fit(validate(settings), run_dir)
+        assert os.environ.get("MASTER_PORT") != "0"
         # like a notebook that goes on to evaluate
+        torch.set_default_device("meta")
         torch.set_grad_enabled(False)
         torch.set_default_dtype(torch.float64)
 

@@ -12,6 +12,7 @@ import torch
 from isofast.config.load import load_config
 from isofast.config.schema import Config
 from isofast.data import Batch
+from isofast.data.folder import UNLABELLED
 from isofast.data.images import agree_on_images, list_images
 from isofast.distributed import (
     World,
@@ -31,7 +32,7 @@ def main(config_path: str, output: str) -> None:
     """Take two steps, then exchange what ranks exchange besides gradients."""
     world = init_world()
     config = load_config(Path(config_path))
-    state = build(config, world, classes=10)
+    state = build(config, world, classes=10, uneven_labels=True)
     state.online.train()
     generator = torch.Generator().manual_seed(5)
     share = slice(
@@ -41,6 +42,8 @@ def main(config_path: str, output: str) -> None:
     for step in range(2):
         x1, x2 = torch.randn(2, GLOBAL_BATCH, 3, 16, 16, generator=generator)
         y = torch.randint(10, (GLOBAL_BATCH,), generator=generator)
+        # one of two ranks has no label
+        y[:9] = UNLABELLED
         batch = Batch(torch.cat([x1[share], x2[share]]), y[share])
         output_of_step = state.engine(batch, state.target and state.target(batch))
         loss = output_of_step.loss + output_of_step.probe.loss

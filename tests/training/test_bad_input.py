@@ -6,12 +6,32 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+
+from isofast.errors import UserError, exit_code_of
+from isofast.training.loop import fit
 
 from ..support.runs import call, command_of, train
 
 pytestmark = pytest.mark.slow
 
 Write = Callable[..., Path]
+
+
+def test_fit_within_autocast_is_refused(small_config, tmp_path):
+    with torch.autocast("cpu"), pytest.raises(UserError, match=r"outside torch\.autocast"):
+        fit(small_config(), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_each_machines_first_rank_prints_a_users_error(capsys):
+    def command() -> None:
+        raise UserError("no data here")
+
+    for rank, local_rank, said in ((0, 0, "error: no"), (8, 0, "error on rank 8: no"), (9, 1, "")):
+        assert exit_code_of(command, debug=False, rank=rank, local_rank=local_rank) == 2
+        printed = capsys.readouterr().err
+        assert said in printed and bool(said) == bool(printed)
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from isofast.run.checkpoint import newest_checkpoint
 from isofast.run.metrics import read_metrics
 
-from ..support.runs import assert_same_run, call, started, train
+from ..support.runs import assert_same_run, call, fit_apart, started, train
 
 pytestmark = pytest.mark.slow
 
@@ -42,6 +42,34 @@ def test_a_rank_that_dies(number, rank, config_file, tmp_path):
     _, printed = process.communicate(timeout=30)
     assert process.returncode not in (0, None)
     one_message(printed, f"error{survivor}: another process of the run is gone")
+
+
+SLOW_LOGGER = """
+from isofast.training.heartbeat import Heartbeat
+
+def note(word):
+    with open({path!r}, "a") as file:
+        file.write(word)
+
+Heartbeat.__exit__ = lambda *_: note("heartbeat, ")
+
+class Slow:
+    def __init__(self, run_dir, config, step):
+        self.log = self.flush = print
+
+    def close(self):
+        note("logger")
+"""
+
+
+def test_a_rank_that_closes_its_logger_slowly_is_not_lost(small, tmp_path, monkeypatch):
+    """Ranks stop watching each other before they close their files."""
+    order = tmp_path / "order"
+    (tmp_path / "slow_logger.py").write_text(SLOW_LOGGER.format(path=str(order)))
+    monkeypatch.syspath_prepend(tmp_path)
+    loggers = {"loggers": ["slow_logger:Slow"]}
+    fit_apart(small(train={"max_steps": 1}, logging=loggers), tmp_path / "run")
+    assert order.read_text() == "heartbeat, logger"
 
 
 def test_a_loader_that_hangs(config_file, own_digits, tmp_path):

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from torch.optim import SGD
+from torch.optim import SGD, AdamW
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from isofast.config.load import validate
@@ -274,3 +274,12 @@ def test_restored_momentum_has_the_strides_of_the_weights():
     load_optimizer_state(optimizer, state | {"state": {0: kept}})
     restored = optimizer.state[weight]["momentum_buffer"]
     assert restored.stride() == weight.stride() and torch.equal(restored, kept["momentum_buffer"])
+
+
+def test_a_restored_adamw_keeps_what_depends_on_the_device():
+    """A state from a CPU says that no CUDA graph can capture the step."""
+    optimizer = AdamW([nn.Parameter(torch.ones(3))], capturable=True)
+    (group,) = optimizer.state_dict()["param_groups"]
+    state = {"state": {}, "param_groups": [group | {"capturable": False}]}
+    load_optimizer_state(optimizer, state)
+    assert optimizer.param_groups[0]["capturable"]

@@ -114,6 +114,25 @@ with Signals(World(0, 1, 0, torch.device("cpu")), grace_s=float(sys.argv[1])):
     print("ready", flush=True)
     threading.Event().wait()
 """
+# a long evaluation, then a step
+SLOW = """
+import time
+from contextlib import ExitStack
+from types import SimpleNamespace
+from isofast.distributed import World
+from isofast.training.signals import Signals
+import torch
+watch = SimpleNamespace(batches=0)
+with ExitStack() as stack:
+    signals = Signals(World(0, 1, 0, torch.device("cpu")), grace_s=1.0)
+    stack.push(signals)
+    signals.hold(watch)
+    print("ready", flush=True)
+    while watch.batches < 40:
+        time.sleep(0.1)
+        watch.batches += 1
+    print(signals.poll())
+"""
 
 
 @pytest.mark.slow
@@ -126,4 +145,14 @@ def test_a_run_that_cannot_stop_is_ended(grace_s, signals):
         time.sleep(ECHO_S + 0.2)
     _, printed = process.communicate(timeout=20)
     assert process.returncode == 143
-    assert ("its work was not saved" in printed) == (signals == 1)
+    assert ("the work was not saved" in printed) == (signals == 1)
+    assert ("SIGTERM again" in printed) == (signals == 2)
+
+
+@pytest.mark.slow
+def test_a_long_evaluation_is_waited_for():
+    process = opened([sys.executable, "-c", SLOW], stdout=subprocess.PIPE)
+    process.stdout.readline()
+    process.send_signal(signal.SIGTERM)
+    said, _ = process.communicate(timeout=20)
+    assert process.returncode == 0 and "SIGTERM" in said
