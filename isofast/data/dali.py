@@ -4,6 +4,7 @@ DALI draws no random numbers: parameters from `isofast.data.draw` and the files'
 an external source. Each file is decoded once, and both views are made from it in C++.
 """
 
+import io
 import itertools
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
@@ -16,12 +17,14 @@ import numpy.typing as npt
 import torch
 from nvidia.dali import Pipeline, fn, types
 from nvidia.dali.plugin.pytorch import feed_ndarray
+from PIL import Image
 
 from isofast.config.schema import ViewConfig
 from isofast.data.checked import undecodable
 from isofast.data.draw import Chunk, Ints, ViewDraw, clean_windows, colour_matrices, draw
 from isofast.data.folder import ImageFolder, read_files, read_sizes, some_of
 from isofast.data.recipe import Recipe
+from isofast.data.resident import rgb
 from isofast.errors import RunError
 
 # image indices of a batch, and the arrays fed alongside the files
@@ -120,7 +123,7 @@ class DaliPipeline:
         # feed DALI the bytes that were checked: files can change, and an undecodable one fails
         # its whole batch or crashes the process
         files = self._readers.map(partial(read_files, self._dataset), pieces)
-        contents = [content for piece in files for content in piece]
+        contents = [*self._readers.map(_opaque, itertools.chain(*files))]
         cut = [int(k) for k, content in zip(indices, contents, strict=True) if _is_cut(content)]
         if cut:
             raise self._undecodable(cut, len(indices))
@@ -222,6 +225,22 @@ class SingleDecoder:
             self._pipeline = None
             return False
         return True
+
+
+def _opaque(content: bytes) -> bytes:
+    """Put a transparent PNG on white; DALI would show the colours hidden behind it."""
+    head = content[: content.find(b"IDAT")]
+    # gray or RGB with alpha, or transparent colours
+    if not head.startswith(b"\x89PNG") or not (head[25:26] in b"\4\6" or b"tRNS" in head):
+        return content
+    file = io.BytesIO()
+    try:
+        with Image.open(io.BytesIO(content)) as image:
+            Image.fromarray(rgb(image)).save(file, "PNG", compress_level=0)
+    # for DALI to judge
+    except Exception:
+        return content
+    return file.getvalue()
 
 
 def _is_cut(content: bytes) -> bool:

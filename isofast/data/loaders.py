@@ -305,7 +305,7 @@ def _why_not_resident(dataset: ImageFolder, recipe: Recipe, limit_gb: float) -> 
     if len(kinds) > 1:
         low, high = kinds[0], kinds[-1]
         return (
-            f"images must have one size, but the {len(dataset):,} training images have "
+            f"images must have one size, but the {len(dataset):,} {dataset.split} images have "
             f"{len(kinds)} sizes, from {low[0]} x {low[1]} to {high[0]} x {high[1]} pixels; resize "
             "the files to one size"
         )

@@ -216,7 +216,7 @@ def decode_images(
 
 
 def rgb(image: Image.Image) -> npt.NDArray[np.uint8]:
-    """Return an image's RGB pixels, (H, W, 3) uint8.
+    """Return an image's RGB pixels, (H, W, 3) uint8, on white where it is transparent.
 
     Raises:
         ValueError: the pixels are 32-bit or floating-point numbers.
@@ -227,4 +227,7 @@ def rgb(image: Image.Image) -> npt.NDArray[np.uint8]:
     if image.mode.startswith("I"):
         gray = np.rint(np.asarray(image) / 257).astype(np.uint8)
         return np.repeat(gray[:, :, None], CHANNELS, axis=2)
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return np.array(image.convert("RGB"))

@@ -126,7 +126,10 @@ def _onnx(encoder: Encoder, output: Path) -> str:
             verbose=False,
         )
     assert program is not None
-    model = program.model_proto.SerializeToString()
+    proto = program.model_proto
+    for key, value in describe(encoder.config, encoder.recipe).items():
+        proto.metadata_props.add(key=key, value=value)
+    model = proto.SerializeToString()
     session = onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"])
     errors = []
     for batch in (1, 3):
@@ -141,7 +144,8 @@ def _onnx(encoder: Encoder, output: Path) -> str:
     write_atomically(output, lambda part: part.write_bytes(model))
     return (
         f'onnxruntime.InferenceSession("{output}").run(None, {{"x": x_BCHW}})\n'
-        f"x: (B, 3, {side}, {side}) float32, normalised; h: (B, F). {differ}"
+        f"x: (B, 3, {side}, {side}) float32, (pixels / 255 - mean) / std with mean "
+        f"{encoder.recipe.mean} and std {encoder.recipe.std}; h: (B, F). {differ}"
     )
 
 

@@ -103,13 +103,16 @@ def look(run_dir: Path, config: Config, root: Path) -> Pictures:
         bank_NF = features(module, recipe, bank.pixels_NHW3, device) if has_val else query_NF
         top1 = None
         if has_val and labelled.any():
+            # the same share of the bank votes as in an evaluation, which may search more images
+            searched = min(config.evaluation.knn_images, int((train.labels >= 0).sum()))
+            share = min(1.0, int(labelled.sum()) / searched)
             top1 = knn_top1(
                 bank_NF[labelled],
                 torch.from_numpy(bank.labels_N)[labelled],
                 query_NF,
                 torch.from_numpy(query.labels_N),
                 classes=len(train.classes),
-                k=config.evaluation.knn_k,
+                k=max(1, round(share * config.evaluation.knn_k)),
                 temperature=config.evaluation.knn_temperature,
             )
         measured.append(Measured(name, top1, rankme(query_NF), uniformity(query_NF)))

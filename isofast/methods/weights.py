@@ -64,8 +64,8 @@ def read_weights(path: Path) -> Weights:
     except Exception as error:
         reason = str(error).partition("\n")[0] or type(error).__name__
         raise UserError(
-            f"cannot read the weights {path}: {reason}. Give a .safetensors file, or a state dict "
-            f"saved by torch.save"
+            f"cannot read the weights {path}: {reason}. Give a run's folder, a .safetensors file, "
+            f"or a state dict saved by torch.save"
         ) from error
     if isinstance(found, Mapping) and "arch" in found:
         about = {"architecture": str(found["arch"])}

@@ -139,7 +139,7 @@ class Recorder:
         shown = {
             "images/s": f"{speed['images_per_s']:,.0f}",
             "loss": f"{values['loss']:.3f}",
-            "probe": f"{values['probe_top1']:.3f}",
+            **({} if (top1 := values["probe_top1"]) is None else {"probe": f"{top1:.3f}"}),
             "wait": f"{speed['data_wait']:.0%}",
         }
         self.progress.advance(step, shown)

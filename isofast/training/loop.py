@@ -138,6 +138,7 @@ class _Run:
         self.synchronised = synchronises_batch_norm(config, world)
         # without classes the probe has one output and nothing to learn
         outputs = max(1, len(train.classes))
+        self.labelled = bool(train.classes)
         uneven = world.size > 1 and bool((train.labels == UNLABELLED).any())
         self.state: TrainState = build(config, world, outputs, uneven_labels=uneven)
         self.fingerprints = {
@@ -261,7 +262,9 @@ class _Run:
         means = mean_over_ranks_(torch.stack([*scalars.values()]).float()).tolist()
         values: dict[str, float] = dict(zip(scalars, means, strict=True))
         finite, collapsed = values.pop("finite"), values.pop("collapsed")
-        self.recorder.training(self.step, {"alignment": None, **values, "lr": lr})
+        unknown = {} if self.labelled else dict.fromkeys(("probe_loss", "probe_top1"))
+        record = {"alignment": None, **values, **unknown, "lr": lr}
+        self.recorder.training(self.step, record)
         if finite < 1:
             self._blow_up("the loss")
         if collapsed > 0:

@@ -134,6 +134,32 @@ def test_clean_images_are_exactly_the_files(tmp_path, backend):
 
 
 @BOTH
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "RGB", "L"])
+def test_transparent_pictures_are_put_on_white(tmp_path, backend, mode):
+    random = np.random.default_rng(0)
+    image = Image.fromarray(random.integers(0, 256, (32, 32, 3), dtype=np.uint8))
+    image = image.convert(mode.removesuffix("A")) if mode != "RGBA" else image
+    alpha_HW = random.integers(0, 256, (32, 32), dtype=np.uint8)
+    alpha_HW[:8], alpha_HW[8:16] = 0, 255
+    options = {}
+    if mode.endswith("A"):
+        image.putalpha(Image.fromarray(alpha_HW))
+    else:
+        # one colour, that of the first pixel, is transparent
+        options = {"transparency": image.getpixel((0, 0))}
+        same_HW = np.asarray(image) == np.asarray(image)[0, 0]
+        alpha_HW = 255 * ~(same_HW.all(-1) if mode == "RGB" else same_HW)
+    (tmp_path / "val" / "a").mkdir(parents=True)
+    image.save(tmp_path / "val" / "a" / "x.png", **options)
+    rgb_HW3 = np.asarray(image.convert("RGB"))
+    cover_HW1 = alpha_HW[:, :, None] / 255
+    recipe = recipe_for("cifar10")
+    ((x, _),) = eval_loader(open_dataset(tmp_path, "val"), recipe, [0], backend=backend)
+    expected_HW3 = cover_HW1 * rgb_HW3 + (1 - cover_HW1) * 255
+    assert np.abs(levels_of(x, recipe)[0] - expected_HW3).max() < 1
+
+
+@BOTH
 @pytest.mark.parametrize("size", [(300, 200), (90, 131), (50, 53), (40, 40), (20, 900)], ids=str)
 def test_clean_images_of_any_size_are_resized_and_cropped(tmp_path, size, backend):
     coarse = np.random.default_rng(1).integers(0, 256, (6, 6, 3), dtype=np.uint8)

@@ -115,6 +115,8 @@ def test_onnx_of_any_batch(run_of, tmp_path, capsys, encoder):
     assert "differ from torch's by" in capsys.readouterr().out
     model = onnx.load(path)
     onnx.checker.check_model(model, full_check=True)
+    about = {prop.key: prop.value for prop in model.metadata_props}
+    assert json.loads(about["mean"]) == [0.4914, 0.4822, 0.4465] and about["crop"] == "32"
     batch, *rest = model.graph.input[0].type.tensor_type.shape.dim
     assert batch.dim_param and [dim.dim_value for dim in rest] == [3, 32, 32]
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])

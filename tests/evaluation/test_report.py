@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from sklearn.neighbors import NearestNeighbors
 
 from isofast.cli import main
@@ -17,6 +18,7 @@ from isofast.evaluation.embed import embed
 from isofast.evaluation.intervals import newcombe
 from isofast.evaluation.pictures import look
 from isofast.run.metrics import read_metrics
+from isofast.training.online import knn_top1
 
 from ..support.runs import train
 
@@ -112,6 +114,15 @@ def test_neighbours_are_scikit_learns(evaluated_run, digits, tmp_path):
         assert [thumb.alt for thumb in near] == want
         assert [thumb.agrees for thumb in near] == [t.caption == query.caption for t in near]
 
+    # 1,000 of the 1,442 that an evaluation searches: as many fewer neighbours vote
+    def rows(split: str, names: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
+        classes = torch.tensor([int(name.split("/")[-2]) for name in names])
+        return torch.from_numpy(np.stack([found[split][name] for name in names])), classes
+
+    top1 = knn_top1(*rows("train", bank), *rows("val", [*found["val"]]), classes=10, k=139)
+    assert pictures.measured[0].knn_top1 == pytest.approx(top1, abs=0.003)
+    assert config.evaluation.knn_k == 200
+
 
 def test_runs_stand_side_by_side_and_need_no_data(spectrum_runs, evaluated_run, digits, tmp_path):
     moved = tmp_path / "<b>moved"
@@ -143,9 +154,11 @@ def test_without_labels_it_says_so(config_file, digits, tmp_path):
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert "images without labels" in shown
     assert summary["completed"] is True and summary["val_top1"] is None
-    assert [record["probe_loss"] for record in records] == [0.0] * summary["steps"]
+    assert [record["probe_loss"] for record in records] == [None] * summary["steps"]
+    assert "probe" not in shown
     page = Page(tmp_path / "run" / "report.html")
     assert page.text.startswith("Run run Judged without labels")
+    assert "Probe top-1, training views" not in page.text
     assert all(word in page.text for word in ("RankMe of the features", "no number says"))
     for queried in (page.images[k : k + 7] for k in range(0, 56, 7)):
         # no image is its own neighbour
