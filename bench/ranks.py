@@ -42,7 +42,7 @@ def serve(asked: Connection, rank: int, ranks: int, port: int, batch: int, width
         "method": {"name": "isoloss", "ema": True},
         "train": {"batch_size": batch},
     }
-    state = make_state(world, settings, channels_last=True, engine=True)
+    state = make_state(world, settings, channels_last=True, engine=True, stacked=ranks > 1)
     share = batch // ranks
     x_NCHW = torch.randn(2 * share, 3, 32, 32).to(memory_format=torch.channels_last)
     ours = Batch(x_NCHW, torch.randint(10, (share,)))
