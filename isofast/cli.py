@@ -18,8 +18,8 @@ from isofast.errors import RunError, UserError, exit_code_of
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; return the exit code."""
     args = parser_of_all().parse_args(arguments)
-    # Pillow warns that a large image could be an attack, and of transparent palettes
-    warnings.filterwarnings("ignore", r"Image size \(\d+ pixels\)|Palette images")
+    # Pillow warns that a large image could be an attack
+    warnings.filterwarnings("ignore", r"Image size \(\d+ pixels\)")
     ranks = {}
     if args.command == "train":
         from isofast.distributed import launched_local_rank, launched_rank

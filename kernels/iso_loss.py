@@ -74,10 +74,11 @@ class IsoLoss(nn.Module):
                 gradient flows through them.
 
         Returns:
-            The loss, a scalar in fp32.
+            The loss, a scalar in fp32; on a CPU fp64 embeddings or an fp64 C give fp64.
 
         Raises:
-            ValueError: `asymmetric_loss_pair` or `matrix_power` rejects a shape, dtype or setting.
+            ValueError: `correlation_ema_`, `matrix_power` or `asymmetric_loss_pair` rejects a
+                shape, dtype or setting; C may have been updated before.
         """
         if self.training:
             self._update(z1_BD.detach(), z2_BD.detach())

@@ -213,9 +213,9 @@ def matrix_power_reference(
     """Return W = U diag((s + eps)^alpha) U^T for C = U diag(s) U^T (P Eq. 1) by eigendecomposition.
 
     s is clamped at 0 and, with normalize="spectral", divided by its largest value; eps is then
-    added before the power. C = 0 gives eps^alpha I. At alpha = 1 only the largest eigenvalue is
-    needed: W = C / lambda_max + eps I. A NaN or infinity in C makes every element of W NaN without
-    raising an error.
+    added before the power. C = 0 gives eps^alpha I. At alpha = 1 nothing is clamped and only the
+    largest eigenvalue is needed: W = C / lambda_max + eps I. A NaN or infinity in C makes every
+    element of W NaN without raising an error.
 
     Args:
         corr_DD: C, (D, D), symmetric, float32 or float64.

@@ -276,9 +276,9 @@ class TrainConfig(_Section):
     compile: Literal["auto", "on", "off"] = "auto"
     """torch.compile the networks; auto: on a GPU only."""
     cuda_graph: Literal["auto", "on", "off"] = Field("auto", json_schema_extra=FREE)
-    """Capture the whole step in one CUDA graph; single process only. auto: on a GPU, unless the
-    method or encoder is your own (a graph freezes Python values) or method.alpha needs an
-    eigendecomposition (all but 0.5, 1, 2, and 0.25 with method.eps of at least 0.1)."""
+    """Capture the whole step in one CUDA graph; single process without micro-batches. auto: on a
+    GPU, unless the method or encoder is your own (a graph freezes Python values) or method.alpha
+    needs an eigendecomposition (all but 0.5, 1, 2, and 0.25 with method.eps of at least 0.1)."""
     on_collapse: Literal["warn", "stop"] = Field("warn", json_schema_extra=FREE)
     """What to do when the embeddings collapse."""
 

@@ -62,9 +62,9 @@ def undecodable(dataset: ImageFolder, indices: Sequence[int], message: str) -> R
     way_out = "data.on_bad_image=skip" if dataset.sizes is not None else "data.check=full"
     aside = ", or train without them: evaluation.every_epochs=0" * (dataset.split == "val")
     return RunError(
-        f"{message}. Without a checkpoint, replace or delete these files, or start with {way_out}. "
-        "A run with a checkpoint continues only on the same images: restore intact copies"
-        f"{aside}, or start over with --fresh"
+        f"{message}. Without a checkpoint, replace or delete these files, or start with {way_out} "
+        "(and --fresh). A run with a checkpoint continues only on the same images: restore intact "
+        f"copies{aside}, or start over with --fresh"
     )
 
 

@@ -122,14 +122,17 @@ class DaliPipeline:
         pieces = [indices[k : k + _FILES_A_TASK] for k in range(0, len(indices), _FILES_A_TASK)]
         # feed DALI the bytes that were checked: files can change, and an undecodable one fails
         # its whole batch or crashes the process
-        files = self._readers.map(partial(read_files, self._dataset), pieces)
-        contents = [*self._readers.map(_opaque, itertools.chain(*files))]
+        files = self._readers.map(self._read, pieces)
+        contents = [content for piece in files for content in piece]
         cut = [int(k) for k, content in zip(indices, contents, strict=True) if _is_cut(content)]
         if cut:
             raise self._undecodable(cut, len(indices))
         self._in_progress.append(indices)
         encoded = [np.frombuffer(content, np.uint8) for content in contents]
         return [encoded, *map(np.ascontiguousarray, arrays)]
+
+    def _read(self, indices: Ints) -> list[bytes]:
+        return [_opaque(content) for content in read_files(self._dataset, indices)]
 
     def _blame(self, error: RuntimeError) -> RunError:
         """Find the files in progress that DALI refuses."""
@@ -229,9 +232,11 @@ class SingleDecoder:
 
 def _opaque(content: bytes) -> bytes:
     """Put a transparent PNG on white; DALI would show the colours hidden behind it."""
+    if not content.startswith(b"\x89PNG"):
+        return content
     head = content[: content.find(b"IDAT")]
     # gray or RGB with alpha, or transparent colours
-    if not head.startswith(b"\x89PNG") or not (head[25:26] in b"\4\6" or b"tRNS" in head):
+    if head[25:26] not in (b"\4", b"\6") and b"tRNS" not in head:
         return content
     file = io.BytesIO()
     try:

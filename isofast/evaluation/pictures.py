@@ -26,6 +26,7 @@ from isofast.evaluation.encoders import read_encoder, untrained
 from isofast.run.labelfree import rankme, uniformity
 from isofast.training.online import knn_top1
 
+RAW_PIXELS = "raw pixels"
 # per split
 _MOST_IMAGES = 1000
 _QUERIES, _NEIGHBOURS = 8, 6
@@ -95,7 +96,7 @@ def look(run_dir: Path, config: Config, root: Path) -> Pictures:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     named: dict[str, nn.Module] = {"this run": encoder, "untrained network": untrained(config)}
     if recipe.crop <= _MOST_PIXELS:
-        named["raw pixels"] = nn.Flatten()
+        named[RAW_PIXELS] = nn.Flatten()
     measured, seen = [], []
     for name, module in named.items():
         module.eval().to(device).to(memory_format=torch.channels_last)

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from isofast.evaluation.intervals import newcombe
-from isofast.evaluation.pictures import Pictures
+from isofast.evaluation.pictures import RAW_PIXELS, Pictures
 from isofast.run.collapse import CollapseWatch, Finding
 from isofast.run.stored import Run
 
@@ -87,6 +87,10 @@ def _by_accuracy(run: Run, val_images: int | None, pictures: Pictures | None) ->
         reasons.append("No interval: the number of validation images is not known.")
         headline = f"It is unknown whether the gain over {start} exceeds chance. {gain}."
         return Verdict("uncertain", None, headline, reasons)
+    if pictures is not None and pictures.measured[-1].name == RAW_PIXELS:
+        mine, pixels = (pictures.measured[k].knn_top1 or 0.0 for k in (0, -1))
+        if pixels >= mine > 0:
+            reasons.append(f"Raw pixels do as well: {pixels:.3f} to {mine:.3f}, on a sample.")
     low, high = newcombe(after, before, n, n)
     gain += f", 95 % interval [{low:+.3f}, {high:+.3f}] from {n:,} images"
     reasons.append(

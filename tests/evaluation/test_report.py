@@ -88,6 +88,8 @@ def test_a_run_is_judged_by_what_it_gained(evaluated_run, tmp_path, digits, monk
     assert f"interval [{low:+.3f}, {high:+.3f}] from 355 images" in page.text
     said = "Learned" if low > 0 else "Worse" if high < 0 else "No gain"
     assert page.text.startswith(f"Run evaluated {said}")
+    # as they do on digits in so short a run
+    assert "Raw pixels do as well: 0.9" in page.text
     # eight queries with six neighbours each, and the map
     assert len(page.images) == 8 * 7 + 1
 
