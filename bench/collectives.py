@@ -2,7 +2,7 @@
 
     python bench/collectives.py [--ranks 1 2 4 8 64] [--gloo 2 4] [--step-ms 10]
 
-Each preset takes one step, with both views in one call as on a GPU, in a single process that acts
+Each preset takes one step, with both views in one call, in a single process that acts
 as one of n ranks through torch's fake process group. torch's profiler counts the collectives, named
 after the part of the step that they are in. Each is modelled as a latency plus the bytes that a
 rank sends in a ring, 2 (n - 1) / n of the message, over a bandwidth, without overlap with the rest

@@ -54,7 +54,8 @@ def launched_world_size() -> int:
     if dist.is_initialized() and dist.get_world_size() != size:
         raise UserError(
             f"the process group has {dist.get_world_size()} processes, but the environment says "
-            f"{size}; set RANK, LOCAL_RANK and WORLD_SIZE in each, as torchrun does"
+            f"{size}; set RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT in each, as "
+            f"torchrun does"
         )
     return size
 

@@ -25,7 +25,7 @@ class RunError(RuntimeError):
 
 
 class Stopped(BaseException):
-    """A signal stopped a run; its state is saved and it can continue.
+    """A signal stopped a run, which can continue.
 
     Like KeyboardInterrupt it is not an Exception, so that a loop over runs ends too.
 
@@ -47,7 +47,7 @@ def exit_code_of(
     Args:
         command: what to run.
         debug: also print tracebacks of user errors.
-        rank: rank of this process; only rank 0 prints errors common to all ranks.
+        rank: rank of this process, named in messages of all but rank 0.
         local_rank: rank on this machine; rank 0 on each prints users' errors.
     """
     try:

@@ -63,8 +63,8 @@ def undecodable(dataset: ImageFolder, indices: Sequence[int], message: str) -> R
     aside = ", or train without them: evaluation.every_epochs=0" * (dataset.split == "val")
     return RunError(
         f"{message}. Without a checkpoint, replace or delete these files, or start with {way_out} "
-        "(and --fresh). A run with a checkpoint continues only on the same images: restore intact "
-        f"copies{aside}, or start over with --fresh"
+        "(with --fresh, in the same folder). A run with a checkpoint continues only on the same "
+        f"images: restore intact copies{aside}, or start over with --fresh"
     )
 
 

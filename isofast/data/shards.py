@@ -195,7 +195,7 @@ def _members(path: str) -> list[tuple[str, int, int]]:
     except tarfile.TarError as error:
         raise UserError(
             f"{path} is not a complete, uncompressed tar file: {error}. Create or copy it again "
-            "(GNU tar: with its default record size)"
+            "(with GNU tar, without -b)"
         ) from error
     if not classes or os.path.basename(os.path.dirname(path)) == "unlabeled":
         return found

@@ -127,8 +127,9 @@ def _onnx(encoder: Encoder, output: Path) -> str:
         )
     assert program is not None
     proto = program.model_proto
-    for key, value in describe(encoder.config, encoder.recipe).items():
-        proto.metadata_props.add(key=key, value=value)
+    about = describe(encoder.config, encoder.recipe)
+    for key in about.keys() - {"format"}:
+        proto.metadata_props.add(key=key, value=about[key])
     model = proto.SerializeToString()
     session = onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"])
     errors = []

@@ -83,14 +83,16 @@ def _by_accuracy(run: Run, val_images: int | None, pictures: Pictures | None) ->
     gain = f"k-NN top-1 {after:.3f}, before {before:.3f}: {after - before:+.3f}"
     vote = f"a vote of up to {run.config.evaluation.knn_k} neighbours"
     reasons = [f"k-NN on frozen features, {where}; {vote}."]
+    if pictures is not None and pictures.measured[-1].name == RAW_PIXELS:
+        mine, pixels = (pictures.measured[k].knn_top1 or 0.0 for k in (0, -1))
+        if pixels >= mine > 0:
+            reasons.append(
+                f"Raw pixels do at least as well: {pixels:.3f}, this run {mine:.3f}, on a sample."
+            )
     if n is None:
         reasons.append("No interval: the number of validation images is not known.")
         headline = f"It is unknown whether the gain over {start} exceeds chance. {gain}."
         return Verdict("uncertain", None, headline, reasons)
-    if pictures is not None and pictures.measured[-1].name == RAW_PIXELS:
-        mine, pixels = (pictures.measured[k].knn_top1 or 0.0 for k in (0, -1))
-        if pixels >= mine > 0:
-            reasons.append(f"Raw pixels do as well: {pixels:.3f} to {mine:.3f}, on a sample.")
     low, high = newcombe(after, before, n, n)
     gain += f", 95 % interval [{low:+.3f}, {high:+.3f}] from {n:,} images"
     reasons.append(

@@ -179,15 +179,14 @@ def autocast(x: Tensor, precision: torch.dtype) -> AbstractContextManager[object
 @contextmanager
 def _momentum_zero(module: nn.Module) -> Iterator[None]:
     norms = [norm for norm in module.modules() if isinstance(norm, _NormBase)]
-    kept = [(norm.momentum, norm.track_running_stats) for norm in norms]
+    kept = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
     try:
         for norm in norms:
-            # the second stops torch's counter of batches
-            norm.momentum, norm.track_running_stats = 0.0, False
+            norm.momentum, norm.num_batches_tracked = 0.0, None
         yield
     finally:
         for norm, settings in zip(norms, kept, strict=True):
-            norm.momentum, norm.track_running_stats = settings
+            norm.momentum, norm.num_batches_tracked = settings
 
 
 def _make_other(name: str) -> nn.Module:

@@ -31,15 +31,16 @@ def choose_run_dir(config_path: Path, run_dir: Path | None, fresh: bool) -> Path
     new = run_dir or Path("runs") / config_path.stem
     if not fresh:
         return new
-    new = new if new.name else Path.cwd()
+    new = Path(os.path.abspath(new)) if new.name in ("", "..") else new
+    requeued = int(os.environ.get("SLURM_RESTART_COUNT", "0")) > 0
     begun, first, number = None, new.name, 1
     while new.exists():
-        if (lock := new / ".lock").exists() and lock.read_text(encoding="utf-8") == _job():
+        lock = new / ".lock"
+        if requeued and lock.exists() and lock.read_text(encoding="utf-8") == _job():
             begun = new
         number += 1
         new = new.with_name(f"{first}-{number}")
-    requeued = int(os.environ.get("SLURM_RESTART_COUNT", "0")) > 0
-    return begun if requeued and begun is not None else new
+    return begun or new
 
 
 def open_run_dir(run_dir: Path, config: Config) -> IO[str]:
@@ -60,7 +61,7 @@ def open_run_dir(run_dir: Path, config: Config) -> IO[str]:
         )
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
-        lock = (run_dir / ".lock").open("a", encoding="utf-8")
+        lock = (run_dir / ".lock").open("a+", encoding="utf-8")
     except OSError as error:
         raise UserError(f"cannot write to {run_dir}: {error}; use another --run-dir") from None
     try:
@@ -73,9 +74,12 @@ def open_run_dir(run_dir: Path, config: Config) -> IO[str]:
     except OSError:
         # some network file systems have no locks; train without one
         pass
-    lock.truncate(0)
-    lock.write(_job())
-    lock.flush()
+    lock.seek(0)
+    # other ranks may be reading it
+    if lock.read() != _job():
+        lock.truncate(0)
+        lock.write(_job())
+        lock.flush()
     for part in run_dir.glob(".*.part*"):
         part.unlink()
     return lock

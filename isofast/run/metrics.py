@@ -33,7 +33,7 @@ class MetricsWriter:
     Args:
         run_dir: the run's folder.
         step: where the run resumes; a new run, at 0, keeps nothing.
-        loggers: also receive each record; one that cannot write is dropped.
+        loggers: also receive each record; one that fails is dropped.
         report: called with a line for the user.
 
     Attributes:

@@ -53,6 +53,7 @@ from isofast.training.parallel import (
     check_pass_through,
     close_world,
     init_world,
+    launcher_environment,
 )
 from isofast.training.signals import Signals, stopped
 from isofast.training.stall import StallWatch
@@ -70,8 +71,8 @@ def fit(config: Config, run_dir: str | PathLike[str]) -> Summary:
     Raises:
         UserError: the configuration, the data or the run dir does not allow the run.
         RunError: the run cannot continue; the run dir says what is known.
-        Stopped: a signal ended the run, which is saved; not an Exception, so that it ends a loop
-            over runs too.
+        Stopped: a signal ended the run, which can continue; not an Exception, so that it ends a
+            loop over runs too.
     """
     run_dir = Path(run_dir)
     if torch.is_autocast_enabled("cuda") or torch.is_autocast_enabled("cpu"):
@@ -86,9 +87,9 @@ def fit(config: Config, run_dir: str | PathLike[str]) -> Summary:
     with torch.inference_mode(False), in_words(config), ExitStack() as stack:
         stack.callback(torch.set_default_dtype, torch.get_default_dtype())
         torch.set_default_dtype(torch.float32)
-        if (device := torch.get_default_device()).type != "cpu":
-            stack.callback(torch.set_default_device, device)
-            torch.set_default_device(None)
+        if torch.get_default_device().type != "cpu":
+            stack.enter_context(torch.device("cpu"))
+        stack.enter_context(launcher_environment())
         if launched_rank() == 0:
             stack.enter_context(open_run_dir(run_dir, config))
             images = check_images(config, images)
@@ -139,7 +140,7 @@ class _Run:
         # without classes the probe has one output and nothing to learn
         outputs = max(1, len(train.classes))
         self.labelled = bool(train.classes)
-        uneven = world.size > 1 and bool((train.labels == UNLABELLED).any())
+        uneven = self.labelled and world.size > 1 and bool((train.labels == UNLABELLED).any())
         self.state: TrainState = build(config, world, outputs, uneven_labels=uneven)
         self.fingerprints = {
             "training": train.fingerprint,
@@ -243,6 +244,7 @@ class _Run:
                 self.checkpoint(last=at_end or stop is not None)
             if stop and not at_end:
                 raise stopped(stop, self.step, self.world)
+        signals.done()
         if config.evaluation.knn_pixels and self.evaluator is not None:
             recorder.totals.knn_top1_pixels = self.evaluator.pixels()
 

@@ -6,6 +6,7 @@ import io
 import logging
 import os
 import warnings
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -33,8 +34,6 @@ _DERIVED = {
     "wall_clock_breakdown": "logging (it synchronises every step)",
 }
 _NEVER_PRINT = 2**62
-# no other process needs to find it
-_ANY_PORT = "0"
 
 
 def check_pass_through(config: Config) -> None:
@@ -62,6 +61,21 @@ def check_pass_through(config: Config) -> None:
             f"deepspeed.zero_optimization.stage must be 0, got {stage!r}: higher stages shard the "
             f"layers that LARS and checkpoints need whole, and a ResNet fits on any GPU"
         )
+
+
+@contextlib.contextmanager
+def launcher_environment() -> Iterator[None]:
+    """Restore the variables that `init_world` sets, from which others would infer a launcher."""
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    before = {name: os.environ.get(name) for name in names}
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
 
 
 def init_world() -> World:
@@ -119,10 +133,6 @@ def close_world() -> None:
     if torch.distributed.is_initialized():
         # torch's version would leave DeepSpeed's groups for the next run to pick up
         _import_deepspeed().comm.destroy_process_group()
-    if os.environ.get("MASTER_PORT") == _ANY_PORT:
-        # set below; other libraries would expect a launcher
-        for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
-            os.environ.pop(name, None)
 
 
 def make_engine(module: nn.Module, optimizer: Optimizer, config: Config, world: World) -> Any:
@@ -189,7 +199,8 @@ def _fill_launcher_environment() -> None:
             )
     if "RANK" not in env:
         env.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1")
-        env["MASTER_PORT"] = _ANY_PORT
+        # any free port: no other process needs to find it
+        env["MASTER_PORT"] = "0"
     env.setdefault("LOCAL_RANK", "0")
 
 

@@ -81,7 +81,7 @@ class Signals:
             thread.join()
 
     def done(self) -> None:
-        """Stop waiting for a step: there is nothing more to save."""
+        """Stop waiting for a step: the loop has ended."""
         self._handled.set()
 
     @property
@@ -120,7 +120,9 @@ class Signals:
                 self.told.set()
                 self._start(self._give_up)
             elif time.monotonic() - began > ECHO_S:
-                sys.stderr.write(f"\n{signal.Signals(data[0]).name} again: ended without saving\n")
+                if not self._handled.is_set():
+                    name = signal.Signals(data[0]).name
+                    sys.stderr.write(f"\n{name} again: ended without saving\n")
                 os._exit(128 + data[0])
         os.close(self._reader)
 
@@ -136,7 +138,7 @@ class Signals:
             if self._handled.wait(self._grace_s):
                 return
         name = signal.Signals(self._received).name
-        what = f"no step or batch in {self._grace_s:g} s after {name}; the work was not saved"
+        what = f"{name}, then no step or batch for {self._grace_s:g} s; the work was not saved"
         sys.stderr.write(f"\nerror: {what}\n")
         os._exit(128 + self._received)
 

@@ -44,6 +44,16 @@ def state_of(
     return state
 
 
+def test_a_batchnorm_that_is_not_torchs_counts_each_piece_once(small_config):
+    """The recomputation of a piece moves none of its statistics."""
+    state = state_of(small_config, 2, "timm:regnetx_002", ema=False)
+    norm = next(m for m in state.online.modules() if type(m).__name__ == "BatchNormAct2d")
+    batch = repeated_batch(2)
+    state.online(batch).loss.backward()
+    # two views of two pieces
+    assert norm.num_batches_tracked == 4
+
+
 def repeated_batch(pieces: int) -> Batch:
     """Return 8 images per view, the same ones in each micro-batch, so that statistics agree."""
     x_VBCHW = torch.randn(2, 8 // pieces, 3, 16, 16, dtype=torch.float64)

@@ -146,7 +146,7 @@ def test_a_run_that_cannot_stop_is_ended(grace_s, signals):
     _, printed = process.communicate(timeout=20)
     assert process.returncode == 143
     assert ("the work was not saved" in printed) == (signals == 1)
-    assert ("SIGTERM again" in printed) == (signals == 2)
+    assert ("SIGTERM again: ended without saving" in printed) == (signals == 2)
 
 
 @pytest.mark.slow
