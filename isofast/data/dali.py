@@ -4,7 +4,6 @@ DALI draws no random numbers: parameters from `isofast.data.draw` and the files'
 an external source. Each file is decoded once, and both views are made from it in C++.
 """
 
-import io
 import itertools
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
@@ -17,14 +16,13 @@ import numpy.typing as npt
 import torch
 from nvidia.dali import Pipeline, fn, types
 from nvidia.dali.plugin.pytorch import feed_ndarray
-from PIL import Image
 
 from isofast.config.schema import ViewConfig
 from isofast.data.checked import undecodable
 from isofast.data.draw import Chunk, Ints, ViewDraw, clean_windows, colour_matrices, draw
 from isofast.data.folder import ImageFolder, read_files, read_sizes, some_of
 from isofast.data.recipe import Recipe
-from isofast.data.resident import rgb
+from isofast.data.resident import opaque
 from isofast.errors import RunError
 
 # image indices of a batch, and the arrays fed alongside the files
@@ -132,7 +130,7 @@ class DaliPipeline:
         return [encoded, *map(np.ascontiguousarray, arrays)]
 
     def _read(self, indices: Ints) -> list[bytes]:
-        return [_opaque(content) for content in read_files(self._dataset, indices)]
+        return [opaque(content) for content in read_files(self._dataset, indices)]
 
     def _blame(self, error: RuntimeError) -> RunError:
         """Find the files in progress that DALI refuses."""
@@ -228,24 +226,6 @@ class SingleDecoder:
             self._pipeline = None
             return False
         return True
-
-
-def _opaque(content: bytes) -> bytes:
-    """Put a transparent PNG on white; DALI would show the colours hidden behind it."""
-    if not content.startswith(b"\x89PNG"):
-        return content
-    head = content[: content.find(b"IDAT")]
-    # gray or RGB with alpha, or transparent colours
-    if head[25:26] not in (b"\4", b"\6") and b"tRNS" not in head:
-        return content
-    file = io.BytesIO()
-    try:
-        with Image.open(io.BytesIO(content)) as image:
-            Image.fromarray(rgb(image)).save(file, "PNG", compress_level=0)
-    # for DALI to judge
-    except Exception:
-        return content
-    return file.getvalue()
 
 
 def _is_cut(content: bytes) -> bool:

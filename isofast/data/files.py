@@ -1,14 +1,11 @@
 """Atomic writes: files are complete or absent, even after a crash."""
 
-import io
 import json
 import os
 import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from isofast.errors import UserError
 
@@ -29,13 +26,6 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     finally:
         part.unlink(missing_ok=True)
     sync(path.parent)
-
-
-def torch_bytes(content: object) -> bytes:
-    """Return what torch.save writes; its own writer's error does not say that a disk is full."""
-    buffer = io.BytesIO()
-    torch.save(content, buffer)
-    return buffer.getvalue()
 
 
 def write_text(path: Path, text: str) -> None:

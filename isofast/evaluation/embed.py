@@ -20,12 +20,12 @@ from torch import nn
 from tqdm import tqdm
 
 from isofast.data import Recipe
-from isofast.data.files import check_output, torch_bytes, write_atomically
+from isofast.data.files import check_output, write_atomically
 from isofast.data.parallel import in_processes
 from isofast.data.resident import clean_image, normalised, rgb
 from isofast.data.shards import PICTURES, open_member, read_index
 from isofast.errors import UserError
-from isofast.evaluation.encoders import read_encoder
+from isofast.evaluation.encoders import read_encoder, torch_bytes
 
 Pixels = npt.NDArray[np.uint8]
 Features = npt.NDArray[np.float32]

@@ -1,5 +1,6 @@
 """Load the encoder of a run or a file as a module."""
 
+import io
 from os import PathLike
 from pathlib import Path
 from typing import NamedTuple
@@ -71,3 +72,10 @@ def untrained(config: Config) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         return make_encoder(config.encoder)
+
+
+def torch_bytes(content: object) -> bytes:
+    """Return what torch.save writes; its own writer's error does not say that a disk is full."""
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    return buffer.getvalue()

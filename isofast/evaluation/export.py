@@ -15,9 +15,9 @@ from safetensors.torch import save
 from torch import Tensor
 
 from isofast.config.schema import EncoderConfig
-from isofast.data.files import check_output, torch_bytes, write_atomically
+from isofast.data.files import check_output, write_atomically
 from isofast.errors import RunError, UserError
-from isofast.evaluation.encoders import Encoder, read_encoder
+from isofast.evaluation.encoders import Encoder, read_encoder, torch_bytes
 from isofast.methods.networks import STAGES
 from isofast.methods.weights import describe
 
@@ -128,8 +128,10 @@ def _onnx(encoder: Encoder, output: Path) -> str:
     assert program is not None
     proto = program.model_proto
     about = describe(encoder.config, encoder.recipe)
-    for key in about.keys() - {"format"}:
-        proto.metadata_props.add(key=key, value=about[key])
+    # of the state dict
+    del about["format"]
+    for key, value in about.items():
+        proto.metadata_props.add(key=key, value=value)
     model = proto.SerializeToString()
     session = onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"])
     errors = []

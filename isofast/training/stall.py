@@ -20,6 +20,9 @@ class StallWatch:
     Args:
         config: the config's data section.
         rank: rank named in the message.
+
+    Attributes:
+        batches: number of batches taken so far.
     """
 
     def __init__(self, config: DataConfig, rank: int) -> None:
