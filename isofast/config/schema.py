@@ -128,7 +128,7 @@ class DataConfig(_Section):
     )
     """Selects the augmentation and stem presets; imagefolder is any folder of images."""
     root: Path = Field(strict=False, json_schema_extra=FREE)
-    """Folder with train/CLASS/IMAGE, val/CLASS/IMAGE and optionally unlabeled/IMAGE; JPEG or PNG,
+    """Folder with train/CLASS/, val/CLASS/ and optionally unlabeled/; JPEG, PNG, WebP, BMP or TIFF,
     as files or in tars."""
     on_bad_image: Literal["stop", "skip"] = "stop"
     """Whether files that are unreadable at the start stop the run or are skipped. A file lost later

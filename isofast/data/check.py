@@ -20,6 +20,7 @@ from tqdm import tqdm
 from isofast.data.checked import Entry, read_known, write_known
 from isofast.data.folder import NAMED, ImageFolder, fingerprint_of, printable, some_of
 from isofast.data.parallel import in_processes, in_threads
+from isofast.data.resident import rgb
 from isofast.errors import UserError
 
 Check = Literal["full", "headers", "off"]
@@ -27,7 +28,8 @@ OnBad = Literal["stop", "skip"]
 Decoder = Literal["dali", "pillow"]
 
 # MPO is a JPEG followed by more images, as written by many cameras
-_FORMATS = ("PNG", "JPEG", "MPO")
+_DALI_FORMATS = ("PNG", "JPEG", "MPO")
+_FORMATS = (*_DALI_FORMATS, "WEBP", "BMP", "TIFF")
 _REMEDY = (
     "Replace or delete these files (download a damaged archive again), or skip them with "
     "data.on_bad_image=skip (`isofast prepare`: --on-bad-image skip), then start again"
@@ -96,7 +98,8 @@ def check_folder(
     bad = {k: entry.problem for k, entry in enumerate(found) if entry.problem}
     if not bad:
         return checked
-    problems = _bad_files(dataset, {dataset.where(k): problem for k, problem in bad.items()})
+    named = {dataset.where(k): problem for k, problem in bad.items()}
+    problems = _bad_files(dataset, named, shown=100)
     if on_bad == "stop":
         raise UserError(f"{problems}. {_REMEDY}")
     kept = checked.subset([k for k in range(len(dataset)) if k not in bad])
@@ -130,7 +133,7 @@ def notes_on(splits: Sequence[ImageFolder]) -> list[str]:
     skipped = [f"{_bad_files(s, s.skipped)}. They are skipped" for s in splits if s.skipped]
     ignored = [
         f"{len(s.ignored):,} {s.split} file(s) look like images but are not used: "
-        f"{some_of(s.ignored)}. Images must be named {NAMED} and be directly in their class folder"
+        f"{some_of(s.ignored)}. Images must be named {NAMED} and be in a class folder"
         for s in splits
         if s.ignored
     ]
@@ -179,12 +182,13 @@ def _decode(file: BinaryIO, judge: str) -> tuple[int, int, str]:
     try:
         image = Image.open(file)
         if image.format not in _FORMATS:
-            return 0, 0, f"{image.format}, not PNG or JPEG"
-        if judge == "pillow":
-            # verify() tests the checksums; loading the pixels then needs a new open()
+            return 0, 0, f"{image.format}, not {', '.join(_FORMATS)}"
+        by_dali = judge == "dali" and image.format in _DALI_FORMATS
+        if judge != "headers" and not by_dali:
+            # verify() tests the checksums; decoding the pixels then needs a new open()
             image.verify()
             image = Image.open(file)
-            image.load()
+            rgb(image)
     except UnidentifiedImageError:
         some = file.seek(0, os.SEEK_END)
         return 0, 0, "cannot identify it as an image" if some else "empty file"
@@ -194,7 +198,7 @@ def _decode(file: BinaryIO, judge: str) -> tuple[int, int, str]:
             raise
         return 0, 0, str(error) or type(error).__name__
     problem = ""
-    if judge == "dali" and not _dali_decodes(file):
+    if by_dali and not _dali_decodes(file):
         problem = "DALI cannot decode it"
         pixel = io.BytesIO()
         Image.new("RGB", (1, 1)).save(pixel, "PNG")
@@ -215,7 +219,7 @@ def _dali_decodes(file: BinaryIO) -> bool:
     return decoder.decodes(file.read())
 
 
-def _bad_files(dataset: ImageFolder, bad: Mapping[str, str]) -> str:
-    shown = some_of([f"{name} ({problem})" for name, problem in bad.items()], "; ")
+def _bad_files(dataset: ImageFolder, bad: Mapping[str, str], shown: int = 5) -> str:
+    some = some_of([f"{name} ({problem})" for name, problem in bad.items()], "; ", shown)
     total = len(dataset) + len(dataset.skipped)
-    return f"{len(bad)} of {total} {dataset.split} images cannot be read: {shown}"
+    return f"{len(bad)} of {total} {dataset.split} images cannot be read: {some}"

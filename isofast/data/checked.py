@@ -12,7 +12,7 @@ from isofast.data.files import write_text
 from isofast.data.folder import ImageFolder
 from isofast.errors import RunError
 
-_FORMAT = 6
+_FORMAT = 7
 # threads that fail to decode at the same time each add their results
 _WRITING = threading.Lock()
 

@@ -22,7 +22,7 @@ from isofast.data.checked import undecodable
 from isofast.data.draw import Chunk, Ints, ViewDraw, clean_windows, colour_matrices, draw
 from isofast.data.folder import ImageFolder, read_files, read_sizes, some_of
 from isofast.data.recipe import Recipe
-from isofast.data.resident import opaque
+from isofast.data.resident import for_dali
 from isofast.errors import RunError
 
 # image indices of a batch, and the arrays fed alongside the files
@@ -122,21 +122,20 @@ class DaliPipeline:
         # its whole batch or crashes the process
         files = self._readers.map(self._read, pieces)
         contents = [content for piece in files for content in piece]
-        cut = [int(k) for k, content in zip(indices, contents, strict=True) if _is_cut(content)]
-        if cut:
-            raise self._undecodable(cut, len(indices))
+        if bad := [int(k) for k, c in zip(indices, contents, strict=True) if _refused(c)]:
+            raise self._undecodable(bad, len(indices))
         self._in_progress.append(indices)
         encoded = [np.frombuffer(content, np.uint8) for content in contents]
         return [encoded, *map(np.ascontiguousarray, arrays)]
 
-    def _read(self, indices: Ints) -> list[bytes]:
-        return [opaque(content) for content in read_files(self._dataset, indices)]
+    def _read(self, indices: Iterable[int]) -> list[bytes]:
+        return [for_dali(content) for content in read_files(self._dataset, indices)]
 
     def _blame(self, error: RuntimeError) -> RunError:
         """Find the files in progress that DALI refuses."""
         fed = sorted({int(index) for batch in self._in_progress for index in batch})
         decoder = SingleDecoder(self._device)
-        refused = [k for k in fed if not decoder.decodes(read_files(self._dataset, [k])[0])]
+        refused = [k for k in fed if not decoder.decodes(self._read([k])[0])]
         # if it decodes none of them, the device is at fault
         if not refused or len(refused) == len(fed) > 1:
             return RunError(
@@ -228,9 +227,9 @@ class SingleDecoder:
         return True
 
 
-def _is_cut(content: bytes) -> bool:
-    """Whether a PNG lacks its end, on which DALI crashes more often than not."""
-    return content.startswith(b"\x89PNG") and b"IEND" not in content
+def _refused(content: bytes) -> bool:
+    """Whether a file is empty, or a PNG without its end, which often crashes DALI."""
+    return not content or (content.startswith(b"\x89PNG") and b"IEND" not in content)
 
 
 def _decoded(encoded: Node, device: torch.device) -> Node:

@@ -1,18 +1,17 @@
 """List and read data roots: root/train/CLASS/, root/val/CLASS/ and root/unlabeled/.
 
-Images are *.png, *.jpg and *.jpeg directly inside their folder. Those in root/unlabeled/ are
-trained on with the label -1; a root may contain nothing else. root/train, root/val and
-root/unlabeled may each contain tars instead (`isofast.data.shards`).
+Images lie in these folders or in folders within them. Those in root/unlabeled/ are trained on with
+the label -1; a root may contain nothing else. root/train, root/val and root/unlabeled may each
+contain tars instead (`isofast.data.shards`).
 """
 
 import hashlib
 import os
-from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from stat import S_ISDIR
-from typing import BinaryIO
+from stat import S_ISDIR, S_ISREG
+from typing import BinaryIO, Never
 
 import numpy as np
 import numpy.typing as npt
@@ -25,9 +24,8 @@ SPLITS = ("train", "val")
 UNLABELED = "unlabeled"
 UNLABELLED = -1
 NAMED = f"*{', *'.join(EXTENSIONS)}"
-_SHOWN = 5
 
-# name, size in bytes, time in ns, index of the tar (-1: none), offset in it
+# path, size in bytes, time in ns, index of the tar (-1: none), offset in it
 _Row = tuple[str, int, int, int, int]
 
 
@@ -168,10 +166,29 @@ def read_files(dataset: ImageFolder, indices: Iterable[int]) -> list[bytes]:
     return contents
 
 
-def some_of(names: Sequence[str], separator: str = ", ") -> str:
+def walk(folder: Path, onerror: Callable[[OSError], object]) -> Iterator[tuple[str, list[str]]]:
+    """Yield each folder below ``folder``, itself included, and the names of its pictures.
+
+    Hidden ones are left out. Links to folders are followed, except to a folder that contains the
+    link. ``onerror`` is called for folders that cannot be listed.
+    """
+    for place, folders, files in os.walk(folder, onerror=onerror, followlinks=True):
+        folders[:] = [n for n in folders if n[0] != "." and not _leads_back(Path(place, n))]
+        yield place, [n for n in files if n[0] != "." and n.lower().endswith(PICTURES)]
+
+
+def _leads_back(path: Path) -> bool:
+    """Return whether a folder is a link to one that contains it, an endless loop."""
+    if not path.is_symlink():
+        return False
+    target = path.resolve()
+    return any(parent.resolve().is_relative_to(target) for parent in path.parents)
+
+
+def some_of(names: Sequence[str], separator: str = ", ", shown: int = 5) -> str:
     """Join the first few names, and count the rest."""
-    more = [f"and {len(names) - _SHOWN:,} more"] if len(names) > _SHOWN else []
-    return separator.join([*names[:_SHOWN], *more])
+    more = [f"and {len(names) - shown:,} more"] if len(names) > shown else []
+    return separator.join([*names[:shown], *more])
 
 
 def printable(text: str) -> str:
@@ -196,25 +213,28 @@ def _listed(root: Path, split: str) -> ImageFolder:
     if split == "val" and any(_is_folder(root / name) for name in ("train", UNLABELED)):
         _require_same_classes(root, classes)
     tars: list[Tar] = []
-    pictures: set[str] = set()
-    rows: list[tuple[str, int, int, int, int, int]] = []
+    ignored: list[str] = []
+    rows: list[tuple[int, str, int, int, int, int]] = []
     for top, index in indexes.items():
-        if index is None:
-            pictures.update(_pictures_below(root, top))
-        else:
-            pictures.update(f"{top}/{name}" for name in index.names)
-            members = _members(top, index, len(tars))
-            tars += index.tars
+        depth = 2 if top == split else 1
         folders = {f"{split}/{name}": label for label, name in enumerate(classes)}
-        for folder, label in folders.items() if top == split else [(UNLABELED, UNLABELLED)]:
-            found = sorted(_images_in(root / folder) if index is None else members[folder])
-            if not found:
-                raise UserError(
-                    f"the {'class ' if label >= 0 else ''}folder {root / folder} has no images, "
-                    f"i.e. files named {NAMED} directly inside it. Add images or remove the folder"
-                )
-            rows += [(f"{folder}/{row[0]}", label, *row[1:]) for row in found]
-    paths, labels, sizes, times, numbers, offsets = zip(*rows, strict=True)
+        wanted = folders if top == split else {UNLABELED: UNLABELLED}
+        found = []
+        for row in _files(root, top) if index is None else _members(top, index, len(tars)):
+            label = wanted.get("/".join(row[0].split("/", depth)[:depth]))
+            if label is not None and row[0].lower().endswith(EXTENSIONS):
+                found.append((label, *row))
+            else:
+                ignored.append(row[0])
+        labelled = {row[0] for row in found}
+        for folder in (name for name, label in wanted.items() if label not in labelled):
+            raise UserError(
+                f"the {'class ' if top == split else ''}folder {root / folder} has no images, i.e. "
+                f"files named {NAMED}. Add images or remove the folder"
+            )
+        rows += sorted(found)
+        tars += index.tars if index else ()
+    labels, paths, sizes, times, numbers, offsets = zip(*rows, strict=True)
     return ImageFolder(
         root,
         split,
@@ -225,7 +245,7 @@ def _listed(root: Path, split: str) -> ImageFolder:
         np.stack([sizes, times], axis=1, dtype=np.int64),
         tuple(tars),
         np.stack([numbers, offsets], axis=1, dtype=np.int64),
-        ignored=tuple(sorted(pictures.difference(paths))),
+        ignored=tuple(sorted(ignored)),
     )
 
 
@@ -280,35 +300,25 @@ def _require_same_classes(root: Path, val: tuple[str, ...]) -> None:
         )
 
 
-def _pictures_below(root: Path, top: str) -> Iterator[str]:
-    for place, folders, names in os.walk(root / top):
-        folders[:] = [name for name in folders if not name.startswith(".")]
+def _files(root: Path, top: str) -> Iterator[_Row]:
+    def fail(error: OSError) -> Never:
+        raise error
+
+    for place, names in walk(root / top, fail):
         below = os.path.relpath(place, root)
         for name in names:
-            if name.lower().endswith(PICTURES) and not name.startswith("."):
-                yield f"{below}/{name}"
-
-
-def _members(top: str, index: Index, first: int) -> dict[str, list[_Row]]:
-    """Return the images in tars by folder; ``first`` is the index of the first tar."""
-    found: dict[str, list[_Row]] = defaultdict(list)
-    for name, number, offset, size in zip(index.names, *index.places_N3.T.tolist(), strict=True):
-        folder, _, filename = f"{top}/{name}".rpartition("/")
-        if filename.lower().endswith(EXTENSIONS):
-            time_ns = index.tars[number].mtime_ns
-            found[folder].append((filename, size, time_ns, first + number, offset))
-    return found
-
-
-def _images_in(folder: Path) -> Iterator[_Row]:
-    with os.scandir(folder) as entries:
-        for entry in entries:
-            name = entry.name
-            if not name.lower().endswith(EXTENSIONS) or name.startswith("."):
-                continue
-            if entry.is_file():
-                status = entry.stat()
-                yield name, status.st_size, status.st_mtime_ns, -1, 0
-            elif not os.path.exists(entry.path):
+            path = os.path.join(place, name)
+            try:
+                status = os.stat(path)
+            except FileNotFoundError:
                 # a broken link: let the check name it rather than train on fewer images
-                yield name, 0, 0, -1, 0
+                yield f"{below}/{name}", 0, 0, -1, 0
+            else:
+                if S_ISREG(status.st_mode):
+                    yield f"{below}/{name}", status.st_size, status.st_mtime_ns, -1, 0
+
+
+def _members(top: str, index: Index, first: int) -> Iterator[_Row]:
+    """Yield the images in tars; ``first`` is the index of the first tar."""
+    for name, number, offset, size in zip(index.names, *index.places_N3.T.tolist(), strict=True):
+        yield f"{top}/{name}", size, index.tars[number].mtime_ns, first + number, offset

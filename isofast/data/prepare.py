@@ -84,7 +84,7 @@ def prepare(
     if archive is not None and name in ("digits", "imagefolder"):
         raise UserError(f"{name} needs no archive; leave out --archive {archive}")
     if name == "imagefolder":
-        return _count(name, root, on_bad, already_there=True)
+        return _count(name, root, on_bad, already_there=False)
 
     def build(partial: Path) -> None:
         if name == "digits":
@@ -197,13 +197,11 @@ def _locked(root: Path) -> Iterator[None]:
 def checked_splits(root: Path, on_bad: OnBad) -> list[ImageFolder]:
     """Check all images of a data root not checked before, of train, and of val if there is one.
 
-    A root of images without classes needs no validation images; any other root does.
-
     Raises:
         UserError: as for `open_dataset` and `check_folder`.
     """
     splits = [open_dataset(root, "train")]
-    if splits[0].classes or (root / "val").exists():
+    if os.path.lexists(root / "val"):
         splits.append(open_dataset(root, "val"))
     return [check_folder(split, on_bad=on_bad) for split in splits]
 

@@ -233,19 +233,24 @@ def rgb(image: Image.Image) -> npt.NDArray[np.uint8]:
     return np.array(image.convert("RGB"))
 
 
-def opaque(content: bytes) -> bytes:
-    """Return a file's content; a transparent PNG is put on white, for decoders without alpha."""
-    if not content.startswith(b"\x89PNG"):
+def for_dali(content: bytes) -> bytes:
+    """Return a file's content as DALI takes it: a JPEG or an opaque PNG as it is, others as BMP.
+
+    Nothing is returned for a file of another format that Pillow refuses.
+    """
+    if content.startswith(b"\xff\xd8"):
         return content
-    head = content[: content.find(b"IDAT")]
-    # gray or RGB with alpha, or transparent colours
-    if head[25:26] not in (b"\4", b"\6") and b"tRNS" not in head:
-        return content
+    is_png = content.startswith(b"\x89PNG")
+    if is_png:
+        head = content[: content.find(b"IDAT")]
+        # neither gray or RGB with alpha, nor transparent colours
+        if head[25:26] not in (b"\4", b"\6") and b"tRNS" not in head:
+            return content
     file = io.BytesIO()
     try:
         with Image.open(io.BytesIO(content)) as image:
-            Image.fromarray(rgb(image)).save(file, "PNG", compress_level=0)
-    # for DALI to judge
+            # encoded and decoded in no time
+            Image.fromarray(rgb(image)).save(file, "BMP")
     except Exception:
-        return content
+        return content if is_png else b""
     return file.getvalue()

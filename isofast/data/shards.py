@@ -22,11 +22,8 @@ from tqdm import tqdm
 from isofast.data.files import write_atomically
 from isofast.errors import UserError
 
-EXTENSIONS = (".png", ".jpg", ".jpeg")
-PICTURES = (
-    *EXTENSIONS,
-    *(".webp", ".bmp", ".gif", ".tif", ".tiff", ".jfif", ".jp2", ".heic", ".avif"),
-)
+EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
+PICTURES = (*EXTENSIONS, ".gif", ".jfif", ".jp2", ".heic", ".avif")
 _INDEX = ".isofast-index.npz"
 _FORMAT = 1
 # half of the usual limit of open files; further tars are opened for each image

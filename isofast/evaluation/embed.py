@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from isofast.data import Recipe
 from isofast.data.files import check_output, write_atomically
+from isofast.data.folder import walk
 from isofast.data.parallel import in_processes
 from isofast.data.resident import clean_image, normalised, rgb
 from isofast.data.shards import PICTURES, open_member, read_index
@@ -145,8 +146,7 @@ def features(
 def list_pictures(folder: Path) -> dict[str, Callable[[], BinaryIO]]:
     """Return a function that opens each image below ``folder``, by relative path with "/", sorted.
 
-    Tars indexed by `isofast.data.shards` stand for their images. Links to folders are followed,
-    except to a folder that contains the link.
+    Tars indexed by `isofast.data.shards` stand for their images.
 
     Raises:
         UserError: ``folder`` is not a folder or contains no image.
@@ -155,16 +155,9 @@ def list_pictures(folder: Path) -> dict[str, Callable[[], BinaryIO]]:
         raise UserError(f"--images {folder} is not a folder")
     found: dict[str, Callable[[], BinaryIO]] = {}
     closed: list[OSError] = []
-    for place, folders, files in os.walk(folder, onerror=closed.append, followlinks=True):
-        folders[:] = [
-            name
-            for name in folders
-            if not name.startswith(".") and not _leads_back(Path(place, name))
-        ]
+    for place, names in walk(folder, closed.append):
         here: dict[str, Callable[[], BinaryIO]] = {
-            name: partial(io.FileIO, os.path.join(place, name))
-            for name in files
-            if name.lower().endswith(PICTURES) and not name.startswith(".")
+            name: partial(io.FileIO, os.path.join(place, name)) for name in names
         }
         try:
             if (index := read_index(place)) is not None:
@@ -185,14 +178,6 @@ def list_pictures(folder: Path) -> dict[str, Callable[[], BinaryIO]]:
             f"there are no images below {folder}; images are named *{', *'.join(PICTURES)}"
         )
     return dict(sorted(found.items()))
-
-
-def _leads_back(path: Path) -> bool:
-    """Return whether a folder is a link to one that contains it, an endless loop."""
-    if not path.is_symlink():
-        return False
-    target = path.resolve()
-    return any(parent.resolve().is_relative_to(target) for parent in path.parents)
 
 
 def _fail(error: Exception) -> BinaryIO:

@@ -27,11 +27,11 @@ SIDE = 40
 RNG = np.random.default_rng(1)
 
 
-def encoded(kind: str, **options: object) -> bytes:
+def encoded(kind: str, mode: str = "RGB", **options: object) -> bytes:
     """Return an encoded image of noise."""
     file = io.BytesIO()
     pixels = RNG.integers(0, 256, (SIDE, SIDE, 3), dtype=np.uint8)
-    Image.fromarray(pixels).save(file, kind, **options)
+    Image.fromarray(pixels).convert(mode).save(file, kind, **options)
     return file.getvalue()
 
 
@@ -60,8 +60,12 @@ BAD = {
     "empty": (b"", DECODERS, True),
     "text": (b"this is no picture", DECODERS, True),
     "GIF": (encoded("GIF"), DECODERS, True),
-    "WebP": (encoded("WEBP"), DECODERS, True),
-    "BMP": (encoded("BMP"), DECODERS, True),
+    "JPEG 2000": (encoded("JPEG2000"), DECODERS, True),
+    # its decoder needs the whole file to begin with
+    "half a WebP": (encoded("WEBP")[:999], DECODERS, True),
+    "half a BMP": (encoded("BMP")[:999], DECODERS, False),
+    "half a TIFF": (encoded("TIFF")[:999], DECODERS, False),
+    "a TIFF of floats": (encoded("TIFF", "F"), DECODERS, False),
     "half a JPEG": (JPEG[: len(JPEG) // 2], DECODERS, False),
     "JPEG cut by 60": (JPEG[:-60], DECODERS, False),
     **{f"PNG cut by {n}": (PNG[:-n], DECODERS, False) for n in (12, 20, 60)},
@@ -152,11 +156,13 @@ def test_who_stops_a_check_does_not_wait_for_its_end(tmp_path):
     assert time.monotonic() - start < 5
 
 
-def test_many_bad_files_are_counted(root):
+def test_all_bad_files_that_stop_a_run_are_named(root):
     for k in range(7):
         (root / "train" / "b" / f"bad{k}.png").write_text("no picture")
-    with pytest.raises(UserError, match=r"7 of 13.*cannot identify.*and 2 more"):
+    with pytest.raises(UserError, match=r"7 of 13.*bad0.*cannot identify.*bad6.*Replace"):
         checked(root)
+    (note,) = notes_on([checked(root, on_bad="skip")])
+    assert "bad4.png" in note and "and 2 more" in note
 
 
 def test_a_class_without_readable_images_is_an_error(root):

@@ -86,26 +86,41 @@ def test_a_link_to_a_folder_is_a_class(root, tmp_path):
     assert len(open_dataset(root, "train")) == 51
 
 
+def test_folders_within_folders_are_read(tmp_path, pictures):
+    """Through links too, but not forever."""
+    below = tmp_path / "unlabeled" / "2024" / "may"
+    below.mkdir(parents=True)
+    (below / "first").symlink_to(pictures / "train" / "class0")
+    (below / "again").symlink_to(tmp_path / "unlabeled")
+    shutil.copy(pictures / "train/class1/000.jpg", below)
+    names = sorted(path.name for path in (pictures / "train/class0").iterdir())
+    train = checked(tmp_path)
+    assert train.paths == (
+        "unlabeled/2024/may/000.jpg",
+        *(f"unlabeled/2024/may/first/{name}" for name in names),
+    )
+    assert train.ignored == () and len(read_files(train, range(len(train)))) == 18
+
+
 def test_pictures_that_are_not_used_are_counted(root, capsys):
     assert notes_on([open_dataset(root, "train")]) == []
     folder = root / "train" / "class0"
-    ignored = ("a.webp", "b.BMP", "more/c.png", "more/deep/d.gif", "../stray.png")
-    # only the last one, ZZ.JPEG, belongs to the data set
-    for name in (*ignored, ".thumbnails/e.png", ".f.jpg", "../.cache/g.png", "ZZ.JPEG"):
+    used = ("ZZ.JPEG", "a.webp", "b.BMP", "more/deep/c.png")
+    ignored = ("more/deep/d.gif", "e.jp2", "../stray.png")
+    for name in (*used, *ignored, ".thumbnails/f.png", ".g.jpg", "../.cache/h.png"):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (4, 4)).save(folder / name)
     (folder / "notes.txt").write_text("x")
     train = checked(root)
-    assert len(train) == 52 and "train/class0/ZZ.JPEG" in train.paths
+    assert len(train) == 51 + len(used) and train.labels.tolist()[:21] == [0] * 21
+    assert {f"train/class0/{name}" for name in used} < set(train.paths)
     assert train.ignored == (
-        "train/class0/a.webp",
-        "train/class0/b.BMP",
-        "train/class0/more/c.png",
+        "train/class0/e.jp2",
         "train/class0/more/deep/d.gif",
         "train/stray.png",
     )
     (note,) = notes_on([train])
-    assert note.startswith("5 train file(s) look like images but are not used: train/class0/a.w")
+    assert note.startswith("3 train file(s) look like images but are not used: train/class0/e.jp")
     assert "\n" not in note
     assert main(["prepare", "imagefolder", "--root", str(root)]) == 0
     assert note in capsys.readouterr().out.splitlines()

@@ -133,6 +133,40 @@ def test_clean_images_are_exactly_the_files(tmp_path, backend):
     assert torch.cat([y for _, y in batches]).tolist() == [dataset.labels[i] for i in indices]
 
 
+LZW = {"compression": "tiff_lzw"}
+PAGES = {"save_all": True, "append_images": [Image.new("RGB", (9, 9))]}
+
+
+@BOTH
+@pytest.mark.parametrize(
+    ("suffix", "mode", "options"),
+    [
+        ("webp", "RGB", {"lossless": True}),
+        ("webp", "RGBA", {"lossless": True, "exact": True}),
+        ("bmp", "RGB", {}),
+        ("tif", "RGB", {}),
+        ("tiff", "RGB", LZW),
+        ("tiff", "RGB", PAGES),
+        ("tiff", "RGBA", LZW),
+        ("tiff", "16 bits", {}),
+    ],
+)
+def test_other_formats(tmp_path, backend, suffix, mode, options):
+    """With transparency on white, 16 bits reduced to 8, and the first of several pages."""
+    channels = {"RGB": 3, "RGBA": 4, "16 bits": 1}[mode]
+    random = np.random.default_rng(0)
+    pixels_HWC = random.integers(0, 256, (32, 32, channels), dtype=np.uint8)
+    stored = pixels_HWC[:, :, 0] * np.uint16(257) if channels == 1 else pixels_HWC
+    (tmp_path / "val" / "a").mkdir(parents=True)
+    Image.fromarray(stored).save(tmp_path / "val" / "a" / f"x.{suffix}", **options)
+    dataset = checked(tmp_path, "val")
+    recipe = recipe_for("cifar10")
+    ((x, _),) = eval_loader(dataset, recipe, [0], backend=backend)
+    cover_HW1 = pixels_HWC[:, :, 3:] / 255 if mode == "RGBA" else 1
+    expected_HW3 = cover_HW1 * pixels_HWC[:, :, :3] + (1 - cover_HW1) * 255
+    assert np.abs(levels_of(x, recipe)[0] - expected_HW3).max() < 1
+
+
 @BOTH
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "RGB", "L"])
 def test_transparent_pictures_are_put_on_white(tmp_path, backend, mode):

@@ -130,6 +130,11 @@ def test_other_peoples_folders_are_left_alone(tmp_path, pictures):
     (tmp_path / "mine" / "val" / "class0" / "000.jpg").write_text("no picture")
     with pytest.raises(UserError, match="1 of 15 val images cannot be read"):
         prepare("imagefolder", tmp_path / "mine")
+    # classes without validation images can be trained on
+    shutil.rmtree(tmp_path / "mine" / "val")
+    counts = prepare("imagefolder", tmp_path / "mine")
+    assert (counts.classes, counts.train, counts.val) == (3, 51, 0)
+    assert "evaluation.every_epochs=0" in str(counts)
 
 
 def test_impossible_requests_are_refused(tmp_path):

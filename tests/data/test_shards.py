@@ -46,8 +46,10 @@ def files_of(root: Path, top: str) -> dict[str, bytes]:
 
 @pytest.fixture
 def packed(root: Path, tmp_path: Path) -> Path:
-    """The images, some of them unlabelled, packed into tars."""
+    """The images, some of them unlabelled, one in a folder of its own, packed into tars."""
     add_unlabeled(root, 5)
+    (root / "train/class0/more").mkdir()
+    (root / "train/class0/000.jpg").rename(root / "train/class0/more/000.jpg")
     pack(root, tmp_path / "packed", shard_mib=1)
     return tmp_path / "packed"
 
