@@ -10,6 +10,7 @@ sizes, pointers aligned to 16 bytes, fixed sizes and B unknown.
 """
 
 import argparse
+import importlib
 import os
 import re
 import subprocess
@@ -18,30 +19,25 @@ import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
+from itertools import product, starmap
 from multiprocessing import get_context
 from typing import Any
+from unittest import mock
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.runtime import JITFunction
 
-from . import ops  # noqa: F401  (imports the kernel modules in their order)
-from .asymmetric_loss import _loss_kernel, _rows_times_w_kernel, product_tiles, row_tiles
-from .augment import _augment_kernel, taps
-from .augment import tile_options as augment_tiles
-from .correlation import _correlation_kernel
-from .correlation import tile_options as correlation_tiles
+from .asymmetric_loss import asymmetric_loss_launch
+from .augment import augment_launch
+from .augment_reference import COLUMNS
+from .correlation import correlation_launch
 from .dispatch import INTERPRET
-from .matrix_power import BOUND_SQUARINGS, SQUARINGS
-from .matrix_power_triton import (
-    _finish_kernel,
-    _normalize_kernel,
-    _product_kernel,
-    _shift_kernel,
-)
-from .matrix_power_triton import tile_options as power_tiles
-from .norm_pool import FORWARD_TILE, SUMMED_TILES, _norm_pool_gradient_kernel, _norm_pool_kernel
-from .norm_pool import tile_options as pool_tiles
+from .matrix_power_triton import matrix_power_launch
+from .norm_pool import norm_pool_gradient_launch, norm_pool_launch, norm_pool_sums_launch
+from .reference import METRICS
 
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 """Maximum bytes of shared memory per block, by compute capability."""
@@ -61,7 +57,11 @@ WIDTHS = (*range(32, 512, 32), *range(512, 1025, 64))
 POWER_WIDTHS = tuple(range(64, 1025, 64))
 """The same for the matrix power."""
 
-DTYPES = ("fp32", "fp16", "bf16")
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+_TYPES = {dtype: name for name, dtype in DTYPES.items()} | {
+    **{torch.uint8: "u8", torch.int32: "i32", torch.int64: "i64"},
+    **{int: "i32", float: "fp32"},
+}
 
 VIEWS = ((32, 32, False), (64, 64, False), (96, 96, True), (96, 64, True), (256, 224, False))
 """Sides of stored images and views, and whether there is blur: the presets and downscaling."""
@@ -75,11 +75,11 @@ class Build:
     """One specialisation of a kernel, as a launch would compile it."""
 
     name: str
+    kernel: tuple[str, str]
+    """Module and function."""
     types: dict[str, str]
     constants: dict[str, Any]
-    num_warps: int
-    num_stages: int
-    fp_fusion: bool = True
+    options: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -98,158 +98,71 @@ class Usage:
         return self.spills == self.stack == 0 and self.shared <= SHARED_LIMIT[self.target]
 
 
-KERNELS = {
-    "rows_times_w": _rows_times_w_kernel,
-    "asymmetric_loss": _loss_kernel,
-    "correlation": _correlation_kernel,
-    "augment": _augment_kernel,
-    "normalize": _normalize_kernel,
-    "shift": _shift_kernel,
-    "product": _product_kernel,
-    "polynomial": _product_kernel,
-    "finish": _finish_kernel,
-    "norm_pool": _norm_pool_kernel,
-    "norm_pool_sums": _norm_pool_gradient_kernel,
-    "norm_pool_gradient": _norm_pool_gradient_kernel,
-}
+def builds(all_widths: bool = False) -> list[Build]:
+    """Return what is compiled for every dtype, tile and flag; `all_widths` adds WIDTHS, RAGGED."""
+    found: dict[str, Build] = {}
+    launched: list[tuple[Any, Any, Any]] = []
+    record = lambda kernel, *args, **given: launched.append((kernel, args, given))  # noqa: E731
+    with mock.patch.object(JITFunction, "run", record), torch.device("meta"):
+        for label in _launches(all_widths):
+            for kernel, args, given in launched:
+                build = _build(label, kernel, args, given)
+                found.setdefault(repr(replace(build, name="")), build)
+            launched.clear()
+    return [*found.values()]
 
 
-def _build(name: str, types: dict[str, str], constants: dict[str, Any]) -> Build:
-    num_warps = constants.pop("num_warps")
-    num_stages = constants.pop("num_stages", 1)
-    return Build(name, types, constants, num_warps, num_stages)
+def _build(label: str, kernel: Any, args: tuple[Any, ...], given: dict[str, Any]) -> Build:
+    given = given | dict(zip(kernel.arg_names, args, strict=False))
+    options = {k: v for k, v in given.items() if k not in (*kernel.arg_names, "grid", "warmup")}
+    constants = {p.name: given[p.name] for p in kernel.params if p.is_constexpr}
+    types = {name: _type(given[name]) for name in kernel.arg_names if name not in constants}
+    kind = kernel.__name__.removeprefix("_").removesuffix("_kernel")
+    flags = [name.lower() for name, value in constants.items() if value is True]
+    place = kernel.__module__, kernel.__name__
+    return Build(" ".join([kind, *flags, label]), place, types, constants, options)
 
 
-def builds(all_widths: bool = False) -> Iterator[Build]:
-    """Yield every kernel with every dtype, tile and flag; `all_widths` adds WIDTHS and RAGGED."""
-    widths = WIDTHS if all_widths else FEATURES
-    for dtype in DTYPES:
-        for features in (*LOSS_FEATURES, *RAGGED) if all_widths else LOSS_FEATURES:
-            yield from _loss_builds(features, dtype)
-        for features in widths:
-            for views in (1, 2):
-                yield from _correlation_builds(features, dtype, views)
+def _type(x: Any) -> str:
+    return f"*{_TYPES[x.dtype]}" if isinstance(x, torch.Tensor) else _TYPES[type(x)]
+
+
+def _launches(all_widths: bool) -> Iterator[str]:
+    """Launch every kernel, on any numbers of rows and images; yield a label after each few."""
+    empty = torch.empty
+    for name, dtype in DTYPES.items():
+        for d in (*LOSS_FEATURES, *RAGGED) if all_widths else LOSS_FEATURES:
+            both = [empty(8, d, dtype=dtype)] * 2
+            for metric, isotropic in product(METRICS, (True, False)):
+                asymmetric_loss_launch(both, both, empty(d, d), metric, isotropic)
+            yield f"{name} D={d}"
+        for d, views in product(WIDTHS if all_widths else FEATURES, (2, 1)):
+            for decay in (0.5, None):
+                correlation_launch(empty(d, d), [empty(8, d, dtype=dtype)] * views, decay)
+            yield f"{name} D={d}{' one view' if views == 1 else ''}"
         for stored, side, blur in VIEWS:
-            yield _augment_build(stored, side, blur, dtype)
+            images = empty(8, stored, stored, 3, dtype=torch.uint8)
+            batch = images, empty(8, dtype=torch.int64), empty(2, 8, len(COLUMNS))
+            augment_launch(*batch, side, [0.5] * 3, [0.5] * 3, blur, dtype)
+            yield f"{name} {stored} to {side}"
         for channels, side in STEMS:
-            yield from _pool_builds(channels, side, dtype)
-    for features in POWER_WIDTHS:
-        if all_widths or features in FEATURES:
-            yield from _power_builds(features)
-
-
-def _loss_builds(features: int, dtype: str) -> Iterator[Build]:
-    yield _build(
-        f"rows_times_w {dtype} D={features}",
-        dict.fromkeys(("x1_ptr", "x2_ptr"), f"*{dtype}")
-        | {"w_ptr": "*fp32", "out_ptr": "*fp32", "count_ptr": "*i32", "B": "i32"},
-        {"D": features, **product_tiles(features)},
-    )
-    for metric in ("cosine", "euclidean"):
-        for isotropic in (True, False):
-            rows = dict.fromkeys(("z1_ptr", "z2_ptr", "target1_ptr", "target2_ptr"), f"*{dtype}")
-            rest = dict.fromkeys(("p_ptr", "loss_ptr", "sum_ptr", "g_ptr"), "*fp32")
-            rest["count_ptr"] = "*i32"
-            flags = {"EUCLIDEAN": metric == "euclidean", "ISOTROPIC": isotropic}
-            yield _build(
-                f"asymmetric_loss {'iso ' if isotropic else ''}{metric} {dtype} D={features}",
-                {**rows, **rest, "scale": "fp32", "B": "i32"},
-                {"D": features, **flags, **row_tiles(features)},
-            )
-
-
-def _correlation_builds(features: int, dtype: str, views: int) -> Iterator[Build]:
-    types = {"corr_ptr": "*fp32", "z1_ptr": f"*{dtype}", "z2_ptr": f"*{dtype}"}
-    tiles = correlation_tiles(features, 4 if dtype == "fp32" else 2)
-    scalars = {"decay": "fp32", "scale": "fp32", "B1": "i32", "B2": "i32"}
-    for ema in (True, False):
-        yield _build(
-            f"correlation {'ema ' if ema else ''}{dtype} D={features}"
-            + (" one view" if views == 1 else ""),
-            {**types, **scalars},
-            {"D": features, "EMA": ema, "VIEWS": views, **tiles},
-        )
-
-
-def _power_builds(features: int) -> Iterator[Build]:
-    options = power_tiles(features)
-    blocks = {name: options[name] for name in ("BLOCK_I", "BLOCK_J")}
-    tiles = features**2 // (options["BLOCK_I"] * options["BLOCK_J"])
-    shape = {"D": features, **options}
-    sums = {"TILES": tiles, "BLOCK_T": triton.next_power_of_2(tiles)}
-    side = {"BLOCK_D": triton.next_power_of_2(features)}
-
-    def pointers(kind: str, *names: str) -> dict[str, str]:
-        return dict.fromkeys((f"{name}_ptr" for name in names), f"*{kind}")
-
-    # a bound, the largest eigenvalue, or both, from this many squares
-    for spectral, bounded, squares in (
-        (False, True, BOUND_SQUARINGS),
-        (True, False, SQUARINGS),
-        (True, True, SQUARINGS),
-    ):
-        words = " spectral" * spectral + " bounded" * bounded
-        own = {"SQUARES": squares, "BLOCK_S": triton.next_power_of_2(squares + 1)}
-        flags = {"SPECTRAL": spectral, "BOUNDED": bounded}
-        types = pointers("fp32", "corr", "trace", "sums", "r") | {"eps": "fp32"}
-        yield _build(
-            f"shift{words} D={features}",
-            types | pointers("fp16" if bounded else "fp32", "out"),
-            {"D": features, **flags, **sums, **own, **blocks, "num_warps": 4},
-        )
-    yield _build(
-        f"normalize D={features}",
-        pointers("fp32", "corr", "trace") | pointers("fp16", "out"),
-        {"D": features, **side, **blocks, "num_warps": 4},
-    )
-    types = pointers("fp16", "x1", "y1", "x2", "y2", "out", "m", "n")
-    types |= pointers("fp32", "corr", "trace", "sums")
-    types |= dict.fromkeys("abc", "fp32") | {"products": "i32", "index": "i32"}
-    for name in (
-        *("product", "product and square", "product and quotient"),
-        *("polynomial", "polynomial and square"),
-    ):
-        flags = {word.upper(): word in name for word in ("polynomial", "quotient")}
-        flags["SQUARE"] = " and " in name
-        yield _build(f"{name} D={features}", types, {**shape, **side, **flags})
-    for scaled in (False, True):
-        yield _build(
-            f"finish{' scaled' if scaled else ''} D={features}",
-            pointers("fp16", "x", "y") | pointers("fp32", "r", "sums", "out") | {"power": "fp32"},
-            {**shape, **sums, "SCALED": scaled},
-        )
-
-
-def _augment_build(stored: int, side: int, blur: bool, dtype: str) -> Build:
-    pointers = {"images": "u8", "index": "i64", "parameters": "fp32", "levels": "u8"}
-    pointers |= {"blurred": "fp32", "out": dtype}
-    scalars = [f"{kind}_{channel}" for kind in ("mean", "inv") for channel in "rgb"]
-    reach = taps(stored, side)
-    constants = {"H": stored, "W": stored, "S": side, "TAPS_Y": reach, "TAPS_X": reach}
-    build = _build(
-        f"augment {stored} to {side}{' blur' if blur else ''} {dtype}",
-        {f"{name}_ptr": f"*{kind}" for name, kind in pointers.items()}
-        | dict.fromkeys(scalars, "fp32"),
-        {**constants, "BLUR": blur, **augment_tiles(side)},
-    )
-    return replace(build, fp_fusion=False)
-
-
-def _pool_builds(channels: int, side: int, dtype: str) -> Iterator[Build]:
-    words = f"{dtype} {channels}x{side}x{side}"
-    images = dict.fromkeys(("x_ptr", "y_ptr", "dy_ptr"), f"*{dtype}") | {"taps_ptr": "*u8"}
-    of = dict.fromkeys(("mean_ptr", "slope_ptr", "bias_ptr", "shift_ptr", "along_ptr"), "*fp32")
-    types = images | of | {"images": "i32"}
-    shape = {"C": channels, "H": side, "W": side, **pool_tiles(channels)}
-    yield _build(f"norm_pool {words}", types, shape | pool_tiles(channels, FORWARD_TILE))
-    for name, out, steps in (("sums", "*fp32", SUMMED_TILES), ("gradient", f"*{dtype}", 1)):
-        flags = {"SUMS": name == "sums", "STEPS": steps}
-        yield _build(f"norm_pool_{name} {words}", types | {"out_ptr": out}, shape | flags)
+            x, of = empty(8, channels, side, side, dtype=dtype), empty(2, channels)
+            y, taps = norm_pool_launch(x, of, of, of[0])
+            norm_pool_sums_launch(y, taps, x, of)
+            norm_pool_gradient_launch(y, taps, x, of, of, of, of)
+            yield f"{name} {channels}x{side}x{side}"
+    for d in POWER_WIDTHS:
+        if all_widths or d in FEATURES:
+            matrix_power_launch(empty(d, d), 1.0, 0.0, "spectral")
+            for normalize, eps in (("none", 0.0), ("spectral", 0.0), ("spectral", 0.25)):
+                matrix_power_launch(empty(d, d), 0.5, eps, normalize)
+            yield f"D={d}"
 
 
 def compile_for(build: Build, capability: int) -> Any:
     """Compile `build` for a compute capability (80, 90, 100); return Triton's compiled kernel."""
-    kernel = KERNELS[build.name.split()[0]]
+    module, name = build.kernel
+    kernel = getattr(importlib.import_module(module), name)
     constants = dict.fromkeys(build.constants, "constexpr")
     # ASTSource matches by position
     signature = {name: (build.types | constants)[name] for name in kernel.arg_names}
@@ -264,15 +177,8 @@ def compile_for(build: Build, capability: int) -> Any:
         constexprs={(kernel.arg_names.index(k),): v for k, v in build.constants.items()},
         attrs=aligned,
     )
-    return triton.compile(
-        source,
-        target=GPUTarget("cuda", capability, 32),
-        options={
-            "num_warps": build.num_warps,
-            "num_stages": build.num_stages,
-            "enable_fp_fusion": build.fp_fusion,
-        },
-    )
+    target = GPUTarget("cuda", capability, 32)
+    return triton.compile(source, target=target, options=build.options)
 
 
 def measure(build: Build, capability: int) -> Usage:
@@ -297,17 +203,13 @@ def _tool(*command: str) -> str:
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
-def _measure(pair: tuple[Build, int]) -> Usage:
-    return measure(*pair)
-
-
 def _measure_all(pairs: list[tuple[Build, int]], jobs: int) -> Iterator[Usage]:
     if jobs == 1:
-        yield from map(_measure, pairs)
+        yield from starmap(measure, pairs)
         return
     # spawn, because forking a process that has run torch's threads may hang
     with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
-        yield from pool.map(_measure, pairs, chunksize=4)
+        yield from pool.map(measure, *zip(*pairs, strict=True), chunksize=4)
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -16,16 +16,7 @@ _NORM_FLOOR = tl.constexpr(NORM_FLOOR)
 
 
 @triton.jit
-def _tile_times_w(
-    x_ptr,
-    w_ptr,
-    out_ptr,
-    B,
-    D: tl.constexpr,
-    BLOCK_B: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
+def _tile_times_w(x_ptr, w_ptr, out_ptr, B, D, BLOCK_B, BLOCK_D, BLOCK_K):
     """Compute a tile of X W, accumulated in fp32 along D in a fixed order."""
     # 64 bits only here: B * D may exceed 2^31, offsets within a block do not
     first = tl.program_id(0).to(tl.int64) * BLOCK_B
@@ -92,21 +83,9 @@ def _rows_times_w_kernel(
 
 
 @triton.jit
-def _loss_and_gradient_rows(
-    z_ptr,
-    target_ptr,
-    p_ptr,
-    loss_ptr,
-    g_ptr,
-    scale,
-    B,
-    D: tl.constexpr,
-    EUCLIDEAN: tl.constexpr,
-    ISOTROPIC: tl.constexpr,
-    BLOCK_B: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
+def _loss_and_gradient_rows(pointers, scale, B, D, EUCLIDEAN, ISOTROPIC, BLOCK_B, BLOCK_D):
     """Store a block's summed loss and its gradient in p, or in z if isotropic, times `scale`."""
+    z_ptr, target_ptr, p_ptr, loss_ptr, g_ptr = pointers
     first = tl.program_id(0).to(tl.int64) * BLOCK_B
     row_B = tl.arange(0, BLOCK_B)
     col_D = tl.arange(0, BLOCK_D)
@@ -158,36 +137,12 @@ def _loss_kernel(
 ):
     """Grid (row blocks, V). The last program to finish adds all sums in a fixed order."""
     if tl.program_id(1) == 0:
-        _loss_and_gradient_rows(
-            z1_ptr,
-            target1_ptr,
-            p_ptr,
-            loss_ptr,
-            g_ptr,
-            scale,
-            B,
-            D,
-            EUCLIDEAN,
-            ISOTROPIC,
-            BLOCK_B,
-            BLOCK_D,
-        )
+        rows = z1_ptr, target1_ptr, p_ptr, loss_ptr, g_ptr
+        _loss_and_gradient_rows(rows, scale, B, D, EUCLIDEAN, ISOTROPIC, BLOCK_B, BLOCK_D)
     else:
         start = B.to(tl.int64) * D
-        _loss_and_gradient_rows(
-            z2_ptr,
-            target2_ptr,
-            p_ptr + start,
-            loss_ptr + tl.num_programs(0),
-            g_ptr + start,
-            scale,
-            B,
-            D,
-            EUCLIDEAN,
-            ISOTROPIC,
-            BLOCK_B,
-            BLOCK_D,
-        )
+        others = z2_ptr, target2_ptr, p_ptr + start, loss_ptr + tl.num_programs(0), g_ptr + start
+        _loss_and_gradient_rows(others, scale, B, D, EUCLIDEAN, ISOTROPIC, BLOCK_B, BLOCK_D)
     # store the loss before counting this program as done
     tl.debug_barrier()
     ended = tl.atomic_add(count_ptr, 1)

@@ -48,23 +48,9 @@ def _store_rgb(ptr_I, plane, r_I, g_I, b_I, mask_I):
 
 
 @triton.jit
-def _store_view(
-    out_ptr,
-    row_ptr,
-    pixel_I,
-    r_I,
-    g_I,
-    b_I,
-    mask_I,
-    mean_r,
-    mean_g,
-    mean_b,
-    inv_r,
-    inv_g,
-    inv_b,
-    S: tl.constexpr,
-):
+def _store_view(out_ptr, row_ptr, pixel_I, rgb_I, mask_I, mean, inv, S: tl.constexpr):
     """Solarize, flip, normalise and write NHWC."""
+    r_I, g_I, b_I = rgb_I
     solarize_from = tl.load(row_ptr + _SOLARIZE).to(tl.int32)
     r_I = tl.where(r_I >= solarize_from, 255 - r_I, r_I).to(tl.float32)
     g_I = tl.where(g_I >= solarize_from, 255 - g_I, g_I).to(tl.float32)
@@ -72,7 +58,8 @@ def _store_view(
     x_I = pixel_I % S
     mirrored_I = pixel_I - x_I + (S - 1 - x_I)
     place_I = tl.where(tl.load(row_ptr + _FLIP) > 0.0, mirrored_I, pixel_I)
-    r_I, g_I, b_I = (r_I - mean_r) * inv_r, (g_I - mean_g) * inv_g, (b_I - mean_b) * inv_b
+    r_I, g_I = (r_I - mean[0]) * inv[0], (g_I - mean[1]) * inv[1]
+    b_I = (b_I - mean[2]) * inv[2]
     _store_rgb(out_ptr + place_I * 3, 1, r_I, g_I, b_I, mask_I)
 
 
@@ -109,6 +96,7 @@ def _augment_kernel(
     top, left = tl.load(row_ptr + _TOP).to(tl.int32), tl.load(row_ptr + _LEFT).to(tl.int32)
     height, width = tl.load(row_ptr + _HEIGHT), tl.load(row_ptr + _WIDTH)
     lane_I = tl.arange(0, BLOCK)
+    means, inverses = (mean_r, mean_g, mean_b), (inv_r, inv_g, inv_b)
 
     lines_pixels = height.to(tl.int32) * S
     for start in range(0, lines_pixels, BLOCK):
@@ -151,22 +139,7 @@ def _augment_kernel(
         if BLUR:
             _store_rgb(levels_ptr + pixel_I, S * S, r_I, g_I, b_I, mask_I)
         else:
-            _store_view(
-                out_ptr,
-                row_ptr,
-                pixel_I,
-                r_I,
-                g_I,
-                b_I,
-                mask_I,
-                mean_r,
-                mean_g,
-                mean_b,
-                inv_r,
-                inv_g,
-                inv_b,
-                S,
-            )
+            _store_view(out_ptr, row_ptr, pixel_I, (r_I, g_I, b_I), mask_I, means, inverses, S)
 
     if BLUR:
         sigma = tl.load(row_ptr + _SIGMA)
@@ -185,22 +158,8 @@ def _augment_kernel(
             mask_I = pixel_I < S * S
             ptr_I = blurred_ptr + pixel_I % S
             r_I, g_I, b_I = blurred(ptr_I, pixel_I // S, sigma, S, mask_I, S)
-            _store_view(
-                out_ptr,
-                row_ptr,
-                pixel_I,
-                level(r_I),
-                level(g_I),
-                level(b_I),
-                mask_I,
-                mean_r,
-                mean_g,
-                mean_b,
-                inv_r,
-                inv_g,
-                inv_b,
-                S,
-            )
+            rgb_I = level(r_I), level(g_I), level(b_I)
+            _store_view(out_ptr, row_ptr, pixel_I, rgb_I, mask_I, means, inverses, S)
 
 
 def taps(stored: int, side: int) -> int:

@@ -31,16 +31,7 @@ def level(x):
 
 
 @triton.jit
-def resized(
-    line_ptr_I,
-    place_I,
-    length,
-    step,
-    plane,
-    mask_I,
-    S: tl.constexpr,
-    TAPS: tl.constexpr,
-):
+def resized(line_ptr_I, place_I, length, step, plane, mask_I, S, TAPS):
     """Return pixel `place` of a line of `length` pixels, `step` apart, resized to S pixels."""
     scale = length / S
     filter_scale = tl.maximum(scale, 1.0)

@@ -13,15 +13,7 @@ from torch.nn import functional
 
 
 @triton.jit
-def _add_view(
-    acc_IJ,
-    z_ptr,
-    i_I,
-    j_J,
-    B,
-    D: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
+def _add_view(acc_IJ, z_ptr, i_I, j_J, B, D, BLOCK_K):
     """acc += z[:, i]^T z[:, j], in fp32 along the rows in a fixed order.
 
     Tensor cores truncate what they add to their own accumulator, so they sum only K rows, and these

@@ -44,16 +44,7 @@ def _load_halves(ptr, offset, D: tl.constexpr):
 
 
 @triton.jit
-def _tile_product(
-    x_ptr,
-    y_ptr,
-    i_I,
-    j_J,
-    D: tl.constexpr,
-    BLOCK_I: tl.constexpr,
-    BLOCK_J: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
+def _tile_product(x_ptr, y_ptr, i_I, j_J, D, BLOCK_I, BLOCK_J, BLOCK_K):
     """Compute a tile of X Y, accumulated in fp32 along D in a fixed order."""
     high_IJ = tl.zeros([BLOCK_I, BLOCK_J], dtype=tl.float32)
     left_IJ = tl.zeros([BLOCK_I, BLOCK_J], dtype=tl.float32)
@@ -108,44 +99,6 @@ def _normalize_kernel(
     tl.store(trace_ptr, trace, mask=(tl.program_id(0) == 0) & (tl.program_id(1) == 0))
 
 
-@triton.jit
-def _square_tile(
-    m_ptr,
-    out_ptr,
-    corr_ptr,
-    trace_ptr,
-    sums_ptr,
-    index,
-    i_I,
-    j_J,
-    offset_IJ,
-    D: tl.constexpr,
-    QUOTIENT: tl.constexpr,
-    BLOCK_I: tl.constexpr,
-    BLOCK_J: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
-    """N = (M / tr M)^2 and a tile's part of |N|^2 or, for the quotient, of <N, C> and tr N."""
-    d_D = tl.arange(0, BLOCK_D)
-    diagonal_D = _load_halves(m_ptr, tl.where(d_D < D, d_D * (D + 1), 0), D)
-    trace = tl.sum(tl.where(d_D < D, diagonal_D, 0.0), axis=0) * (1.0 / _SQUARE_SCALE)
-    inverse = _reciprocal_or_zero(trace) * (1.0 / _SQUARE_SCALE)
-    n_IJ = _tile_product(m_ptr, m_ptr, i_I, j_J, D, BLOCK_I, BLOCK_J, BLOCK_K) * inverse * inverse
-    tile = tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
-    tiles = tl.num_programs(0) * tl.num_programs(1)
-    # the first trace is C's
-    tl.store(trace_ptr + index, trace, mask=(tile == 0) & (index > 0))
-    if QUOTIENT:
-        corr_IJ = tl.load(corr_ptr + offset_IJ)
-        diagonal_IJ = tl.where(i_I[:, None] == j_J[None, :], n_IJ, 0.0)
-        tl.store(sums_ptr + tile, tl.sum(tl.sum(n_IJ * corr_IJ, axis=1), axis=0))
-        tl.store(sums_ptr + tiles + tile, tl.sum(tl.sum(diagonal_IJ, axis=1), axis=0))
-    else:
-        _store_halves(out_ptr, offset_IJ, n_IJ * _SQUARE_SCALE, D)
-        tl.store(sums_ptr + 2 * tiles + tile, tl.sum(tl.sum(n_IJ * n_IJ, axis=1), axis=0))
-
-
 # one build for every index and for zero, one or two products
 @triton.jit(do_not_specialize=["index", "products"])
 def _product_kernel(
@@ -173,7 +126,11 @@ def _product_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """out[n] = X_n Y_n, n = program_id(2), or a I + b X + c X Y; after the products a square."""
+    """out[n] = X_n Y_n, n = program_id(2), or a I + b X + c X Y; after the products a square.
+
+    The square is N = (M / tr M)^2, with a tile's part of |N|^2 or, for the quotient, of <N, C> and
+    tr N.
+    """
     i_I = tl.program_id(0) * BLOCK_I + tl.arange(0, BLOCK_I)
     j_J = tl.program_id(1) * BLOCK_J + tl.arange(0, BLOCK_J)
     offset_IJ = i_I[:, None] * D + j_J[None, :]
@@ -189,23 +146,24 @@ def _product_kernel(
             second_IJ = _tile_product(x2_ptr, y2_ptr, i_I, j_J, D, BLOCK_I, BLOCK_J, BLOCK_K)
             _store_halves(out_ptr + 2 * D * D, offset_IJ, second_IJ, D)
     elif SQUARE:
-        _square_tile(
-            m_ptr,
-            n_ptr,
-            corr_ptr,
-            trace_ptr,
-            sums_ptr,
-            index,
-            i_I,
-            j_J,
-            offset_IJ,
-            D,
-            QUOTIENT,
-            BLOCK_I,
-            BLOCK_J,
-            BLOCK_D,
-            BLOCK_K,
-        )
+        d_D = tl.arange(0, BLOCK_D)
+        diagonal_D = _load_halves(m_ptr, tl.where(d_D < D, d_D * (D + 1), 0), D)
+        trace = tl.sum(tl.where(d_D < D, diagonal_D, 0.0), axis=0) * (1.0 / _SQUARE_SCALE)
+        inverse = _reciprocal_or_zero(trace) * (1.0 / _SQUARE_SCALE)
+        n_IJ = _tile_product(m_ptr, m_ptr, i_I, j_J, D, BLOCK_I, BLOCK_J, BLOCK_K)
+        n_IJ = n_IJ * inverse * inverse
+        tile = tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
+        tiles = tl.num_programs(0) * tl.num_programs(1)
+        # the first trace is C's
+        tl.store(trace_ptr + index, trace, mask=(tile == 0) & (index > 0))
+        if QUOTIENT:
+            corr_IJ = tl.load(corr_ptr + offset_IJ)
+            diagonal_IJ = tl.where(i_I[:, None] == j_J[None, :], n_IJ, 0.0)
+            tl.store(sums_ptr + tile, tl.sum(tl.sum(n_IJ * corr_IJ, axis=1), axis=0))
+            tl.store(sums_ptr + tiles + tile, tl.sum(tl.sum(diagonal_IJ, axis=1), axis=0))
+        else:
+            _store_halves(n_ptr, offset_IJ, n_IJ * _SQUARE_SCALE, D)
+            tl.store(sums_ptr + 2 * tiles + tile, tl.sum(tl.sum(n_IJ * n_IJ, axis=1), axis=0))
 
 
 @triton.jit
@@ -347,7 +305,7 @@ class TritonSteps:
         m_HDD, index = self.next_square or (out, 0)
         # not next to two products, which fill the device
         square = self.next_square is not None and products < 2
-        quotient = index == SQUARINGS
+        quotient = square and index == SQUARINGS
         n_HDD = self._halves() if square and not quotient else out
         a, b, c = abc or (0.0, 0.0, 1.0)
         _product_kernel[(*self.grid, products + square)](

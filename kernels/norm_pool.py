@@ -178,10 +178,6 @@ def _grid(x_NCHW: Tensor, channels: int, places: int) -> tuple[int, int]:
     return n * triton.cdiv(pooled, places), triton.cdiv(c, channels)
 
 
-def _last(x_NCHW: Tensor) -> Tensor:
-    return x_NCHW.contiguous(memory_format=torch.channels_last)
-
-
 def norm_pool_launch(
     x_NCHW: Tensor, mean_VC: Tensor, slope_VC: Tensor, bias_C: Tensor
 ) -> tuple[Tensor, Tensor]:
@@ -193,7 +189,7 @@ def norm_pool_launch(
     taps_NCPQ = torch.empty(shape, dtype=torch.uint8, **where)
     options = tile_options(channels, FORWARD_TILE)
     _norm_pool_kernel[_grid(x_NCHW, options["BLOCK_C"], options["BLOCK_K"])](
-        _last(x_NCHW),
+        x_NCHW,
         mean_VC.contiguous(),
         slope_VC.contiguous(),
         bias_C.contiguous(),
@@ -217,9 +213,9 @@ def norm_pool_sums_launch(
     shape = (2, views, grid[0] // views, channels)
     parts = torch.empty(shape, dtype=torch.float32, device=x_NCHW.device)
     _norm_pool_gradient_kernel[grid](
-        _last(dy_NCPQ),
-        _last(taps_NCPQ),
-        _last(x_NCHW),
+        dy_NCPQ,
+        taps_NCPQ,
+        x_NCHW,
         mean_VC,
         mean_VC,
         mean_VC,
@@ -244,12 +240,11 @@ def norm_pool_gradient_launch(
     along_VC: Tensor,
 ) -> Tensor:
     """Return dx_NCHW = slope g - shift - along (x - mean), channels_last, in x's dtype."""
-    x_NCHW = _last(x_NCHW)
     dx_NCHW = torch.empty_like(x_NCHW, memory_format=torch.channels_last)
     options = tile_options(x_NCHW.shape[1])
     _norm_pool_gradient_kernel[_grid(x_NCHW, options["BLOCK_C"], options["BLOCK_K"])](
-        _last(dy_NCPQ),
-        _last(taps_NCPQ),
+        dy_NCPQ,
+        taps_NCPQ,
         x_NCHW,
         mean_VC.contiguous(),
         slope_VC.contiguous(),

@@ -19,7 +19,7 @@ def norm_pool(x: Tensor, mean: Tensor, slope: Tensor, bias: Tensor) -> tuple[Ten
     """Return `reference.norm_pool_reference`, outside autograd, in channels_last."""
     if _runs_triton(x):
         with device_of(x):
-            return norm_pool_launch(x, mean, slope, bias)
+            return norm_pool_launch(_last(x), mean, slope, bias)
     y, taps = reference.norm_pool_reference(x, mean, slope, bias)
     return _last(y), _last(taps)
 
@@ -37,7 +37,7 @@ def norm_pool_sums(dy: Tensor, taps: Tensor, x: Tensor, mean: Tensor) -> Tensor:
     """Return sums of g and g (x - mean) over each view, (2, V, C), with g as in `reference`."""
     if _runs_triton(x, dy):
         with device_of(x):
-            return norm_pool_sums_launch(dy, taps, x, mean)
+            return norm_pool_sums_launch(_last(dy), _last(taps), _last(x), mean)
     g = reference.norm_pool_gradient_reference(dy, taps, x, mean.dtype)
     both = torch.stack([g, g * (x - reference.of_images(mean, x))])
     return both.unflatten(1, (len(mean), -1)).sum((2, 4, 5))
@@ -61,7 +61,8 @@ def norm_pool_gradient(
     """Return dx = slope g - shift - along (x - mean), in x's dtype, channels_last."""
     if _runs_triton(x, dy):
         with device_of(x):
-            return norm_pool_gradient_launch(dy, taps, x, mean, slope, shift, along)
+            parts = _last(dy), _last(taps), _last(x)
+            return norm_pool_gradient_launch(*parts, mean, slope, shift, along)
     g = reference.norm_pool_gradient_reference(dy, taps, x, mean.dtype)
     of_x = [reference.of_images(of_VC, x) for of_VC in (mean, slope, shift, along)]
     return _last((g * of_x[1] - of_x[2] - (x - of_x[0]) * of_x[3]).to(x.dtype))

@@ -200,10 +200,7 @@ def _add_moment_(x_DD: Tensor, views: Sequence[Tensor], keep: float) -> Tensor:
 
 def mirror_lower(x_DD: Tensor) -> Tensor:
     """Return the symmetric matrix with x_DD's lower triangle, bit for bit."""
-    lower_DD = torch.tril(x_DD)
-    mirrored_DD = lower_DD + lower_DD.T
-    mirrored_DD.diagonal().copy_(x_DD.diagonal())
-    return mirrored_DD
+    return x_DD.tril() + x_DD.tril(-1).T
 
 
 @full_precision()

@@ -16,22 +16,22 @@ from ..support.runs import call
 SAMPLE = [
     "rows_times_w bf16 D=256",
     "rows_times_w fp32 D=528",
-    "asymmetric_loss iso cosine bf16 D=256",
-    "asymmetric_loss cosine fp32 D=528",
-    "asymmetric_loss iso euclidean fp16 D=1024",
+    "loss isotropic bf16 D=256",
+    "loss fp32 D=528",
+    "loss euclidean isotropic fp16 D=1024",
     "correlation ema bf16 D=256",
     "correlation fp32 D=32",
     "correlation ema fp16 D=96 one view",
     "shift spectral bounded D=256",
-    "polynomial and square D=256",
-    "product and quotient D=256",
+    "product polynomial square D=256",
+    "product square quotient D=256",
     "product D=1024",
     "finish scaled D=256",
-    "augment 64 to 64 bf16",
-    "augment 96 to 96 blur fp32",
-    "augment 256 to 224 fp16",
+    "augment bf16 64 to 64",
+    "augment blur fp32 96 to 96",
+    "augment fp16 256 to 224",
     "norm_pool bf16 64x64x64",
-    "norm_pool_sums bf16 64x64x64",
+    "norm_pool_gradient sums bf16 64x64x64",
     "norm_pool_gradient fp32 48x23x23",
 ]
 
@@ -83,14 +83,14 @@ def test_bf16_rows_meet_w_in_three_parts(features):
     assert [factors[2], factors[5]] == [parts[0], parts[3]]
 
 
-@pytest.mark.parametrize("name", ["rows_times_w bf16", "asymmetric_loss iso cosine bf16"])
+@pytest.mark.parametrize("name", ["rows_times_w bf16", "loss isotropic bf16"])
 def test_rows_of_the_losses_are_found_in_64_bits(name):
     code = aot.compile_for(build_named(f"{name} D=256"), 90).asm["ttir"]
     # B * D may exceed 2^31: the first row of either direction, and the second direction's
     assert len(re.findall(r"arith\.extsi .* i32 to i64", code)) >= 3
 
 
-@pytest.mark.parametrize("name", ["norm_pool", "norm_pool_sums", "norm_pool_gradient"])
+@pytest.mark.parametrize("name", ["norm_pool", "norm_pool_gradient sums", "norm_pool_gradient"])
 def test_images_of_the_stem_are_found_in_64_bits(name):
     code = aot.compile_for(build_named(f"{name} bf16 64x64x64"), 90).asm["ttir"]
     assert len(re.findall(r"arith\.muli .* : i64", code)) >= 2
@@ -145,7 +145,7 @@ def test_sums_of_the_tensor_cores_begin_at_zero(name, products, from_zero, capab
 
 def test_the_last_program_sees_every_loss():
     """The interpreter runs programs one by one, in order, and would work without any of these."""
-    build = build_named("asymmetric_loss iso cosine bf16 D=256")
+    build = build_named("loss isotropic bf16 D=256")
     code = aot.compile_for(build, 90).asm["ttir"]
     # a block barrier, then the counter, then losses read from where all stores are visible
     counted = (
@@ -159,7 +159,8 @@ def test_a_spill_is_seen():
     """Two warps for a tile that needs eight; ``measure`` reports it."""
     build = build_named("rows_times_w fp32 D=1024")
     greedy = {**build.constants, "BLOCK_B": 64, "BLOCK_D": 128}
-    usage = aot.measure(aot.Build(build.name, build.types, greedy, num_warps=2, num_stages=2), 90)
+    options = {"num_warps": 2, "num_stages": 2}
+    usage = aot.measure(replace(build, constants=greedy, options=options), 90)
     assert usage.spills > 0 and not usage.within_budget
 
 
@@ -184,7 +185,7 @@ def test_the_interpreter_leaves_nothing_to_compile():
 
 
 def test_what_is_over_budget_exits_with_1(capsys, monkeypatch):
-    name = "polynomial D=128"
+    name = "product polynomial D=128"
     monkeypatch.setitem(aot.SHARED_LIMIT, 90, 0)
     assert aot.main(["--targets", "sm_90", "--only", name, "--jobs", "1"]) == 1
     printed = capsys.readouterr().out
@@ -202,12 +203,11 @@ def test_every_kernel_dtype_and_tile_is_listed(all_widths):
     powers, pools = len(widths & set(aot.POWER_WIDTHS)), dtypes * len(aot.STEMS)
     # the correlation with and without EMA, for one view and several
     assert Counter(name.split()[0] for name in names) == {
-        **{"rows_times_w": losses, "asymmetric_loss": 4 * losses},
+        **{"rows_times_w": losses, "loss": 4 * losses},
         **{"correlation": 4 * dtypes * len(widths), "augment": dtypes * len(aot.VIEWS)},
         **{"normalize": powers, "shift": 3 * powers, "finish": 2 * powers},
-        # plain or with a square; a product also with the quotient
-        **{"polynomial": 2 * powers, "product": 3 * powers},
-        **dict.fromkeys(("norm_pool", "norm_pool_sums", "norm_pool_gradient"), pools),
+        # a product or a polynomial, plain or with a square; a product also with the quotient
+        **{"product": 5 * powers, "norm_pool": pools, "norm_pool_gradient": 2 * pools},
     }
 
 
