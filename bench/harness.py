@@ -23,6 +23,8 @@ import torch
 
 RESULTS = Path(os.environ.get("BENCH_RESULTS") or Path(__file__).parent / "results")
 ROOT = Path(__file__).parents[1]
+# calls are repeated within a round until they take about this long
+_BATCH_MS = 20.0
 NOT_TIMED = "not timed: its tests fail (above)"
 
 
@@ -122,7 +124,6 @@ def compare(
     *,
     rounds: int,
     work: Work,
-    batch_ms: float = 20.0,
     cold: bool = False,
 ) -> list[Timing]:
     """Time the contenders side by side.
@@ -132,7 +133,6 @@ def compare(
         contenders: what to time; each call does the whole work once.
         rounds: n, the number of timed rounds.
         work: the minimum work that any contender must do.
-        batch_ms: calls are repeated within a round until they take about this long.
         cold: flush the caches before each call.
     """
     time_ms = _time_cold_ms if cold else _time_ms
@@ -140,7 +140,7 @@ def compare(
     for contender in contenders:
         for _ in range(3):
             contender.call()
-        repeats.append(max(1, round(batch_ms / max(time_ms(contender.call, 1), 1e-3))))
+        repeats.append(max(1, round(_BATCH_MS / max(time_ms(contender.call, 1), 1e-3))))
     for turn in range(rounds):
         for offset in range(len(contenders)):
             index = (turn + offset) % len(contenders)

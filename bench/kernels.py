@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator
 import harness
 import torch
 from harness import Contender, Question, Work
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import batch_norm, max_pool2d
 
 from isofast_kernels import (
@@ -183,11 +183,11 @@ def step_contenders(p: Problem) -> tuple[list[Contender], Work]:
 
 def stem_contenders(p: Problem) -> tuple[list[Contender], Work]:
     # needs isofast's dependencies, which the kernels do not
-    from isofast.methods.batch_norm import ViewBatchNorm
+    from isofast.methods.batch_norm import convert_batch_norm
 
     x = torch.randn(2 * len(p.z1), 64, 64, 64, device=p.device, dtype=p.z1.dtype)
     x = x.to(memory_format=torch.channels_last).requires_grad_()
-    fused = ViewBatchNorm(64, fused=True).to(p.device)
+    fused = convert_batch_norm(nn.BatchNorm2d(64, device=p.device), views=2, fused=True)
     dy = torch.ones_like(max_pool2d(x, 3, 2, 1))
 
     def both(layers: Callable[[Tensor], Tensor]) -> Callable[[], object]:

@@ -37,7 +37,7 @@ from torchvision.transforms import v2
 
 from isofast.config.load import validate
 from isofast.config.schema import EncoderConfig
-from isofast.data import check_folder, open_dataset, recipe_for, resolve_backend
+from isofast.data import check_folder, open_dataset, recipe_for
 from isofast.methods.networks import make_encoder
 from isofast.training.build import build, is_graphed, train_loader
 from isofast.training.graph import WARMUP_STEPS, GraphedStep
@@ -66,9 +66,8 @@ def isofast_step(
     train, recipe = check_folder(open_dataset(root, "train")), recipe_for("cifar10")
     state = build(config, world, len(train.classes))
     state.online.train()
-    backend = resolve_backend("auto", train, recipe, world.device, config.data.resident_limit_gb)
     dtype = state.online.branch.precision
-    loader = train_loader(config, world, train, recipe, backend=backend, dtype=dtype)
+    loader = train_loader(config, world, train, recipe, dtype=dtype)
     set_lr(state.optimizer, 0, loader.steps_per_epoch, config)
     graphed = is_graphed(config, world)
     take_step = GraphedStep(state.step, world.device) if graphed else state.step

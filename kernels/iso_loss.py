@@ -3,11 +3,14 @@
 Shapes: B images per rank, D embedding dimensions.
 """
 
+from collections.abc import Sequence
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from .ops import asymmetric_loss_pair, correlation_ema_, matrix_power, second_moment
+from .reference import mirror_lower
 
 
 class IsoLoss(nn.Module):
@@ -81,7 +84,8 @@ class IsoLoss(nn.Module):
                 shape, dtype or setting; C may have been updated before.
         """
         if self.training:
-            self._update(z1_BD.detach(), z2_BD.detach())
+            update = correlation_over_ranks_ if self.gather_distributed else correlation_ema_
+            update(self.corr_DD, [z1_BD.detach(), z2_BD.detach()], self.decay)
         normalize = "spectral" if self.metric == "cosine" else "none"
         w_DD = matrix_power(self.corr_DD, self.alpha, eps=self.eps, normalize=normalize)
         return 2 * asymmetric_loss_pair(
@@ -107,14 +111,15 @@ class IsoLoss(nn.Module):
             self.corr_DD = corr_DD.to(self.corr_DD.device)
         return self
 
-    @torch.no_grad()
-    def _update(self, *views_BD: Tensor) -> None:
-        ranks = dist.get_world_size() if self.gather_distributed and dist.is_initialized() else 1
-        if ranks == 1:
-            correlation_ema_(self.corr_DD, views_BD, self.decay)
-            return
-        moment_DD = second_moment(views_BD)
-        dist.all_reduce(moment_DD)
-        # an all-reduce may sum (i, j) and (j, i) in different orders
-        moment_DD = (moment_DD.tril() + moment_DD.tril(-1).T) / ranks
-        self.corr_DD.mul_(self.decay).add_(moment_DD, alpha=1 - self.decay)
+
+@torch.no_grad()
+def correlation_over_ranks_(corr_DD: Tensor, views: Sequence[Tensor], decay: float) -> None:
+    """Update C as `correlation_ema_` does, with the rows of all ranks, which have equally many."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        correlation_ema_(corr_DD, views, decay)
+        return
+    moment_DD = second_moment(views)
+    dist.all_reduce(moment_DD)
+    # an all-reduce may sum (i, j) and (j, i) in different orders
+    moment_DD = mirror_lower(moment_DD) / dist.get_world_size()
+    corr_DD.mul_(decay).add_(moment_DD, alpha=1 - decay)

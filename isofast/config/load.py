@@ -80,14 +80,12 @@ def read_stored(path: Path) -> Config:
     """
     raw = json.loads(path.read_text(encoding="utf-8"))
     match raw:
-        case {"method": dict(method)}:
+        case {"method": dict(method), "logging": dict(logging)}:
+            logging.pop("tensorboard", None)
             method.setdefault("correlation", "embeddings")
             for key in ("alpha", "eps", "normalize"):
                 if method.get(key, 0) is None:
                     del method[key]
-    match raw:
-        case {"logging": dict(logging)}:
-            logging.pop("tensorboard", None)
     return validate(raw)
 
 

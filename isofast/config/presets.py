@@ -105,15 +105,10 @@ def optimizer_preset(method: str, correlation: str, ema: bool, chosen: str) -> T
         chosen: the user's optimizer.name, or any other text.
     """
     closed = method in _CLOSED_FORMS
-    name, lr = "sgd", 0.1
-    if method == "sigreg":
-        name, lr = "adamw", _PEAK_LR["adamw"]
-    elif method in METHODS and correlation == "directions" and closed:
-        lr = 0.3
-    elif method in METHODS and correlation == "embeddings" and ema:
-        name, lr = "lars", 1.0
-    if chosen in _PEAK_LR and chosen != name:
-        name, lr = chosen, _PEAK_LR[chosen]
+    released = method in METHODS and correlation == "embeddings" and ema
+    name = "adamw" if method == "sigreg" else "lars" if released else "sgd"
+    name = chosen if chosen in _PEAK_LR else name
+    lr = 0.3 if closed and correlation == "directions" and name == "sgd" else _PEAK_LR[name]
     # From the runs of the released table; the paper has 4e-4 for closed forms. Neither gives a
     # value for the linear predictor, which is compared with the closed forms.
     decay = 1e-4 if closed or method == "linear" else 0.05 if method == "sigreg" else 1e-5

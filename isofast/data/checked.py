@@ -3,7 +3,6 @@
 import contextlib
 import functools
 import json
-import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -13,8 +12,6 @@ from isofast.data.folder import ImageFolder
 from isofast.errors import RunError
 
 _FORMAT = 7
-# threads that fail to decode at the same time each add their results
-_WRITING = threading.Lock()
 
 
 class Entry(NamedTuple):
@@ -51,13 +48,11 @@ def write_known(dataset: ImageFolder, known: dict[str, Entry]) -> None:
 
 def undecodable(dataset: ImageFolder, indices: Sequence[int], message: str) -> RunError:
     """Record images that passed the check as bad, which "skip" then drops; return the error."""
-    with _WRITING:
-        known = read_known(dataset)
-        for path in (dataset.paths[index] for index in indices):
-            if path in known:
-                problem = "it could not be decoded in training"
-                known[path] = known[path]._replace(problem=problem)
-        write_known(dataset, known)
+    known = read_known(dataset)
+    for path in (dataset.paths[index] for index in indices):
+        if path in known:
+            known[path] = known[path]._replace(problem="it could not be decoded in training")
+    write_known(dataset, known)
     # only checked images are recorded
     way_out = "data.on_bad_image=skip" if dataset.sizes is not None else "data.check=full"
     aside = ", or train without them: evaluation.every_epochs=0" * (dataset.split == "val")

@@ -10,7 +10,6 @@ import contextlib
 import ctypes
 import gc
 import multiprocessing
-import os
 import signal
 import warnings
 from collections import deque
@@ -75,7 +74,7 @@ def in_processes(
             for first in range(processes):
                 reader, writer = _FORK.Pipe(duplex=False)
                 readers.append(reader)
-                results = _results(function, items[first::processes], os.getpid())
+                results = _results(function, items[first::processes])
                 work = (results, ahead, piece, readers, writer)
                 workers.append(_FORK.Process(target=_work, args=work, daemon=True))
                 workers[-1].start()
@@ -150,12 +149,8 @@ def _work(
                 writer.send(some[k : k + piece])
 
 
-def _results(
-    function: Callable[[_Item], object], items: Sequence[_Item], parent: int
-) -> Iterator[object]:
+def _results(function: Callable[[_Item], object], items: Sequence[_Item]) -> Iterator[object]:
     for item in items:
-        if os.getppid() != parent:
-            return
         try:
             yield function(item)
         except Exception as error:

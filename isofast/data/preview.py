@@ -45,7 +45,6 @@ def write_preview(name: str, root: Path, path: Path, *, on_bad: OnBad = "stop") 
     Raises:
         UserError: the root cannot be used, or the picture cannot be written.
     """
-    check_preview_path(path)
     recipe = recipe_for(name)
     images = check_folder(open_dataset(root, "train"), on_bad=on_bad)
     count = min(_IMAGES, len(images))

@@ -67,10 +67,6 @@ class Method(nn.Module):
         """Return a trained (D, D) W with p = W z, to record its alignment with C, or None."""
         return None
 
-    def describe(self) -> str:
-        """Return a short description of the settings, for the run's first log line."""
-        return f"{'EMA target' if self.config.ema else 'no EMA'}, C of {self.config.correlation}"
-
 
 class PredictorMethod(Method):
     """Predicts each view's target from the other view: 2 (L(p1 -> t2) + L(p2 -> t1)), fp32.
@@ -99,7 +95,7 @@ class PredictorMethod(Method):
     def loss(self, views: Views) -> Tensor:
         x1_BD, x2_BD, w_DD = self.predict(views)
         self._last = views.z1_BD.detach(), x1_BD.detach(), w_DD, views.t2_BD
-        loss: Tensor = 2 * asymmetric_loss_pair(
+        return 2 * asymmetric_loss_pair(
             x1_BD,
             x2_BD,
             views.t1_BD,
@@ -108,7 +104,6 @@ class PredictorMethod(Method):
             metric=self.config.metric,
             isotropic=self.isotropic,
         )
-        return loss
 
     @torch.no_grad()
     def scalars(self) -> dict[str, Tensor]:

@@ -7,11 +7,11 @@ from functools import partial
 from typing import Any, cast
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
+from isofast.distributed import mean_over_ranks_, world_size
 from isofast_kernels.norm_pool_ops import norm_pool, norm_pool_gradient, norm_pool_sums
 
 
@@ -21,39 +21,22 @@ class ViewBatchNorm(_NormBase):
     In training mode each batch is normalised by its own mean and variance and updates the running
     statistics in turn, so one call equals ``views`` calls of torch's BatchNorm. In eval mode it is
     torch's BatchNorm. Parameters and buffers have torch's names, without ``num_batches_tracked``,
-    which would cost one kernel launch per layer.
+    which would cost one kernel launch per layer. `convert_batch_norm` makes one of torch's.
 
-    Args:
-        num_features: C.
+    Attributes:
         views: number of batches per call; N must be a multiple of it.
         synchronised: compute statistics over all ranks, with one all-reduce per call in the forward
             and one in the backward pass. Each rank must have the same number of rows.
         fused: use plain operations that torch.compile can fuse with their neighbours on a GPU. If
             false, a single rank calls torch's kernels, faster in eager mode and on a CPU.
-        eps, momentum, affine, device, dtype: as in torch.nn.BatchNorm2d.
 
     Raises:
         ValueError: N is not a multiple of ``views``.
     """
 
-    def __init__(
-        self,
-        num_features: int,
-        *,
-        views: int = 2,
-        synchronised: bool = False,
-        fused: bool = False,
-        eps: float = 1e-5,
-        momentum: float = 0.1,
-        affine: bool = True,
-        device: torch.device | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__(num_features, eps, momentum, affine, True, device, dtype)
-        self.num_batches_tracked = None
-        self.views = views
-        self.synchronised = synchronised
-        self.fused = fused
+    views: int
+    synchronised: bool
+    fused: bool
 
     def forward(self, x: Tensor, relu: bool = False, pool: bool = False) -> Tensor:
         """Map (N, C, ...) to the same shape and dtype; ``relu`` adds a ReLU.
@@ -86,7 +69,7 @@ class ViewBatchNorm(_NormBase):
 
     def _normalise_fused(self, x: Tensor, relu: bool, pool: bool) -> Tensor:
         assert self.running_mean is not None and self.running_var is not None
-        ranks = dist.get_world_size() if self.synchronised else 1
+        ranks = world_size() if self.synchronised else 1
         n = x.numel() // (self.views * self.num_features) * ranks
         if n == 1:
             raise ValueError(f"Expected more than 1 value per channel when training, got {x.shape}")
@@ -224,33 +207,15 @@ def _over_ranks(*of_VC: Tensor) -> Tensor:
 def convert_batch_norm(
     module: nn.Module, *, views: int, synchronised: bool = False, fused: bool = False
 ) -> nn.Module:
-    """Replace each BatchNorm in ``module`` by a ViewBatchNorm with the same tensors.
+    """Turn each BatchNorm in ``module`` into a ViewBatchNorm, in place; return ``module``.
 
-    Classes listed by ``foreign_batch_norms`` are left alone.
-
-    Args:
-        module: modified in place, unless it is itself a BatchNorm.
-        views, synchronised, fused: as in ViewBatchNorm.
-
-    Returns:
-        ``module`` or its replacement.
+    Classes listed by ``foreign_batch_norms`` are left alone; other arguments as in ViewBatchNorm.
     """
-    if isinstance(module, _BatchNorm) and not _is_foreign(module):
-        norm = ViewBatchNorm(
-            module.num_features,
-            views=views,
-            synchronised=synchronised,
-            fused=fused,
-            eps=module.eps,
-            momentum=cast(float, module.momentum),
-            affine=module.affine,
-        )
-        norm.weight, norm.bias = module.weight, module.bias
-        norm.running_mean, norm.running_var = module.running_mean, module.running_var
-        return norm.train(module.training)
-    for name, child in module.named_children():
-        ours = convert_batch_norm(child, views=views, synchronised=synchronised, fused=fused)
-        setattr(module, name, ours)
+    for norm in module.modules():
+        if isinstance(norm, _BatchNorm) and not _is_foreign(norm):
+            norm.__class__ = ViewBatchNorm  # type: ignore[assignment]
+            norm.num_batches_tracked = None
+            vars(norm).update(views=views, synchronised=synchronised, fused=fused)
     return module
 
 
@@ -275,9 +240,7 @@ def mean_over_ranks(x: Tensor) -> Tensor:
 
     A custom op, so that torch.compile keeps the collective in its graph.
     """
-    mean = x.clone()
-    dist.all_reduce(mean)
-    return mean.div_(dist.get_world_size())
+    return mean_over_ranks_(x.clone())
 
 
 @mean_over_ranks.register_fake

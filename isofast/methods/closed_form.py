@@ -43,16 +43,12 @@ class ClosedForm(PredictorMethod):
     def predictor(self) -> Tensor:
         """Return the symmetric W, fp32 (D, D)."""
         config = self.config
-        w_DD: Tensor = matrix_power(
+        return matrix_power(
             self.correlation.corr_DD, config.alpha, eps=config.eps, normalize=config.normalize
         )
-        return w_DD
 
     def predict(self, views: Views) -> tuple[Tensor, Tensor, Tensor]:
         return views.z1_BD, views.z2_BD, self.predictor()
-
-    def describe(self) -> str:
-        return f"{self.config.metric}, alpha {self.config.alpha:g}, {super().describe()}"
 
 
 class IsoLoss(ClosedForm):

@@ -5,8 +5,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from isofast.config.schema import MethodConfig
-from isofast.distributed import mean_over_ranks_, world_size
-from isofast_kernels import correlation_ema_, second_moment
+from isofast_kernels.iso_loss import correlation_over_ranks_
 
 
 class Correlation(nn.Module):
@@ -30,10 +29,4 @@ class Correlation(nn.Module):
         """Update C with the embeddings (B, D) of all views and ranks."""
         if self._of == "directions":
             views_BD = tuple(functional.normalize(z_BD.float(), dim=1) for z_BD in views_BD)
-        if world_size() == 1:
-            correlation_ema_(self.corr_DD, views_BD, self._decay)
-            return
-        moment_DD = mean_over_ranks_(second_moment(views_BD))
-        # an all-reduce may sum (i, j) and (j, i) in different orders
-        moment_DD = moment_DD.tril() + moment_DD.tril(-1).T
-        self.corr_DD.mul_(self._decay).add_(moment_DD, alpha=1 - self._decay)
+        correlation_over_ranks_(self.corr_DD, views_BD, self._decay)

@@ -78,10 +78,6 @@ class SIGReg(Method):
         """Return both terms and the mean cosine similarity of the views."""
         return self._terms
 
-    def describe(self) -> str:
-        own = f"lambda {self.config.weight:g}, {self.config.directions} directions"
-        return f"{own}, {super().describe()}"
-
 
 def normality(z_VBD: Tensor, a_AD: Tensor, t_K: Tensor, w_K: Tensor) -> Tensor:
     """Return the Epps-Pulley statistic N T of x = a.z, averaged over views and directions.

@@ -37,9 +37,6 @@ class TrainedPredictor(PredictorMethod):
             p_BD: Tensor = self.predictor(z_BD)
         return p_BD
 
-    def describe(self) -> str:
-        return f"{self.config.metric}, trained predictor, {super().describe()}"
-
 
 class BYOL(TrainedPredictor):
     """Grill et al.: Bootstrap your own latent (NeurIPS 2020)."""

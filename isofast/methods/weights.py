@@ -160,15 +160,11 @@ def _stated(weights: Weights) -> tuple[EncoderConfig, Recipe] | None:
     about, recipe = weights.about, recipe_for("imagefolder")
     sizes = ("crop", "resize_short", "mean", "std")
     if about.keys() >= {"name", "stem", "stem_padding", "width", *sizes}:
-        values = {key: json.loads(about[key]) for key in ("stem_padding", "width", *sizes)}
-        config = EncoderConfig(
-            name=about["name"],
-            stem=about["stem"],  # type: ignore[arg-type]
-            stem_padding=values["stem_padding"],
-            width=values["width"],
-        )
+        own: dict[str, Any] = {key: about[key] for key in ("name", "stem")}
+        own |= {key: json.loads(about[key]) for key in ("stem_padding", "width")}
+        values = {key: json.loads(about[key]) for key in sizes}
         values |= {key: tuple(values[key]) for key in ("mean", "std")}
-        return config, replace(recipe, **{key: values[key] for key in sizes})
+        return EncoderConfig.model_validate(own), replace(recipe, **values)
     beside = weights.path.with_name("config.json")
     card: Mapping[str, Any] = about
     if beside.is_file():

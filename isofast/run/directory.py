@@ -18,8 +18,8 @@ from isofast.distributed import World
 from isofast.errors import UserError
 
 _PACKAGES = (
-    *("torch", "torchvision", "triton", "deepspeed", "nvidia-dali-cuda130"),
-    *("numpy", "pydantic", "isofast"),
+    *("torch", "torchvision", "triton", "deepspeed", "nvidia-dali-cuda130", "nvidia-dali-cuda120"),
+    *("numpy", "pydantic", "isofast", "isofast-kernels"),
 )
 
 

@@ -13,14 +13,10 @@ from pathlib import Path
 
 import psutil
 import torch
+from torch import Tensor
 
 from isofast.run.directory import cpu_has_bf16, cpu_name, version_of
-from isofast_kernels import asymmetric_loss, matrix_power
-from isofast_kernels.reference import (
-    losses_and_gradients_reference,
-    matrix_power_reference,
-    second_moment_reference,
-)
+from isofast_kernels import IsoLoss, matrix_power
 
 # Errors of a wrong kernel are far larger; NUMERICS.md has the tolerance of each.
 _TOLERANCE = 1e-3
@@ -34,7 +30,6 @@ class Package:
 
     name: str
     version: str | None
-    purpose: str
     problem: str | None
     """Why it cannot be imported, and what to do."""
     required: bool
@@ -145,27 +140,20 @@ def kernel_errors(device: torch.device) -> dict[str, float]:
 
     They are measured against the float64 reference, in the Frobenius norm.
     """
-    generator = torch.Generator().manual_seed(0)
-    z_BD, t_BD = torch.randn(2, _ROWS, _FEATURES, generator=generator)
-    corr_DD = second_moment_reference([z_BD])
-    w_DD = matrix_power_reference(corr_DD, 0.5)
-    exact = [x.double() for x in (z_BD, t_BD, w_DD)]
-    loss_B, dz_BD = losses_and_gradients_reference(*exact, metric="cosine", isotropic=True)
-    z_BD = z_BD.to(device).requires_grad_()
-    loss = asymmetric_loss(z_BD, t_BD.to(device), w_DD.to(device), metric="cosine", isotropic=True)
-    torch.autograd.backward(loss)
-    assert z_BD.grad is not None
-    pairs = {
-        "loss": (loss.detach(), loss_B.mean()),
-        "gradient": (z_BD.grad, dz_BD / _ROWS),
-        "root": (
-            matrix_power(corr_DD.to(device), 0.5),
-            matrix_power_reference(corr_DD.double(), 0.5),
-        ),
-    }
+    z_VBD = torch.randn(2, _ROWS, _FEATURES, generator=torch.Generator().manual_seed(0))
+
+    def results(where: torch.device, dtype: torch.dtype) -> list[Tensor]:
+        criterion = IsoLoss(_FEATURES, decay=0.0).to(where, dtype)
+        leaf_VBD = z_VBD.to(where, dtype).requires_grad_()
+        loss = criterion(*leaf_VBD)
+        (dz_VBD,) = torch.autograd.grad(loss, leaf_VBD)
+        return [loss.detach(), dz_VBD, matrix_power(criterion.corr_DD, 0.5)]
+
+    exact = results(torch.device("cpu"), torch.float64)
+    found = results(device, torch.float32)
     return {
         name: ((got.cpu().double() - truth).norm() / truth.norm()).item()
-        for name, (got, truth) in pairs.items()
+        for name, got, truth in zip(("loss", "gradient", "root"), found, exact, strict=True)
     }
 
 
@@ -187,14 +175,11 @@ def _packages(cuda: bool) -> list[Package]:
     with ThreadPoolExecutor(len(wanted)) as pool:
         problems = pool.map(lambda one: _import_problem(one[1], env), wanted)
     # imported already
-    own = [
-        Package(n, version_of(n), "", None, True) for n in ("isofast", "isofast-kernels", "torch")
-    ]
+    own = [Package(n, version_of(n), None, True) for n in ("isofast", "isofast-kernels", "torch")]
     return own + [
         Package(
             name=name,
             version=version_of(name) or version_of(name.replace("cuda130", "cuda120")),
-            purpose=purpose,
             problem=problem and f"{problem}. Needed for {purpose}: pip install {name}",
             required=required,
         )

@@ -7,6 +7,7 @@ finite.
 
 import math
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -82,9 +83,8 @@ def alpha_req(z_NF: Tensor) -> float:
     log_lambda = eigenvalues[eigenvalues > _LEAST_SHARE * eigenvalues[0]][FIRST - 1 :].log()
     if len(log_lambda) < 2:
         return math.nan
-    log_k = torch.arange(FIRST, FIRST + len(log_lambda), dtype=torch.float64).log()
-    log_k = log_k - log_k.mean()
-    return -float(log_k @ log_lambda / log_k.square().sum())
+    log_k = np.log(np.arange(FIRST, FIRST + len(log_lambda)))
+    return -float(np.polyfit(log_k, log_lambda.numpy(), 1)[0])
 
 
 def alignment(e_NVF: Tensor) -> float:
@@ -107,13 +107,7 @@ def uniformity(z_NF: Tensor) -> float:
     uniform on the sphere.
     """
     u_NF = functional.normalize(_double(z_NF), dim=1)
-    if not u_NF.isfinite().all():
-        return math.nan
-    # |u - u'|^2 = |u|^2 + |u'|^2 - 2 u.u', and a zero embedding has |u| = 0
-    square_N = u_NF.square().sum(1)
-    distance_NN = square_N[:, None] + square_N - 2 * u_NF @ u_NF.T
-    weight_NN = (-2 * distance_NN).exp().fill_diagonal_(0)
-    return float((weight_NN.sum() / (len(u_NF) * (len(u_NF) - 1))).log())
+    return float(torch.pdist(u_NF).square().mul(-2).exp().mean().log())
 
 
 def _smooth_rank(values: Tensor) -> float:

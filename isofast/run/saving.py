@@ -73,7 +73,7 @@ class Saver:
             self._allowed -= 1
             self._report(f"warning: {error}")
         self._last = time.monotonic()
-        copies = _each(_copy, (state, encoder))
+        copies = _each(lambda x: HostCopy(x) if isinstance(x, Tensor) else x, (state, encoder))
         self._pending = self._thread.submit(self._write, step, copies, best_step, records)
 
     def wait(self) -> None:
@@ -97,7 +97,7 @@ class Saver:
         best_step: int | None,
         records: Future[OSError | None] | None,
     ) -> None:
-        state, encoder = _each(_get, copies)
+        state, encoder = _each(lambda x: x.get() if isinstance(x, HostCopy) else x, copies)
         if records is not None and (error := records.result()) is not None:
             raise RunError(f"could not write the records up to step {step}: {error}. {REMEDY}")
         keep, about = self._config.keep, self._about
@@ -114,11 +114,3 @@ def _each(function: Callable[[Any], Any], tree: Any) -> Any:
     if isinstance(tree, list | tuple):
         return type(tree)(_each(function, value) for value in tree)
     return function(tree)
-
-
-def _copy(leaf: Any) -> Any:
-    return HostCopy(leaf) if isinstance(leaf, Tensor) else leaf
-
-
-def _get(leaf: Any) -> Any:
-    return leaf.get() if isinstance(leaf, HostCopy) else leaf

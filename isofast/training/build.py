@@ -221,13 +221,12 @@ def train_loader(
     train: ImageFolder,
     recipe: Recipe,
     *,
-    backend: str,
     dtype: torch.dtype,
     start_step: int = 0,
 ) -> TrainLoader:
-    """Return this rank's loader, starting at ``start_step``; ``backend`` must not be "auto"."""
+    """Return this rank's loader, starting at ``start_step``."""
     return TrainLoader(
-        backend,
+        config.data.backend,
         train,
         recipe,
         batch_size=config.batch_size_per_rank(world.size),

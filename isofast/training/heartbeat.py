@@ -17,7 +17,7 @@ TURN_S = 4.0
 
 
 class Heartbeat:
-    """Ends this process when another rank has not answered for ``limit_s``.
+    """Ends this process when another rank has not answered for ``LIMIT_S``.
 
     A thread increments this rank's counter in the launcher's store and reads the others', however
     long a step, a check or an evaluation takes. It exits the process with code 1, because the main
@@ -27,11 +27,10 @@ class Heartbeat:
     Args:
         world: the ranks; a single rank is not watched.
         told: set once the launcher has asked this process to end because another one has.
-        limit_s: timeout in seconds.
     """
 
-    def __init__(self, world: World, told: threading.Event, limit_s: float = LIMIT_S) -> None:
-        self._world, self._told, self._limit_s = world, told, limit_s
+    def __init__(self, world: World, told: threading.Event) -> None:
+        self._world, self._told = world, told
         self._closed, self._ends = threading.Event(), threading.Event()
         now = time.monotonic()
         self._heard = dict.fromkeys(range(world.size), now)
@@ -61,7 +60,7 @@ class Heartbeat:
                 os.environ["MASTER_ADDR"],
                 int(os.environ["MASTER_PORT"]),
                 is_master=False,
-                timeout=timedelta(seconds=self._limit_s),
+                timeout=timedelta(seconds=LIMIT_S),
             )
             before = dict.fromkeys(others, 0)
             while not self._closed.wait(INTERVAL_S):
@@ -79,7 +78,7 @@ class Heartbeat:
         last = time.monotonic()
         while not self._closed.wait(1.0):
             now = time.monotonic()
-            if now - last > self._limit_s / 2:
+            if now - last > LIMIT_S / 2:
                 # this process was the one suspended
                 self._heard = dict.fromkeys(self._heard, now)
             last = now
@@ -88,7 +87,7 @@ class Heartbeat:
 
     def _silent(self) -> list[int]:
         now = time.monotonic()
-        return [rank for rank, heard in self._heard.items() if now - heard > self._limit_s]
+        return [rank for rank, heard in self._heard.items() if now - heard > LIMIT_S]
 
     def _end(self) -> None:
         self._ends.set()
@@ -104,7 +103,7 @@ class Heartbeat:
             which = f"rank {', '.join(map(str, silent))}"
             which = "rank 0 or its machine" if rank in silent else which
             sys.stderr.write(
-                f"\nerror on rank {rank}: {which} has not answered for {self._limit_s:g} s (lost, "
+                f"\nerror on rank {rank}: {which} has not answered for {LIMIT_S:g} s (lost, "
                 f"hung or cut off). The last checkpoint is intact; {GOES_ON}\n"
             )
         os._exit(1)

@@ -11,7 +11,7 @@ from typing import NoReturn
 import torch
 
 from isofast.config.schema import Config
-from isofast.data import ImageFolder, Recipe, recipe_for, resolve_backend
+from isofast.data import ImageFolder, Recipe, recipe_for
 from isofast.data.folder import UNLABELLED
 from isofast.data.images import (
     Images,
@@ -97,7 +97,7 @@ def fit(config: Config, run_dir: str | PathLike[str]) -> Summary:
         world = init_world()
         signals = Signals(world)
         # released last: when a rank dies the launcher signals the others, which first say why
-        stack.push(signals)
+        stack.push(signals.__exit__)
         if joins:
             # several ranks could not rendezvous again on the launcher's port for a next run
             (stack.callback if world.size == 1 else atexit.register)(close_world)
@@ -146,19 +146,23 @@ class _Run:
             "training": train.fingerprint,
             "validation": None if val is None else val.fingerprint,
         }
-        self.backend_before: str | None = None
-        self.step, totals, notes = self._resume()
+        self.step, totals, notes, backend_before = self._resume()
 
         self.loader = train_loader(
             config,
             world,
             train,
             recipe,
-            backend=self._backend(train, recipe),
             dtype=self.state.online.branch.precision,
             start_step=self.step,
         )
         stack.callback(self.loader.close)
+        if backend_before not in (None, self.loader.backend):
+            raise UserError(
+                f"the run started with the {backend_before} backend, and {self.loader.backend} "
+                f"jitters colours slightly differently; continue with "
+                f"--set data.backend={backend_before}, or start over with --fresh"
+            )
         self.batches = watch.over(self.loader)
         self.steps_per_epoch: int = self.loader.steps_per_epoch
         self.total_steps = config.train.epochs * self.steps_per_epoch
@@ -311,8 +315,8 @@ class _Run:
         corr_DD = self.state.method.correlation.corr_DD
         return self.recorder.summary(self.step, corr_DD, self.loader.dropped_per_epoch, failure)
 
-    def _resume(self) -> tuple[int, Totals, list[str]]:
-        """Restore the newest intact checkpoint; return its step, totals and notes to print."""
+    def _resume(self) -> tuple[int, Totals, list[str], str | None]:
+        """Restore the newest intact checkpoint; return its step, totals, notes and backend."""
         notes: list[str] = []
         found = newest_checkpoint(self.run_dir / "checkpoints", notes.append)
         steps = {*gather_objects(0 if found is None else found.step)}
@@ -326,8 +330,10 @@ class _Run:
             if (self.run_dir / "metrics.jsonl").exists():
                 notes.append(f"no checkpoint in {self.run_dir} yet: starting again at step 0")
             notes += self.state.initialise(self.config.encoder.init)
-            return 0, Totals(), notes
+            return 0, Totals(), notes, None
         state = found.load()
+        # refuses a checkpoint of another version
+        notes += [f"continuing from {found.path}", *self.state.restore(state, found.step)]
         for kind, fingerprint in self.fingerprints.items():
             # a run may start or resume without evaluation, and so without validation images
             if None not in (fingerprint, state["images"][kind]) and (
@@ -338,31 +344,17 @@ class _Run:
                     f"started with (names, classes or file sizes differ); put them back, or start "
                     f"over with --fresh"
                 )
-        self.backend_before = state["loader"].get("backend")
-        notes += [f"continuing from {found.path}", *self.state.restore(state, found.step)]
-        return found.step, Totals(**state["totals"]), notes
-
-    def _backend(self, train: ImageFolder, recipe: Recipe) -> str:
-        """Return the backend, which must not change during a run."""
-        data = self.config.data
-        backend = resolve_backend(
-            data.backend, train, recipe, self.world.device, data.resident_limit_gb
-        )
-        if self.backend_before not in (None, backend):
-            raise UserError(
-                f"the run started with the {self.backend_before} backend, and {backend} "
-                f"jitters colours slightly differently; continue with "
-                f"--set data.backend={self.backend_before}, or start over with --fresh"
-            )
-        return backend
+        return found.step, Totals(**state["totals"]), notes, state["loader"].get("backend")
 
     def _plan(self, train: ImageFolder, device: str) -> list[str]:
         """Return lines that describe what the run is about to do."""
         config, world = self.config, self.world
         statistics = "synchronised" if self.synchronised else "of one process"
+        settings = config.method.model_dump(exclude={"name"})
+        method = ", ".join(f"{key} {value}" for key, value in settings.items())
         lines = [
-            f"{config.method.name} ({self.state.method.describe()}, {config.optimizer.name} "
-            f"{config.optimizer.lr:g}) on {describe_images(train)}, {device}",
+            f"{config.method.name} ({method}), {config.optimizer.name} {config.optimizer.lr:g}, on "
+            f"{describe_images(train)}, {device}",
             f"{world.size} process(es), BatchNorm statistics {statistics}, "
             f"{self.steps_per_epoch} steps per epoch "
             f"({self.loader.dropped_per_epoch} images left out of each)",

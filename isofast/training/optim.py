@@ -52,8 +52,6 @@ class LARS(Optimizer):
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         """Update every parameter that has a gradient."""
-        if closure is not None:
-            raise ValueError("LARS takes no closure")
         groups = []
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]

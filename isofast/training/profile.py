@@ -8,7 +8,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from isofast.config.schema import Config
-from isofast.data import ImageFolder, recipe_for, resolve_backend
+from isofast.data import ImageFolder, recipe_for
 from isofast.data.images import check_images, list_images
 from isofast.distributed import World, launched_world_size
 from isofast.errors import UserError
@@ -53,9 +53,8 @@ def _profile(config: Config, train: ImageFolder, world: World, output: Path, ste
     recipe = recipe_for(data.dataset, crop=data.crop, augmentation=data.augmentation)
     state = build(config, world, max(1, len(train.classes)))
     state.online.train()
-    backend = resolve_backend(data.backend, train, recipe, world.device, data.resident_limit_gb)
     precision = state.online.branch.precision
-    loader = train_loader(config, world, train, recipe, backend=backend, dtype=precision)
+    loader = train_loader(config, world, train, recipe, dtype=precision)
     take_step = GraphedStep(state.step, world.device) if state.graphed else state.step
 
     def synchronised_clock() -> float:
@@ -87,7 +86,7 @@ def _profile(config: Config, train: ImageFolder, world: World, output: Path, ste
     wait_ms = statistics.median(waits)
     parts_ms = {name: statistics.median(times) for name, times in parts.items()}
     total = sum(parts_ms.values())
-    advice = _advice(state.compiled, precision, backend, wait_ms / step_ms)
+    advice = _advice(state.compiled, precision, loader.backend, wait_ms / step_ms)
     rows = [
         f"{step_ms:.1f} ms per step, {1e3 * config.train.batch_size / step_ms:,.0f} images/s, "
         f"{wait_ms:.1f} ms of it waiting for the batch; {describe_environment(world)['device']}",

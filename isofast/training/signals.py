@@ -51,11 +51,7 @@ class Signals:
         self._group: Any = dist.new_group(backend="gloo") if world.size > 1 else None
         self._exchange: tuple[Any, torch.Tensor] | None = None
 
-    def __enter__(self) -> "Signals":
-        self.hold()
-        return self
-
-    def hold(self, watch: StallWatch | None = None) -> None:
+    def hold(self, watch: StallWatch) -> None:
         """Hold signals back until the context exits; ``watch`` counts the batches."""
         self._watch = watch
         if threading.current_thread() is not threading.main_thread():

@@ -1,7 +1,7 @@
 """BatchNorm by view: equal to one call per view, on one rank and several, eager and compiled."""
 
 import copy
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ from isofast.config.schema import EncoderConfig, ProjectorConfig
 from isofast.data import Batch
 from isofast.distributed import World
 from isofast.errors import UserError
-from isofast.methods.batch_norm import ViewBatchNorm, convert_batch_norm
+from isofast.methods.batch_norm import convert_batch_norm
 from isofast.methods.networks import Branch, _join_relus, make_encoder, make_projector
 from isofast.training.build import build
 
@@ -87,6 +87,10 @@ def test_one_call_equals_a_call_a_view(stem, dtype, kind):
         assert_equal(found, expected, BUDGET[dtype])
 
 
+def converted(features: int, *, dtype: torch.dtype = torch.float32, **how: Any) -> nn.Module:
+    return convert_batch_norm(nn.BatchNorm1d(features, dtype=dtype), **{"views": 2, **how})
+
+
 @pytest.mark.parametrize("dtype", BUDGET, ids=str)
 @pytest.mark.parametrize("views", [1, 2])
 @pytest.mark.parametrize(
@@ -96,7 +100,7 @@ def test_one_call_equals_a_call_a_view(stem, dtype, kind):
 )
 def test_a_fused_layer_is_torchs(shape, then, views, dtype):
     torch.manual_seed(0)
-    layers = [ViewBatchNorm(5, views=views, fused=fused, dtype=dtype) for fused in (False, True)]
+    layers = [converted(5, views=views, fused=fused, dtype=dtype) for fused in (False, True)]
     nn.init.normal_(layers[0].weight)
     nn.init.normal_(layers[0].bias)
     layers[1].load_state_dict(layers[0].state_dict())
@@ -113,7 +117,7 @@ def test_a_fused_layer_is_torchs(shape, then, views, dtype):
 
 
 def test_a_fused_layer_keeps_x_alone():
-    layer, x_NC = ViewBatchNorm(3, fused=True), torch.randn(1000, 3)
+    layer, x_NC = converted(3, fused=True), torch.randn(1000, 3)
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(kept.append, lambda x: x):
         layer(x_NC.requires_grad_(True), relu=True)
@@ -124,7 +128,7 @@ def test_a_fused_layer_keeps_x_alone():
 def test_a_large_mean_costs_digits(std):
     """The variance is off by fp32's rounding times (mean / std)^2, y by half that."""
     x_NC = 10 + std * torch.randn(4096, 64, generator=torch.Generator().manual_seed(0))
-    y_NC, exact_NC = (ViewBatchNorm(64, fused=True, dtype=t)(x_NC.to(t)) for t in BUDGET)
+    y_NC, exact_NC = (converted(64, fused=True, dtype=t)(x_NC.to(t)) for t in BUDGET)
     error = (y_NC - exact_NC).norm() / exact_NC.norm()
     assert error <= 1.2e-7 * (1 + (10 / std) ** 2)
 
@@ -151,9 +155,9 @@ def test_a_fused_branch_is_the_plain_one(name, stem, training):
 @pytest.mark.parametrize("fused", [False, True])
 def test_one_value_a_channel_and_half_a_view_are_refused(fused):
     with pytest.raises(ValueError, match="Expected more than 1 value per channel"):
-        ViewBatchNorm(3, fused=fused)(torch.randn(2, 3))
+        converted(3, fused=fused)(torch.randn(2, 3))
     with pytest.raises(ValueError, match="7 rows do not hold 2 views"):
-        ViewBatchNorm(3, fused=fused)(torch.randn(7, 3))
+        converted(3, fused=fused)(torch.randn(7, 3))
 
 
 def assert_gradients_as_good(ours: Branch, plain: Branch, x_NCHW: Tensor) -> None:

@@ -110,9 +110,9 @@ import threading, sys
 from isofast.distributed import World
 from isofast.training.signals import Signals
 import torch
-with Signals(World(0, 1, 0, torch.device("cpu")), grace_s=float(sys.argv[1])):
-    print("ready", flush=True)
-    threading.Event().wait()
+Signals(World(0, 1, 0, torch.device("cpu")), grace_s=float(sys.argv[1])).hold(None)
+print("ready", flush=True)
+threading.Event().wait()
 """
 # a long evaluation, then a step
 SLOW = """
