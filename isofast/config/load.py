@@ -19,8 +19,12 @@ _PACKAGE = Path(__file__).resolve().parents[1]
 LAUNCH = next(p / "launch" for p in (_PACKAGE, _PACKAGE.parent) if (p / "launch").is_dir())
 
 
-def load_config(path: str | PathLike[str], overrides: Sequence[str] = ()) -> Config:
-    """Read ``path``, apply ``--set`` overrides (``key.path=value``) and presets, and validate.
+def load_config(
+    path: str | PathLike[str], overrides: Sequence[str] | Mapping[str, Any] = ()
+) -> Config:
+    """Read ``path``, apply overrides and presets, and validate.
+
+    Overrides are those of ``--set`` (["train.epochs=100"]) or a mapping ({"train.epochs": 100}).
 
     If ``path`` is not a file, it may name a shipped config, such as tinyimagenet.
 
@@ -33,7 +37,7 @@ def load_config(path: str | PathLike[str], overrides: Sequence[str] = ()) -> Con
     if not path.is_file() and shipped.is_file():
         path = shipped
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
+        raw = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_section)
     except FileNotFoundError:
         known = ", ".join(sorted(str(p) for p in path.parent.glob("*.json"))) or "none"
         names = ", ".join(sorted({p.stem for p in LAUNCH.glob("*.json")} - {"config.schema"}))
@@ -47,13 +51,15 @@ def load_config(path: str | PathLike[str], overrides: Sequence[str] = ()) -> Con
     return validate(raw, overrides)
 
 
-def validate(raw: Mapping[str, Any], overrides: Sequence[str] = ()) -> Config:
-    """Build a config from nested sections and ``--set`` overrides, filling in presets.
+def validate(raw: Mapping[str, Any], overrides: Sequence[str] | Mapping[str, Any] = ()) -> Config:
+    """Build a config from nested sections and overrides, filling in presets.
 
     Raises:
         UserError: a key or value is not allowed.
     """
     tree = copy.deepcopy(dict(raw))
+    if isinstance(overrides, Mapping):
+        overrides = [f"{key}={json.dumps(value, default=str)}" for key, value in overrides.items()]
     for override in overrides:
         _apply_override(tree, override)
     try:
@@ -89,6 +95,14 @@ def read_stored(path: Path) -> Config:
     return validate(raw)
 
 
+def _section(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    section = dict(pairs)
+    if len(section) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"{next(k for k in keys if keys.count(k) > 1)!r} is there twice")
+    return section
+
+
 def _apply_override(raw: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     if not equals or not all(key.split(".")):
@@ -102,7 +116,8 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
     try:
         node[name] = json.loads(text)
     except ValueError:
-        node[name] = text
+        # Python's names, as an f-string writes them, too
+        node[name] = {"True": True, "False": False, "None": None}.get(text, text)
 
 
 def _explain(item: dict[str, Any], known: Sequence[str]) -> str:

@@ -39,7 +39,8 @@ def method_class(name: Any) -> Any:
     try:
         found = import_object(path)
     except Exception as error:
-        raise refuse(f"cannot import it: {type(error).__name__}: {error}") from error
+        where = f" (looked up in {Path.cwd()} too)" * isinstance(error, ModuleNotFoundError)
+        raise refuse(f"cannot import it: {type(error).__name__}: {error}{where}") from error
     if not (inspect.isclass(found) and hasattr(found, "loss") and hasattr(found, "Config")):
         raise refuse("not a class derived from isofast.methods.Method")
     return found

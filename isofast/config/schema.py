@@ -176,9 +176,9 @@ class EncoderConfig(_Section):
     width: int = Field(64, ge=4)
     """Channels of resnet18's or resnet34's first stage; torchvision has 64, fewer are faster."""
     init: str | None = None
-    """Initial weights: an encoder.safetensors, or a torchvision or timm checkpoint of the same
-    encoder. A classifier is ignored; a first convolution of another size stays random. Not read
-    when a run is resumed."""
+    """Initial weights of the same encoder: a run's folder, an encoder.safetensors, or a torchvision
+    or timm checkpoint. A classifier is ignored; a first convolution of another size stays random.
+    Not read when a run is resumed."""
 
     @field_validator("name")
     @classmethod
@@ -385,6 +385,14 @@ class Config(_Section):
             # as JSON, whose lists pydantic also accepts for a custom class's tuples
             return config_class.model_validate_json(json.dumps(tree, default=str))
         return raw
+
+    @field_validator("schedule")
+    @classmethod
+    def _warms_up_within(cls, schedule: ScheduleConfig, info: ValidationInfo) -> ScheduleConfig:
+        train = info.data.get("train")
+        if train is not None and (schedule.warmup_epochs or 0) > train.epochs:
+            raise ValueError(f"the warm-up is longer than the run, train.epochs={train.epochs}")
+        return schedule
 
     @property
     def warmup_epochs(self) -> float:

@@ -15,6 +15,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from isofast.config.schema import EncoderConfig
+from isofast.data import Recipe
 from isofast.data.files import check_output, write_atomically
 from isofast.errors import RunError, UserError
 from isofast.evaluation.encoders import Encoder, read_encoder, torch_bytes
@@ -68,7 +69,7 @@ def export(source: Path, kind: str, output: Path) -> str:
     else:
         content = torch_bytes(tensors)
     write_atomically(output, lambda part: part.write_bytes(content))
-    return loading
+    return f"{loading}\n# {_images(encoder.recipe)}"
 
 
 def _huggingface(encoder: Encoder, output: Path) -> str:
@@ -147,8 +148,14 @@ def _onnx(encoder: Encoder, output: Path) -> str:
     write_atomically(output, lambda part: part.write_bytes(model))
     return (
         f'onnxruntime.InferenceSession("{output}").run(None, {{"x": x_BCHW}})\n'
-        f"x: (B, 3, {side}, {side}) float32, (pixels / 255 - mean) / std with mean "
-        f"{encoder.recipe.mean} and std {encoder.recipe.std}; h: (B, F). {differ}"
+        f"{_images(encoder.recipe)}; h: (B, F). {differ}"
+    )
+
+
+def _images(recipe: Recipe) -> str:
+    return (
+        f"x: (B, 3, {recipe.crop}, {recipe.crop}) float32, (pixels / 255 - mean) / std with mean "
+        f"{recipe.mean} and std {recipe.std}"
     )
 
 

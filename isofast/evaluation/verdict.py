@@ -73,9 +73,10 @@ def _by_accuracy(run: Run, val_images: int | None, pictures: Pictures | None) ->
         after, before = (one.knn_top1 or 0.0 for one in pictures.measured[:2])
         n, where = pictures.queries, f"on a sample of {pictures.sample}"
     elif ends:
-        headline = (
-            f"k-NN top-1 {ends[-1]:.3f}, with nothing to compare it with: the untrained network "
-            "was not evaluated (set evaluation.at_start to true)."
+        headline = f"k-NN top-1 {ends[-1]:.3f}, with nothing to compare it with: " + (
+            "the trained network was not evaluated."
+            if run.evaluations[0]["step"] == 0
+            else "the untrained network was not evaluated (set evaluation.at_start to true)."
         )
         return Verdict("not comparable", None, headline, [])
     else:

@@ -142,14 +142,14 @@ def load_weights(encoder: nn.Module, weights: Weights, *, other_stem: bool = Fal
     return kept
 
 
-def initialise(encoder: nn.Module, path: str) -> str:
+def initialise(encoder: nn.Module, path: Path) -> str:
     """Load encoder.init before the first step; return a line that describes it.
 
     Raises:
         UserError: the file cannot be read or does not fit.
     """
     try:
-        kept = load_weights(encoder, read_weights(Path(path)), other_stem=True)
+        kept = load_weights(encoder, read_weights(path), other_stem=True)
     except UserError as error:
         raise UserError(f"encoder.init: {error}") from error
     aside = f", but the first convolution is random: {kept[0]}" if kept else ""

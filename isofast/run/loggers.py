@@ -77,16 +77,18 @@ class WandB:
         self._spectra = run_dir / "spectrum.npz"
         self._views = None if step else run_dir / "views.png"
         self._pictured = True
-        self._run = wandb.init(
+        # a run of the caller's, as in a sweep, gets the numbers and stays open
+        self._ours = wandb.run is None
+        self._run = wandb.run or wandb.init(
             dir=run_dir,
             id=known.read_text(),
             resume="allow",
             project=os.environ.get("WANDB_PROJECT", "isofast"),
             name=os.environ.get("WANDB_NAME", run_dir.resolve().name),
-            config=config.model_dump(mode="json"),
-            # for keys that may change when a run is resumed
-            allow_val_change=True,
         )
+        # some keys may change when a run is resumed
+        settings = config.model_dump(mode="json")
+        self._run.config.update(settings, allow_val_change=True)  # type: ignore[no-untyped-call]
 
     def log(self, record: Record) -> None:
         self._step = int(record["step"] or 0)
@@ -106,7 +108,8 @@ class WandB:
         self._pictured = True
 
     def close(self) -> None:
-        self._run.finish()
+        if self._ours:
+            self._run.finish()
 
 
 def draw_spectra(step_T: np.ndarray, eigenvalues_TD: np.ndarray) -> Image.Image:

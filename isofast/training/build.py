@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from isofast.methods.closed_form import ClosedForm
 from isofast.methods.ema import EmaTarget
 from isofast.methods.networks import Branch
 from isofast.methods.weights import initialise
+from isofast.run.checkpoint import newest_checkpoint
 from isofast.run.directory import cpu_has_bf16
 from isofast.training.optim import LARS, load_optimizer_state, make_optimizer
 from isofast.training.parallel import make_engine, restore_engine
@@ -77,10 +79,13 @@ class TrainState:
         return output
 
     def initialise(self, path: str | None) -> list[str]:
-        """Load encoder weights from ``path``, for the target too; return a line describing them."""
+        """Load the encoder of a file or run, for the target too; return a line describing it."""
         if path is None:
             return []
-        note = initialise(self.online.branch.encoder, path)
+        file = Path(path)
+        if file.is_dir() and (found := newest_checkpoint(file / "checkpoints")):
+            file = found.path / "encoder.safetensors"
+        note = initialise(self.online.branch.encoder, file)
         if self.target is not None:
             self.target.branch.load_state_dict(self.online.branch.state_dict())
         return [note]
@@ -95,6 +100,7 @@ class TrainState:
             "rng": gather_objects(_rng_state(self.world.device)),
             "world_size": self.world.size,
             "device": self.world.device.type,
+            "threads": torch.get_num_threads(),
             "precision": str(self.online.branch.precision).removeprefix("torch."),
         }
 
@@ -105,14 +111,22 @@ class TrainState:
             One line for each reason why the run will not continue bitwise identically.
 
         Raises:
-            UserError: the state is from another version of isofast.
+            UserError: the state is from another version of isofast, or of the networks.
         """
         if state.get("format") != _FORMAT:
             raise UserError(
                 "the run's checkpoints are from another version of isofast; finish it with that "
                 "version, or start over with --fresh"
             )
-        self.online.load_state_dict(state["online"])
+        try:
+            self.online.load_state_dict(state["online"])
+        except RuntimeError as error:
+            first = str(error).partition("\n\t")[2].partition("\n")[0]
+            raise UserError(
+                f"the run's checkpoints are of other networks ({first}): the code of encoder.name "
+                f"or method.name, or its library, has changed. Restore it, or start over with "
+                f"--fresh"
+            ) from error
         if self.target is not None:
             self.target.load_state_dict(state["target"])
         load_optimizer_state(self.optimizer, state["optimizer"])
@@ -137,6 +151,12 @@ class TrainState:
             torch.manual_seed(steps * self.world.size + self.world.rank)
         else:
             _set_rng_state(state["rng"][self.world.rank], self.world.device)
+        threads = state.get("threads", torch.get_num_threads())
+        if now == "cpu" and threads != torch.get_num_threads():
+            notes.append(
+                f"the run had {threads} thread(s) per process and has {torch.get_num_threads()} "
+                f"now (OMP_NUM_THREADS): rounding differs"
+            )
         return notes
 
     def is_finite(self) -> bool:

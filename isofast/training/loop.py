@@ -1,6 +1,8 @@
 """fit(): a run from its config to its summary; the loop reads from top to bottom."""
 
 import atexit
+import gc
+import threading
 import time
 from contextlib import ExitStack, nullcontext
 from dataclasses import asdict
@@ -59,6 +61,8 @@ from isofast.training.signals import Signals, stopped
 from isofast.training.stall import StallWatch
 from isofast.training.step import StepOutput, embedding_scalars
 
+_TRAINING = threading.Lock()
+
 
 def fit(config: Config, run_dir: str | PathLike[str]) -> Summary:
     """Train ``config`` in ``run_dir``, or resume from its newest intact checkpoint.
@@ -85,6 +89,12 @@ def fit(config: Config, run_dir: str | PathLike[str]) -> Summary:
     images = list_images(config)
     # gradients, fp32 and CPU tensors by default, whatever the caller has set
     with torch.inference_mode(False), in_words(config), ExitStack() as stack:
+        if not _TRAINING.acquire(blocking=False):
+            raise UserError("another thread is training; start runs side by side as processes")
+        stack.callback(_TRAINING.release)
+        # the engine and the pipelines refer to themselves, and hold threads and open files
+        stack.callback(gc.collect)
+        stack.enter_context(torch.random.fork_rng(devices=[]))
         stack.callback(torch.set_default_dtype, torch.get_default_dtype())
         torch.set_default_dtype(torch.float32)
         if torch.get_default_device().type != "cpu":
@@ -363,6 +373,8 @@ class _Run:
             if self.step < self.last_step
             else f"{self.run_dir} is at step {self.step} and has nothing left to do",
         ]
+        if (config.train.max_steps or 0) > self.total_steps:
+            lines.append(f"train.max_steps is beyond the end, {config.train.epochs} epochs")
         if self.state.compiled and self.step < self.last_step:
             lines.append("the first step compiles the networks, which takes a minute or two")
         return lines
@@ -378,8 +390,8 @@ class _Run:
 
     def _blow_up(self, what: str) -> NoReturn:
         message = (
-            f"{what} became NaN or infinite before step {self.step}. The last checkpoint is "
-            f"older; start over with {' or '.join(remedies(self.config, 'blow-up'))}"
+            f"{what} became NaN or infinite before step {self.step}; start over with "
+            f"{' or '.join(remedies(self.config, 'blow-up'))}"
         )
         self.recorder.note_collapse(message)
         raise RunError(message)

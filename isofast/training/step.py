@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from isofast.data import Batch
+from isofast.errors import UserError
 from isofast.methods import Method, Views
 from isofast.methods.networks import Branch
 from isofast.methods.probe import ProbeOutput, probe_loss
@@ -52,6 +53,9 @@ class Online(nn.Module):
             self.method.correlation.update(z1_BD.detach(), z2_BD.detach())
         with part("loss"):
             loss = self.method.loss(Views(z1_BD, z2_BD, t1_BD.detach(), t2_BD.detach()))
+            if z1_BD.requires_grad and not loss.requires_grad:
+                # the probe's loss would let the step pass
+                raise UserError("the method's loss has no gradient; compute it from z1_BD, z2_BD")
         with part("probe"):
             logits1_BK, logits2_BK = (self.probe(h_BF.detach().float()) for h_BF in (h1_BF, h2_BF))
             probe = probe_loss(logits1_BK, logits2_BK, batch.y_B, uneven=self.uneven_labels)

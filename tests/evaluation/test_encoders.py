@@ -159,12 +159,12 @@ def test_initial_weights_are_the_files(tmp_path):
     path = tmp_path / "theirs.pth"
     torch.save(theirs.state_dict(), path)
     same, small_images = (make_encoder(EncoderConfig(stem=s)) for s in ("imagenet", "cifar"))
-    assert "first" not in initialise(same, str(path))
+    assert "first" not in initialise(same, path)
     theirs.fc = nn.Identity()
     assert_same_features(same.eval(), theirs)
 
     before = small_images.conv1.weight.clone()
-    said = initialise(small_images, str(path))
+    said = initialise(small_images, path)
     assert "is random: conv1.weight (64 x 3 x 3 x 3 here, 64 x 3 x 7 x 7 there)" in said
     assert torch.equal(small_images.conv1.weight, before)
     assert torch.equal(small_images.layer1[0].conv1.weight, theirs.layer1[0].conv1.weight)
@@ -177,5 +177,5 @@ def test_initial_weights_are_the_files(tmp_path):
         encoder = make_encoder(config)
         kept = {name: tensor.clone() for name, tensor in encoder.state_dict().items()}
         with pytest.raises(UserError, match=f"encoder.init: .*do not fit.*{words}"):
-            initialise(encoder, str(path))
+            initialise(encoder, path)
         assert all(torch.equal(kept[name], tensor) for name, tensor in encoder.state_dict().items())

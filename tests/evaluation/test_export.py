@@ -57,7 +57,9 @@ def test_the_printed_lines_build_torchvisions_network(run_of, tmp_path, capsys, 
     run, expected = run_of(**encoder)
     assert export(run, "torchvision", tmp_path / file) == 0
     names: dict[str, Any] = {}
-    exec(capsys.readouterr().out, names)
+    printed = capsys.readouterr().out
+    exec(printed, names)
+    assert "# x: (B, 3, 32, 32) float32, (pixels / 255 - mean) / std with mean (0.4914" in printed
     assert names["net"].bn1.num_batches_tracked > 0
     assert torch.equal(features(names["net"]), expected)
 

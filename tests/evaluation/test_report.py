@@ -141,6 +141,12 @@ def test_runs_stand_side_by_side_and_need_no_data(spectrum_runs, evaluated_run, 
     assert len(page.images) == 8 * 7 + 1
     page = report(tmp_path, moved, options=("--root", str(digits)))
     assert "No pictures" not in page.text and "from 355 images" in page.text
+    # as if the run had failed before its first evaluation
+    metrics = moved / "metrics.jsonl"
+    kept = [r for r in read_metrics(metrics) if r["step"] == 0 or "knn_top1" not in r]
+    metrics.write_text("".join(json.dumps(record) + "\n" for record in kept))
+    text = report(tmp_path, moved).text
+    assert "nothing to compare it with: the trained network was not evaluated" in text
 
 
 def test_without_labels_it_says_so(config_file, digits, tmp_path):

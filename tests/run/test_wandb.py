@@ -57,7 +57,8 @@ def _stored(run_dir: Path) -> list[tuple[str, dict[str, Any], dict[int, dict[str
             record.ParseFromString(message)
             if record.HasField("run"):
                 run_id = record.run.run_id
-                config = {i.key: json.loads(i.value_json) for i in record.run.config.update}
+            for i in (*record.run.config.update, *record.config.update):
+                config[i.key] = json.loads(i.value_json)
             if record.HasField("history"):
                 items = record.history.item
                 row = {(i.key or ".".join(i.nested_key)): json.loads(i.value_json) for i in items}
@@ -100,6 +101,21 @@ def test_records_config_and_spectrum_and_one_run_for_both_processes(tmp_path, sm
     pixels = np.asarray(Image.open(path).convert("RGB"))
     # not only axes but coloured lines
     assert (pixels.max(2).astype(int) - pixels.min(2) > 100).sum() > 100
+
+
+@pytest.mark.slow
+def test_a_run_of_yours_gets_the_numbers_and_stays(tmp_path, small_config):
+    config = small_config(logging={"loggers": ["wandb"]}, seed=7)
+    with wandb.init(dir=tmp_path, config={"lr": 0.5}) as mine:
+        (logger,) = make_loggers(tmp_path, config, 0)
+        logger.log({"step": 1, "loss": 0.5})
+        logger.close()
+        assert wandb.run is mine
+        wandb.log({"score": 2.0})
+    wandb.teardown()
+    ((_, stored, rows),) = _stored(tmp_path)
+    assert (stored["lr"], stored["seed"]) == (0.5, 7)
+    assert [_numbers(row) for row in rows.values()] == [{"loss": 0.5, "score": 2.0}]
 
 
 @pytest.mark.long

@@ -185,8 +185,10 @@ def _fit(settings: dict[str, Any], *run_dirs: Path) -> None:
     from isofast.training.loop import fit
 
     for run_dir in run_dirs:
+        random = torch.get_rng_state()
         fit(validate(settings), run_dir)
         assert os.environ.get("MASTER_PORT") != "0"
+        assert torch.equal(torch.get_rng_state(), random)
         # like a notebook that goes on to evaluate
         torch.set_default_device("meta")
         torch.set_grad_enabled(False)

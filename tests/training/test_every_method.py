@@ -1,10 +1,12 @@
 """Every method with its preset: real runs of a few steps, continued, and what they write."""
 
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import torch
 import torch.distributed as dist
@@ -14,6 +16,7 @@ from torch import Tensor, nn
 from isofast.config.load import validate
 from isofast.config.presets import METHODS
 from isofast.config.schema import Config, MethodConfig, ProjectorConfig
+from isofast.errors import UserError
 from isofast.methods import Method, Views
 from isofast.run.metrics import read_metrics
 from isofast.training.loop import fit
@@ -47,6 +50,32 @@ def test_processes_train_one_run_after_the_other(ranks, small, tmp_path):
     runs = tmp_path / "one", tmp_path / "two"
     fit_apart(small(train={"max_steps": 2}), *runs, ranks=ranks)
     assert_same_run(*runs)
+
+
+def test_runs_of_one_process_leave_nothing_open(small, tmp_path):
+    (only,) = launched(1)
+    assert forked(_fit_thrice, small(train={"max_steps": 1}), tmp_path, environments=[only]) == [0]
+
+
+def _fit_thrice(settings: dict[str, Any], folder: Path) -> None:
+    process, counts = psutil.Process(), []
+    for name in "abc":
+        fit(validate(settings), folder / name)
+        counts.append((process.num_fds(), process.num_threads()))
+    assert counts[1] == counts[2], counts
+
+
+def test_runs_in_two_threads_are_refused(small, tmp_path):
+    (only,) = launched(1)
+    assert forked(_fit_twice, small(train={"max_steps": 1}), tmp_path, environments=[only]) == [0]
+
+
+def _fit_twice(settings: dict[str, Any], folder: Path) -> None:
+    with ThreadPoolExecutor(2) as pool:
+        runs = [pool.submit(fit, validate(settings), folder / name) for name in "ab"]
+        errors = [run.exception() for run in runs]
+    (refused,) = [error for error in errors if error is not None]
+    assert isinstance(refused, UserError) and "another thread is training" in str(refused)
 
 
 def test_a_process_group_of_yours_stays(small, tmp_path):

@@ -6,6 +6,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from isofast.data import Batch
+from isofast.errors import UserError
 from isofast.run.metrics import read_metrics
 from isofast.training.build import build
 
@@ -13,13 +15,13 @@ from ..support.encoders import write_run
 from ..support.runs import ALONE, train
 
 
-def test_encoder_and_target_begin_with_the_file(small, small_config, tmp_path):
+@pytest.mark.parametrize("given", ["run", "run/checkpoints/{}/encoder.safetensors"])
+def test_encoder_and_target_begin_with_the_file(small, small_config, tmp_path, given):
     write_run(tmp_path / "run", small())
     (path,) = tmp_path.glob("run/checkpoints/*/encoder.safetensors")
+    init = str(tmp_path / given.format(path.parent.name))
     # without DeepSpeed's process group
-    config = small_config(
-        train={"cuda_graph": "on"}, method={"ema": True}, encoder={"init": str(path)}
-    )
+    config = small_config(train={"cuda_graph": "on"}, method={"ema": True}, encoder={"init": init})
     state = build(config, ALONE, classes=10)
     state.initialise(config.encoder.init)
     wanted = load_file(path)
@@ -29,6 +31,27 @@ def test_encoder_and_target_begin_with_the_file(small, small_config, tmp_path):
     # the optimizer updates the parameters that the network uses
     moved = {id(p) for group in state.optimizer.param_groups for p in group["params"]}
     assert all(id(p) in moved for p in state.online.branch.encoder.parameters())
+
+
+def test_what_has_changed_since_the_checkpoint_is_told(small_config):
+    graph = {"cuda_graph": "on"}
+    state, other = (
+        build(small_config(train=graph, projector={"output": size}), ALONE, classes=10)
+        for size in (16, 32)
+    )
+    found = state.capture()
+    assert state.restore(found, 1) == []
+    (note,) = state.restore(found | {"threads": 77}, 1)
+    assert "had 77 thread(s) per process" in note
+    with pytest.raises(UserError, match=r"of other networks \(size mismatch for \w.*\): the code"):
+        other.restore(found, 1)
+
+
+def test_a_loss_without_a_gradient_is_refused(small_config):
+    state = build(small_config(train={"cuda_graph": "on"}), ALONE, classes=10)
+    state.method.loss = lambda views: (views.t1_BD - views.t2_BD).square().mean()
+    with pytest.raises(UserError, match="loss has no gradient"):
+        state.step(Batch(torch.randn(8, 3, 28, 28), torch.zeros(4, dtype=torch.int64)))
 
 
 @pytest.mark.long
@@ -52,6 +75,8 @@ def test_a_run_goes_on_from_another_and_needs_the_file_once(config_file, tmp_pat
     path.unlink()
     said = train(config, second, *init, "--set", "train.max_steps=8")
     assert "continuing from" in said and "starts with" not in said
+    said = train(config, second, *init, "--set", "train.max_steps=99")
+    assert "steps 8 to 44" in said and "train.max_steps is beyond the end, 2 epochs" in said
     assert "encoder.init: " in train(config, second, "--set", "train.max_steps=9", code=2)
     assert "encoder.init: cannot read the weights" in train(
         config, tmp_path / "third", *init, code=2
