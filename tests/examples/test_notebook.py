@@ -22,6 +22,6 @@ def test_the_notebook_runs_and_its_encoder_knows_digits(tmp_path, monkeypatch):
     printed = "".join(
         output.get("text", "") for cell in notebook.cells for output in cell.get("outputs", [])
     )
-    assert "isoloss (cosine" in printed and "collect2" not in printed
+    assert "isoloss (ema True" in printed and "collect2" not in printed
     accuracy = printed.partition("logistic regression on 355 embeddings: ")[2].split()[0]
     assert float(accuracy) > 0.9
