@@ -133,7 +133,7 @@ def notes_on(splits: Sequence[ImageFolder]) -> list[str]:
     skipped = [f"{_bad_files(s, s.skipped)}. They are skipped" for s in splits if s.skipped]
     ignored = [
         f"{len(s.ignored):,} {s.split} file(s) look like images but are not used: "
-        f"{some_of(s.ignored)}. Images must be named {NAMED} and be in a class folder"
+        f"{some_of(s.ignored)}. Used are {NAMED} in a class folder or in unlabeled/"
         for s in splits
         if s.ignored
     ]
