@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from isofast.config.schema import Config, EncoderConfig
-from isofast.data import Recipe, recipe_for
+from isofast.data import Recipe
 from isofast.errors import UserError
 from isofast.methods.networks import make_encoder
 from isofast.methods.weights import encoder_of, load_weights, read_weights
@@ -26,13 +26,14 @@ class Encoder(NamedTuple):
     """The recipe with the size and normalisation of its images."""
 
 
-def newest_of(run_dir: Path, config: Config) -> Checkpoint:
+def newest_of(run_dir: Path) -> Checkpoint:
     """Return the newest intact checkpoint of a run; raise UserError if there is none."""
     checkpoint = newest_checkpoint(run_dir / "checkpoints")
     if checkpoint is None:
+        every_steps = read_config(run_dir).checkpoint.every_steps
         raise UserError(
             f"the run {run_dir} has no checkpoint yet, and so no encoder; it saves one every "
-            f"{config.checkpoint.every_steps} steps and at its end"
+            f"{every_steps} steps and at its end"
         )
     return checkpoint
 
@@ -53,13 +54,11 @@ def load_encoder(source: str | PathLike[str]) -> nn.Module:
 
 def read_encoder(source: Path) -> Encoder:
     """Return the encoder of a run or a file with its settings; see `load_encoder`."""
-    if source.is_dir() and not (source / "model.safetensors").is_file():
-        run = read_config(source)
-        weights = read_weights(newest_of(source, run).path / "encoder.safetensors")
-        config, recipe = run.encoder, recipe_for(run.data.dataset, crop=run.data.crop)
-    else:
-        weights = read_weights(source / "model.safetensors" if source.is_dir() else source)
-        config, recipe = encoder_of(weights)
+    if source.is_dir():
+        hub = source / "model.safetensors"
+        source = hub if hub.is_file() else newest_of(source).path / "encoder.safetensors"
+    weights = read_weights(source)
+    config, recipe = encoder_of(weights)
     # drawing weights that are then replaced must not advance the caller's generator
     with torch.device("cpu"), torch.random.fork_rng(devices=[]):
         module = make_encoder(config).float()

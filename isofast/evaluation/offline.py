@@ -145,7 +145,7 @@ def evaluate(
         RunError: an image can no longer be read.
     """
     config = read_config(run_dir)
-    checkpoint = newest_of(run_dir, config)
+    checkpoint = newest_of(run_dir)
     # load all encoders first, so that a bad baseline fails before any work
     encoders: dict[str | None, nn.Module] = {
         None: _encoder(config, str(checkpoint.path / "encoder.safetensors"))
