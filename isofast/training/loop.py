@@ -78,7 +78,17 @@ def fit(config: Config, run_dir: str | PathLike[str]) -> Summary:
         Stopped: a signal ended the run, which can continue; not an Exception, so that it ends a
             loop over runs too.
     """
-    run_dir = Path(run_dir)
+    if not _TRAINING.acquire(blocking=False):
+        raise UserError("another thread is training; start runs side by side as processes")
+    try:
+        return _fit(config, Path(run_dir))
+    finally:
+        _TRAINING.release()
+        # the engine and the pipelines refer to themselves, and hold threads, files and memory
+        gc.collect()
+
+
+def _fit(config: Config, run_dir: Path) -> Summary:
     if torch.is_autocast_enabled("cuda") or torch.is_autocast_enabled("cpu"):
         # within it, the networks' own autocast would keep its copies of old weights
         raise UserError("call fit outside torch.autocast; train.precision sets the precision")
@@ -89,11 +99,6 @@ def fit(config: Config, run_dir: str | PathLike[str]) -> Summary:
     images = list_images(config)
     # gradients, fp32 and CPU tensors by default, whatever the caller has set
     with torch.inference_mode(False), in_words(config), ExitStack() as stack:
-        if not _TRAINING.acquire(blocking=False):
-            raise UserError("another thread is training; start runs side by side as processes")
-        stack.callback(_TRAINING.release)
-        # the engine and the pipelines refer to themselves, and hold threads and open files
-        stack.callback(gc.collect)
         stack.enter_context(torch.random.fork_rng(devices=[]))
         stack.callback(torch.set_default_dtype, torch.get_default_dtype())
         torch.set_default_dtype(torch.float32)

@@ -62,7 +62,7 @@ def _fit_thrice(settings: dict[str, Any], folder: Path) -> None:
     for name in "abc":
         fit(validate(settings), folder / name)
         counts.append((process.num_fds(), process.num_threads()))
-    assert counts[1] == counts[2], counts
+    assert counts[0] == counts[1] == counts[2], counts
 
 
 def test_runs_in_two_threads_are_refused(small, tmp_path):
