@@ -48,7 +48,13 @@ def load_config(
         raise UserError(f"cannot read {path} as JSON: {error}") from None
     if not isinstance(raw, dict):
         raise UserError(f"{path} must contain a JSON object of sections, got {type(raw).__name__}")
-    return validate(raw, overrides)
+    config = validate(raw, overrides)
+    if config.warmup_epochs > config.train.epochs:
+        raise UserError(
+            f"schedule.warmup_epochs={config.warmup_epochs:g} is more than the run has, "
+            f"train.epochs={config.train.epochs}; lower it, or leave it out for a tenth of the run"
+        )
+    return config
 
 
 def validate(raw: Mapping[str, Any], overrides: Sequence[str] | Mapping[str, Any] = ()) -> Config:
@@ -59,7 +65,7 @@ def validate(raw: Mapping[str, Any], overrides: Sequence[str] | Mapping[str, Any
     """
     tree = copy.deepcopy(dict(raw))
     if isinstance(overrides, Mapping):
-        overrides = [f"{key}={json.dumps(value, default=str)}" for key, value in overrides.items()]
+        overrides = [f"{k}={json.dumps(v, default=_plain)}" for k, v in overrides.items()]
     for override in overrides:
         _apply_override(tree, override)
     try:
@@ -93,6 +99,11 @@ def read_stored(path: Path) -> Config:
                 if method.get(key, 0) is None:
                     del method[key]
     return validate(raw)
+
+
+def _plain(value: Any) -> Any:
+    """Return a NumPy scalar's number, and the text of paths."""
+    return value.item() if hasattr(value, "item") else str(value)
 
 
 def _section(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -386,14 +386,6 @@ class Config(_Section):
             return config_class.model_validate_json(json.dumps(tree, default=str))
         return raw
 
-    @field_validator("schedule")
-    @classmethod
-    def _warms_up_within(cls, schedule: ScheduleConfig, info: ValidationInfo) -> ScheduleConfig:
-        train = info.data.get("train")
-        if train is not None and (schedule.warmup_epochs or 0) > train.epochs:
-            raise ValueError(f"the warm-up is longer than the run, train.epochs={train.epochs}")
-        return schedule
-
     @property
     def warmup_epochs(self) -> float:
         """Warm-up epochs, with null resolved."""

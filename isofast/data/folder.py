@@ -108,7 +108,8 @@ def open_dataset(root: Path | str, split: str) -> ImageFolder:
     except OSError as error:
         raise UserError(
             f"cannot list {os.fsdecode(error.filename or root)}: {error.strerror or error}. You "
-            "need permission to read and enter every folder of the data, and its parents"
+            "need permission to read and enter every folder of the data and its parents, and links "
+            "must not be broken"
         ) from error
 
 
@@ -170,11 +171,21 @@ def walk(folder: Path, onerror: Callable[[OSError], object]) -> Iterator[tuple[s
     """Yield each folder below ``folder``, itself included, and the names of its pictures.
 
     Hidden ones are left out. Links to folders are followed, except to a folder that contains the
-    link. ``onerror`` is called for folders that cannot be listed.
+    link. ``onerror`` is called for folders that cannot be listed and links that may be to them.
     """
     for place, folders, files in os.walk(folder, onerror=onerror, followlinks=True):
         folders[:] = [n for n in folders if n[0] != "." and not _leads_back(Path(place, n))]
-        yield place, [n for n in files if n[0] != "." and n.lower().endswith(PICTURES)]
+        pictures = []
+        for name in (name for name in files if name[0] != "."):
+            if name.lower().endswith(PICTURES):
+                pictures.append(name)
+            elif os.path.islink(path := os.path.join(place, name)):
+                # perhaps to a folder on an unmounted disk
+                try:
+                    os.stat(path)
+                except OSError as error:
+                    onerror(error)
+        yield place, pictures
 
 
 def _leads_back(path: Path) -> bool:

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from isofast.config.schema import Config, EncoderConfig
-from isofast.data import Recipe
+from isofast.data import Recipe, recipe_for
 from isofast.errors import UserError
 from isofast.methods.networks import make_encoder
 from isofast.methods.weights import encoder_of, load_weights, read_weights
@@ -54,11 +54,17 @@ def load_encoder(source: str | PathLike[str]) -> nn.Module:
 
 def read_encoder(source: Path) -> Encoder:
     """Return the encoder of a run or a file with its settings; see `load_encoder`."""
+    file, is_run = source, False
     if source.is_dir():
-        hub = source / "model.safetensors"
-        source = hub if hub.is_file() else newest_of(source).path / "encoder.safetensors"
-    weights = read_weights(source)
-    config, recipe = encoder_of(weights)
+        file = source / "model.safetensors"
+        is_run = not file.is_file()
+    weights = read_weights(newest_of(source).path / "encoder.safetensors" if is_run else file)
+    if is_run and "name" not in weights.about:
+        # of a version whose files did not describe their encoder
+        run = read_config(source)
+        config, recipe = run.encoder, recipe_for(run.data.dataset, crop=run.data.crop)
+    else:
+        config, recipe = encoder_of(weights)
     # drawing weights that are then replaced must not advance the caller's generator
     with torch.device("cpu"), torch.random.fork_rng(devices=[]):
         module = make_encoder(config).float()

@@ -4,7 +4,7 @@ import io
 import os
 import secrets
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from PIL import Image
@@ -77,7 +77,7 @@ class WandB:
         self._spectra = run_dir / "spectrum.npz"
         self._views = None if step else run_dir / "views.png"
         self._pictured = True
-        # a run of the caller's, as in a sweep, gets the numbers and stays open
+        # a run of the caller's, as in a sweep, gets the numbers, at its own steps, and stays open
         self._ours = wandb.run is None
         self._run = wandb.run or wandb.init(
             dir=run_dir,
@@ -92,7 +92,7 @@ class WandB:
 
     def log(self, record: Record) -> None:
         self._step = int(record["step"] or 0)
-        self._run.log(_scalars(record), step=self._step)
+        self._log(_scalars(record))
         self._pictured = False
 
     def flush(self) -> None:
@@ -104,12 +104,18 @@ class WandB:
         if self._views is not None and self._views.exists():
             pictures["views"] = self._picture(str(self._views))
             self._views = None
-        self._run.log(pictures, step=self._step)
+        self._log(pictures)
         self._pictured = True
 
     def close(self) -> None:
         if self._ours:
             self._run.finish()
+
+    def _log(self, values: dict[str, Any]) -> None:
+        if self._ours:
+            self._run.log(values, step=self._step)
+        else:
+            self._run.log({"step": self._step, **values})
 
 
 def draw_spectra(step_T: np.ndarray, eigenvalues_TD: np.ndarray) -> Image.Image:

@@ -111,13 +111,8 @@ class TrainState:
             One line for each reason why the run will not continue bitwise identically.
 
         Raises:
-            UserError: the state is from another version of isofast, or of the networks.
+            UserError: the state is of other networks.
         """
-        if state.get("format") != _FORMAT:
-            raise UserError(
-                "the run's checkpoints are from another version of isofast; finish it with that "
-                "version, or start over with --fresh"
-            )
         try:
             self.online.load_state_dict(state["online"])
         except RuntimeError as error:
@@ -163,6 +158,19 @@ class TrainState:
         """Return whether every parameter is finite. Synchronises with the GPU."""
         norms = torch._foreach_norm([p.detach() for p in self.online.parameters()])
         return bool(torch.isfinite(torch.stack(norms)).all())
+
+
+def check_version(state: State) -> None:
+    """Refuse a captured state of another version of isofast.
+
+    Raises:
+        UserError: it is from another version.
+    """
+    if state.get("format") != _FORMAT:
+        raise UserError(
+            "the run's checkpoints are from another version of isofast; finish it with that "
+            "version, or start over with --fresh"
+        )
 
 
 def build(config: Config, world: World, classes: int, *, uneven_labels: bool = False) -> TrainState:

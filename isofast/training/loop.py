@@ -43,6 +43,7 @@ from isofast.run.summary import Summary
 from isofast.training.build import (
     TrainState,
     build,
+    check_version,
     synchronises_batch_norm,
     train_loader,
 )
@@ -347,8 +348,7 @@ class _Run:
             notes += self.state.initialise(self.config.encoder.init)
             return 0, Totals(), notes, None
         state = found.load()
-        # refuses a checkpoint of another version
-        notes += [f"continuing from {found.path}", *self.state.restore(state, found.step)]
+        check_version(state)
         for kind, fingerprint in self.fingerprints.items():
             # a run may start or resume without evaluation, and so without validation images
             if None not in (fingerprint, state["images"][kind]) and (
@@ -359,6 +359,7 @@ class _Run:
                     f"started with (names, classes or file sizes differ); put them back, or start "
                     f"over with --fresh"
                 )
+        notes += [f"continuing from {found.path}", *self.state.restore(state, found.step)]
         return found.step, Totals(**state["totals"]), notes, state["loader"].get("backend")
 
     def _plan(self, train: ImageFolder, device: str) -> list[str]:

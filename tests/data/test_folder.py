@@ -80,6 +80,12 @@ def test_a_folder_that_is_a_broken_link_is_refused(root, name):
         open_dataset(root, "train")
 
 
+def test_a_broken_link_within_a_folder_is_refused(root):
+    (root / "train/class0/2024").symlink_to(root / "unmounted")
+    with pytest.raises(UserError, match=r"class0/2024: No such file.*links must not be broken"):
+        open_dataset(root, "train")
+
+
 def test_a_link_to_a_folder_is_a_class(root, tmp_path):
     (root / "train" / "class1").rename(tmp_path / "elsewhere")
     (root / "train" / "class1").symlink_to(tmp_path / "elsewhere")

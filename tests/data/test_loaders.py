@@ -137,7 +137,10 @@ LZW = {"compression": "tiff_lzw"}
 PAGES = {"save_all": True, "append_images": [Image.new("RGB", (9, 9))]}
 
 
-@BOTH
+@pytest.mark.parametrize(
+    ("backend", "device"),
+    [("dali", "cpu"), ("resident", "cpu"), pytest.param("dali", "cuda", marks=pytest.mark.gpu)],
+)
 @pytest.mark.parametrize(
     ("suffix", "mode", "options"),
     [
@@ -151,7 +154,7 @@ PAGES = {"save_all": True, "append_images": [Image.new("RGB", (9, 9))]}
         ("tiff", "16 bits", {}),
     ],
 )
-def test_other_formats(tmp_path, backend, suffix, mode, options):
+def test_other_formats(tmp_path, backend, device, suffix, mode, options):
     """With transparency on white, 16 bits reduced to 8, and the first of several pages."""
     channels = {"RGB": 3, "RGBA": 4, "16 bits": 1}[mode]
     random = np.random.default_rng(0)
@@ -161,10 +164,10 @@ def test_other_formats(tmp_path, backend, suffix, mode, options):
     Image.fromarray(stored).save(tmp_path / "val" / "a" / f"x.{suffix}", **options)
     dataset = checked(tmp_path, "val")
     recipe = recipe_for("cifar10")
-    ((x, _),) = eval_loader(dataset, recipe, [0], backend=backend)
+    ((x, _),) = eval_loader(dataset, recipe, [0], backend=backend, device=torch.device(device))
     cover_HW1 = pixels_HWC[:, :, 3:] / 255 if mode == "RGBA" else 1
     expected_HW3 = cover_HW1 * pixels_HWC[:, :, :3] + (1 - cover_HW1) * 255
-    assert np.abs(levels_of(x, recipe)[0] - expected_HW3).max() < 1
+    assert np.abs(levels_of(x.cpu(), recipe)[0] - expected_HW3).max() < 1
 
 
 @BOTH

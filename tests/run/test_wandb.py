@@ -107,15 +107,20 @@ def test_records_config_and_spectrum_and_one_run_for_both_processes(tmp_path, sm
 def test_a_run_of_yours_gets_the_numbers_and_stays(tmp_path, small_config):
     config = small_config(logging={"loggers": ["wandb"]}, seed=7)
     with wandb.init(dir=tmp_path, config={"lr": 0.5}) as mine:
-        (logger,) = make_loggers(tmp_path, config, 0)
-        logger.log({"step": 1, "loss": 0.5})
-        logger.close()
+        # of two runs, one after the other
+        for loss in (0.5, 0.25):
+            (logger,) = make_loggers(tmp_path, config, 0)
+            logger.log({"step": 1, "loss": loss})
+            logger.close()
         assert wandb.run is mine
         wandb.log({"score": 2.0})
     wandb.teardown()
     ((_, stored, rows),) = _stored(tmp_path)
     assert (stored["lr"], stored["seed"]) == (0.5, 7)
-    assert [_numbers(row) for row in rows.values()] == [{"loss": 0.5, "score": 2.0}]
+    assert [_numbers(row) for row in rows.values()] == [
+        *({"step": 1, "loss": loss} for loss in (0.5, 0.25)),
+        {"score": 2.0},
+    ]
 
 
 @pytest.mark.long

@@ -24,7 +24,9 @@ def make_online(config: Config, precision: torch.dtype = torch.float32) -> Onlin
     return Online(branch, probe, make_method(config.method, config.projector))
 
 
-def write_run(folder: Path, settings: dict[str, Any], *, step: int = 3) -> nn.Module:
+def write_run(
+    folder: Path, settings: dict[str, Any], *, step: int = 3, described: bool = True
+) -> nn.Module:
     """Write a run of a random encoder whose BatchNorm has seen images; return the encoder."""
     config = validate(settings)
     recipe = recipe_for(config.data.dataset, crop=config.data.crop)
@@ -35,6 +37,6 @@ def write_run(folder: Path, settings: dict[str, Any], *, step: int = 3) -> nn.Mo
             encoder(1 + 2 * torch.randn(8, 3, recipe.crop, recipe.crop))
     folder.mkdir(exist_ok=True)
     (folder / "config.json").write_text(to_json(config))
-    about = describe(config.encoder, recipe)
+    about = describe(config.encoder, recipe) if described else {"format": "pt"}
     save_checkpoint(folder / "checkpoints", step, {}, encoder.state_dict(), 5, about)
     return encoder.eval()

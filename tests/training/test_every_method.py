@@ -1,5 +1,6 @@
 """Every method with its preset: real runs of a few steps, continued, and what they write."""
 
+import gc
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -62,6 +63,8 @@ def _fit_thrice(settings: dict[str, Any], folder: Path) -> None:
     for name in "abc":
         fit(validate(settings), folder / name)
         counts.append((process.num_fds(), process.num_threads()))
+        left = {type(one).__name__ for one in gc.get_objects()}
+        assert not left & {"DeepSpeedEngine", "TrainLoader", "EvalLoader"}
     assert counts[0] == counts[1] == counts[2], counts
 
 

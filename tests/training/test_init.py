@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from isofast.data import Batch
 from isofast.errors import UserError
 from isofast.run.metrics import read_metrics
-from isofast.training.build import build
+from isofast.training.build import build, check_version
 
 from ..support.encoders import write_run
 from ..support.runs import ALONE, train
@@ -40,6 +40,9 @@ def test_what_has_changed_since_the_checkpoint_is_told(small_config):
         for size in (16, 32)
     )
     found = state.capture()
+    check_version(found)
+    with pytest.raises(UserError, match="from another version of isofast"):
+        check_version(found | {"format": 3})
     assert state.restore(found, 1) == []
     (note,) = state.restore(found | {"threads": 77}, 1)
     assert "had 77 thread(s) per process" in note

@@ -152,3 +152,8 @@ def test_changed_images_are_noticed_on_resume(config_file, own_digits, tmp_path,
     next((own_digits / split / "0").iterdir()).unlink()
     printed = train(config, run_dir, "--set", "train.max_steps=4", code=2)
     assert "not those that the run started with" in printed
+    # and of another class, whose probe has another size
+    for folder in ("train", "val"):
+        shutil.copytree(own_digits / folder / "1", own_digits / folder / "new")
+    printed = train(config, run_dir, "--set", "train.max_steps=4", code=2)
+    assert "not those that the run started with" in printed
