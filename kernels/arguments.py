@@ -113,6 +113,28 @@ def as_views(z_BD: Tensor | Sequence[Tensor]) -> list[Tensor]:
     return [view.detach() for view in views]
 
 
+def as_updating_views(
+    corr_DD: Tensor, z_BD: Tensor | Sequence[Tensor], decay: float
+) -> list[Tensor]:
+    """Return the views that update C, as a list."""
+    views = as_views(z_BD)
+    check_square("corr_DD", corr_DD)
+    if not corr_DD.is_contiguous():
+        raise ValueError(
+            f"corr_DD has strides {corr_DD.stride()}; it is updated in place and must be "
+            "contiguous. Keep the state in its own tensor (.contiguous() makes a copy)."
+        )
+    if corr_DD.shape[0] != views[0].shape[1]:
+        raise ValueError(
+            f"corr_DD has shape {tuple(corr_DD.shape)} and the views have D = "
+            f"{views[0].shape[1]}; corr_DD must be (D, D) with the same D."
+        )
+    if not 0 <= decay <= 1:
+        raise ValueError(f"decay is {decay}; it must be between 0 and 1.")
+    check_same_device("corr_DD and the views", [corr_DD, views[0]])
+    return views
+
+
 def check_augment_arguments(
     images: Tensor,
     index: Tensor,

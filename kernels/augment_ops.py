@@ -73,8 +73,16 @@ def augment_views(
     Args:
         images_NHW3: the stored images, (N, H, W, 3), uint8, RGB, contiguous.
         index_B: indices of the batch's images, (B,), int64, each from 0 to N - 1.
-        parameters_VBP: transform parameters, (V, B, 16), float32, for V views; the columns are
-            `augment_reference.COLUMNS`. Windows must lie within the stored image.
+        parameters_VBP: transform parameters, (V, B, 16), float32, for V views. The columns, in
+            this order (`augment_reference.COLUMNS`):
+            top, left, height, width: the window of the stored image that the view shows, in pixels,
+            within the image;
+            brightness, contrast, saturation: factors, 1 changes nothing; hue: shift as a fraction
+            of the colour circle, in [-1, 1], 0 changes nothing;
+            first, second, third, fourth: their order: 0 brightness, 1 contrast, 2 saturation, 3
+            hue;
+            gray: 0 or 1; blur_sigma: in pixels of the view, 0 for none; solarize_from: levels from
+            here up are inverted, 256 for none; flip: 0 or 1.
         side: side of a view in pixels.
         mean, std: per channel, for pixels in [0, 1].
         blur: whether any row blurs; if false, column blur_sigma is ignored. A blur reaches

@@ -20,15 +20,7 @@ COLUMNS = (
     *("first", "second", "third", "fourth"),
     *("gray", "blur_sigma", "solarize_from", "flip"),
 )
-"""Columns of a parameter row, float32, which represents all of them exactly.
-
-top, left, height, width: the window of the stored image that the view shows, in pixels.
-brightness, contrast, saturation: factors; 1 changes nothing.
-hue: shift as a fraction of the colour circle, in [-1, 1]; 0 skips the operation.
-first to fourth: order of the operations: 0 brightness, 1 contrast, 2 saturation, 3 hue.
-gray, flip: 0 or 1. blur_sigma: in pixels of the view, 0 for none.
-solarize_from: levels from here up are inverted; 256 for none.
-"""
+"""Columns of a parameter row, which float32 represents exactly; see `augment_views`."""
 
 _FACTORS = COLUMNS.index("brightness")
 _ORDER = COLUMNS.index("first")

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from .arguments import as_updating_views
 from .ops import asymmetric_loss_pair, correlation_ema_, matrix_power, second_moment
 from .reference import mirror_lower
 
@@ -80,9 +81,12 @@ class IsoLoss(nn.Module):
             The loss, a scalar in fp32; on a CPU fp64 embeddings or an fp64 C give fp64.
 
         Raises:
-            ValueError: `correlation_ema_`, `matrix_power` or `asymmetric_loss_pair` rejects a
-                shape, dtype or setting; C may have been updated before.
+            ValueError: there is one target; or `correlation_ema_`, `matrix_power` or
+                `asymmetric_loss_pair` rejects a shape, dtype or setting; C may have been updated
+                before.
         """
+        if (t1_BD is None) != (t2_BD is None):
+            raise ValueError("give both targets, t1_BD and t2_BD, or neither")
         if self.training:
             update = correlation_over_ranks_ if self.gather_distributed else correlation_ema_
             update(self.corr_DD, [z1_BD.detach(), z2_BD.detach()], self.decay)
@@ -101,7 +105,8 @@ class IsoLoss(nn.Module):
     def extra_repr(self) -> str:
         """Return the settings."""
         kind = "isotropic" if self.isotropic else "plain"
-        return f"{len(self.corr_DD)}, {self.metric}, {kind}, alpha={self.alpha:g}"
+        power = f"alpha={self.alpha:g}, eps={self.eps:g}, decay={self.decay:g}"
+        return f"{len(self.corr_DD)}, {self.metric}, {kind}, {power}"
 
     def _apply(self, fn, recurse=True):  # type: ignore[no-untyped-def]
         """Keep C unchanged when a whole model is converted to bf16 or fp16."""
@@ -114,12 +119,19 @@ class IsoLoss(nn.Module):
 
 @torch.no_grad()
 def correlation_over_ranks_(corr_DD: Tensor, views: Sequence[Tensor], decay: float) -> None:
-    """Update C as `correlation_ema_` does, with the rows of all ranks, which have equally many."""
-    if not dist.is_initialized() or dist.get_world_size() == 1:
+    """Update C as `correlation_ema_` does, with the rows of all ranks, which have equally many.
+
+    Raises:
+        ValueError: as for `correlation_ema_`.
+    """
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
         correlation_ema_(corr_DD, views, decay)
         return
-    moment_DD = second_moment(views)
+    moment_DD = second_moment(as_updating_views(corr_DD, views, decay))
     dist.all_reduce(moment_DD)
+    if decay == 0:
+        # 0 times NaN would be NaN
+        corr_DD.zero_()
     # an all-reduce may sum (i, j) and (j, i) in different orders
     moment_DD = mirror_lower(moment_DD) / dist.get_world_size()
     corr_DD.mul_(decay).add_(moment_DD, alpha=1 - decay)

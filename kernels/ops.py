@@ -13,10 +13,10 @@ from torch import Tensor
 
 from . import reference
 from .arguments import (
+    as_updating_views,
     as_views,
     check_choice,
     check_loss_arguments,
-    check_same_device,
     check_square,
 )
 from .dispatch import HAS_TRITON, device_of, runs_triton
@@ -148,7 +148,8 @@ def asymmetric_loss(
         isotropic: use the IsoLoss of that metric rather than the plain loss.
 
     Returns:
-        The loss, (), float32 (float64 for float64 arguments). Differentiable once.
+        The loss, (), float32 (float64 for float64 arguments). Differentiable once,
+        in reverse mode.
 
     Raises:
         ValueError: a shape, dtype, device or name is not allowed.
@@ -203,21 +204,7 @@ def correlation_ema_(corr_DD: Tensor, z_BD: Tensor | Sequence[Tensor], decay: fl
     Raises:
         ValueError: a shape, dtype, device or decay is not allowed.
     """
-    views = as_views(z_BD)
-    check_square("corr_DD", corr_DD)
-    if not corr_DD.is_contiguous():
-        raise ValueError(
-            f"corr_DD has strides {corr_DD.stride()}; it is updated in place and must be "
-            "contiguous. Keep the state in its own tensor (.contiguous() makes a copy)."
-        )
-    if corr_DD.shape[0] != views[0].shape[1]:
-        raise ValueError(
-            f"corr_DD has shape {tuple(corr_DD.shape)} and the views have D = "
-            f"{views[0].shape[1]}; corr_DD must be (D, D) with the same D."
-        )
-    if not 0 <= decay <= 1:
-        raise ValueError(f"decay is {decay}; it must be between 0 and 1.")
-    check_same_device("corr_DD and the views", [corr_DD, views[0]])
+    views = as_updating_views(corr_DD, z_BD, decay)
     _correlation_ema_(corr_DD, views, float(decay))
     return corr_DD
 

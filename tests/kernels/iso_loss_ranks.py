@@ -133,9 +133,27 @@ def everything():
     return cases | {"compiled": compiled()}
 
 
+def check_arguments():
+    """What one rank refuses, several do too; a decay of 0 clears a lost C."""
+    z_BD = torch.randn(4, DIM)
+    for dim, decay, word in ((DIM, 1.5, "decay is 1.5"), (DIM + 1, 0.5, "with the same D")):
+        criterion = IsoLoss(dim, decay=decay, gather_distributed=True)
+        try:
+            criterion(z_BD, z_BD)
+        except ValueError as error:
+            assert word in str(error), error
+        else:
+            raise AssertionError(f"not refused: {word}")
+        assert not criterion.corr_DD.any()
+    criterion = IsoLoss(DIM, decay=0.0, gather_distributed=True)
+    criterion.corr_DD.fill_(torch.nan)
+    assert criterion(z_BD, z_BD).isfinite()
+
+
 def main(folder: str) -> None:
     """Run one of two ranks; write FOLDER/RANK.pt."""
     dist.init_process_group("gloo")
+    check_arguments()
     torch.save(everything(), f"{folder}/{dist.get_rank()}.pt")
     # a rank that exits early closes the other's connections
     dist.barrier()

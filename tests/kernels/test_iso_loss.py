@@ -65,6 +65,13 @@ def test_settings_that_do_not_fit_are_refused(settings, word):
         criterion(*embeddings())
 
 
+def test_one_target_alone_is_refused():
+    z1, z2 = embeddings()
+    for targets in ({"t1_BD": z1}, {"t2_BD": z2}):
+        with pytest.raises(ValueError, match="both targets"):
+            IsoLoss(DIM)(z1, z2, **targets)
+
+
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 def test_autocast_changes_the_network_alone(compiled):
     """bf16 embeddings, fp32 inside: bitwise equal under autocast and outside, also as one graph."""
