@@ -82,11 +82,13 @@ def fit(config: Config, run_dir: str | PathLike[str]) -> Summary:
     if not _TRAINING.acquire(blocking=False):
         raise UserError("another thread is training; start runs side by side as processes")
     try:
-        return _fit(config, Path(run_dir))
+        summary = _fit(config, Path(run_dir))
     finally:
         _TRAINING.release()
-        # the engine and the pipelines refer to themselves, and hold threads, files and memory
-        gc.collect()
+    # the engine and the pipelines refer to themselves, and hold threads, files and memory. Not
+    # after an error: a launcher may leave this process a second to say it
+    gc.collect()
+    return summary
 
 
 def _fit(config: Config, run_dir: Path) -> Summary:
@@ -99,7 +101,7 @@ def _fit(config: Config, run_dir: Path) -> Summary:
     recipe = recipe_for(data.dataset, crop=data.crop, augmentation=data.augmentation)
     images = list_images(config)
     # gradients, fp32 and CPU tensors by default, whatever the caller has set
-    with torch.inference_mode(False), in_words(config), ExitStack() as stack:
+    with torch.inference_mode(False), in_words(config), ExitStack() as last, ExitStack() as stack:
         stack.enter_context(torch.random.fork_rng(devices=[]))
         stack.callback(torch.set_default_dtype, torch.get_default_dtype())
         torch.set_default_dtype(torch.float32)
@@ -113,7 +115,7 @@ def _fit(config: Config, run_dir: Path) -> Summary:
         world = init_world()
         signals = Signals(world)
         # released last: when a rank dies the launcher signals the others, which first say why
-        stack.push(signals.__exit__)
+        last.push(signals.__exit__)
         if joins:
             # several ranks could not rendezvous again on the launcher's port for a next run
             (stack.callback if world.size == 1 else atexit.register)(close_world)
