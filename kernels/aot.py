@@ -102,7 +102,10 @@ def builds(all_widths: bool = False) -> list[Build]:
     """Return what is compiled for every dtype, tile and flag; `all_widths` adds WIDTHS, RAGGED."""
     found: dict[str, Build] = {}
     launched: list[tuple[Any, Any, Any]] = []
-    record = lambda kernel, *args, **given: launched.append((kernel, args, given))  # noqa: E731
+
+    def record(kernel: Any, *args: Any, **given: Any) -> None:
+        launched.append((kernel, args, given))
+
     with mock.patch.object(JITFunction, "run", record), torch.device("meta"):
         for label in _launches(all_widths):
             for kernel, args, given in launched:

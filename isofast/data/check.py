@@ -185,10 +185,13 @@ def _decode(file: BinaryIO, judge: str) -> tuple[int, int, str]:
             return 0, 0, f"{image.format}, not {', '.join(_FORMATS)}"
         by_dali = judge == "dali" and image.format in _DALI_FORMATS
         if judge != "headers" and not by_dali:
-            # verify() tests the checksums; decoding the pixels then needs a new open()
+            # verify() tests the checksums; loading the pixels then needs a new open()
             image.verify()
             image = Image.open(file)
-            rgb(image)
+            image.load()
+            if image.format not in _DALI_FORMATS:
+                # refuses pixels without a standard range
+                rgb(image)
     except UnidentifiedImageError:
         some = file.seek(0, os.SEEK_END)
         return 0, 0, "cannot identify it as an image" if some else "empty file"

@@ -238,10 +238,10 @@ def _listed(root: Path, split: str) -> ImageFolder:
             else:
                 ignored.append(row[0])
         labelled = {row[0] for row in found}
-        for folder in (name for name, label in wanted.items() if label not in labelled):
+        if empty := [name for name, label in wanted.items() if label not in labelled]:
             raise UserError(
-                f"the {'class ' if top == split else ''}folder {root / folder} has no images, i.e. "
-                f"files named {NAMED}. Add images or remove the folder"
+                f"the {'class ' if top == split else ''}folder {root / empty[0]} has no images, "
+                f"i.e. files named {NAMED}. Add images or remove the folder"
             )
         rows += sorted(found)
         tars += index.tars if index else ()

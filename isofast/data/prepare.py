@@ -34,7 +34,7 @@ _DOWNLOAD = ".download"
 
 @dataclass(frozen=True)
 class PreparedCounts:
-    """The contents of a data root, and whether it was already there.
+    """The contents of a data root, and whether an earlier command had prepared it.
 
     train: images with and without a label; unlabeled: those without. notes: one line per split with
     unreadable files, and per split with ignored ones; neither are counted.

@@ -249,7 +249,7 @@ def for_dali(content: bytes) -> bytes:
     file = io.BytesIO()
     try:
         with Image.open(io.BytesIO(content)) as image:
-            # encoded and decoded in no time
+            # the cheapest to encode and decode
             Image.fromarray(rgb(image)).save(file, "BMP")
     except Exception:
         return content if is_png else b""
