@@ -1,7 +1,7 @@
 """Encoder weight files (ours, torchvision's and timm's) and the metadata in ours."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -46,8 +46,7 @@ def describe(config: EncoderConfig, recipe: Recipe) -> dict[str, str]:
 def read_weights(path: Path) -> Weights:
     """Read a .safetensors file, or a state dict written by torch.save.
 
-    A training checkpoint may hold it under "state_dict" or "model", with names that start with
-    "module.".
+    A training checkpoint may hold it under "state_dict" or "model".
 
     Raises:
         UserError: the file cannot be read or holds no state dict.
@@ -73,7 +72,7 @@ def read_weights(path: Path) -> Weights:
         if isinstance(found, Mapping) and isinstance(found.get(key), Mapping):
             found = found[key]
     tensors = {
-        str(name).removeprefix("module."): tensor
+        str(name): tensor
         for name, tensor in (found.items() if isinstance(found, Mapping) else ())
         if isinstance(tensor, Tensor)
     }
@@ -118,7 +117,7 @@ def load_weights(encoder: nn.Module, weights: Weights, *, other_stem: bool = Fal
     own = encoder.state_dict()
     given = {
         name: tensor
-        for name, tensor in weights.tensors.items()
+        for name, tensor in _bare(weights.tensors, own).items()
         if name in own or not (name.startswith(_CLASSIFIERS) or name.endswith(_COUNTER))
     }
     kept = []
@@ -177,16 +176,17 @@ def _stated(weights: Weights) -> tuple[EncoderConfig, Recipe] | None:
 
 def _resnet_of(weights: Weights) -> EncoderConfig:
     """Return the torchvision ResNet with these names."""
-    names = {
-        name
-        for name in weights.tensors
-        if not (name.startswith(_CLASSIFIERS) or name.endswith(_COUNTER))
-    }
     for resnet in RESNETS:
         with torch.device("meta"):
             own = make_encoder(EncoderConfig(name=resnet)).state_dict()
+        tensors = _bare(weights.tensors, own)
+        names = {
+            name
+            for name in tensors
+            if not (name.startswith(_CLASSIFIERS) or name.endswith(_COUNTER))
+        }
         if names == {name for name in own if not name.endswith(_COUNTER)}:
-            width, _, side, _ = weights.tensors[_FIRST].shape
+            width, _, side, _ = tensors[_FIRST].shape
             if side == 7:
                 # bottlenecks come only in torchvision's width; load_weights names what differs
                 return EncoderConfig(name=resnet, width=64 if resnet == "resnet50" else width)
@@ -200,6 +200,21 @@ def _resnet_of(weights: Weights) -> EncoderConfig:
         f"encoder.safetensors, weights of {', '.join(RESNETS)}, or a timm model's file with its "
         f"config.json beside it"
     )
+
+
+def _bare(tensors: Tensors, own: Iterable[str]) -> Tensors:
+    """Return the first tensors that have all of an encoder's names after a common prefix.
+
+    Trainers save an encoder as part of a model: "module.encoder_q.conv1.weight" in MoCo,
+    "backbone.conv1.weight" in solo-learn, before its EMA target.
+    """
+    wanted = [name for name in own if not name.endswith(_COUNTER)]
+    for name in tensors:
+        prefix = name.removesuffix(wanted[0])
+        if prefix != name and all(prefix + one in tensors for one in wanted):
+            cut = len(prefix)
+            return {n[cut:]: tensor for n, tensor in tensors.items() if n.startswith(prefix)}
+    return tensors
 
 
 def _recipe_of_timm(recipe: Recipe, card: Mapping[str, Any]) -> Recipe:

@@ -114,8 +114,20 @@ def test_checkpoints_of_torchvision_and_timm(tmp_path):
     torch.save({"state_dict": wrapped, "epoch": 3}, tmp_path / "training.pth")
     save_file(theirs.state_dict(), tmp_path / "saved.safetensors")
     theirs.fc = nn.Identity()
-    for name in ("plain.pth", "training.pth", "saved.safetensors"):
+    # MoCo's and solo-learn's names, and those of their targets
+    for name, online, other in (
+        ("moco.pth", "module.encoder_q.", "module.encoder_k."),
+        ("solo.ckpt", "backbone.", "momentum_backbone."),
+    ):
+        models = {online: theirs, other: moved(resnet18())}
+        saved = {f"{p}{n}": x for p, m in models.items() for n, x in m.state_dict().items()}
+        saved |= {f"{online}fc.0.weight": torch.ones(2, 512), "projector.0.weight": torch.ones(2)}
+        torch.save({"state_dict": saved}, tmp_path / name)
+    for name in ("plain.pth", "training.pth", "saved.safetensors", "moco.pth", "solo.ckpt"):
         assert_same_features(isofast.load_encoder(tmp_path / name), theirs)
+        begun = make_encoder(EncoderConfig())
+        initialise(begun, tmp_path / name)
+        assert_same_features(begun.eval(), theirs)
 
     deeper = moved(resnet50())
     torch.save(deeper.state_dict(), tmp_path / "resnet50.pth")
