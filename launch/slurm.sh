@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # One process per GPU, started by srun: sbatch launch/slurm.sh --config launch/tinyimagenet.json
 # Two minutes before the time limit the job saves and requeues itself; after that, or a preemption,
-# it continues from the newest intact checkpoint.
+# it continues from the newest intact checkpoint. The signal ends a job that does not train yet, so
+# the limit must leave time to check the images.
 #SBATCH --job-name=isofast
 #SBATCH --nodes=1
 #SBATCH --gpus-per-node=4
@@ -9,6 +10,7 @@
 #SBATCH --cpus-per-task=8
 #SBATCH --time=12:00:00
 #SBATCH --requeue
+#SBATCH --open-mode=append
 #SBATCH --signal=USR1@120
 set -euo pipefail
 cd "${SLURM_SUBMIT_DIR:-.}"

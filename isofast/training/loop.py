@@ -265,6 +265,7 @@ class _Run:
             if at_end or best or save or due:
                 self.checkpoint(last=at_end or stop is not None)
             if stop and not at_end:
+                signals.done()
                 raise stopped(stop, self.step, self.world)
         signals.done()
         if config.evaluation.knn_pixels and self.evaluator is not None:

@@ -86,22 +86,41 @@ def test_ranks_stop_after_the_same_step(config, tmp_path):
     assert "continuing from" in train(config, tmp_path / "run", ranks=2)
 
 
+SHOWS = """case "$*" in
+  "show job 17") echo "PreemptEligibleTime=2026-11-28T16:00:00 PreemptTime={}" ;;
+  "requeue 17") ;;
+  *) exit 1 ;;
+esac"""
+PREEMPTED = SHOWS.format("2026-11-28T16:05:00")
+
+
 @pytest.mark.parametrize(
-    ("scontrol", "words"),
+    ("number", "array", "scontrol", "words"),
     [
-        ('[ "$*" = "requeue 17" ]', "Slurm was asked to requeue the job"),
-        ("exit 1", "Slurm will not requeue the job"),
-        (None, "Slurm will not requeue the job"),
+        ("USR1", "", '[ "$*" = "requeue 17" ]', "Slurm was asked to requeue the job"),
+        # the number of an array's last task is that of the array
+        ("USR1", "17", '[ "$*" = "requeue 17_3" ]', "Slurm was asked to requeue the job"),
+        ("USR1", "", "exit 1", "Slurm will not requeue the job"),
+        ("USR1", "", None, "Slurm will not requeue the job"),
+        ("TERM", "", PREEMPTED, "Slurm was asked to requeue the job"),
+        ("TERM", "", SHOWS.format("None"), "rerun the same command to continue"),
+        ("TERM", "", None, "rerun the same command to continue"),
+        ("INT", "", PREEMPTED, "rerun the same command to continue"),
     ],
 )
-def test_what_becomes_of_a_slurm_job_is_told(scontrol, words, tmp_path, monkeypatch):
+def test_what_becomes_of_a_slurm_job_is_told(number, array, scontrol, words, tmp_path, monkeypatch):
+    if array:
+        monkeypatch.setenv("SLURM_ARRAY_JOB_ID", array)
+        monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "3")
     if scontrol is not None:
         (tmp_path / "scontrol").write_text(f"#!/bin/sh\n{scontrol}\n")
         (tmp_path / "scontrol").chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setenv("SLURM_JOB_ID", "17")
-    ended = stopped(signal.SIGUSR1, 3, ALONE)
-    assert ended.exit_code == 0 and words in str(ended)
+    ended = stopped(signal.Signals[f"SIG{number}"], 3, ALONE)
+    assert ended.exit_code == {"USR1": 0, "TERM": 143, "INT": 130}[number]
+    assert words in str(ended)
+    assert ("asked" in str(ended)) == ("asked" in words)
 
 
 # a step that never ends, like one that waits for a lost peer
@@ -113,6 +132,24 @@ import torch
 Signals(World(0, 1, 0, torch.device("cpu")), grace_s=float(sys.argv[1])).hold(None)
 print("ready", flush=True)
 threading.Event().wait()
+"""
+# a run that has saved, and closes its files
+CLOSING = """
+import time
+from contextlib import ExitStack
+from isofast.distributed import World
+from isofast.training.signals import Signals
+import torch
+with ExitStack() as stack:
+    signals = Signals(World(0, 1, 0, torch.device("cpu")))
+    stack.push(signals)
+    signals.hold(None)
+    print("ready", flush=True)
+    while signals.received is None:
+        time.sleep(0.1)
+    signals.done()
+    time.sleep(8)
+    print("closed")
 """
 # a long evaluation, then a step
 SLOW = """
@@ -147,6 +184,18 @@ def test_a_run_that_cannot_stop_is_ended(grace_s, signals):
     assert process.returncode == 143
     assert ("the work was not saved" in printed) == (signals == 1)
     assert ("SIGTERM again: ended without saving" in printed) == (signals == 2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("second", "code"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
+def test_slurms_sigterm_after_a_requeue_cuts_nothing_short(second, code):
+    process = opened([sys.executable, "-c", CLOSING], stdout=subprocess.PIPE)
+    process.stdout.readline()
+    process.send_signal(signal.SIGUSR1)
+    time.sleep(ECHO_S + 0.5)
+    process.send_signal(second)
+    said, _ = process.communicate(timeout=20)
+    assert process.returncode == code and ("closed" in said) == (code == 0)
 
 
 @pytest.mark.slow
