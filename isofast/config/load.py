@@ -11,6 +11,7 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from isofast.config.plugins import method_class
+from isofast.config.presets import merge
 from isofast.config.schema import Config, MethodConfig
 from isofast.errors import UserError
 
@@ -24,7 +25,8 @@ def load_config(
 ) -> Config:
     """Read ``path``, apply overrides and presets, and validate.
 
-    Overrides are those of ``--set`` (["train.epochs=100"]) or a mapping ({"train.epochs": 100}).
+    Overrides are those of ``--set`` (["train.epochs=100"]) or a mapping ({"train.epochs": 100}). A
+    section's value ({"train": {"epochs": 100}}) changes the keys in it only.
 
     If ``path`` is not a file, it may name a shipped config, such as tinyimagenet.
 
@@ -84,15 +86,16 @@ def validate(raw: Mapping[str, Any], overrides: Sequence[str] | Mapping[str, Any
 def read_stored(path: Path) -> Config:
     """Read a run's config.json, which an older version may have written.
 
-    Older files lack method.correlation (C was that of the embeddings), may have a null alpha for
-    trained predictors, and have a key for TensorBoard.
+    Older files lack encoder.zero_init_residual and method.correlation (C was that of the
+    embeddings), may have a null alpha for trained predictors, and have a key for TensorBoard.
 
     Raises:
         OSError, ValueError: the file cannot be read or is not a config.
     """
     raw = json.loads(path.read_text(encoding="utf-8"))
     match raw:
-        case {"method": dict(method), "logging": dict(logging)}:
+        case {"encoder": dict(encoder), "method": dict(method), "logging": dict(logging)}:
+            encoder.setdefault("zero_init_residual", False)
             logging.pop("tensorboard", None)
             method.setdefault("correlation", "embeddings")
             for key in ("alpha", "eps", "normalize"):
@@ -102,8 +105,8 @@ def read_stored(path: Path) -> Config:
 
 
 def _plain(value: Any) -> Any:
-    """Return a NumPy scalar's number, and the text of paths."""
-    return value.item() if hasattr(value, "item") else str(value)
+    """Return the numbers of a NumPy scalar or array, and the text of paths."""
+    return value.tolist() if hasattr(value, "tolist") else str(value)
 
 
 def _section(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -125,10 +128,11 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
         if not isinstance(node, dict):
             raise UserError(f"--set {override}: {section} is a value, not a section")
     try:
-        node[name] = json.loads(text)
+        value = json.loads(text)
     except ValueError:
         # Python's names, as an f-string writes them, too
-        node[name] = {"True": True, "False": False, "None": None}.get(text, text)
+        value = {"True": True, "False": False, "None": None}.get(text, text)
+    node[name] = merge({name: node.get(name)}, {name: value})[name]
 
 
 def _explain(item: dict[str, Any], known: Sequence[str]) -> str:

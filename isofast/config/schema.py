@@ -23,10 +23,10 @@ from isofast.config.plugins import method_class
 from isofast.config.presets import (
     METHODS,
     VIEWS_OF_DATASET,
+    encoder_preset,
     merge,
     method_preset,
     optimizer_preset,
-    stem_preset,
 )
 from isofast.errors import UserError
 
@@ -166,7 +166,8 @@ class EncoderConfig(_Section):
 
     name: str = "resnet18"
     """A torchvision ResNet (resnet18, resnet34, resnet50), timm:NAME, or module:function for your
-    own function that returns a module. stem, stem_padding and width apply to ResNets only."""
+    own function that returns a module. stem, stem_padding, width and zero_init_residual apply to
+    ResNets only."""
     stem: Literal["cifar", "tiny", "imagenet"] = "imagenet"
     """First layers: cifar is a 3x3 convolution, tiny adds max-pooling, imagenet is 7x7 with stride
     2 and max-pooling. Preset: the paper's for the data set; for image folders cifar up to a
@@ -175,6 +176,9 @@ class EncoderConfig(_Section):
     """Padding of the 3x3 stems, in pixels; the released code has 2 (34 x 34 maps)."""
     width: int = Field(64, ge=4)
     """Channels of resnet18's or resnet34's first stage; torchvision has 64, fewer are faster."""
+    zero_init_residual: bool = False
+    """Start each residual block as the identity: the scale of its last BatchNorm is zero, as in
+    SimSiam's released code. Preset: true for image folders (ours; docs/method/first-steps.md)."""
     init: str | None = None
     """Initial weights of the same encoder: a run's folder, an encoder.safetensors, or a torchvision
     or timm checkpoint. A classifier is ignored; a first convolution of another size stays random.
@@ -372,7 +376,7 @@ class Config(_Section):
             return raw
         data, train, method = (info.data.get(name) for name in ("data", "train", "method"))
         if info.field_name == "encoder" and data is not None and ":" not in str(raw.get("name")):
-            return {"stem": stem_preset(data.dataset, data.crop), **raw}
+            return encoder_preset(data.dataset, data.crop) | dict(raw)
         if info.field_name == "optimizer" and method is not None:
             chosen = str(raw.get("name"))
             implied = optimizer_preset(method.name, method.correlation, method.ema, chosen)
@@ -415,7 +419,8 @@ class Config(_Section):
 
 def to_json(config: Config) -> str:
     """Return the resolved config as JSON, readable by ``load_config``."""
-    return config.model_dump_json(indent=2) + "\n"
+    # unlike pydantic, json writes any path
+    return json.dumps(config.model_dump(), default=str, indent=2) + "\n"
 
 
 def schema_json() -> str:

@@ -4,6 +4,7 @@ import json
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, NamedTuple
 
 import torch
@@ -37,7 +38,7 @@ def describe(config: EncoderConfig, recipe: Recipe) -> dict[str, str]:
 
     Strings are stored as they are, numbers and lists as JSON.
     """
-    about: dict[str, Any] = config.model_dump(exclude={"init"})
+    about: dict[str, Any] = config.model_dump(exclude={"init", "zero_init_residual"})
     about |= {key: getattr(recipe, key) for key in ("crop", "resize_short", "mean", "std")}
     texts = {k: v if isinstance(v, str) else json.dumps(v) for k, v in about.items()}
     return {"format": "pt", **texts}
@@ -62,11 +63,15 @@ def read_weights(path: Path) -> Weights:
     # unpickling may raise anything
     except Exception as error:
         reason = str(error).partition("\n")[0] or type(error).__name__
+        if isinstance(error, UnpicklingError):
+            # torch advises to load it unsafely
+            reason = "it holds more than tensors, or is no torch file"
         raise UserError(
             f"cannot read the weights {path}: {reason}. Give a run's folder, a .safetensors file, "
             f"or a state dict saved by torch.save"
         ) from error
-    if isinstance(found, Mapping) and "arch" in found:
+    # torchvision's names are recognised without timm
+    if isinstance(found, Mapping) and found.get("arch", RESNETS[0]) not in RESNETS:
         about = {"architecture": str(found["arch"])}
     for key in ("state_dict", "model"):
         if isinstance(found, Mapping) and isinstance(found.get(key), Mapping):
@@ -196,7 +201,8 @@ def _resnet_of(weights: Weights) -> EncoderConfig:
                 f"output of `isofast export --format safetensors`"
             )
     raise UserError(
-        f"{weights.path} does not say which encoder its weights are for. Give a run, its "
+        f"{weights.path} does not say which encoder its weights are for (names: "
+        f"{some_of([*weights.tensors])}). Give a run, its "
         f"encoder.safetensors, weights of {', '.join(RESNETS)}, or a timm model's file with its "
         f"config.json beside it"
     )

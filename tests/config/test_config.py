@@ -1,6 +1,7 @@
 """The configuration: overrides, errors that name the remedy, stored runs, the schema."""
 
 import json
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -98,6 +99,13 @@ def test_overrides_reach_nested_keys_as_json_or_text(file):
     assert config.data.root == Path("/a b")
     values = {"method.ema": False, "optimizer.lr": np.float32(0.5), "data.root": Path("/a b")}
     assert load_config(file({}), {**values, "method.name": "directpred"}) == config
+    # a section's value changes the keys in it only
+    written = file({"train": {"epochs": 7, "batch_size": 64}})
+    for overrides in (['train={"epochs": 3}'], {"train": {"epochs": 3}}):
+        train = load_config(written, overrides).train
+        assert (train.epochs, train.batch_size) == (3, 64)
+    scale = {"data.augmentation.view1.crop_scale": np.array([0.2, 1])}
+    assert load_config(file({}), scale).data.augmentation.view1.crop_scale == (0.2, 1)
     python = load_config(file({}), ["method.ema=False", "train.max_steps=None"])
     assert (python.method.ema, python.train.max_steps) == (False, None)
 
@@ -125,7 +133,10 @@ def test_a_missing_file_names_its_neighbours(file):
 @pytest.mark.parametrize("name", METHODS)
 def test_the_resolved_config_reads_back_as_itself(name):
     metric = {} if name == "sigreg" else {"metric": "euclidean"}
-    config = validate({**DATA, "method": {"name": name, "ema": False, **metric}})
+    # a folder's name need not be text
+    root = {"data.root": "caf\udce9"}
+    config = validate({**DATA, "method": {"name": name, "ema": False, **metric}}, root)
+    assert os.fsencode(config.data.root) == b"caf\xe9"
     again = validate(json.loads(to_json(config)))
     assert again == config and changed_keys(again, config) == []
 
@@ -137,15 +148,16 @@ def test_the_resolved_config_reads_back_as_itself(name):
         # when all methods shared one section, methods with a trained predictor had null C keys
         ("cifar10", {"name": "byol"} | dict.fromkeys(["alpha", "eps", "normalize"]), []),
         ("digits", {"name": "isoloss"}, ["method.correlation: 'embeddings' -> 'directions'"]),
+        ("imagefolder", {"name": "sigreg"}, ["encoder.zero_init_residual: False -> True"]),
     ],
-    ids=["directcopy", "byol", "isoloss"],
+    ids=["directcopy", "byol", "isoloss", "sigreg"],
 )
 def test_runs_of_earlier_versions_stay_readable(file, dataset, method, changes):
     data = {"data": {"dataset": dataset, "root": "x"}}
     now = validate({**data, "method": {"name": method["name"]}})
     raw = json.loads(to_json(now))
     raw["method"] |= method
-    del raw["method"]["correlation"]
+    del raw["method"]["correlation"], raw["encoder"]["zero_init_residual"]
     raw["logging"]["tensorboard"] = True
     assert changed_keys(read_stored(file(raw)), now) == changes
 

@@ -148,6 +148,9 @@ def test_checkpoints_of_torchvision_and_timm(tmp_path):
         isofast.load_encoder(alone)
     torch.save({"arch": "resnet10t", "state_dict": load_file(alone)}, tmp_path / "arch.pth")
     assert_same_features(isofast.load_encoder(tmp_path / "arch.pth"), model)
+    # PyTorch's ImageNet example names torchvision's
+    torch.save({"arch": "resnet18", "state_dict": wrapped}, tmp_path / "arch.pth")
+    assert read_encoder(tmp_path / "arch.pth").config.name == "resnet18"
 
 
 def test_files_that_hold_no_encoder_are_refused(tmp_path):
@@ -161,7 +164,9 @@ def test_files_that_hold_no_encoder_are_refused(tmp_path):
     torch.save([1, 2], tmp_path / "list.pth")
     refused("list.pth", "holds list, not a state dict")
     torch.save(nn.Linear(2, 2), tmp_path / "module.pth")
-    refused("module.pth", "state dict saved by torch.save")
+    refused("module.pth", "it holds more than tensors.*state dict saved by torch.save")
+    torch.save({"stem.weight": torch.ones(3)}, tmp_path / "other.pth")
+    refused("other.pth", r"for \(names: stem.weight\)")
     torch.save(wide_resnet50_2().state_dict(), tmp_path / "wide.pth")
     refused("wide.pth", r"of another shape: layer1.0.conv1.weight \(64 x 64 x 1 x 1 here, 128 x")
     (tmp_path / "empty").mkdir()
