@@ -5,6 +5,7 @@ from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryFile
+from textwrap import fill
 from typing import Any
 
 import matplotlib as mpl
@@ -24,6 +25,8 @@ from isofast.run.stored import Array, Run, labels, read_run
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _DASHES = ("-", "--", "-.", (0, (1, 1)), (0, (5, 1, 1, 1, 1, 1)))
 _COLUMNS = 3
+# characters that fit over a panel, and in an inch of a legend
+_TITLE, _LEGEND = 38, 10
 _EIGENVALUES = r"eigenvalues $\lambda_i$ of $C$"
 # more would only enlarge the files
 _MOST_LINES, _MOST_POINTS = 48, 500
@@ -98,7 +101,7 @@ def figure3(runs: Sequence[Run], first: Sequence[str] = ()) -> Figure:
         if place > 0:
             axis.sharey(panels[0])
         _eigenvalues(axis, run)
-        axis.set_title(f"{name}{_rank(run)}")
+        axis.set_title(f"{fill(name, _TITLE)}{_rank(run)}")
         if place % columns == 0:
             axis.set_ylabel(_EIGENVALUES)
         if place + columns >= len(runs):
@@ -126,7 +129,7 @@ def figure4(runs: Sequence[Run]) -> Figure:
         mean_T = (weights_TD * run.alignment_TD).sum(1)
         label = "mean, weighted by the eigenvalues"
         above.plot(run.epochs_T, mean_T, color="#D55E00", linewidth=2, label=label)
-        above.set_title(f"{name}{_blow_up(run)}")
+        above.set_title(f"{fill(name, _TITLE)}{_blow_up(run)}")
         above.axhline(1, color="0.8", linewidth=0.8, zorder=0)
         _eigenvalues(below, run)
         below.set_xlabel("epoch")
@@ -147,7 +150,7 @@ def figure7(runs: Sequence[Run]) -> Figure:
         row[1].sharey(row[0])
         for axis, run, kind in zip(row, pair, kinds, strict=False):
             _eigenvalues(axis, run)
-            axis.set_title(f"{name}, {kind}{_rank(run)}")
+            axis.set_title(f"{fill(f'{name}, {kind}', _TITLE)}{_rank(run)}")
         row[0].set_ylabel(_EIGENVALUES)
         _accuracies(row[2], pair, kinds)
     for axis in axes[-1]:
@@ -233,8 +236,10 @@ def _explain(figure: Figure, panels: Iterable[Axes], named: Axes, columns: int) 
     panels = [*panels]
     lines = panels[0].collections[0]
     figure.colorbar(lines, ax=panels, label="place $i$, largest first", shrink=0.8)
-    handles = named.get_legend_handles_labels()
-    figure.legend(*handles, loc="outside lower center", ncols=columns)
+    handles, names = named.get_legend_handles_labels()
+    fitting = _LEGEND * figure.get_figwidth() // max(map(len, names), default=1)
+    columns = max(1, min(columns, int(fitting)))
+    figure.legend(handles, names, loc="outside lower center", ncols=columns)
 
 
 def _rank(run: Run) -> str:

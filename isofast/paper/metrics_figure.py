@@ -26,7 +26,8 @@ _ROWS = {
     "projector": tuple(f"{name}_z" for name in _OF_EMBEDDINGS),
     "C": ("effective_rank", "effective_rank_entropy"),
 }
-_MARKERS = "os^Dv<>"
+# not as many as the palette has colours: their pairs would repeat
+_MARKERS = "os^Dv<"
 
 
 def draw_metrics(folders: Sequence[Path], output: Path) -> list[Path]:

@@ -125,10 +125,11 @@ def panels_of(
         "samples": PLANE_SAMPLES * samples,
         "steps": PLANE_STEPS if steps is None else steps,
     }
+    toy = Toy(**plane)
     candidates_PN = randn((CANDIDATES, PLANE["inputs"]), stream(seed, 2))
     points_PN = candidates_PN[candidates_PN.norm(dim=-1).argsort(descending=True)[:POINTS]]
     if figure == "figure5":
-        v_1MN = initial_weights(Toy(**plane))
+        v_1MN = initial_weights(toy)
         other_1MN = randn(tuple(v_1MN.shape), stream(seed, 3)) / 2
         starts_SMN = torch.cat([v_1MN, 2 * v_1MN, other_1MN])
         return [
@@ -251,7 +252,7 @@ def _starts(trajectories: Mapping[str, Trajectory]) -> Figure:
         planes[0].set_ylabel(f"{metric.capitalize()}\nembedding $z_2$")
         _step_axis(spectra, trajectory)
         end = "1" if euclidean else "trace / 2"
-        spectra.set(ylim=(0.1, 10), ylabel="eigenvalues of V V$^T$")
+        spectra.set(ylim=(LOW, HIGH), ylabel="eigenvalues of V V$^T$")
         spectra.set_title(f"dotted: expected end, {end}")
         spectra.legend(loc="upper right", ncols=3, columnspacing=1)
     picture.suptitle(

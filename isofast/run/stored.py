@@ -27,10 +27,11 @@ TITLES = {
     "sigreg": "SIGReg",
 }
 # Named whenever runs differ in them; other keys only if needed to tell runs apart.
-_ALWAYS_KEYS = ("method.metric", "method.ema")
+_ALWAYS_KEYS = ("method.metric", "method.correlation", "method.ema")
 _WORDS = {
     "method.name": TITLES,
     "method.metric": {"cosine": "cosine", "euclidean": "Euclidean"},
+    "method.correlation": {"embeddings": "C of embeddings", "directions": "C of directions"},
     "method.ema": {True: "EMA", False: "no EMA"},
 }
 

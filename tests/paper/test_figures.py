@@ -1,5 +1,6 @@
 """Figures of runs: their lines, titles and scales, and the errors if there is nothing to draw."""
 
+import itertools
 import json
 import shutil
 from collections.abc import Sequence
@@ -7,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import matplotlib as mpl
 import numpy as np
 import pytest
 from matplotlib.axes import Axes
@@ -17,7 +19,7 @@ from isofast.cli import main
 from isofast.config.load import validate
 from isofast.config.presets import merge
 from isofast.errors import UserError
-from isofast.paper.figures import figure3, figure4, figure7, figure8
+from isofast.paper.figures import STYLE, figure3, figure4, figure7, figure8
 from isofast.run.stored import Run, labels, read_run
 
 pytestmark = pytest.mark.slow
@@ -102,6 +104,29 @@ def test_panels_show_their_runs_in_order_on_one_scale(
         assert line.get_xdata() == pytest.approx([8 / 22, 16 / 22, 24 / 22])
         assert line.get_ydata() == pytest.approx(accuracies)
         assert line.get_marker() == "o"
+
+
+def test_long_names_overlap_nothing_and_are_not_cut_off(spectrum_runs, tmp_path):
+    changes = [
+        {"method": {"correlation": "embeddings"}},
+        {"method": {"correlation": "directions"}},
+        {"optimizer": {"weight_decay": 0.0123}},
+        {"method": {"metric": "euclidean"}, "optimizer": {"weight_decay": 0.0123}},
+    ]
+    runs = [
+        copied(spectrum_runs["no ema"][1], tmp_path / str(k), top1=(0.3, 0.5), **change)
+        for k, change in enumerate(changes)
+    ]
+    runs.append(copied(spectrum_runs["linear"][1], tmp_path / "linear", top1=(0.3, 0.5)))
+    with mpl.rc_context(STYLE):
+        figures = figure8(runs), figure3(runs)
+    for figure in figures:
+        figure.draw_without_rendering()
+        titles = [axes.title.get_window_extent() for axes in figure.axes[: len(runs)]]
+        assert not any(a.overlaps(b) for a, b in itertools.combinations(titles, 2))
+        (legend,) = figure.legends
+        inside, whole = legend.get_window_extent(), figure.bbox
+        assert whole.x0 <= inside.x0 and inside.x1 <= whole.x1
 
 
 def test_two_evaluations_of_one_run_are_no_curve(spectrum_runs, tmp_path):
@@ -206,6 +231,8 @@ def test_labels_say_what_differs_and_no_more(spectrum_runs, tmp_path):
     assert labels(moved) == ["IsoLoss (a/seed-0)", "IsoLoss (b/seed-0)"]
     moved = [replace(ema, path=tmp_path / name) for name in ("a", "\udcff")]
     assert labels(moved) == ["IsoLoss (a)", r"IsoLoss (\udcff)"]
+    other = copied(ema.path, tmp_path / "raw", method={"correlation": "embeddings"})
+    assert labels([ema, other]) == ["IsoLoss, C of directions", "IsoLoss, C of embeddings"]
     seed = copied(ema.path, tmp_path / "other", seed=3)
     assert labels([ema, seed]) == ["IsoLoss, seed 0", "IsoLoss, seed 3"]
     # a folder's name is not a formula

@@ -69,6 +69,7 @@ def test_the_table_says_what_was_run(capsys):
         ("simulate --loss cosine --lr nan", "lr: got nan; give a finite number above 0"),
         ("simulate --loss cosine --lr inf", "lr: got inf"),
         ("simulate --loss cosine --seed -1", "seed: got -1"),
+        ("figure2 --output figures --seed -1", "seed: got -1"),
         ("simulate --loss mse", "invalid choice: 'mse'"),
         ("simulate", "required: --loss"),
         ("figure5", "required: --output"),
