@@ -211,8 +211,8 @@ def _listed(root: Path, split: str) -> ImageFolder:
     if not _is_folder(root):
         raise UserError(
             f"the data root {root} is not a folder. Create it with `isofast prepare NAME --root "
-            f"{root}` (NAME: digits, cifar10, cifar100, stl10, tinyimagenet) or point data.root at "
-            "a folder with train/CLASS and val/CLASS"
+            f"{root}` (NAME: digits, cifar10, cifar100, stl10, tinyimagenet) or point data.root "
+            "(--root of evaluate and report) at a folder with train/CLASS and val/CLASS"
         )
     unlabeled = split == "train" and _is_folder(root / UNLABELED)
     tops = [split, UNLABELED] if unlabeled else [split]

@@ -23,6 +23,8 @@ from isofast.data import ImageFolder, Recipe, open_dataset
 from isofast.errors import UserError
 from isofast.evaluation.embed import Pixels, decoded, features
 from isofast.evaluation.encoders import read_encoder, untrained
+from isofast.methods.weights import initialise
+from isofast.run.checkpoint import encoder_file
 from isofast.run.labelfree import rankme, uniformity
 from isofast.training.online import knn_top1
 
@@ -72,7 +74,7 @@ class Pictures:
     map_classes: list[tuple[str, str]]
     """Names and frame colours; empty without labels or with more than ten classes."""
     measured: list[Measured]
-    """The run, the untrained network and raw pixels."""
+    """The run, the network it began with, and raw pixels if the images are small."""
 
 
 class _Sample(NamedTuple):
@@ -85,7 +87,8 @@ def look(run_dir: Path, config: Config, root: Path) -> Pictures:
     """Run a run's encoder on validation images, or on training images if there are none.
 
     Raises:
-        UserError: the images or the checkpoint are gone, or the features are not finite.
+        UserError: the images, the checkpoint or encoder.init's weights are gone, or the features
+            are not finite.
     """
     encoder, _, recipe = read_encoder(run_dir)
     train = open_dataset(root, "train")
@@ -94,7 +97,11 @@ def look(run_dir: Path, config: Config, root: Path) -> Pictures:
     query = _sample(open_dataset(root, "val"), recipe) if has_val else bank
     labelled = torch.from_numpy(bank.labels_N) >= 0
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    named: dict[str, nn.Module] = {"this run": encoder, "untrained network": untrained(config)}
+    start, kind = untrained(config), "untrained network"
+    if config.encoder.init is not None:
+        initialise(start, encoder_file(Path(config.encoder.init)))
+        kind = "initial weights"
+    named: dict[str, nn.Module] = {"this run": encoder, kind: start}
     if recipe.crop <= _MOST_PIXELS:
         named[RAW_PIXELS] = nn.Flatten()
     measured, seen = [], []

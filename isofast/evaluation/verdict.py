@@ -22,10 +22,14 @@ class Verdict:
     reasons: list[str]
 
 
+def _watch(run: Run) -> CollapseWatch:
+    steps_per_epoch = max(1, round(run.records[-1]["step"] / run.records[-1]["epoch"]))
+    return CollapseWatch(run.config, steps_per_epoch)
+
+
 def findings(run: Run) -> tuple[list[Finding], Finding | None]:
     """Return the first finding of each kind in a run's records, and the last record's finding."""
-    steps_per_epoch = max(1, round(run.records[-1]["step"] / run.records[-1]["epoch"]))
-    watch = CollapseWatch(run.config, steps_per_epoch)
+    watch = _watch(run)
     judged = [watch.judge(record) for record in run.records if "embedding_std" in record]
     first = {found.kind: found for found in reversed(judged) if found is not None}
     return [*first.values()][::-1], judged[-1] if judged else None
@@ -50,7 +54,14 @@ def judge(
         epochs = run.records[-1]["epoch"]
         reasons.insert(0, f"The run has not ended: epoch {epochs:g} of {run.config.train.epochs}.")
     if not (collapse or failure):
-        return replace(found, reasons=[*reasons, "No record shows a collapse at the end."])
+        steps, least = run.records[-1]["step"], _watch(run).grace
+        judged = (
+            "No record shows a collapse at the end."
+            if steps >= least
+            else f"Too short to be judged for a collapse to few dimensions: {steps} of {least:.0f} "
+            "steps."
+        )
+        return replace(found, reasons=[*reasons, judged])
     if failure and failure != collapse:
         reasons.insert(0, f"The run failed: {failure}.")
     word = "collapsed" if collapse else "failed"
@@ -62,12 +73,10 @@ def judge(
 
 def _by_accuracy(run: Run, val_images: int | None, pictures: Pictures | None) -> Verdict | None:
     """Judge by k-NN before and after training; return None if nothing was evaluated."""
-    start = "the untrained network"
+    start = "the weights it began with" if run.config.encoder.init else "the untrained network"
     ends = [run.evaluations[k]["knn_top1"] for k in (0, -1)] if run.evaluations else []
     if ends and run.evaluations[0]["step"] == 0 and len(run.evaluations) > 1:
         (before, after), n = ends, val_images
-        if run.config.encoder.init:
-            start = "the weights it started with"
         where = "as evaluated during training"
     elif pictures is not None and pictures.measured[0].knn_top1 is not None:
         after, before = (one.knn_top1 or 0.0 for one in pictures.measured[:2])
@@ -76,7 +85,8 @@ def _by_accuracy(run: Run, val_images: int | None, pictures: Pictures | None) ->
         headline = f"k-NN top-1 {ends[-1]:.3f}, with nothing to compare it with: " + (
             "the trained network was not evaluated."
             if run.evaluations[0]["step"] == 0
-            else "the untrained network was not evaluated (set evaluation.at_start to true)."
+            else f"{start} was not evaluated (set evaluation.at_start to true, or give the images "
+            "with --root)."
         )
         return Verdict("not comparable", None, headline, [])
     else:
@@ -120,8 +130,9 @@ def _without_labels(run: Run, pictures: Pictures | None) -> Verdict:
     if pictures is not None:
         mine, other = pictures.measured[:2]
         reasons.append(
-            f"RankMe of the features: {mine.rankme:.1f}, untrained {other.rankme:.1f}; uniformity "
-            f"{mine.uniformity:.2f}, untrained {other.uniformity:.2f} (lower is more spread out)."
+            f"RankMe of the features: {mine.rankme:.1f}, {other.name} {other.rankme:.1f}; "
+            f"uniformity {mine.uniformity:.2f}, {other.name} {other.uniformity:.2f} (lower is more "
+            f"spread out)."
         )
     headline = "Judged without labels: see the nearest neighbours below."
     return Verdict("no labels", None, headline, reasons)

@@ -8,6 +8,7 @@ checksums). It is written under a temporary name and renamed when complete.
 import hashlib
 import json
 import shutil
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +22,9 @@ from isofast.data.files import sync
 from isofast.errors import RunError, UserError
 
 State = dict[str, Any]
-REMEDY = "Older checkpoints are intact; free some space, then repeat the command to continue"
+REMEDY = (
+    "Earlier checkpoints, if any, are intact; free some space, then repeat the command to continue"
+)
 _STATE, _ENCODER, _MANIFEST = "state.pt", "encoder.safetensors", "manifest.json"
 
 
@@ -106,12 +109,14 @@ def save_checkpoint(
     return path
 
 
-def newest_checkpoint(
-    folder: Path, report: Callable[[str], None] = lambda text: None
-) -> Checkpoint | None:
+def _warn(text: str) -> None:
+    sys.stderr.write(f"warning: {text}\n")
+
+
+def newest_checkpoint(folder: Path, report: Callable[[str], None] = _warn) -> Checkpoint | None:
     """Return the newest checkpoint whose files match its manifest, or None without checkpoints.
 
-    Call ``report`` with the reason for each one skipped.
+    Call ``report`` with the reason for each one skipped; by default, print it on stderr.
 
     Raises:
         UserError: there are checkpoints, but none is intact.
@@ -132,6 +137,12 @@ def newest_checkpoint(
             f"{faults[0]}. Restore one, or start over in a new folder with --fresh"
         )
     return None
+
+
+def encoder_file(source: Path) -> Path:
+    """Return the encoder's file in a run's newest checkpoint, or ``source`` if it is not a run."""
+    found = newest_checkpoint(source / "checkpoints") if source.is_dir() else None
+    return source if found is None else found.path / _ENCODER
 
 
 def _fingerprint(path: Path) -> dict[str, Any]:

@@ -35,13 +35,17 @@ class Finding:
 
 
 class CollapseWatch:
-    """Judges each record of a run against the earlier ones."""
+    """Judges each record of a run against the earlier ones.
+
+    Attributes:
+        grace: steps before which few dimensions are not called a collapse.
+    """
 
     def __init__(self, config: Config, steps_per_epoch: int) -> None:
         self._config = config
         self._dim = config.projector.output
         warmup = config.warmup_epochs * steps_per_epoch
-        self._grace = max(warmup, _TIME_CONSTANTS / (1 - config.method.decay), _LEAST_STEPS)
+        self.grace = max(warmup, _TIME_CONSTANTS / (1 - config.method.decay), _LEAST_STEPS)
         self._steps: list[int] = []
         self._spreads: list[float] = []
         self._first_norm: float | None = None
@@ -76,7 +80,7 @@ class CollapseWatch:
                 f"{record['norm_spread']:.1f} times as long as the median, and W shortens the "
                 f"others to {record['prediction_norm']:.2f} of their length",
             )
-        if step >= self._grace and spread < _LOW_SPREAD * healthy and self._has_stopped(spread):
+        if step >= self.grace and spread < _LOW_SPREAD * healthy and self._has_stopped(spread):
             return self._found(
                 "dimensional",
                 f"the embeddings have collapsed to few dimensions: {measured}, and the effective "
@@ -113,6 +117,8 @@ def remedies(config: Config, kind: Kind) -> list[str]:
     slower = [f"optimizer.lr below {optimizer.lr:g}", "a longer schedule.warmup_epochs"]
     if kind == "blow-up":
         return slower
+    # small folders, in few steps, never left few dimensions, and did in more of them
+    longer = ["more train.epochs", f"train.batch_size below {config.train.batch_size}"]
     tries = []
     if _is_cosine_of_raw_c(method):
         tries.append("method.correlation directions, so that long embeddings don't dominate C")
@@ -125,4 +131,4 @@ def remedies(config: Config, kind: Kind) -> list[str]:
         tries.append(f"{name}, for an EMA target")
     if method.name in ("byol", "simsiam", "linear") and optimizer.name != "sgd":
         tries.append("optimizer.name sgd")
-    return tries or slower
+    return tries or (longer if kind == "dimensional" else slower)

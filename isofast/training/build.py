@@ -19,7 +19,7 @@ from isofast.methods.closed_form import ClosedForm
 from isofast.methods.ema import EmaTarget
 from isofast.methods.networks import Branch
 from isofast.methods.weights import initialise
-from isofast.run.checkpoint import newest_checkpoint
+from isofast.run.checkpoint import encoder_file
 from isofast.run.directory import cpu_has_bf16
 from isofast.training.optim import LARS, load_optimizer_state, make_optimizer
 from isofast.training.parallel import make_engine, restore_engine
@@ -82,10 +82,7 @@ class TrainState:
         """Load the encoder of a file or run, for the target too; return a line describing it."""
         if path is None:
             return []
-        file = Path(path)
-        if file.is_dir() and (found := newest_checkpoint(file / "checkpoints")):
-            file = found.path / "encoder.safetensors"
-        note = initialise(self.online.branch.encoder, file)
+        note = initialise(self.online.branch.encoder, encoder_file(Path(path)))
         if self.target is not None:
             self.target.branch.load_state_dict(self.online.branch.state_dict())
         return [note]

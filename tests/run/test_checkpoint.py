@@ -60,11 +60,12 @@ def test_a_damaged_one_is_passed_over_and_named(tmp_path, name, damage):
     assert len(said) == 1 and "step_00000002 is damaged" in said[0]
 
 
-def test_continuing_from_an_older_one_keeps_and_replaces(tmp_path):
+def test_continuing_from_an_older_one_keeps_and_replaces(tmp_path, capsys):
     for step in (2, 4, 6):
         _save(tmp_path, step)
     (tmp_path / "step_00000006" / "state.pt").write_bytes(b"damaged")
     assert newest_checkpoint(tmp_path).step == 4
+    assert "step_00000006 is damaged" in capsys.readouterr().err
     assert _save(tmp_path, 5, keep=1).exists()
     assert newest_checkpoint(tmp_path).step == 5
     _save(tmp_path, 6, keep=1)
@@ -98,7 +99,7 @@ def test_a_full_disk_leaves_the_older_checkpoint(tmp_path):
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1024, limits[1]))
     try:
-        with pytest.raises(RunError, match="Older checkpoints are intact"):
+        with pytest.raises(RunError, match="Earlier checkpoints, if any, are intact"):
             _save(tmp_path, 2)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)

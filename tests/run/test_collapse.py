@@ -133,6 +133,7 @@ def test_each_kind_of_collapse_is_told_from_a_healthy_run(method, records, expec
         ({"name": "byol"}, "complete", ["optimizer.name sgd"]),
         ({"name": "sigreg"}, "complete", ["method.weight above 0.05"]),
         ({}, "complete", ["optimizer.lr below 0.008", "a longer"]),
+        ({}, "dimensional", ["more train.epochs", "train.batch_size below"]),
         ({}, "blow-up", ["optimizer.lr below 0.008", "a longer"]),
     ],
 )
