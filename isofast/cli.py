@@ -111,8 +111,9 @@ def _add_train(commands: Any) -> None:
         "train",
         _train,
         help="train a configuration, or resume its run",
-        description="Trains in one process. For several, start launch/train.py, which does the "
-        "same, with a launcher: deepspeed launch/train.py --config ...",
+        description="Trains in one process. For several, start it with a launcher: deepspeed "
+        "launch/train.py --config ..., or, without a checkout, deepspeed --module "
+        "isofast.launch.train --config ...",
     )
     _add_config(parser)
     parser.add_argument("--run-dir", type=Path, help="where results go (default: runs/NAME)")

@@ -3,6 +3,7 @@
 import contextlib
 import importlib.util
 import io
+import json
 import shutil
 import warnings
 from pathlib import Path
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from isofast.config.schema import EncoderConfig
 from isofast.data import Recipe
-from isofast.data.files import check_output, write_atomically
+from isofast.data.files import check_output, read_json, write_atomically
 from isofast.errors import RunError, UserError
 from isofast.evaluation.encoders import Encoder, read_encoder, torch_bytes
 from isofast.methods.networks import STAGES
@@ -103,6 +104,10 @@ def _huggingface(encoder: Encoder, output: Path) -> str:
         # raised on a full disk
         except SafetensorError as error:
             raise RunError(f"could not write {output}: {error}") from error
+        # transformers passes this argument itself
+        written = read_json(part / "config.json")
+        written.get("model_args", {}).pop("num_classes", None)
+        (part / "config.json").write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
         shutil.copymode(part / "config.json", part / "model.safetensors")
         part.rename(output)
     return f'timm.create_model("local-dir:{output}", pretrained=True, num_classes=0)'
@@ -212,4 +217,6 @@ def _timm_name(config: EncoderConfig) -> str:
 
 def _require(*packages: str) -> None:
     if missing := [name for name in packages if importlib.util.find_spec(name) is None]:
-        raise UserError(f"this format needs {', '.join(missing)}: pip install {' '.join(missing)}")
+        raise UserError(
+            f"this format needs {', '.join(missing)}: pip install --upgrade {' '.join(missing)}"
+        )
