@@ -65,6 +65,9 @@ def exit_code_of(
             sys.stderr.write(f"\n{stopped}\n")
         return stopped.exit_code
     except OSError as error:
+        if error.errno in (errno.EACCES, errno.EPERM, errno.ENAMETOOLONG):
+            sys.stderr.write(f"\nerror: {error}\n")
+            return 2
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         if rank == 0:

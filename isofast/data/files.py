@@ -18,7 +18,8 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     Raises:
         OSError: the disk is full or not writable; ``path`` is unchanged.
     """
-    part = path.with_name(f".{path.name}.{threading.get_native_id()}.part{path.suffix}")
+    # shorter than what a file system allows
+    part = path.with_name(f".{path.stem[:99]}.{threading.get_native_id()}.part{path.suffix}")
     try:
         write(part)
         sync(part)

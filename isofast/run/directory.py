@@ -55,7 +55,11 @@ def open_run_dir(run_dir: Path, config: Config) -> IO[str]:
     stored = run_dir / "config.json"
     if stored.exists():
         _refuse_other_config(stored, config)
-    elif run_dir.is_dir() and any(path.name[0] != "." for path in run_dir.iterdir()):
+    # a logger that failed to start leaves its folder
+    elif run_dir.is_dir() and any(
+        path.name[0] != "." and path.name not in ("tensorboard", "wandb")
+        for path in run_dir.iterdir()
+    ):
         raise UserError(
             f"{run_dir} has files but no config.json, so it is not a run; use another --run-dir"
         )

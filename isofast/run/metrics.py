@@ -7,7 +7,6 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from zipfile import BadZipFile
 
 import numpy as np
 
@@ -142,12 +141,13 @@ def read_spectra(path: Path) -> dict[int, Spectrum]:
             steps, eigenvalues = stored["step"].tolist(), stored["eigenvalues"].astype(np.float32)
             # only runs with a linear predictor have alignments
             alignments = stored["alignment"].astype(np.float32) if "alignment" in stored else None
-    except (ValueError, KeyError, EOFError, OSError, BadZipFile) as error:
+        return {
+            step: Spectrum(eigenvalues[t], None if alignments is None else alignments[t])
+            for t, step in enumerate(steps)
+        }
+    # NumPy and zipfile raise nearly anything for damaged files
+    except Exception as error:
         raise UserError(
             f"cannot read {path}: {error}; restore it, or move it away to continue without the "
             f"earlier eigenvalues"
         ) from None
-    return {
-        step: Spectrum(eigenvalues[t], None if alignments is None else alignments[t])
-        for t, step in enumerate(steps)
-    }

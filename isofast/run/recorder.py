@@ -83,11 +83,12 @@ class Recorder:
         self._watch = CollapseWatch(config, steps_per_epoch)
         self._writer: MetricsWriter | None = None
         if world.is_main:
+            # first, because one that fails ends a run that has not begun
+            loggers = make_loggers(run_dir, config, step)
             write_text(run_dir / "config.json", to_json(config))
             write_json(run_dir / "environment.json", environment)
             if step < last_step:
                 (run_dir / "summary.json").unlink(missing_ok=True)
-            loggers = make_loggers(run_dir, config, step)
             self._writer = MetricsWriter(run_dir, step, loggers, self.progress.say)
             for record in self._writer.records:
                 if "embedding_std" in record:

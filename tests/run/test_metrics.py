@@ -1,5 +1,6 @@
 """metrics.jsonl and spectrum.npz across a crash and a resume."""
 
+import io
 import json
 import sys
 import types
@@ -39,7 +40,13 @@ def test_a_resumed_run_drops_what_was_written_after_its_checkpoint(tmp_path):
     assert len(read_metrics(tmp_path / "metrics.jsonl")) == 1
 
 
-@pytest.mark.parametrize("content", [b"", b"no archive", b"PK\x03\x04cut"])
+def _uneven() -> bytes:
+    """Return a spectrum.npz with fewer eigenvalues than steps."""
+    np.savez(buffer := io.BytesIO(), step=[1, 2, 3, 4], eigenvalues=np.ones((2, 3)))
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("content", [b"", b"no archive", b"PK\x03\x04cut", _uneven()])
 def test_a_damaged_spectrum_is_named_and_left_alone(tmp_path, content):
     _write(tmp_path, 0, range(1, 5))
     (tmp_path / "spectrum.npz").write_bytes(content)

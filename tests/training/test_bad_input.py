@@ -65,7 +65,9 @@ def test_settings_that_cannot_be(refuses, setting, words):
 def test_srun_without_an_address(refuses, monkeypatch):
     for name, value in (("STEP_NUM_TASKS", "4"), ("PROCID", "0"), ("LOCALID", "0")):
         monkeypatch.setenv(f"SLURM_{name}", value)
-    refuses("export MASTER_ADDR=")
+    refuses("without MASTER_ADDR or MASTER_PORT")
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    refuses("export MASTER_PORT=")
 
 
 def test_the_launcher_passes_the_exit_code_on(config_file, tmp_path):
@@ -83,7 +85,16 @@ def test_a_run_dir_that_is_something_else(refuses, tmp_path):
     refuses("not a run", run_dir=folder)
     for run_dir in (folder / "photo.jpg", folder / "photo.jpg" / "run"):
         refuses("cannot write", run_dir=run_dir)
+    refuses("File name too long", run_dir=folder / ("x" * 300))
     assert [path.name for path in folder.iterdir()] == ["photo.jpg"]
+
+
+def test_a_run_that_has_not_begun_can_begin_with_other_settings(config_file, tmp_path):
+    loggers = '["tensorboard", "no_logger:Here"]'
+    options = ("--set", f"logging.loggers={loggers}")
+    assert "cannot start 'no_logger:Here'" in train(config_file(), tmp_path / "r", *options, code=2)
+    assert (tmp_path / "r" / "tensorboard").is_dir()
+    assert "steps 0 to 1," in train(config_file(train={"max_steps": 1}, seed=3), tmp_path / "r")
 
 
 @pytest.mark.parametrize("section", [{"flops_profiler": 3}, {"communication_data_type": "xyz"}])
