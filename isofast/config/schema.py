@@ -181,8 +181,8 @@ class EncoderConfig(_Section):
     SimSiam's released code. Preset: true for image folders (ours; docs/method/first-steps.md)."""
     init: str | None = None
     """Initial weights of the same encoder: a run's folder, an encoder.safetensors, or a torchvision
-    or timm checkpoint. A classifier is ignored; a first convolution of another size stays random.
-    Not read when a run is resumed."""
+    or timm checkpoint, also within a model, as MoCo and solo-learn save it. A classifier is
+    ignored; a first convolution of another size stays random. Not read when a run is resumed."""
 
     @field_validator("name")
     @classmethod

@@ -85,7 +85,7 @@ def _by_accuracy(run: Run, val_images: int | None, pictures: Pictures | None) ->
         headline = f"k-NN top-1 {ends[-1]:.3f}, with nothing to compare it with: " + (
             "the trained network was not evaluated."
             if run.evaluations[0]["step"] == 0
-            else f"{start} was not evaluated (set evaluation.at_start to true, or give the images "
+            else f"no evaluation of {start} (set evaluation.at_start to true, or give the images "
             "with --root)."
         )
         return Verdict("not comparable", None, headline, [])

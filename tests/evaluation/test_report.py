@@ -94,6 +94,21 @@ def test_a_run_is_judged_by_what_it_gained(evaluated_run, tmp_path, digits, monk
     assert len(page.images) == 8 * 7 + 1
 
 
+def test_a_run_is_compared_with_the_weights_it_began_with(evaluated_run, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(evaluated_run, run)
+    config = json.loads((run / "config.json").read_text())
+    # the weights it ended with, so that it gained nothing
+    config["encoder"]["init"] = str(run)
+    (run / "config.json").write_text(json.dumps(config))
+    lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (run / "metrics.jsonl").write_text("".join(line for line in lines if "knn" not in line))
+    page = report(tmp_path, run)
+    assert page.text.startswith("Run run No gain over the weights it began with can be shown")
+    assert ": +0.000, 95 % interval" in page.text and "initial weights" in page.text
+    assert "Too short to be judged for a collapse to few dimensions: 44 of 200" in page.text
+
+
 def test_neighbours_are_scikit_learns(evaluated_run, digits, tmp_path):
     config = validate(json.loads((evaluated_run / "config.json").read_text()))
     found = {}
