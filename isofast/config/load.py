@@ -25,8 +25,8 @@ def load_config(
 ) -> Config:
     """Read ``path``, apply overrides and presets, and validate.
 
-    Overrides are those of ``--set`` (["train.epochs=100"]) or a mapping ({"train.epochs": 100}). A
-    section's value ({"train": {"epochs": 100}}) changes the keys in it only.
+    Overrides are those of ``--set`` (["train.epochs=100"]) or a mapping ({"train.epochs": 100}).
+    {"train": {"epochs": 100}} changes the keys in it only; a method with its name is replaced.
 
     If ``path`` is not a file, it may name a shipped config, such as tinyimagenet.
 
@@ -132,6 +132,9 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
     except ValueError:
         # Python's names, as an f-string writes them, too
         value = {"True": True, "False": False, "None": None}.get(text, text)
+    if key == "method" and isinstance(value, dict) and "name" in value:
+        # another method has other keys
+        node.pop(name, None)
     node[name] = merge({name: node.get(name)}, {name: value})[name]
 
 

@@ -104,6 +104,8 @@ def test_overrides_reach_nested_keys_as_json_or_text(file):
     for overrides in (['train={"epochs": 3}'], {"train": {"epochs": 3}}):
         train = load_config(written, overrides).train
         assert (train.epochs, train.batch_size) == (3, 64)
+    other = {"method": {"name": "byol"}}
+    assert load_config(file({"method": {"alpha": 0.3}}), other).method.name == "byol"
     scale = {"data.augmentation.view1.crop_scale": np.array([0.2, 1])}
     assert load_config(file({}), scale).data.augmentation.view1.crop_scale == (0.2, 1)
     python = load_config(file({}), ["method.ema=False", "train.max_steps=None"])
