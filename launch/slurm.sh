@@ -19,4 +19,13 @@ MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000))
 export MASTER_ADDR MASTER_PORT
 # a process that fails ends them all instead of leaving the others waiting
 # %a is the array task, as in sbatch's own file names
-srun --kill-on-bad-exit=1 .venv/bin/python launch/train.py "${@//%a/${SLURM_ARRAY_TASK_ID-%a}}"
+srun --kill-on-bad-exit=1 .venv/bin/python launch/train.py "${@//%a/${SLURM_ARRAY_TASK_ID-%a}}" || {
+  code=$?
+  job=${SLURM_ARRAY_JOB_ID+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
+  job=${job:-$SLURM_JOB_ID}
+  # Slurm itself requeues only preempted jobs that outlast the grace period
+  if [ $code = 143 ] && scontrol show job "$job" | grep -q 'PreemptTime=[0-9]'; then
+    scontrol requeue "$job"
+  fi
+  exit $code
+}

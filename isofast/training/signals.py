@@ -1,7 +1,6 @@
 """SIGTERM, SIGINT and SIGUSR1 during training: finish the step, save, then stop."""
 
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -148,40 +147,23 @@ def stopped(
 ) -> Stopped:
     """Return the exception that ends a run which saved ``step`` or failed in the next one.
 
-    After SIGUSR1 or a preemption, ask Slurm to requeue the job.
+    After SIGUSR1, ask Slurm to requeue the job.
     """
     what = "which is saved" if failure is None else f"in a {type(failure).__name__}"
     message = f"stopped by {number.name} after step {step}, {what}; {GOES_ON}"
-    if "SLURM_JOB_ID" in os.environ and number != signal.SIGINT and world.is_main:
+    env = os.environ
+    if number == signal.SIGUSR1 and "SLURM_JOB_ID" in env and world.is_main:
+        job = env["SLURM_JOB_ID"]
+        if "SLURM_ARRAY_JOB_ID" in env:
+            # the id of an array's last task is the array's: it would requeue all tasks
+            job = f"{env['SLURM_ARRAY_JOB_ID']}_{env['SLURM_ARRAY_TASK_ID']}"
         try:
-            if number == signal.SIGUSR1 or _preempted():
-                _scontrol("requeue", _job())
-                message += ". Slurm was asked to requeue the job"
+            subprocess.run(["scontrol", "requeue", job], check=True)
+            message += ". Slurm was asked to requeue the job"
         # a container may lack scontrol, and a partition may forbid requeueing
         except (OSError, subprocess.CalledProcessError) as error:
             message += f". Slurm will not requeue the job ({error})"
     return Stopped(number, message)
-
-
-def _preempted() -> bool:
-    """Whether Slurm's SIGTERM begins a preemption: it requeues only jobs that outlast the grace."""
-    try:
-        return re.search(r"\bPreemptTime=\d", _scontrol("show", "job", _job())) is not None
-    except (OSError, subprocess.CalledProcessError):
-        return False
-
-
-def _job() -> str:
-    """Return Slurm's name of the job; the number of an array's last task is that of all tasks."""
-    env = os.environ
-    if "SLURM_ARRAY_JOB_ID" in env:
-        return f"{env['SLURM_ARRAY_JOB_ID']}_{env['SLURM_ARRAY_TASK_ID']}"
-    return env["SLURM_JOB_ID"]
-
-
-def _scontrol(*arguments: str) -> str:
-    command = ["scontrol", *arguments]
-    return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
 
 
 def _ignore(number: int, frame: FrameType | None) -> None:

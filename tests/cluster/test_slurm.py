@@ -4,11 +4,12 @@ import json
 import os
 import signal
 import sys
+from pathlib import Path
 
 import psutil
 import pytest
 
-from ..support.runs import ROOT, assert_same_run, environment, opened, train, wait_for_step
+from ..support.runs import ROOT, assert_same_run, call, environment, opened, train, wait_for_step
 
 pytestmark = pytest.mark.long
 
@@ -26,11 +27,38 @@ for task in "${tasks[@]}"; do
 done
 """
 SCONTROL = """#!/bin/sh
-case "$1" in
-  show) echo 127.0.0.1 ;;
-  requeue) echo "$2" >> requeued ;;
+case "$1 $2" in
+  "show hostnames") echo 127.0.0.1 ;;
+  "show job") [ "$3" = 5_7 ] && echo "Restarts=0 PreemptTime=$PREEMPTED" ;;
+  requeue*) echo "$2" >> requeued ;;
 esac
 """
+
+
+def install(folder: Path, srun: str) -> dict[str, str]:
+    """Put the stubs into ``folder``, and return a job's environment."""
+    for name, script in (("srun", srun), ("scontrol", SCONTROL)):
+        (folder / name).write_text(script)
+        (folder / name).chmod(0o755)
+    return environment(
+        PATH=f"{folder}:{os.environ['PATH']}",
+        SLURM_SUBMIT_DIR=str(folder),
+        SLURM_JOB_ID=str(os.getpid()),
+        SLURM_JOB_NODELIST="node1",
+        SLURM_ARRAY_JOB_ID="5",
+        SLURM_ARRAY_TASK_ID="7",
+    )
+
+
+@pytest.mark.parametrize(
+    ("code", "preempted", "requeued"),
+    [(143, "2026-11-28T16:41:08", True), (143, "None", False), (2, "2026-11-28T16:41:08", False)],
+)
+def test_a_job_that_is_preempted_is_requeued(code, preempted, requeued, tmp_path):
+    env = install(tmp_path, f"#!/bin/sh\nexit {code}") | {"PREEMPTED": preempted}
+    call(["bash", str(ROOT / "launch" / "slurm.sh")], code=code, **env)
+    assert (tmp_path / "requeued").exists() == requeued
+    assert not requeued or (tmp_path / "requeued").read_text() == "5_7\n"
 
 
 def test_a_job_that_reaches_its_time_limit_is_requeued_and_goes_on(config_file, tmp_path):
@@ -42,18 +70,9 @@ def test_a_job_that_reaches_its_time_limit_is_requeued_and_goes_on(config_file, 
     whole, job = tmp_path / "whole", tmp_path / "job-7"
     assert "2 process(es), BatchNorm statistics synchronised" in train(config, whole, ranks=2)
     assert json.loads((whole / "environment.json").read_text())["batch_norm"] == "synchronised"
-    for name, script in (("srun", SRUN), ("scontrol", SCONTROL)):
-        (tmp_path / name).write_text(script)
-        (tmp_path / name).chmod(0o755)
+    env = install(tmp_path, SRUN)
     (tmp_path / ".venv").symlink_to(sys.prefix)
     (tmp_path / "launch").symlink_to(ROOT / "launch")
-    env = environment(
-        PATH=f"{tmp_path}:{os.environ['PATH']}",
-        SLURM_SUBMIT_DIR=str(tmp_path),
-        SLURM_JOB_ID=str(os.getpid()),
-        SLURM_JOB_NODELIST="node1",
-        SLURM_ARRAY_TASK_ID="7",
-    )
     script = str(ROOT / "launch" / "slurm.sh")
     command = ["bash", script, "--config", str(config), "--run-dir", str(tmp_path / "job-%a")]
 
@@ -64,7 +83,7 @@ def test_a_job_that_reaches_its_time_limit_is_requeued_and_goes_on(config_file, 
     srun.send_signal(signal.SIGUSR1)
     _, printed = process.communicate(timeout=120)
     assert process.returncode == 0 and "Slurm was asked" in printed, printed
-    assert (tmp_path / "requeued").read_text() == f"{os.getpid()}\n"
+    assert (tmp_path / "requeued").read_text() == "5_7\n"
 
     process = opened(command, env=env)
     _, printed = process.communicate(timeout=120)

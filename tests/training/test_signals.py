@@ -86,29 +86,16 @@ def test_ranks_stop_after_the_same_step(config, tmp_path):
     assert "continuing from" in train(config, tmp_path / "run", ranks=2)
 
 
-SHOWS = """case "$*" in
-  "show job 17") echo "PreemptEligibleTime=2026-11-28T16:00:00 PreemptTime={}" ;;
-  "requeue 17") ;;
-  *) exit 1 ;;
-esac"""
-PREEMPTED = SHOWS.format("2026-11-28T16:05:00")
-
-
 @pytest.mark.parametrize(
-    ("number", "array", "scontrol", "words"),
+    ("array", "scontrol", "words"),
     [
-        ("USR1", "", '[ "$*" = "requeue 17" ]', "Slurm was asked to requeue the job"),
-        # the number of an array's last task is that of the array
-        ("USR1", "17", '[ "$*" = "requeue 17_3" ]', "Slurm was asked to requeue the job"),
-        ("USR1", "", "exit 1", "Slurm will not requeue the job"),
-        ("USR1", "", None, "Slurm will not requeue the job"),
-        ("TERM", "", PREEMPTED, "Slurm was asked to requeue the job"),
-        ("TERM", "", SHOWS.format("None"), "rerun the same command to continue"),
-        ("TERM", "", None, "rerun the same command to continue"),
-        ("INT", "", PREEMPTED, "rerun the same command to continue"),
+        ("", '[ "$*" = "requeue 17" ]', "Slurm was asked to requeue the job"),
+        ("17", '[ "$*" = "requeue 17_3" ]', "Slurm was asked to requeue the job"),
+        ("", "exit 1", "Slurm will not requeue the job"),
+        ("", None, "Slurm will not requeue the job"),
     ],
 )
-def test_what_becomes_of_a_slurm_job_is_told(number, array, scontrol, words, tmp_path, monkeypatch):
+def test_what_becomes_of_a_slurm_job_is_told(array, scontrol, words, tmp_path, monkeypatch):
     if array:
         monkeypatch.setenv("SLURM_ARRAY_JOB_ID", array)
         monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "3")
@@ -117,10 +104,8 @@ def test_what_becomes_of_a_slurm_job_is_told(number, array, scontrol, words, tmp
         (tmp_path / "scontrol").chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setenv("SLURM_JOB_ID", "17")
-    ended = stopped(signal.Signals[f"SIG{number}"], 3, ALONE)
-    assert ended.exit_code == {"USR1": 0, "TERM": 143, "INT": 130}[number]
-    assert words in str(ended)
-    assert ("asked" in str(ended)) == ("asked" in words)
+    ended = stopped(signal.SIGUSR1, 3, ALONE)
+    assert ended.exit_code == 0 and words in str(ended)
 
 
 # a step that never ends, like one that waits for a lost peer
