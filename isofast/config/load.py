@@ -86,16 +86,15 @@ def validate(raw: Mapping[str, Any], overrides: Sequence[str] | Mapping[str, Any
 def read_stored(path: Path) -> Config:
     """Read a run's config.json, which an older version may have written.
 
-    Older files lack encoder.zero_init_residual and method.correlation (C was that of the
-    embeddings), may have a null alpha for trained predictors, and have a key for TensorBoard.
+    Older files lack method.correlation (C was that of the embeddings), may have a null alpha for
+    trained predictors, and have a key for TensorBoard.
 
     Raises:
         OSError, ValueError: the file cannot be read or is not a config.
     """
     raw = json.loads(path.read_text(encoding="utf-8"))
     match raw:
-        case {"encoder": dict(encoder), "method": dict(method), "logging": dict(logging)}:
-            encoder.setdefault("zero_init_residual", False)
+        case {"method": dict(method), "logging": dict(logging)}:
             logging.pop("tensorboard", None)
             method.setdefault("correlation", "embeddings")
             for key in ("alpha", "eps", "normalize"):

@@ -17,6 +17,7 @@ _STEM_OF_DATASET = {
     "cifar100": "cifar",
     "stl10": "imagenet",
     "tinyimagenet": "tiny",
+    "imagefolder": "imagenet",
 }
 
 # ViewConfig's defaults are the paper's first view; its second view also solarizes.
@@ -63,13 +64,11 @@ SHORT_RUN_EPOCHS = 100
 _PAPER_DATASETS = ("cifar10", "cifar100", "stl10", "tinyimagenet")
 
 
-def encoder_preset(dataset: str, crop: int | None) -> Tree:
-    """Return a ResNet's preset; a folder of small images gets the paper's stem for their size."""
-    if dataset != "imagefolder":
-        return {"stem": _STEM_OF_DATASET[dataset]}
-    side = crop or 224
-    stem = "cifar" if side <= 32 else "tiny" if side <= 64 else "imagenet"
-    return {"stem": stem, "zero_init_residual": True}
+def stem_preset(dataset: str, crop: int | None) -> str:
+    """Return the stem; a folder of small images gets the paper's for images of that size."""
+    if dataset == "imagefolder" and crop is not None and crop <= 64:
+        return "cifar" if crop <= 32 else "tiny"
+    return _STEM_OF_DATASET[dataset]
 
 
 def method_preset(dataset: str, epochs: int, method: Mapping[str, Any]) -> Tree:

@@ -23,10 +23,10 @@ from isofast.config.plugins import method_class
 from isofast.config.presets import (
     METHODS,
     VIEWS_OF_DATASET,
-    encoder_preset,
     merge,
     method_preset,
     optimizer_preset,
+    stem_preset,
 )
 from isofast.errors import UserError
 
@@ -166,8 +166,7 @@ class EncoderConfig(_Section):
 
     name: str = "resnet18"
     """A torchvision ResNet (resnet18, resnet34, resnet50), timm:NAME, or module:function for your
-    own function that returns a module. stem, stem_padding, width and zero_init_residual apply to
-    ResNets only."""
+    own function that returns a module. stem, stem_padding and width apply to ResNets only."""
     stem: Literal["cifar", "tiny", "imagenet"] = "imagenet"
     """First layers: cifar is a 3x3 convolution, tiny adds max-pooling, imagenet is 7x7 with stride
     2 and max-pooling. Preset: the paper's for the data set; for image folders cifar up to a
@@ -176,9 +175,6 @@ class EncoderConfig(_Section):
     """Padding of the 3x3 stems, in pixels; the released code has 2 (34 x 34 maps)."""
     width: int = Field(64, ge=4)
     """Channels of resnet18's or resnet34's first stage; torchvision has 64, fewer are faster."""
-    zero_init_residual: bool = False
-    """Start each residual block as the identity: the scale of its last BatchNorm is zero, as in
-    SimSiam's released code. Preset: true for image folders (ours; docs/method/first-steps.md)."""
     init: str | None = None
     """Initial weights of the same encoder: a run's folder, an encoder.safetensors, or a torchvision
     or timm checkpoint, also within a model, as MoCo and solo-learn save it. A classifier is
@@ -376,7 +372,7 @@ class Config(_Section):
             return raw
         data, train, method = (info.data.get(name) for name in ("data", "train", "method"))
         if info.field_name == "encoder" and data is not None and ":" not in str(raw.get("name")):
-            return encoder_preset(data.dataset, data.crop) | dict(raw)
+            return {"stem": stem_preset(data.dataset, data.crop), **raw}
         if info.field_name == "optimizer" and method is not None:
             chosen = str(raw.get("name"))
             implied = optimizer_preset(method.name, method.correlation, method.ema, chosen)

@@ -42,11 +42,6 @@ def make_encoder(config: EncoderConfig) -> nn.Module:
         _initialise(net.conv1)
     if config.stem == "cifar":
         net.maxpool = nn.Identity()
-    if config.zero_init_residual:
-        for block in net.modules():
-            if isinstance(block, BasicBlock | Bottleneck):
-                last = block.bn2 if isinstance(block, BasicBlock) else block.bn3
-                nn.init.zeros_(last.weight)
     encoder: nn.Module = net
     return encoder
 

@@ -38,7 +38,7 @@ def describe(config: EncoderConfig, recipe: Recipe) -> dict[str, str]:
 
     Strings are stored as they are, numbers and lists as JSON.
     """
-    about: dict[str, Any] = config.model_dump(exclude={"init", "zero_init_residual"})
+    about: dict[str, Any] = config.model_dump(exclude={"init"})
     about |= {key: getattr(recipe, key) for key in ("crop", "resize_short", "mean", "std")}
     texts = {k: v if isinstance(v, str) else json.dumps(v) for k, v in about.items()}
     return {"format": "pt", **texts}

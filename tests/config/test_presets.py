@@ -93,8 +93,6 @@ def test_a_folder_has_the_stem_of_its_crop(crop, stem):
     data = {"dataset": "imagefolder", "root": "x", "crop": crop}
     assert validate({"data": data}).encoder.stem == stem
     assert validate({"data": data, "encoder": {"stem": "imagenet"}}).encoder.stem == "imagenet"
-    assert validate({"data": data}).encoder.zero_init_residual
-    assert not validate({"data": data, "encoder": {"name": "timm:x"}}).encoder.zero_init_residual
 
 
 @pytest.mark.parametrize(
@@ -113,7 +111,6 @@ def test_each_data_set_has_the_papers_run(dataset, stem):
     config = load_config(ROOT / "launch" / f"{dataset}.json")
     assert config.data.dataset == dataset and config.encoder.name == "resnet18"
     assert (config.encoder.stem, config.encoder.stem_padding) == (stem, 1)
-    assert not config.encoder.zero_init_residual
     assert (config.train.epochs, config.train.batch_size) == (1000, 256)
     assert (config.projector.hidden, config.projector.output) == (4096, 256)
     assert config.method.metric == "cosine" and config.warmup_epochs == 10
