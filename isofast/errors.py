@@ -66,7 +66,10 @@ def exit_code_of(
         return stopped.exit_code
     except OSError as error:
         if error.errno in (errno.EACCES, errno.EPERM, errno.ENAMETOOLONG):
-            sys.stderr.write(f"\nerror: {error}\n")
+            if debug:
+                traceback.print_exc()
+            elif local_rank == 0:
+                sys.stderr.write(f"\nerror{f' on rank {rank}' if rank else ''}: {error}\n")
             return 2
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise

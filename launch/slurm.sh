@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # One process per GPU, started by srun: sbatch launch/slurm.sh --config launch/tinyimagenet.json
 # Two minutes before the time limit the job saves and requeues itself; after that, or a preemption,
-# it continues from the newest intact checkpoint. The signal ends a job that does not train yet, so
-# the limit must leave time to check the images.
+# it continues from the newest intact checkpoint. The signal before the limit ends a job that has
+# not begun to train, so the limit must leave time to check the images.
 #SBATCH --job-name=isofast
 #SBATCH --nodes=1
 #SBATCH --gpus-per-node=4
@@ -24,7 +24,7 @@ srun --kill-on-bad-exit=1 .venv/bin/python launch/train.py "${@//%a/${SLURM_ARRA
   job=${SLURM_ARRAY_JOB_ID+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
   job=${job:-$SLURM_JOB_ID}
   # Slurm itself requeues only preempted jobs that outlast the grace period
-  if [ $code = 143 ] && scontrol show job "$job" | grep -q 'PreemptTime=[0-9]'; then
+  if [ $code = 143 ] && scontrol show job "$job" | grep 'PreemptTime=[0-9]' > /dev/null; then
     scontrol requeue "$job"
   fi
   exit $code

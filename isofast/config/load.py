@@ -26,7 +26,7 @@ def load_config(
     """Read ``path``, apply overrides and presets, and validate.
 
     Overrides are those of ``--set`` (["train.epochs=100"]) or a mapping ({"train.epochs": 100}).
-    {"train": {"epochs": 100}} changes the keys in it only; a method with its name is replaced.
+    {"train": {"epochs": 100}} changes only those keys; a method given with its name is replaced.
 
     If ``path`` is not a file, it may name a shipped config, such as tinyimagenet.
 
@@ -134,7 +134,7 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
     if key == "method" and isinstance(value, dict) and "name" in value:
         # another method has other keys
         node.pop(name, None)
-    node[name] = merge({name: node.get(name)}, {name: value})[name]
+    node.update(merge(node, {name: value}))
 
 
 def _explain(item: dict[str, Any], known: Sequence[str]) -> str:

@@ -415,8 +415,8 @@ class Config(_Section):
 
 def to_json(config: Config) -> str:
     """Return the resolved config as JSON, readable by ``load_config``."""
-    # unlike pydantic, json writes any path
-    return json.dumps(config.model_dump(), default=str, indent=2) + "\n"
+    # unlike model_dump_json, json writes any path
+    return json.dumps(config.model_dump(mode="json"), indent=2) + "\n"
 
 
 def schema_json() -> str:

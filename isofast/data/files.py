@@ -18,8 +18,8 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     Raises:
         OSError: the disk is full or not writable; ``path`` is unchanged.
     """
-    # shorter than what a file system allows
-    part = path.with_name(f".{path.stem[:99]}.{threading.get_native_id()}.part{path.suffix}")
+    # file systems allow 255 bytes, and a character has up to 4
+    part = path.with_name(f".{path.stem[:50]}.{threading.get_native_id()}.part{path.suffix}")
     try:
         write(part)
         sync(part)

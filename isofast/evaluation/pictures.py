@@ -5,6 +5,7 @@ Shapes: N images, F features.
 
 import base64
 import io
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -87,8 +88,7 @@ def look(run_dir: Path, config: Config, root: Path) -> Pictures:
     """Run a run's encoder on validation images, or on training images if there are none.
 
     Raises:
-        UserError: the images, the checkpoint or encoder.init's weights are gone, or the features
-            are not finite.
+        UserError: the images or the checkpoint are gone, or the features are not finite.
     """
     encoder, _, recipe = read_encoder(run_dir)
     train = open_dataset(root, "train")
@@ -99,8 +99,10 @@ def look(run_dir: Path, config: Config, root: Path) -> Pictures:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     start, kind = untrained(config), "untrained network"
     if config.encoder.init is not None:
-        initialise(start, encoder_file(Path(config.encoder.init)))
-        kind = "initial weights"
+        # they may be gone
+        with suppress(UserError, OSError):
+            initialise(start, encoder_file(Path(config.encoder.init)))
+            kind = "initial weights"
     named: dict[str, nn.Module] = {"this run": encoder, kind: start}
     if recipe.crop <= _MOST_PIXELS:
         named[RAW_PIXELS] = nn.Flatten()

@@ -81,6 +81,7 @@ def _by_accuracy(run: Run, val_images: int | None, pictures: Pictures | None) ->
     elif pictures is not None and pictures.measured[0].knn_top1 is not None:
         after, before = (one.knn_top1 or 0.0 for one in pictures.measured[:2])
         n, where = pictures.queries, f"on a sample of {pictures.sample}"
+        start = f"the {pictures.measured[1].name}"
     elif ends:
         headline = f"k-NN top-1 {ends[-1]:.3f}, with nothing to compare it with: " + (
             "the trained network was not evaluated."
@@ -132,7 +133,7 @@ def _without_labels(run: Run, pictures: Pictures | None) -> Verdict:
         reasons.append(
             f"RankMe of the features: {mine.rankme:.1f}, {other.name} {other.rankme:.1f}; "
             f"uniformity {mine.uniformity:.2f}, {other.name} {other.uniformity:.2f} (lower is more "
-            f"spread out)."
+            "spread out)."
         )
     headline = "Judged without labels: see the nearest neighbours below."
     return Verdict("no labels", None, headline, reasons)

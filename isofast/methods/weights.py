@@ -1,4 +1,4 @@
-"""Encoder weight files (ours, torchvision's and timm's) and the metadata in ours."""
+"""Encoder weight files, ours and other libraries', and the metadata in ours."""
 
 import json
 from collections.abc import Iterable, Mapping
@@ -65,7 +65,7 @@ def read_weights(path: Path) -> Weights:
         reason = str(error).partition("\n")[0] or type(error).__name__
         if isinstance(error, UnpicklingError):
             # torch advises to load it unsafely
-            reason = "it holds more than tensors, or is no torch file"
+            reason = "it holds more than tensors, or is not a torch file"
         raise UserError(
             f"cannot read the weights {path}: {reason}. Give a run's folder, a .safetensors file, "
             f"or a state dict saved by torch.save"
@@ -209,13 +209,14 @@ def _resnet_of(weights: Weights) -> EncoderConfig:
 
 
 def _bare(tensors: Tensors, own: Iterable[str]) -> Tensors:
-    """Return the first tensors that have all of an encoder's names after a common prefix.
+    """Return tensors that have all of an encoder's names after a common prefix, not a target's.
 
     Trainers save an encoder as part of a model: "module.encoder_q.conv1.weight" in MoCo,
-    "backbone.conv1.weight" in solo-learn, before its EMA target.
+    "backbone.conv1.weight" in solo-learn, beside an EMA target.
     """
     wanted = [name for name in own if not name.endswith(_COUNTER)]
-    for name in tensors:
+    # safetensors sorts by name: MoCo's target would come first
+    for name in sorted(tensors, key=lambda name: "encoder_k." in name or "momentum" in name):
         prefix = name.removesuffix(wanted[0])
         if prefix != name and all(prefix + one in tensors for one in wanted):
             cut = len(prefix)

@@ -117,7 +117,7 @@ def remedies(config: Config, kind: Kind) -> list[str]:
     slower = [f"optimizer.lr below {optimizer.lr:g}", "a longer schedule.warmup_epochs"]
     if kind == "blow-up":
         return slower
-    # small folders, in few steps, never left few dimensions, and did in more of them
+    # on small folders short runs never left a few dimensions; longer ones did
     longer = ["more train.epochs", f"train.batch_size below {config.train.batch_size}"]
     tries = []
     if _is_cosine_of_raw_c(method):

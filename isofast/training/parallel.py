@@ -194,8 +194,9 @@ def _fill_launcher_environment() -> None:
         env.update(RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=env["SLURM_LOCALID"])
         if not {"MASTER_ADDR", "MASTER_PORT"} <= env.keys():
             raise UserError(
-                "started by srun without MASTER_ADDR or MASTER_PORT; before it, export MASTER_PORT="
-                'and MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)'
+                "started by srun without MASTER_ADDR or MASTER_PORT; before srun, export "
+                'MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1) and '
+                "MASTER_PORT=29500"
             )
     if "RANK" not in env:
         env.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1")

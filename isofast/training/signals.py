@@ -117,7 +117,8 @@ class Signals:
                 self._start(self._give_up)
             # Slurm answers a requeue with SIGTERM, while a run that has saved closes its files
             elif time.monotonic() - began > ECHO_S and not (
-                self._handled.is_set() and data[0] == signal.SIGTERM
+                self._handled.is_set()
+                and (self._received, data[0]) == (signal.SIGUSR1, signal.SIGTERM)
             ):
                 if not self._handled.is_set():
                     name = signal.Signals(data[0]).name

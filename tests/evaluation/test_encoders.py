@@ -123,7 +123,10 @@ def test_checkpoints_of_torchvision_and_timm(tmp_path):
         saved = {f"{p}{n}": x for p, m in models.items() for n, x in m.state_dict().items()}
         saved |= {f"{online}fc.0.weight": torch.ones(2, 512), "projector.0.weight": torch.ones(2)}
         torch.save({"state_dict": saved}, tmp_path / name)
-    for name in ("plain.pth", "training.pth", "saved.safetensors", "moco.pth", "solo.ckpt"):
+        # sorted by name
+        save_file(saved, (tmp_path / name).with_suffix(".safetensors"))
+    files = "plain.pth training.pth saved.safetensors moco.pth moco.safetensors solo.ckpt"
+    for name in (*files.split(), "solo.safetensors"):
         assert_same_features(isofast.load_encoder(tmp_path / name), theirs)
         begun = make_encoder(EncoderConfig())
         initialise(begun, tmp_path / name)

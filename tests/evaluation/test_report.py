@@ -104,9 +104,14 @@ def test_a_run_is_compared_with_the_weights_it_began_with(evaluated_run, tmp_pat
     lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
     (run / "metrics.jsonl").write_text("".join(line for line in lines if "knn" not in line))
     page = report(tmp_path, run)
-    assert page.text.startswith("Run run No gain over the weights it began with can be shown")
-    assert ": +0.000, 95 % interval" in page.text and "initial weights" in page.text
+    assert page.text.startswith("Run run No gain over the initial weights can be shown")
+    assert ": +0.000, 95 % interval" in page.text
     assert "Too short to be judged for a collapse to few dimensions: 44 of 200" in page.text
+    # which may be gone
+    config["encoder"]["init"] = str(tmp_path / "gone.pth")
+    (run / "config.json").write_text(json.dumps(config))
+    text = report(tmp_path, run).text
+    assert "the untrained network" in text and "initial weights" not in text
 
 
 def test_neighbours_are_scikit_learns(evaluated_run, digits, tmp_path):

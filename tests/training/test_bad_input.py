@@ -67,7 +67,7 @@ def test_srun_without_an_address(refuses, monkeypatch):
         monkeypatch.setenv(f"SLURM_{name}", value)
     refuses("without MASTER_ADDR or MASTER_PORT")
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
-    refuses("export MASTER_PORT=")
+    refuses("| head -n 1) and MASTER_PORT=29500")
 
 
 def test_the_launcher_passes_the_exit_code_on(config_file, tmp_path):

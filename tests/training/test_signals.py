@@ -172,11 +172,18 @@ def test_a_run_that_cannot_stop_is_ended(grace_s, signals):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("second", "code"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
-def test_slurms_sigterm_after_a_requeue_cuts_nothing_short(second, code):
+@pytest.mark.parametrize(
+    ("first", "second", "code"),
+    [
+        (signal.SIGUSR1, signal.SIGTERM, 0),
+        (signal.SIGUSR1, signal.SIGINT, 130),
+        (signal.SIGTERM, signal.SIGTERM, 143),
+    ],
+)
+def test_slurms_sigterm_after_a_requeue_cuts_nothing_short(first, second, code):
     process = opened([sys.executable, "-c", CLOSING], stdout=subprocess.PIPE)
     process.stdout.readline()
-    process.send_signal(signal.SIGUSR1)
+    process.send_signal(first)
     time.sleep(ECHO_S + 0.5)
     process.send_signal(second)
     said, _ = process.communicate(timeout=20)
