@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from isofast.data.files import write_text
 from isofast.errors import UserError
 from isofast.run.directory import choose_run_dir, open_run_dir
 
@@ -35,6 +36,12 @@ def test_a_requeued_job_goes_on_in_the_fresh_folder_that_it_began(
     for job, folder in (("17", second), ("18", third), ("19", tmp_path / "run-4")):
         monkeypatch.setenv("SLURM_JOB_ID", job)
         assert choose_run_dir(Path("x.json"), run, fresh=True) == folder
+
+
+def test_a_file_may_have_the_longest_name(tmp_path):
+    path = tmp_path / ("\u00e9" * 125 + ".json")
+    write_text(path, "{}")
+    assert [*tmp_path.iterdir()] == [path]
 
 
 def test_one_run_at_a_time(small_config, tmp_path):
