@@ -67,7 +67,8 @@ def test_solo_learn_style():
 def test_lightning_with_lightly(tmp_path):
     import lightning_lightly
 
-    views = next(iter(lightning_lightly.loader(batch_size=128)))
+    lightning_lightly.pl.seed_everything(1, verbose=False)
+    views = next(iter(lightning_lightly.loader(batch_size=1024)))
     quiet = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False}
     before = _alignment(
         *lightning_lightly.main(steps=1, enable_checkpointing=False, **quiet), views
