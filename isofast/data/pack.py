@@ -56,7 +56,7 @@ def _write(dataset: ImageFolder, folder: Path, limit: int) -> None:
             (index_N,) = np.nonzero(tops_N == top)
             # where each would start in one long tar: a header, then the content in whole blocks
             blocks_N = 1 + -(-dataset.stamps[index_N, 0] // tarfile.BLOCKSIZE)
-            number_N = (np.cumsum(blocks_N) - blocks_N) * tarfile.BLOCKSIZE // min(limit, 1 << 60)
+            number_N = (np.cumsum(blocks_N) - blocks_N) * tarfile.BLOCKSIZE // limit
             pieces = np.split(index_N, np.flatnonzero(np.diff(number_N)) + 1)
             (folder / top).mkdir()
             for number, piece in enumerate(pieces):

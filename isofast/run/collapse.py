@@ -117,7 +117,7 @@ def remedies(config: Config, kind: Kind) -> list[str]:
     slower = [f"optimizer.lr below {optimizer.lr:g}", "a longer schedule.warmup_epochs"]
     if kind == "blow-up":
         return slower
-    # on small folders short runs never left a few dimensions; longer ones did
+    # on small folders C's rank grew with the number of steps (bench/results/first-steps.md)
     longer = ["more train.epochs", f"train.batch_size below {config.train.batch_size}"]
     tries = []
     if _is_cosine_of_raw_c(method):

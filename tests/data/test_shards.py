@@ -320,7 +320,7 @@ def test_pack_stops_at_unreadable_images_or_leaves_them_out(root, tmp_path):
     with pytest.raises(UserError, match="1 of 15 val images cannot be read"):
         pack(root, tmp_path / "packed", shard_mib=256)
     assert not (tmp_path / "packed").exists()
-    counts = pack(root, tmp_path / "packed", shard_mib=10**20, on_bad="skip")
+    counts = pack(root, tmp_path / "packed", shard_mib=256, on_bad="skip")
     assert counts.val == 14
     assert checked(tmp_path / "packed", "val").fingerprint == (
         checked(root, "val", on_bad="skip").fingerprint
