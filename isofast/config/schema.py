@@ -177,8 +177,8 @@ class EncoderConfig(_Section):
     """Channels of resnet18's or resnet34's first stage; torchvision has 64, fewer are faster."""
     init: str | None = None
     """Initial weights of the same encoder: a run's folder, an encoder.safetensors, or a torchvision
-    or timm checkpoint, also within a model, as MoCo and solo-learn save it. A classifier is
-    ignored; a first convolution of another size stays random. Not read when a run is resumed."""
+    or timm checkpoint, also within a model, as MoCo, solo-learn and lightly save it. A classifier
+    is ignored; a first convolution of another size stays random. Not read when a run is resumed."""
 
     @field_validator("name")
     @classmethod

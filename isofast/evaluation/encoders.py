@@ -44,8 +44,8 @@ def load_encoder(source: str | PathLike[str]) -> nn.Module:
     Args:
         source: a run's folder, for its newest intact checkpoint; a run's encoder.safetensors or a
             .safetensors from `isofast export`; weights of torchvision's resnet18, 34 or 50 (.pth,
-            .safetensors), also within MoCo's or solo-learn's model; a timm model's file with its
-            config.json beside it, or their folder.
+            .safetensors), also within a model of MoCo, solo-learn or lightly; a timm model's file
+            with its config.json beside it, or their folder.
 
     Raises:
         UserError: there is no encoder, or the file does not say which one it holds.

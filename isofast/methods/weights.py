@@ -20,6 +20,8 @@ from isofast.methods.networks import make_encoder
 Tensors = dict[str, Tensor]
 
 _CLASSIFIERS = ("fc.", "classifier.", "head.", "head_dist.")
+# where nn.Sequential(*resnet.children()) has a ResNet's parts, as lightly's examples build it
+_NUMBERS = {"conv1": 0, "bn1": 1, "layer1": 4, "layer2": 5, "layer3": 6, "layer4": 7}
 # our BatchNorm has no counter, and evaluation never reads it
 _COUNTER = "num_batches_tracked"
 _FIRST = "conv1.weight"
@@ -212,16 +214,25 @@ def _bare(tensors: Tensors, own: Iterable[str]) -> Tensors:
     """Return tensors that have all of an encoder's names after a common prefix, not a target's.
 
     Trainers save an encoder as part of a model: "module.encoder_q.conv1.weight" in MoCo,
-    "backbone.conv1.weight" in solo-learn, beside an EMA target.
+    "backbone.conv1.weight" in solo-learn, "backbone.0.weight" in lightly, beside an EMA target.
     """
-    wanted = [name for name in own if not name.endswith(_COUNTER)]
+    own = [name for name in own if not name.endswith(_COUNTER)]
     # safetensors sorts by name: MoCo's target would come first
-    for name in sorted(tensors, key=lambda name: "encoder_k." in name or "momentum" in name):
-        prefix = name.removesuffix(wanted[0])
-        if prefix != name and all(prefix + one in tensors for one in wanted):
-            cut = len(prefix)
-            return {n[cut:]: tensor for n, tensor in tensors.items() if n.startswith(prefix)}
+    names = sorted(tensors, key=lambda name: "encoder_k." in name or "momentum" in name)
+    for wanted in ({name: name for name in own}, {_numbered(name): name for name in own}):
+        first = next(iter(wanted))
+        for name in names:
+            prefix = name.removesuffix(first)
+            if prefix != name and all(prefix + one in tensors for one in wanted):
+                cut = len(prefix)
+                found = {n[cut:]: x for n, x in tensors.items() if n.startswith(prefix)}
+                return {wanted.get(n, n): x for n, x in found.items()}
     return tensors
+
+
+def _numbered(name: str) -> str:
+    part, dot, rest = name.partition(".")
+    return f"{_NUMBERS.get(part, part)}{dot}{rest}"
 
 
 def _recipe_of_timm(recipe: Recipe, card: Mapping[str, Any]) -> Recipe:

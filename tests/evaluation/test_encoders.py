@@ -114,19 +114,23 @@ def test_checkpoints_of_torchvision_and_timm(tmp_path):
     torch.save({"state_dict": wrapped, "epoch": 3}, tmp_path / "training.pth")
     save_file(theirs.state_dict(), tmp_path / "saved.safetensors")
     theirs.fc = nn.Identity()
-    # MoCo's and solo-learn's names, and those of their targets
+    # MoCo's, solo-learn's and lightly's names, and those of their targets
     for name, online, other in (
         ("moco.pth", "module.encoder_q.", "module.encoder_k."),
         ("solo.ckpt", "backbone.", "momentum_backbone."),
+        ("lightly.ckpt", "backbone.", "backbone_momentum."),
     ):
-        models = {online: theirs, other: moved(resnet18())}
+        models: dict[str, nn.Module] = {online: theirs, other: moved(resnet18())}
+        if name == "lightly.ckpt":
+            models = {p: nn.Sequential(*[*m.children()][:-1]) for p, m in models.items()}
         saved = {f"{p}{n}": x for p, m in models.items() for n, x in m.state_dict().items()}
         saved |= {f"{online}fc.0.weight": torch.ones(2, 512), "projector.0.weight": torch.ones(2)}
         torch.save({"state_dict": saved}, tmp_path / name)
         # sorted by name
         save_file(saved, (tmp_path / name).with_suffix(".safetensors"))
-    files = "plain.pth training.pth saved.safetensors moco.pth moco.safetensors solo.ckpt"
-    for name in (*files.split(), "solo.safetensors"):
+    trained = (f"{n}.{kind}" for n in ("solo", "lightly") for kind in ("ckpt", "safetensors"))
+    files = "plain.pth training.pth saved.safetensors moco.pth moco.safetensors"
+    for name in (*files.split(), *trained):
         assert_same_features(isofast.load_encoder(tmp_path / name), theirs)
         begun = make_encoder(EncoderConfig())
         initialise(begun, tmp_path / name)
