@@ -6,6 +6,7 @@ import platform
 import re
 import subprocess
 import sys
+import time
 from importlib import metadata
 from pathlib import Path
 from typing import IO, Any
@@ -21,6 +22,8 @@ _PACKAGES = (
     *("torch", "torchvision", "triton", "deepspeed", "nvidia-dali-cuda130", "nvidia-dali-cuda120"),
     *("numpy", "pydantic", "isofast", "isofast-kernels"),
 )
+# until the processes on a lost machine have ended, or a file server frees their lock
+_WAIT_S = 180
 
 
 def choose_run_dir(config_path: Path, run_dir: Path | None, fresh: bool) -> Path:
@@ -32,11 +35,10 @@ def choose_run_dir(config_path: Path, run_dir: Path | None, fresh: bool) -> Path
     if not fresh:
         return new
     new = Path(os.path.abspath(new)) if new.name in ("", "..") else new
-    requeued = int(os.environ.get("SLURM_RESTART_COUNT", "0")) > 0
     begun, first, number = None, new.name, 1
     while new.exists():
         lock = new / ".lock"
-        if requeued and lock.exists() and lock.read_text(encoding="utf-8") == _job():
+        if _requeued() and lock.exists() and lock.read_text(encoding="utf-8") == _job():
             begun = new
         number += 1
         new = new.with_name(f"{first}-{number}")
@@ -45,6 +47,8 @@ def choose_run_dir(config_path: Path, run_dir: Path | None, fresh: bool) -> Path
 
 def open_run_dir(run_dir: Path, config: Config) -> IO[str]:
     """Create and lock the folder, or check that ``config`` continues the run in it.
+
+    A job requeued by Slurm waits for a lock that its former processes may still hold.
 
     Returns:
         The lock, held until it is closed or the process ends.
@@ -68,16 +72,21 @@ def open_run_dir(run_dir: Path, config: Config) -> IO[str]:
         lock = (run_dir / ".lock").open("a+", encoding="utf-8")
     except OSError as error:
         raise UserError(f"cannot write to {run_dir}: {error}; use another --run-dir") from None
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        lock.close()
-        raise UserError(
-            f"another process is training in {run_dir}; wait for it, or use another --run-dir"
-        ) from None
-    except OSError:
-        # some network file systems have no locks; train without one
-        pass
+    held = f"another process is training in {run_dir}"
+    for left in range(_WAIT_S if _requeued() else 0, -1, -1):
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        except BlockingIOError:
+            if not left:
+                lock.close()
+                raise UserError(f"{held}; wait for it, or use another --run-dir") from None
+        except OSError:
+            # some network file systems have no locks; train without one
+            break
+        if left == _WAIT_S:
+            sys.stderr.write(f"{held}; waiting up to {_WAIT_S} s for it to end\n")
+        time.sleep(1)
     lock.seek(0)
     # other ranks may be reading it
     if lock.read() != _job():
@@ -113,6 +122,10 @@ def describe_environment(world: World, **resolved: str) -> dict[str, Any]:
 
 def _job() -> str:
     return os.environ.get("SLURM_JOB_ID", "")
+
+
+def _requeued() -> bool:
+    return int(os.environ.get("SLURM_RESTART_COUNT", "0")) > 0
 
 
 def _refuse_other_config(stored: Path, config: Config) -> None:

@@ -1,5 +1,7 @@
 """Run directories: chosen, locked, cleared of an interruption's leftovers."""
 
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -52,3 +54,18 @@ def test_one_run_at_a_time(small_config, tmp_path):
         with pytest.raises(UserError, match="another process is training"):
             open_run_dir(tmp_path, small_config())
     open_run_dir(tmp_path, small_config()).close()
+
+
+def test_a_requeued_job_waits_for_its_former_processes(small_config, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    former = open_run_dir(tmp_path, small_config())
+    with ThreadPoolExecutor(1) as pool:
+        following = pool.submit(open_run_dir, tmp_path, small_config())
+        time.sleep(1.5)
+        assert not following.done()
+        former.close()
+        held = following.result(timeout=10)
+    assert capsys.readouterr().err.count("waiting up to 180 s") == 1
+    monkeypatch.setattr("isofast.run.directory._WAIT_S", 1)
+    with held, pytest.raises(UserError, match="another process is training"):
+        open_run_dir(tmp_path, small_config())
