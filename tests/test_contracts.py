@@ -87,8 +87,9 @@ def test_a_run_and_its_folder(outside):
     assert "continuing from" in run(outside, "--set", "train.max_steps=6")
     stored = (folder / "config.json").read_text()
     changes = ("--set", "seed=1", "--set", "optimizer.lr=9", "--set", "train.max_steps=6")
-    refused = run(outside, *changes, code=2)
-    assert all(word in refused for word in ("seed: 0 -> 1", "optimizer.lr: 0.004 -> 9", "--fresh"))
+    refused = run(outside, *changes, "--set", "train.epochs=999", code=2)
+    words = ("seed: 0 -> 1", "optimizer.lr: 0.004 -> 9", "--fresh", "encoder.init=runs/tiny")
+    assert all(word in refused for word in words)
     assert (folder / "config.json").read_text() == stored
     run(outside, "--set", "seed=1", "--fresh")
     assert len(list((outside / "runs").iterdir())) == 2

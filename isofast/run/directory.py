@@ -136,9 +136,10 @@ def _refuse_other_config(stored: Path, config: Config) -> None:
         raise UserError(f"cannot read {stored}: {error}; {remedy}") from None
     if changes := changed_keys(old, config):
         listed = "\n  ".join(changes)
+        longer = f" To train longer, start another run with encoder.init={stored.parent}."
         raise UserError(
             f"{stored.parent} contains a run with another configuration:\n  {listed}\n"
-            f"To continue, {remedy}."
+            f"To continue, {remedy}.{longer * (old.train.epochs < config.train.epochs)}"
         )
 
 
