@@ -8,6 +8,7 @@ from importlib import metadata
 from pathlib import Path
 
 import pytest
+from packaging.specifiers import SpecifierSet
 
 from .support.runs import ISOFAST, ROOT, call
 
@@ -84,3 +85,10 @@ def test_the_kernels_need_torch_and_on_a_gpu_triton(installed, tmp_path):
     for triton in ("with", "without"):
         command = [sys.executable, "-c", IMPORT, str(installed), triton]
         call(command, cwd=tmp_path, PYTHONPATH=str(installed))
+
+
+def test_the_pinned_packages_accept_any_python_3_11():
+    # Debian 12's is 3.11.2
+    pins = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().split())
+    needs = {name: metadata.metadata(name).get("Requires-Python") for name in pins}
+    assert [name for name, need in needs.items() if "3.11.0" not in SpecifierSet(need or "")] == []
