@@ -187,7 +187,7 @@ def restore_engine(engine: Any, steps: int) -> None:
 
 
 def _fill_launcher_environment() -> None:
-    """Set torch's variables from Slurm's, or for a single process without a launcher."""
+    """Set torch's variables from Slurm's, or for a single process."""
     env = os.environ
     if under_srun():
         rank, size = launched_rank(), launched_world_size()
@@ -199,10 +199,12 @@ def _fill_launcher_environment() -> None:
                 "MASTER_PORT=29500"
             )
     if "RANK" not in env:
-        env.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1")
-        # any free port: no other process needs to find it
-        env["MASTER_PORT"] = "0"
+        env.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")
     env.setdefault("LOCAL_RANK", "0")
+    # torchrun itself listens at its port
+    if env["WORLD_SIZE"] == "1" and env.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        # any free port: no other process needs to find it
+        env.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
 
 
 def _import_deepspeed() -> Any:

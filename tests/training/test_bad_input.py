@@ -104,10 +104,11 @@ def test_what_deepspeed_refuses(config_file, tmp_path, section):
 
 
 def test_a_port_that_is_taken(config_file, tmp_path):
-    command = command_of(config_file(), tmp_path / "run")
+    command = command_of(config_file(train={"max_steps": 1}), tmp_path / "run")
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
-        env = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
-        env["MASTER_PORT"] = str(taken.getsockname()[1])
-        assert "--master_port" in call(command, code=2, **env).stderr
+        env = {"RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(taken.getsockname()[1])}
+        assert "--master_port" in call(command, code=2, WORLD_SIZE="2", **env).stderr
+        # a single process needs none
+        call(command, WORLD_SIZE="1", **env)
