@@ -62,7 +62,7 @@ def test_an_encoder_of_your_own(monkeypatch):
 
 @pytest.mark.parametrize(
     ("name", "words"),
-    [("timm:resnet10tt", "resnet10tt"), ("my_encoder:make", "No module named 'my_encoder'")],
+    [("timm:resnet10tt", "resnet10tt"), ("no_module:make", "No module named 'no_module'")],
 )
 def test_encoders_that_do_not_exist_are_refused(name, words):
     with pytest.raises(UserError, match=words):
