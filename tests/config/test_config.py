@@ -108,6 +108,8 @@ def test_overrides_reach_nested_keys_as_json_or_text(file):
     assert load_config(file({"method": {"alpha": 0.3}}), other).method.name == "byol"
     scale = {"data.augmentation.view1.crop_scale": np.array([0.2, 1])}
     assert load_config(file({}), scale).data.augmentation.view1.crop_scale == (0.2, 1)
+    # a warm-up may last the whole run
+    assert load_config(file({"schedule": {"warmup_epochs": 6}}), ["train.epochs=6"])
     python = load_config(file({}), ["method.ema=False", "train.max_steps=None"])
     assert (python.method.ema, python.train.max_steps) == (False, None)
 

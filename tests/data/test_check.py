@@ -13,10 +13,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from isofast.data import open_dataset, recipe_for
+from isofast.data import check_folder, open_dataset, recipe_for
 from isofast.data.check import notes_on
 from isofast.data.dali import SingleDecoder
-from isofast.data.folder import read_sizes
+from isofast.data.folder import read_files, read_sizes
+from isofast.data.images import Images, check_images, list_images
 from isofast.errors import UserError
 
 from .conftest import checked, eval_loader, levels_of, take, write_copies
@@ -187,7 +188,10 @@ def test_what_was_checked_is_not_read_again(root, decoder):
     assert set(checked(root, on_bad="skip", decoder=decoder).skipped) == {"train/a/00.png"}
     # a file that stopped the check may have been repaired, so it is read again
     assert len(checked(root, decoder=decoder)) == 6
+    # nor does a new size alone go unnoticed
+    stamp = bad.stat().st_mtime_ns
     Image.new("RGB", (9, 7)).save(bad)
+    os.utime(bad, ns=(stamp, stamp))
     changed = checked(root, decoder=decoder)
     assert changed.sizes[changed.paths.index("train/b/00.png")].tolist() == [7, 9]
 
@@ -207,6 +211,24 @@ def test_one_decoder_does_not_answer_for_the_other(root):
     assert len(checked(root, decoder="dali")) == 6
     with pytest.raises(UserError, match=r"1\.png"):
         checked(root, decoder="pillow")
+
+
+def test_a_resident_run_is_checked_by_pillow(root, small_config):
+    (root / "train" / "a" / "01.png").write_bytes(SHORT_PNG)
+
+    def check(backend: str) -> Images:
+        config = small_config(data={"root": str(root), "backend": backend})
+        return check_images(config, list_images(config))
+
+    assert len(check("resident").train) == 6
+    with pytest.raises(UserError, match=r"01\.png \(DALI cannot decode it"):
+        check("dali")
+
+
+def test_a_file_is_known_as_it_was_when_checked(root):
+    listed = open_dataset(root, "train")
+    Image.new("RGB", (9, 7)).save(root / "train" / "b" / "00.png")
+    assert len(read_files(check_folder(listed), range(6))) == 6
 
 
 @pytest.mark.parametrize("memory", ["{", '{"format": 4}', '{"format": 6, "files": ["a"]}'])

@@ -38,7 +38,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.send_error(404)
             return
         if self.server.content == "silence":
-            time.sleep(1)
+            time.sleep(3)
             return
         self.send_response(200)
         self.send_header("Content-Length", str(len(self.server.content)))
@@ -88,13 +88,13 @@ def test_a_data_set_is_downloaded_and_made(tmp_path, server):
     ids=str,
 )
 def test_a_failed_download_leaves_nothing(tmp_path, server, monkeypatch, change, match):
-    monkeypatch.setattr(official, "_SILENCE_S", 0.3)
+    monkeypatch.setattr(official, "_SILENCE_S", 1.0)
     whole, root = vars(server).copy(), tmp_path / "root"
     vars(server).update(change)
     address = r"cannot download http://127\.0\.0\.1"
     with pytest.raises(UserError, match=rf"{address}.*{match}.*--archive FILE"):
         prepare("tinyimagenet", root)
-    assert not any(root.iterdir())
+    assert not any(root.iterdir()) and socket.getdefaulttimeout() is None
     server.content, server.sent = whole["content"], whole["sent"]
     assert prepare("tinyimagenet", root).train == 6
 

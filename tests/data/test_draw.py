@@ -10,7 +10,7 @@ from scipy import stats
 from torchvision.transforms import ColorJitter, RandomResizedCrop
 
 from isofast.config.schema import ViewConfig
-from isofast.data.draw import colour_matrices, draw, philox
+from isofast.data.draw import colour_matrices, draw, epoch_order, philox
 from isofast.data.recipe import recipe_for
 
 # significance level of every statistical test here; draws are fixed, so none of them is flaky
@@ -129,6 +129,13 @@ def test_no_number_has_moved():
     )
     flags = (view.gray_N, view.blur_sigma_N > 0, view.solarize_N, view.flip_N)
     assert [bool(flag[0]) for flag in flags] == [False, False, False, True]
+    assert epoch_order(9, seed=7, epoch=3).tolist() == [3, 6, 4, 2, 0, 7, 5, 1, 8]
+    # each from its own place, which independent flags alone don't show
+    row = ViewConfig(blur_p=0.5, solarize_p=0.5)
+    recipe = replace(recipe_for("stl10"), view1=row)
+    view = draw(recipe, 1, np.full((16, 2), 96), np.arange(16), seed=7, epoch=3)
+    flags = (view.gray_N, view.blur_sigma_N > 0, view.solarize_N, view.flip_N)
+    assert [np.packbits(flag).tobytes().hex() for flag in flags] == ["8050", "9ec9", "d89e", "2cb2"]
 
 
 @pytest.mark.parametrize("size", [(10, 4000), (4000, 10), (1, 1), (1, 50)], ids=str)

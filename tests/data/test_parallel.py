@@ -5,6 +5,7 @@ import os
 import signal
 
 import pytest
+import torch
 
 from isofast.data.parallel import in_processes, in_threads
 from isofast.errors import RunError, UserError
@@ -20,6 +21,25 @@ def test_results_come_in_order(spread):
 def test_processes_are_others_where_it_pays():
     assert os.getpid() not in set(in_processes(lambda _: os.getpid(), range(100), 2))
     assert set(in_processes(lambda _: os.getpid(), range(5), 2)) == {os.getpid()}
+
+
+def test_processes_have_one_core_and_leave_signals_to_the_caller():
+    def found(_):
+        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+        return signal.SIGINT in blocked, signal.set_wakeup_fd(-1), torch.get_num_threads()
+
+    _, writer = pipe = os.pipe()
+    os.set_blocking(writer, False)
+    threads, wakeup = torch.get_num_threads(), signal.set_wakeup_fd(writer)
+    torch.set_num_threads(3)
+    try:
+        assert set(in_processes(found, range(100), 2)) == {(True, -1, 1)}
+        assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    finally:
+        torch.set_num_threads(threads)
+        signal.set_wakeup_fd(wakeup)
+        for end in pipe:
+            os.close(end)
 
 
 @pytest.mark.parametrize("spread", [in_processes, in_threads])

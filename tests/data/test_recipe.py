@@ -5,7 +5,7 @@ import json
 import pytest
 
 from isofast.config.load import validate
-from isofast.config.schema import to_json
+from isofast.config.schema import ViewConfig, to_json
 from isofast.data.recipe import recipe_for
 from isofast.errors import UserError
 
@@ -96,6 +96,24 @@ def test_a_run_can_set_every_strength():
 def test_an_impossible_strength_is_refused_by_its_key(override, words):
     with pytest.raises(UserError, match=words):
         validate({"data": {"root": "x"}}, [f"data.augmentation.{override}"])
+
+
+STILL = {"brightness": 0.0, "contrast": 0.0, "saturation": 0.0, "hue": 0.0, "gray_p": 0.0}
+
+
+@pytest.mark.parametrize(
+    ("changes", "affine", "colour"),
+    [
+        ({}, False, False),
+        *(({name: 0.1}, True, False) for name in ("degrees", "translate", "shear")),
+        ({"scale": (0.9, 1.0)}, True, False),
+        *(({name: 0.1}, False, True) for name in STILL),
+        ({"hue": 0.1, "jitter_p": 0.0}, False, False),
+    ],
+)
+def test_each_strength_alone_turns_its_transform_on(changes, affine, colour):
+    view = ViewConfig(**STILL | changes)
+    assert (view.has_affine, view.has_colour) == (affine, colour)
 
 
 def test_another_crop_keeps_the_proportion():

@@ -31,11 +31,12 @@ def test_files_do_not_matter_once_they_are_decoded(tmp_path, photo_set, make_loa
 
 # operations that both backends define identically: everything but jitter
 ALIKE = ViewConfig(jitter_p=0.0, blur_p=0.5, solarize_p=0.2)
+OTHER = ALIKE.model_copy(update={"solarize_p": 0.5, "solarize_threshold": 64})
 
 
 def test_dali_sees_the_same_images_with_the_same_parameters(photo_set, make_loader):
     pytest.importorskip("nvidia.dali")
-    recipe = replace(recipe_for("tinyimagenet", crop=24), view1=ALIKE, view2=ALIKE)
+    recipe = replace(recipe_for("tinyimagenet", crop=24), view1=ALIKE, view2=OTHER)
     loaders = [
         make_loader(numbered(photo_set), recipe, backend=backend, batch_size=17)
         for backend in ("dali", "resident")
@@ -89,6 +90,10 @@ def test_auto_takes_resident_on_a_gpu_where_set_and_recipe_allow_it(photo_set, t
     assert resolve_backend("auto", photo_set, recipe, GPU, 0.99 * gb) == "dali"
     assert resolve_backend("auto", train_set, recipe, GPU, 8.0) == "dali"
     assert resolve_backend("auto", photo_set, recipe_for("digits"), GPU, 8.0) == "dali"
+    turned = replace(recipe, view2=recipe_for("digits").view2)
+    assert resolve_backend("auto", photo_set, turned, GPU, 8.0) == "dali"
+    # whose sizes could only be read one by one
+    assert resolve_backend("auto", replace(photo_set, sizes=None), recipe, GPU, 8.0) == "dali"
     assert resolve_backend("dali", photo_set, recipe, GPU, 8.0) == "dali"
     assert resolve_backend("resident", photo_set, recipe, CPU, 8.0) == "resident"
 

@@ -3,14 +3,18 @@
 import json
 import shutil
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import pytest
 
-from isofast.config.load import load_config
+from isofast.config.load import load_config, validate
 from isofast.data.images import data_set_notes
 from isofast.run.metrics import read_metrics
+from isofast.training.build import build
+from isofast.training.loop import fit
 
-from ..support.runs import train
+from ..support.runs import forked, launched, train
 
 pytestmark = pytest.mark.slow
 
@@ -48,6 +52,18 @@ def test_half_labelled_digits_train_on_two_ranks(config_file, half_labelled, tmp
     # chance is 0.2, and labels of -1 in the bank would make the vote impossible
     assert summary["knn_top1"] > 0.5
     assert all(record["probe_loss"] > 0 for record in records if "probe_loss" in record)
+
+
+def test_ranks_are_told_of_uneven_labels(small, half_labelled, tmp_path):
+    data = {"root": str(half_labelled), "on_bad_image": "skip"}
+    settings = small(data=data, train={"max_steps": 1})
+    assert forked(_fit_uneven, settings, tmp_path / "run", environments=launched(2)) == [0, 0]
+
+
+def _fit_uneven(settings: dict[str, Any], folder: Path) -> None:
+    with mock.patch("isofast.training.loop.build", wraps=build) as built:
+        fit(validate(settings), folder)
+    assert built.call_args.kwargs == {"uneven_labels": True}
 
 
 def test_without_validation_images_the_way_out_is_said(

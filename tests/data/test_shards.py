@@ -60,6 +60,8 @@ def test_tars_hold_the_images_of_the_folder(root, packed, tmp_path, capsys):
         assert_same_images(checked(packed, split, check="headers"), checked(root, split))
     unchecked = open_dataset(packed, "train")
     assert np.array_equal(read_sizes(unchecked, range(56)), checked(root).sizes)
+    with unchecked.open(0) as file:
+        assert len(file.read(1) + file.read(10**6)) == unchecked.stamps[0, 0]
     sheets = []
     for where in (root, packed):
         assert main(["prepare", "imagefolder", "--root", str(where)]) == 0

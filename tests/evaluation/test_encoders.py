@@ -97,8 +97,9 @@ def test_the_newest_whole_checkpoint_counts(small, tmp_path):
     assert_same_features(isofast.load_encoder(tmp_path), second)
     (tmp_path / "config.json").write_text(json.dumps(config))
     # as an early version wrote it
-    third = write_run(tmp_path, small(), step=3, described=False)
+    third = write_run(tmp_path, small(data={"crop": 12}), step=3, described=False)
     assert_same_features(isofast.load_encoder(tmp_path), third)
+    assert read_encoder(tmp_path).recipe.crop == 12
     (tmp_path / "checkpoints" / "step_00000003" / "encoder.safetensors").unlink()
     (tmp_path / "checkpoints" / "step_00000002" / "encoder.safetensors").write_bytes(b"")
     assert_same_features(isofast.load_encoder(tmp_path), first)

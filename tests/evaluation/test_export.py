@@ -20,6 +20,7 @@ from ..support.encoders import write_run
 
 pytestmark = pytest.mark.slow
 
+MEAN = [0.485, 0.456, 0.406]
 X_BCHW = torch.randn(5, 3, 32, 32, generator=torch.Generator().manual_seed(1))
 
 
@@ -37,7 +38,7 @@ def run_of(small: Callable[..., Any], tmp_path: Path) -> Callable[..., tuple[Pat
     """A run of some encoder for 32-pixel images, and its features of X_BCHW."""
 
     def make(**encoder: Any) -> tuple[Path, torch.Tensor]:
-        settings = small(data={"dataset": "cifar10"}) | {"encoder": encoder}
+        settings = small(data={"dataset": "imagefolder", "crop": 32}) | {"encoder": encoder}
         return tmp_path / "run", features(write_run(tmp_path / "run", settings))
 
     return make
@@ -59,7 +60,11 @@ def test_the_printed_lines_build_torchvisions_network(run_of, tmp_path, capsys, 
     names: dict[str, Any] = {}
     printed = capsys.readouterr().out
     exec(printed, names)
-    assert "# x: (B, 3, 32, 32) float32, (pixels / 255 - mean) / std with mean (0.4914" in printed
+    assert (
+        "# x: (B, 3, 32, 32) float32, (pixels / 255 - mean) / std with mean (0.485, 0.456, 0.406)"
+        in printed
+    )
+    assert "std (0.229, 0.224, 0.225)" in printed
     assert names["net"].bn1.num_batches_tracked > 0
     assert torch.equal(features(names["net"]), expected)
 
@@ -83,7 +88,9 @@ def test_a_hugging_face_folder(run_of, tmp_path, encoder):
     torch.testing.assert_close(features(model), expected, rtol=1e-5, atol=1e-5)
     images = timm.data.resolve_data_config({}, model=model)
     assert images["input_size"] == (3, 32, 32) and images["interpolation"] == "bicubic"
-    assert list(images["mean"]) == [0.4914, 0.4822, 0.4465] and images["crop_pct"] == 1
+    assert (list(images["mean"]), list(images["std"])) == (MEAN, [0.229, 0.224, 0.225])
+    # clean images are 37 pixels before the crop
+    assert images["crop_pct"] == 32 / 37
     written = json.loads((folder / "config.json").read_text())
     # transformers passes it itself
     assert "num_classes" not in written.get("model_args", {})
@@ -121,7 +128,7 @@ def test_onnx_of_any_batch(run_of, tmp_path, capsys, encoder):
     model = onnx.load(path)
     onnx.checker.check_model(model, full_check=True)
     about = {prop.key: prop.value for prop in model.metadata_props}
-    assert json.loads(about["mean"]) == [0.4914, 0.4822, 0.4465] and about["crop"] == "32"
+    assert json.loads(about["mean"]) == MEAN and about["crop"] == "32"
     batch, *rest = model.graph.input[0].type.tensor_type.shape.dim
     assert batch.dim_param and [dim.dim_value for dim in rest] == [3, 32, 32]
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])

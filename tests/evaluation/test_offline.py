@@ -19,9 +19,11 @@ from sklearn.preprocessing import StandardScaler
 from isofast.cli import main
 from isofast.config.schema import EncoderConfig
 from isofast.data import EvalLoader, check_folder, open_dataset, recipe_for
+from isofast.evaluation.intervals import wilson
 from isofast.evaluation.offline import GRID_C
 from isofast.methods.networks import make_encoder
 from isofast.run.metrics import read_metrics
+from isofast.training.online import clean_loader
 
 from ..support.runs import ISOFAST, call
 
@@ -96,14 +98,15 @@ def test_few_labels_are_drawn_for_each_seed(report, features):
     for row in rows:
         assert row["seeds"] == [0, 1, 2, 3, 4] and row["std"] > 0
         scores = []
-        for seed in range(100, 130):
-            random = np.random.default_rng(seed)
-            places = [np.flatnonzero(train_y_N == label) for label in range(10)]
-            drawn = [random.choice(these, row["labels_per_class"], False) for these in places]
-            some = np.concatenate(drawn)
+        for seed in (*row["seeds"], *range(100, 130)):
+            order = np.random.default_rng(seed).permutation(len(train_NF))
+            of_classes = [order[train_y_N[order] == label] for label in range(10)]
+            some = np.concatenate([these[: row["labels_per_class"]] for these in of_classes])
             model = LogisticRegression(max_iter=500)
             model.fit(scaler.transform(train_NF[some]), train_y_N[some])
             scores.append(model.score(scaler.transform(val_MF), val_y_M))
+        own, scores = scores[:5], scores[5:]
+        assert row["std"] == pytest.approx(np.std(own, ddof=1), rel=0.1)
         assert row["value"] == pytest.approx(np.mean(scores), abs=3 * np.std(scores) / 5**0.5)
 
 
@@ -123,6 +126,7 @@ def test_everything_is_in_the_json(report, evaluated_run):
     for result in report["results"]:
         low, high = result["interval"]
         assert 0 <= low < result["value"] < high <= 1 and result["n"] == 355
+        assert (low, high) == wilson(result["value"], 355)
         given = {key for key, value in result.items() if value is not None}
         few = {"C", "labels_per_class", "std", "seeds"}
         own = {"knn": {"k"}, "linear": {"C"}, "few": few}
@@ -171,6 +175,33 @@ def test_what_cannot_be_evaluated_is_told(evaluated_run, digits, tmp_path, refus
         (["--train-images", "5", "--protocol", "few"], ["none of the 5"]),
     ):
         assert refused(["evaluate", evaluated_run, *options], *words) == ""
+
+
+def test_images_have_the_size_of_the_run(evaluated_run, tmp_path, monkeypatch):
+    run, sizes = tmp_path / "run", []
+    shutil.copytree(evaluated_run, run)
+    config = json.loads((run / "config.json").read_text())
+    config["data"]["crop"] = 12
+    (run / "config.json").write_text(json.dumps(config))
+
+    def loader(config: Any, images: Any, recipe: Any, *rest: Any) -> EvalLoader:
+        sizes.append(recipe.crop)
+        return clean_loader(config, images, recipe, *rest)
+
+    monkeypatch.setattr("isofast.evaluation.offline.clean_loader", loader)
+    assert main(["evaluate", str(run), "--protocol", "knn"]) == 0
+    assert sizes == [12, 12]
+
+
+def test_unlabelled_images_take_no_part(evaluated_run, own_digits, capsys):
+    (own_digits / "unlabeled").mkdir()
+    for path in (own_digits / "train" / "3").glob("00*.png"):
+        path.rename(own_digits / "unlabeled" / path.name)
+    options = ["--protocol", "knn", "--root", str(own_digits), "--json"]
+    assert main(["evaluate", str(evaluated_run), *options]) == 0
+    report = json.loads(capsys.readouterr().out)
+    left = 1442 - len(list((own_digits / "unlabeled").iterdir()))
+    assert report["train_images"] == left < 1442
 
 
 def test_too_few_labels_are_left_out_and_noted(evaluated_run, capsys):

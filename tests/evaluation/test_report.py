@@ -114,6 +114,22 @@ def test_a_run_is_compared_with_the_weights_it_began_with(evaluated_run, tmp_pat
     assert "the untrained network" in text and "initial weights" not in text
 
 
+@pytest.mark.parametrize(
+    ("before", "after", "said"),
+    [(0.5, 0.9, "Learned: better"), (0.9, 0.5, "Worse than"), (0.5, 0.52, "No gain over")],
+)
+def test_a_gain_must_exceed_chance(evaluated_run, tmp_path, before, after, said):
+    """In a run whose first record shows a collapse, from which it recovered."""
+    run = shutil.copytree(evaluated_run, tmp_path / "run")
+    records = read_metrics(run / "metrics.jsonl")
+    for record in records:
+        record |= {"knn_top1": after if record["step"] else before} if "knn_top1" in record else {}
+        record |= {"embedding_std": 0.0} if record["step"] == 1 else {}
+    (run / "metrics.jsonl").write_text("".join(json.dumps(one) + "\n" for one in records))
+    page = report(tmp_path, run, options=("--root", str(tmp_path / "gone")))
+    assert page.text.startswith(f"Run run {said}")
+
+
 def test_neighbours_are_scikit_learns(evaluated_run, digits, tmp_path):
     config = validate(json.loads((evaluated_run / "config.json").read_text()))
     found = {}
@@ -207,6 +223,10 @@ def test_a_collapsed_run_says_so_first(config_file, tmp_path):
     for page in (Page(tmp_path / "run" / "report.html"), report(tmp_path, tmp_path / "run")):
         assert page.text.startswith("Run run Collapsed: the embeddings have collapsed completely")
         assert "Try " in page.text
+    blown = dict.fromkeys(("collapse", "failure"), "the loss became NaN")
+    (tmp_path / "run" / "summary.json").write_text(json.dumps(summary | blown))
+    text = report(tmp_path, tmp_path / "run").text
+    assert text.startswith("Run run Diverged: the loss became NaN.")
 
 
 def test_what_has_no_report_is_told(evaluated_run, tmp_path, refused):

@@ -35,7 +35,10 @@ def test_gradients_flow_once_and_only_into_z(make_problem):
     (dz,) = torch.autograd.grad(asymmetric_loss(z1, t2, w), z1, create_graph=True)
     with pytest.raises(RuntimeError, match="once"):
         torch.autograd.grad(dz.sum(), z1)
-    asymmetric_loss_pair(z1, z2, t1, t2, w).backward()
+    pair = asymmetric_loss_pair(z1, z2, t1, t2, w)
+    kind = {"metric": "cosine", "isotropic": True}
+    assert torch.equal(pair, asymmetric_loss_pair(z1, z2, t1, t2, w, **kind))
+    pair.backward()
     assert z1.grad is not None and all(x.grad is None for x in (z2, t1, t2, w))
     # statistics are not part of the graph either
     assert not second_moment(z1).requires_grad
@@ -130,6 +133,10 @@ Z, W = torch.randn(4, 6), torch.eye(6)
         (
             lambda: asymmetric_loss_pair(Z, Z.half(), Z, Z, W),
             ["z1_BD, z2_BD", "torch.float16, torch.float32"],
+        ),
+        (
+            lambda: asymmetric_loss_pair(Z, Z, Z, Z.half(), W),
+            ["t1_BD, t2_BD", "torch.float16, torch.float32"],
         ),
         (lambda: asymmetric_loss_pair(Z, Z, Z, Z[:2], W), ["t2_BD", "(2, 6)"]),
         (lambda: correlation_ema_(W.clone(), Z, 1.5), ["decay", "1.5", "between 0 and 1"]),

@@ -119,9 +119,6 @@ def test_symmetries(make_problem, metric, isotropic):
     if metric == "cosine":
         scaled = reference.losses_and_gradients_reference(4 * z, 8 * t, w, **kind)
         torch.testing.assert_close(scaled, (loss, dz / 4), rtol=1e-13, atol=0)
-    if not isotropic:
-        _, iso = reference.losses_and_gradients_reference(z, t, w, metric=metric, isotropic=True)
-        torch.testing.assert_close(dz, iso @ w, rtol=1e-12, atol=1e-14)
 
 
 @pytest.mark.parametrize("metric", ["euclidean", "cosine"])

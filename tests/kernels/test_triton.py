@@ -133,7 +133,7 @@ def test_strided_arguments_are_taken(make_problem):
 
 @pytest.mark.usefixtures("poisoned_empty")
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("features", [129, 256, 32, 5])
+@pytest.mark.parametrize("features", [129, 256, 32, 5, 520])
 @pytest.mark.parametrize("rows", [(37,), (1, 95), (5, 3, 40)], ids=str)
 def test_second_moment(guard_inputs, rows, features, dtype):
     views = tuple(guard_inputs(randn(count, features).to(DEVICE, dtype)) for count in rows)

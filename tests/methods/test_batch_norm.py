@@ -133,6 +133,26 @@ def test_a_large_mean_costs_digits(std):
     assert error <= 1.2e-7 * (1 + (10 / std) ** 2)
 
 
+def test_a_constant_channel_is_finite():
+    """E[x^2] - E[x]^2 of constants may be below 0."""
+    x_NC = (1000 + torch.linspace(0, 100, 64)).expand(96, 64)
+    layer = converted(64, fused=True)
+    assert layer(x_NC).isfinite().all() and (layer.running_var >= 0).all()
+
+
+def test_a_layer_without_weights_is_torchs():
+    x_NC, layers = torch.randn(12, 5), [nn.BatchNorm1d(5, affine=False) for _ in range(2)]
+    for fused, layer in enumerate(layers):
+        convert_batch_norm(layer, views=2, fused=bool(fused))
+    torch.testing.assert_close(*(layer(x_NC) for layer in layers))
+
+
+@pytest.mark.parametrize("other", [{"momentum": None}, {"track_running_stats": False}], ids=str)
+def test_a_batchnorm_without_a_moving_average_stays(other):
+    norm = convert_batch_norm(nn.BatchNorm1d(5, **other), views=2)
+    assert type(norm) is nn.BatchNorm1d
+
+
 @pytest.mark.parametrize(
     ("name", "stem"),
     [
@@ -158,6 +178,7 @@ def test_one_value_a_channel_and_half_a_view_are_refused(fused):
         converted(3, fused=fused)(torch.randn(2, 3))
     with pytest.raises(ValueError, match="7 rows do not hold 2 views"):
         converted(3, fused=fused)(torch.randn(7, 3))
+    assert len(converted(3, fused=fused).eval()(torch.randn(7, 3))) == 7
 
 
 def assert_gradients_as_good(ours: Branch, plain: Branch, x_NCHW: Tensor) -> None:

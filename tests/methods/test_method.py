@@ -10,6 +10,7 @@ from isofast.data import Batch
 from isofast.methods import Views, make_method
 from isofast.methods.closed_form import ClosedForm
 from isofast.methods.ema import EmaTarget
+from isofast.methods.probe import probe_loss
 from isofast.training.step import Online, embedding_scalars
 from isofast_kernels import reference
 
@@ -127,6 +128,30 @@ def test_without_targets_the_other_view_is_one(small_config):
     z1_BD, z2_BD = (online.branch(view)[1] for view in (batch.x1_BCHW, batch.x2_BCHW))
     value = online.method.loss(Views(z1_BD, z2_BD, z1_BD.detach(), z2_BD.detach()))
     torch.testing.assert_close(output.loss, value)
+    seen: list[Views] = []
+    online.method.loss = lambda views: seen.append(views) or views.z1_BD.sum()
+    online(batch)
+    assert not seen[0].t1_BD.requires_grad and not seen[0].t2_BD.requires_grad
+
+
+def test_c_and_the_probe_are_of_both_online_views(small_config):
+    """Whatever the targets."""
+    online, _, batch = _networks(small_config(method={"decay": 0.0, "correlation": "embeddings"}))
+    h_NF, z_ND = (torch.cat(both) for both in zip(*online.branch.of_views(batch), strict=True))
+    output = online(batch, tuple(torch.randn(2, 8, 16)))
+    torch.testing.assert_close(online.method.correlation.corr_DD, z_ND.T @ z_ND / 16)
+    logits_NK, y_N = online.probe(h_NF), batch.y_B.repeat(2)
+    torch.testing.assert_close(output.probe.loss, nn.functional.cross_entropy(logits_NK, y_N))
+    assert output.probe.top1 == (logits_NK.argmax(1) == y_N).float().mean()
+
+
+def test_directions_of_bf16_embeddings_are_not_rounded(small_config):
+    config = small_config(method={"decay": 0.0, "correlation": "directions"})
+    z_BD = torch.randn(8, 16).bfloat16()
+    correlation = make_method(config.method, config.projector).correlation
+    correlation.update(z_BD)
+    u_BD = nn.functional.normalize(z_BD.float(), dim=1)
+    torch.testing.assert_close(correlation.corr_DD, u_BD.T @ u_BD / 8, rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.parametrize("name", ["isoloss", "linear"])
@@ -142,6 +167,18 @@ def test_a_collapsed_batch_gives_finite_numbers(small_config, name):
     grads = [p.grad for p in (z1_BD, z2_BD, *method.parameters())]
     for value in (loss, *grads, *scalars.values()):
         assert value is not None and torch.isfinite(value).all()
+
+
+def test_a_label_on_one_of_four_ranks_is_the_batchs_only_one(monkeypatch):
+    monkeypatch.setattr("isofast.methods.probe.world_size", lambda: 4)
+    monkeypatch.setattr("isofast.methods.probe.mean_over_ranks_", lambda labels: labels / 4)
+    logits_BK = torch.randn(3, 10)
+    y_B = torch.tensor([-1, logits_BK[1].argmax(), -1])
+    found = probe_loss(logits_BK, logits_BK, y_B, uneven=True)
+    # averaged with the zeros of the other ranks
+    expected = nn.functional.cross_entropy(logits_BK[1:2], y_B[1:2])
+    torch.testing.assert_close(found.loss / 4, expected)
+    assert found.top1 / 4 == 1
 
 
 def test_unlabelled_images_are_left_out_of_the_probe(small_config):

@@ -33,9 +33,10 @@ def test_features_have_the_promised_size(width):
 
 def test_narrow_convolutions_keep_torchvisions_initialisation():
     torch.manual_seed(0)
-    conv = make_encoder(EncoderConfig(width=32)).layer4[1].conv2
-    expected = (2 / (conv.out_channels * 9)) ** 0.5
-    assert conv.weight.std().item() == pytest.approx(expected, rel=0.02)
+    encoder = make_encoder(EncoderConfig(width=32, stem="cifar"))
+    for conv, rel in ((encoder.conv1, 0.1), (encoder.layer4[1].conv2, 0.02)):
+        expected = (2 / (conv.out_channels * 9)) ** 0.5
+        assert conv.weight.std().item() == pytest.approx(expected, rel=rel)
 
 
 def test_bf16_autocast_keeps_parameters_and_batchnorm_in_fp32():
@@ -45,7 +46,9 @@ def test_bf16_autocast_keeps_parameters_and_batchnorm_in_fp32():
     assert z_BD.dtype == torch.bfloat16
     assert {t.dtype for t in branch.parameters()} == {torch.float32}
     assert branch.encoder.bn1.running_mean.dtype == torch.float32
-    assert branch.features(torch.randn(4, 3, 16, 16)).dtype == torch.float32
+    x_BCHW = torch.randn(4, 3, 16, 16)
+    h_BF = branch.eval()(x_BCHW)[0]
+    assert h_BF.dtype == torch.bfloat16 and torch.equal(branch.features(x_BCHW), h_BF.float())
 
 
 def test_an_encoder_of_your_own(monkeypatch):

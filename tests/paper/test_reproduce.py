@@ -221,6 +221,7 @@ def test_mistakes_are_refused_before_anything_runs(arguments, words, digits, tmp
         ('method={"name": "byol"}', "method.name"),
         ('method={"name": "isoloss", "ema": false}', "method.ema"),
         ("train.epochs=3", "train.epochs"),
+        ("data.dataset=cifar10", "data.dataset"),
         ('data={"dataset": "digits", "root": "/other"}', "data.root"),
     ],
 )

@@ -173,6 +173,30 @@ def test_the_epoch_of_a_very_early_record(small_config, tmp_path):
     assert [one["epoch"] for one in read_metrics(tmp_path / "metrics.jsonl")] == [3.33333e-06]
 
 
+def test_speeds_and_times_are_of_all_steps(small_config, tmp_path):
+    totals, config = Totals(wall_s=1000.0, train_s=500.0), small_config()
+    with closing(
+        Recorder(tmp_path, config, ALONE, {}, totals, step=7, last_step=9, steps_per_epoch=4)
+    ) as recorder:
+        for _ in range(2):
+            recorder.stepped(waited_s=1.0)
+        record(recorder, 10, torch.eye(16))
+        summary = recorder.summary(10, torch.eye(16), 0, "a full disk")
+    (speed,) = read_metrics(tmp_path / "metrics.jsonl")
+    # three steps of 64 images, of which two waited a second each
+    assert speed["images_per_s"] == pytest.approx(speed["data_wait"] / 2 * 3 * 64)
+    assert summary["images_per_s"] == pytest.approx(10 * 64 / 500, rel=0.01)
+    assert 1000 < summary["wall_s"] < 1100
+
+
+def test_the_best_evaluation_is_the_last_of_the_highest_but_never_the_first(make_recorder):
+    with closing(make_recorder(0)) as recorder:
+        knn = (0.9, 0.5, 0.5, 0.4)
+        best = [recorder.evaluation(step, Evaluation(0.1, top1)) for step, top1 in enumerate(knn)]
+        assert best == [False, True, True, False]
+        assert (recorder.totals.best_step, recorder.totals.knn_top1_best) == (2, 0.5)
+
+
 def test_a_collapse_that_recovers_is_forgotten(make_recorder, tmp_path):
     with closing(make_recorder(0)) as recorder:
         record(recorder, 100, corr_of(8))

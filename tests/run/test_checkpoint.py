@@ -3,6 +3,7 @@
 import resource
 import signal
 from pathlib import Path
+from pickle import UnpicklingError
 
 import pytest
 import torch
@@ -27,6 +28,24 @@ def test_the_newest_is_found_and_old_ones_go(tmp_path):
     # all files have the same permissions
     assert len({file.stat().st_mode for file in found.path.iterdir()}) == 1
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step_00000010", "step_00000100"]
+
+
+def test_a_checkpoint_is_on_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    synced: list[tuple[str, bool]] = []
+
+    def note(path: Path) -> None:
+        synced.append((path.name, (tmp_path / "step_00000001").exists()))
+
+    monkeypatch.setattr("isofast.run.checkpoint.sync", note)
+    _save(tmp_path, 1)
+    files = ("state.pt", "encoder.safetensors", "manifest.json")
+    assert synced == [*((name, False) for name in files), (tmp_path.name, True)]
+
+
+def test_a_checkpoint_runs_no_code_of_others(tmp_path):
+    save_checkpoint(tmp_path, 1, {"value": print}, nn.Linear(2, 2).state_dict(), 1)
+    with pytest.raises(UnpicklingError):
+        newest_checkpoint(tmp_path).load()
 
 
 def test_the_best_is_kept_however_old(tmp_path):

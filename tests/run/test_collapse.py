@@ -111,7 +111,8 @@ LONG_RUN = [at(10, **LONG), at(20), at(30, **LONG), at(40, **LONG)]
         ({}, [at(1000, 0.2)], [None]),
         # a norm over a thousand times the first, or NaN
         ({}, GROWING, [None, None, "blow-up"]),
-        ({}, [at(1), at(2, None)], [None, "blow-up"]),
+        *(({}, [at(1), at(2, bad)], [None, "blow-up"]) for bad in (None, float("nan"))),
+        ({}, [at(1, embedding_norm=0.0), at(2, embedding_norm=5e3)], [None, None]),
     ],
 )
 def test_each_kind_of_collapse_is_told_from_a_healthy_run(method, records, expected):

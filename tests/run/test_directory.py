@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from isofast.data import files
 from isofast.data.files import write_text
 from isofast.errors import UserError
 from isofast.run.directory import choose_run_dir, open_run_dir
@@ -40,10 +41,14 @@ def test_a_requeued_job_goes_on_in_the_fresh_folder_that_it_began(
         assert choose_run_dir(Path("x.json"), run, fresh=True) == folder
 
 
-def test_a_file_may_have_the_longest_name(tmp_path):
+def test_a_file_may_have_the_longest_name_and_is_on_disk_before_it(tmp_path, monkeypatch):
+    synced: list[tuple[Path, bool]] = []
+    monkeypatch.setattr(files, "sync", lambda place: synced.append((place, path.exists())))
     path = tmp_path / ("\u00e9" * 125 + ".json")
     write_text(path, "{}")
     assert [*tmp_path.iterdir()] == [path]
+    (part, before), (folder, after) = synced
+    assert part.suffix == ".json" and folder == tmp_path and (before, after) == (False, True)
 
 
 def test_one_run_at_a_time(small_config, tmp_path):

@@ -1,11 +1,12 @@
 """metrics.jsonl and spectrum.npz across a crash and a resume."""
 
+import errno
 import io
 import json
 import sys
-import types
 from contextlib import closing
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, ClassVar, NoReturn
 
 import numpy as np
@@ -14,7 +15,7 @@ import pytest
 from isofast.config.schema import Config
 from isofast.errors import UserError
 from isofast.run.loggers import Record, make_loggers
-from isofast.run.metrics import MetricsWriter, read_metrics
+from isofast.run.metrics import MetricsWriter, read_metrics, read_spectra
 from isofast.run.spectrum import Spectrum
 
 
@@ -36,6 +37,8 @@ def test_a_resumed_run_drops_what_was_written_after_its_checkpoint(tmp_path):
         assert spectrum["step"].tolist() == [*range(1, 8)]
         assert spectrum["eigenvalues"].shape == (7, 3)
         assert spectrum["eigenvalues"][1].tolist() == [4.0, 2.0, 0.0]
+    _write(tmp_path, 3, range(5, 6))
+    assert [*read_spectra(tmp_path / "spectrum.npz")] == [1, 2, 3, 5]
     _write(tmp_path, 0, range(1, 2))
     assert len(read_metrics(tmp_path / "metrics.jsonl")) == 1
 
@@ -57,12 +60,6 @@ def test_a_damaged_spectrum_is_named_and_left_alone(tmp_path, content):
     _write(tmp_path, 0, range(1, 2))
 
 
-def test_nan_becomes_null(tmp_path):
-    with closing(MetricsWriter(tmp_path, 0)) as writer:
-        writer.write({"step": 1, "loss": float("nan"), "lr": float("inf")})
-    assert read_metrics(tmp_path / "metrics.jsonl") == [{"step": 1, "loss": None, "lr": None}]
-
-
 class Recording:
     """A custom logger."""
 
@@ -81,8 +78,36 @@ class Recording:
         self.seen.append("close")
 
 
+def test_nan_becomes_null(tmp_path, monkeypatch):
+    monkeypatch.setattr(Recording, "seen", [])
+    logger = Recording(tmp_path, SimpleNamespace(seed=0), 0)
+    with closing(MetricsWriter(tmp_path, 0, [logger])) as writer:
+        writer.write({"step": 1, "loss": float("nan"), "lr": float("inf")})
+    assert read_metrics(tmp_path / "metrics.jsonl") == [{"step": 1, "loss": None, "lr": None}]
+    # loggers get the numbers
+    assert np.isnan(Recording.seen[1]["loss"])
+
+
+def test_a_disk_with_no_room_and_then_little_loses_no_record(tmp_path, monkeypatch):
+    monkeypatch.setattr(Recording, "seen", [])
+    room = [0, 5]
+
+    def write(data: bytes) -> int:
+        if not (left := room.pop(0) if room else len(data)):
+            raise OSError(errno.ENOSPC, "full")
+        return file.write(data[:left])
+
+    logger = Recording(tmp_path, SimpleNamespace(seed=0), 0)
+    with closing(MetricsWriter(tmp_path, 0, [logger])) as writer:
+        file, records = writer._file, [{"step": step, "loss": 0.5} for step in (1, 2)]
+        writer._file = SimpleNamespace(write=write, fileno=file.fileno, close=file.close)
+        for record in records:
+            writer.write(record)
+    assert read_metrics(tmp_path / "metrics.jsonl") == Recording.seen[1:3] == records
+
+
 def test_a_logger_of_your_own_gets_every_record(tmp_path, small_config, monkeypatch):
-    monkeypatch.setitem(sys.modules, "my_loggers", types.SimpleNamespace(Recording=Recording))
+    monkeypatch.setitem(sys.modules, "my_loggers", SimpleNamespace(Recording=Recording))
     config = small_config(logging={"loggers": ["my_loggers:Recording", "tensorboard"]}, seed=3)
     with closing(MetricsWriter(tmp_path, 2, make_loggers(tmp_path, config, 2))) as writer:
         writer.write({"step": 3, "loss": 0.5})
@@ -94,8 +119,8 @@ def test_a_logger_that_fails_is_dropped(tmp_path, small_config, monkeypatch):
     def failing(*_: object) -> NoReturn:
         raise RuntimeError("the server is gone")
 
-    logger = types.SimpleNamespace(log=failing, flush=failing, close=failing)
-    monkeypatch.setitem(sys.modules, "my_loggers", types.SimpleNamespace(Failing=lambda *_: logger))
+    logger = SimpleNamespace(log=failing, flush=failing, close=failing)
+    monkeypatch.setitem(sys.modules, "my_loggers", SimpleNamespace(Failing=lambda *_: logger))
     config = small_config(logging={"loggers": ["my_loggers:Failing"]})
     told: list[str] = []
     writer = MetricsWriter(tmp_path, 0, make_loggers(tmp_path, config, 0), told.append)

@@ -1,5 +1,9 @@
 """Checkpoints written while training continues."""
 
+from concurrent.futures import Future
+from threading import Timer
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -56,6 +60,33 @@ def test_a_disk_that_fails_is_borne_for_a_while(tmp_path):
     assert len(said) == 4
     with pytest.raises(RunError, match="could not write"):
         saver.wait()
+    saver.close()
+
+
+def test_a_checkpoint_is_due_minutes_after_the_last(tmp_path, monkeypatch):
+    clock = [0.0]
+    fake = SimpleNamespace(monotonic=lambda: clock[0])
+    monkeypatch.setattr("isofast.run.saving.time", fake)
+    saver = Saver(tmp_path, CheckpointConfig(every_minutes=10.0), print)
+
+    def is_due(now: float) -> bool:
+        clock[0] = now
+        return saver.is_due()
+
+    assert [is_due(now) for now in (599, 601, 602)] == [False, True, False]
+    clock[0] = 1000
+    saver.save(1, {}, {"weight": torch.zeros(2)})
+    assert [is_due(now) for now in (1599, 1601)] == [False, True]
+    saver.close()
+
+
+def test_a_checkpoint_waits_for_the_records_before_it(tmp_path):
+    saver, records = Saver(tmp_path, CheckpointConfig(), print), Future()
+    saver.save(1, {}, {"weight": torch.zeros(2)}, records=records)
+    Timer(0.2, records.set_result, [OSError("no room")]).start()
+    with pytest.raises(RunError, match="could not write the records up to step 1: no room"):
+        saver.wait()
+    assert newest_checkpoint(tmp_path) is None
     saver.close()
 
 

@@ -78,6 +78,7 @@ def test_a_matrix_that_is_lost_gives_nan_and_no_error():
     spectrum = measure(torch.full((3, 3), torch.nan), torch.eye(3))
     assert np.isnan(spectrum.eigenvalues_D).all() and np.isnan(spectrum.alignment_D).all()
     assert math.isnan(spectrum.effective_rank) and math.isnan(spectrum.effective_rank_entropy)
+    assert math.isnan(spectrum.predictor_alignment)
 
 
 def test_files_without_alignment_stay_readable(tmp_path):

@@ -105,6 +105,15 @@ def test_pieces_equal_the_whole_batch(small_config, kind, compiled):
     torch.testing.assert_close(parts, whole, rtol=1e-5, atol=1e-7)
 
 
+def test_pieces_keep_the_order_of_rows_and_views(small_config):
+    """In eval mode, where rows do not depend on each other, on different images."""
+    branch = state_of(small_config, 1).online.eval().branch
+    batch = Batch(torch.randn(16, 3, 16, 16, dtype=torch.float64), torch.arange(8))
+    whole = branch.of_views(batch)
+    branch.pieces = 4
+    torch.testing.assert_close(branch.of_views(batch), whole)
+
+
 def test_activations_of_pieces_are_not_held(small_config):
     batch = repeated_batch(4)
     held = []
@@ -122,10 +131,12 @@ def test_activations_of_pieces_are_not_held(small_config):
     assert held[1] < held[0] / 5
 
 
-def test_a_batch_that_does_not_divide_is_refused(small_config):
+def test_a_batch_that_does_not_divide_is_refused(small_config, monkeypatch):
     config = small_config(train={"batch_size": 12, "accumulation": 4})
     with pytest.raises(UserError, match=r"processes times train\.accumulation=4.*batch_size=16"):
         config.batch_size_per_rank(2)
+    monkeypatch.setattr("isofast.training.build.make_engine", lambda *_: None)
+    assert build(small_config(train={"accumulation": 2}), ALONE, 10).online.branch.pieces == 2
     config = small_config(train={"accumulation": 2, "cuda_graph": "on"})
     with pytest.raises(UserError, match=r"needs one process and train.accumulation=1"):
         is_graphed(config, ALONE)

@@ -1,32 +1,51 @@
 """The launchers' environments, cores per rank, BatchNorm across ranks."""
 
 import os
+from contextlib import closing
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 from isofast.config.load import validate
-from isofast.distributed import World, cores_of_rank, launched_rank, launched_world_size
-from isofast.errors import RankError
+from isofast.data import recipe_for
+from isofast.data.images import check_images, list_images
+from isofast.distributed import (
+    World,
+    cores_of_rank,
+    launched_local_rank,
+    launched_rank,
+    launched_world_size,
+)
+from isofast.errors import RankError, UserError
 from isofast.training import parallel
-from isofast.training.build import synchronises_batch_norm
+from isofast.training.build import synchronises_batch_norm, train_loader
+
+from ..data.conftest import numbered
 
 
 @pytest.mark.parametrize(
     ("launched", "expected"),
     [
-        ({}, (0, 1)),
-        ({"RANK": "2", "WORLD_SIZE": "4"}, (2, 4)),
-        ({"SLURM_STEP_NUM_TASKS": "4", "SLURM_PROCID": "3"}, (3, 4)),
+        ({}, (0, 0, 1)),
+        ({"RANK": "2", "LOCAL_RANK": "1", "WORLD_SIZE": "4"}, (2, 1, 4)),
+        ({"SLURM_STEP_NUM_TASKS": "4", "SLURM_PROCID": "3", "SLURM_LOCALID": "1"}, (3, 1, 4)),
         # a batch script without srun
-        ({"SLURM_NTASKS": "4", "SLURM_PROCID": "0"}, (0, 1)),
+        ({"SLURM_NTASKS": "4", "SLURM_PROCID": "0"}, (0, 0, 1)),
     ],
 )
 def test_the_rank_is_known_before_the_group_exists(launched, expected, monkeypatch):
     for name, value in launched.items():
         monkeypatch.setenv(name, value)
-    assert (launched_rank(), launched_world_size()) == expected
+    found = launched_rank(), launched_local_rank(), launched_world_size()
+    assert found == expected
+
+
+def test_a_group_of_another_size_is_refused(monkeypatch):
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    with pytest.raises(UserError, match="has 2 processes, but the environment says 1"):
+        launched_world_size()
 
 
 @pytest.mark.parametrize(
@@ -76,6 +95,19 @@ def test_each_task_takes_its_own_gpu(launched, visible, gpu, monkeypatch):
     assert (world.rank, world.local_rank, world.device) == (1, 1, torch.device("cuda", gpu))
     # DeepSpeed moves the model there
     assert taken == [gpu] and os.environ["LOCAL_RANK"] == str(gpu)
+
+
+def test_each_rank_has_its_share_of_the_seeds_batch(small_config):
+    images = numbered(check_images(small_config(), list_images(small_config())).train)
+
+    def first(seed: int, rank: int, size: int) -> list[int]:
+        config, world = small_config(seed=seed), World(rank, size, rank, torch.device("cpu"))
+        loader = train_loader(config, world, images, recipe_for("digits"), dtype=torch.float32)
+        with closing(loader):
+            return next(loader).y_B.tolist()
+
+    whole = first(3, 0, 1)
+    assert first(3, 0, 2) + first(3, 1, 2) == whole != first(4, 0, 1)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,8 @@
 """k-NN against scikit-learn's, evaluation in eval mode, label-free metrics."""
 
 import json
+import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -46,6 +48,9 @@ def test_knn_in_pieces_counts_every_query():
     assert knn_top1(bank, torch.arange(4), bank[query_y], (query_y + 1) % 4, classes=4, k=1) == 0.0
 
 
+KNN = {"knn_images": 99, "knn_k": 40, "knn_temperature": 0.5}
+
+
 def evaluator_of(config: Config) -> tuple[Evaluator, Images, Recipe]:
     images = check_images(config, list_images(config))
     recipe = recipe_for("digits", augmentation=config.data.augmentation)
@@ -58,21 +63,31 @@ def test_metrics_without_labels_are_of_a_fixed_sample(small_config):
     """The sample here is all 355 validation images; no random number is drawn."""
 
     def config(**evaluation: int) -> Config:
-        sections = {"evaluation": {"every_epochs": 1, "knn_images": 99, **evaluation}}
-        return small_config(**sections, train={"cuda_graph": "on", "precision": "fp32"})
+        sections = {"evaluation": {"every_epochs": 1, **KNN, **evaluation}}
+        return small_config(**sections, seed=3, train={"cuda_graph": "on", "precision": "fp32"})
 
     evaluator, images, recipe = evaluator_of(config())
     online = build(config(), ALONE, 10).online.train()
     before = torch.get_rng_state(), [buffer.clone() for buffer in online.buffers()]
     evaluation = evaluator(online)
     found = evaluation.label_free()
+    assert len(evaluator._views.flatten(1).unique(dim=0)) == 1000
     assert torch.equal(torch.get_rng_state(), before[0]) and online.training
     assert all(map(torch.equal, online.buffers(), before[1]))
 
-    ((x_NCHW, _),) = eval_loader(images.val, recipe, range(355), batch_size=355)
+    ((x_NCHW, y_N),) = eval_loader(images.val, recipe, range(355), batch_size=355)
+    bank = np.random.default_rng(config().seed).permutation(len(images.train))[:99]
+    ((bank_NCHW, bank_y_N),) = eval_loader(images.train, recipe, bank, batch_size=99)
     online.eval()
     with torch.no_grad():
         h_NF, z_ND = online.branch(x_NCHW)
+        bank_NF = online.branch.features(bank_NCHW)
+        right = (online.probe(h_NF).argmax(1) == y_N).sum().item()
+    assert evaluation.val_top1 == right / 355
+    kind = {"k": 40, "temperature": 0.5}
+    right = knn_top1(bank_NF, bank_y_N, h_NF, y_N, classes=10, **kind)
+    # another batch size may round features, and so a vote, differently
+    assert evaluation.knn_top1 == pytest.approx(right, abs=2 / 355)
     views = torch.zeros(2, 2, 2)
     for suffix, x in (("", h_NF), ("_z", z_ND)):
         want = label_free(x, views)
@@ -108,12 +123,22 @@ def test_views_are_of_the_recipes_first_view(small_config):
 
 
 @pytest.mark.slow
+def test_a_slow_loader_is_not_taken_for_one_that_hangs(small_config, monkeypatch):
+    ended: list[int] = []
+    monkeypatch.setattr("isofast.training.stall.os", SimpleNamespace(_exit=ended.append))
+    with StallWatch(small_config(data={"stall_seconds": 2.0}).data, 0) as watch:
+        for _ in watch.over(map(time.sleep, [0.6] * 7)):
+            pass
+    assert ended == []
+
+
+@pytest.mark.slow
 def test_the_best_of_a_run_that_gets_worse_is_kept(small, tmp_path):
     settings = small(
         method={"name": "simsiam"},
         optimizer={"name": "sgd", "lr": 3.0},
         train={"epochs": 3, "max_steps": None, "precision": "fp32"},
-        evaluation={"every_epochs": 1},
+        evaluation={"every_epochs": 1, "knn_pixels": True},
         checkpoint={"every_steps": 1000, "keep": 1},
     )
     fit_apart(settings, tmp_path)
@@ -121,6 +146,7 @@ def test_the_best_of_a_run_that_gets_worse_is_kept(small, tmp_path):
     knn = {record["step"]: record["knn_top1"] for record in records if "knn_top1" in record}
     summary = json.loads((tmp_path / "summary.json").read_text())
     best = summary["best_step"]
+    assert summary["knn_top1_pixels"] > 0.95
     assert summary["knn_top1_best"] == knn[best] == max(knn.values()) > knn[66]
     kept = {int(path.name.removeprefix("step_")) for path in (tmp_path / "checkpoints").iterdir()}
     assert kept == {best, 66}

@@ -5,6 +5,7 @@ import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import psutil
@@ -82,13 +83,15 @@ def _fit_twice(settings: dict[str, Any], folder: Path) -> None:
 
 
 def test_a_process_group_of_yours_stays(small, tmp_path):
-    settings = small(train={"max_steps": 1})
+    settings = small(train={"max_steps": 1, "batch_norm": "local"})
     assert forked(_fit_in_a_group, settings, tmp_path, environments=launched(2)) == [0, 0]
 
 
 def _fit_in_a_group(settings: dict[str, Any], folder: Path) -> None:
     dist.init_process_group("gloo")
-    fit(validate(settings), folder)
+    with mock.patch("isofast.training.loop.mean_of_statistics_over_ranks_") as averaged:
+        fit(validate(settings), folder)
+    averaged.assert_called_once()
     one = torch.ones(1)
     dist.all_reduce(one)
     assert one == 2

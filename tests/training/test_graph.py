@@ -10,10 +10,13 @@ from isofast.config.schema import Config
 from isofast.data import Batch
 from isofast.distributed import World
 from isofast.errors import UserError
+from isofast.methods import Method
+from isofast.methods.ema import EmaTarget
+from isofast.run.metrics import read_metrics
 from isofast.training.build import TrainState, build, is_graphed
 from isofast.training.graph import GraphedStep
 from isofast.training.loop import fit
-from isofast.training.optim import set_lr
+from isofast.training.optim import lr_at, set_lr
 
 from ..support.runs import ALONE, assert_same_run, train
 
@@ -163,5 +166,13 @@ def test_compiled_updates_are_the_eager_ones(small_config):
 
 def test_a_graphed_run_needs_no_deepspeed(small_config, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "deepspeed", None)
+    told: dict[str, list[float]] = {"decay": [], "after": []}
+    monkeypatch.setattr(EmaTarget, "set_decay", lambda _, progress: told["decay"].append(progress))
+    monkeypatch.setattr(Method, "after_step", lambda _, progress: told["after"].append(progress))
     summary = fit(small_config(train={"cuda_graph": "on"}), tmp_path / "run")
     assert summary["completed"] and summary["steps"] == 6
+    # of the whole schedule of 44 steps, although the run stops before
+    assert told == {name: [step / 44 for step in range(6)] for name in told}
+    rates = [record["lr"] for record in read_metrics(tmp_path / "run" / "metrics.jsonl")]
+    schedule = {"total_steps": 44, "warmup_steps": 4, "warmup_start": 3e-5}
+    assert rates == pytest.approx([lr_at(step, 1e-3, **schedule) for step in range(6)])

@@ -8,6 +8,7 @@ from safetensors.torch import load_file
 
 from isofast.data import Batch
 from isofast.errors import UserError
+from isofast.evaluation.encoders import untrained
 from isofast.run.metrics import read_metrics
 from isofast.training.build import build, check_version
 
@@ -21,20 +22,37 @@ def test_encoder_and_target_begin_with_the_file(small, small_config, tmp_path, g
     (path,) = tmp_path.glob("run/checkpoints/*/encoder.safetensors")
     init = str(tmp_path / given.format(path.parent.name))
     # without DeepSpeed's process group
-    config = small_config(train={"cuda_graph": "on"}, method={"ema": True}, encoder={"init": init})
+    method, train = {"ema": True, "ema_base": 0.75}, {"cuda_graph": "on", "precision": "bf16"}
+    config = small_config(train=train, method=method, encoder={"init": init})
     state = build(config, ALONE, classes=10)
     state.initialise(config.encoder.init)
     wanted = load_file(path)
     for branch in (state.online.branch, state.target.branch):
         for name, tensor in branch.encoder.state_dict().items():
             assert torch.equal(tensor, wanted[name]), name
+    assert state.online.branch.precision == torch.bfloat16
+    state.target.set_decay(0.0)
+    assert state.target._weight == 0.25
     # the optimizer updates the parameters that the network uses
     moved = {id(p) for group in state.optimizer.param_groups for p in group["params"]}
     assert all(id(p) in moved for p in state.online.branch.encoder.parameters())
 
 
+def test_the_seed_draws_the_weights(small_config):
+    drawn = []
+    for seed in (3, 4):
+        config = small_config(seed=seed, train={"cuda_graph": "on"})
+        before = torch.get_rng_state()
+        weights = untrained(config).conv1.weight
+        assert torch.equal(torch.get_rng_state(), before)
+        # which an evaluation compares with
+        assert torch.equal(build(config, ALONE, 10).online.branch.encoder.conv1.weight, weights)
+        drawn.append(weights)
+    assert not torch.equal(*drawn)
+
+
 def test_what_has_changed_since_the_checkpoint_is_told(small_config):
-    graph = {"cuda_graph": "on"}
+    graph = {"cuda_graph": "on", "precision": "fp32"}
     state, other = (
         build(small_config(train=graph, projector={"output": size}), ALONE, classes=10)
         for size in (16, 32)
@@ -43,7 +61,14 @@ def test_what_has_changed_since_the_checkpoint_is_told(small_config):
     check_version(found)
     with pytest.raises(UserError, match="from another version of isofast"):
         check_version(found | {"format": 3})
+    drawn = torch.rand(1)
     assert state.restore(found, 1) == []
+    # a custom encoder's dropout goes on
+    assert torch.rand(1) == drawn
+    # whatever "auto" means on this machine
+    state.restore(found | {"precision": "bfloat16"}, 1)
+    for module in (state.online, state.target):
+        assert module.branch.precision == torch.bfloat16
     (note,) = state.restore(found | {"threads": 77}, 1)
     assert "had 77 thread(s) per process" in note
     with pytest.raises(UserError, match=r"of other networks \(size mismatch for \w.*\): the code"):

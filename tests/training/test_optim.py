@@ -10,6 +10,7 @@ from torch.optim import SGD, AdamW
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from isofast.config.load import validate
+from isofast.config.presets import merge
 from isofast.config.schema import Config
 from isofast.methods.ema import EmaTarget, ema_decay
 from isofast.methods.foreach import add_scaled_, lerp_
@@ -87,18 +88,6 @@ def test_lars_follows_its_formula(lr, kind, compiled, device):
     assert (without == 1).all()
 
 
-def test_lars_without_adaptation_is_momentum_sgd():
-    torch.manual_seed(0)
-    ours, theirs = (nn.Parameter(torch.arange(4.0)) for _ in range(2))
-    lars = LARS([{"params": [ours], "adapt": False}], lr=0.1, weight_decay=0.01)
-    sgd = SGD([theirs], lr=0.1, momentum=0.9, weight_decay=0.01)
-    for _ in range(3):
-        ours.grad = theirs.grad = torch.randn(4)
-        lars.step()
-        sgd.step()
-    torch.testing.assert_close(ours, theirs)
-
-
 def _config(name: str) -> Config:
     """Set peak rates of 1 and 0.1 at this batch size; no value is a default or from a preset."""
     settings = {"name": name, "lr": 0.5, "probe_lr": 0.05, "momentum": 0.8, "weight_decay": 0.03}
@@ -127,6 +116,7 @@ def test_groups_cover_every_parameter_once_with_every_setting(name, method):
     for group in (*network, probe):
         assert group.get("momentum", group.get("betas", (0,))[0]) == 0.8
         assert group.get("eta") == (0.05 if name == "lars" else None)
+        assert group.get("betas", (0.8, 0.999))[1] == 0.999
     for group in network:
         for p in group["params"]:
             assert group["weight_decay"] == (0.03 if p.ndim > 1 or name == "sgd" else 0)
@@ -151,6 +141,12 @@ def test_every_group_follows_the_schedule():
     set_lr(optimizer, 100, 10, _config("lars"))
     rates = [float(group["lr"]) for group in optimizer.param_groups]
     assert rates == pytest.approx([1.0, 1.0, 0.1])
+    # a part of an epoch counts, where a run stops does not
+    changes = {"schedule": {"warmup_epochs": 2.5}, "train": {"max_steps": 30}}
+    part = validate(merge(_config("lars").model_dump(), changes))
+    assert set_lr(optimizer, 24, 10, part) == pytest.approx(0.96, abs=1e-3)
+    assert set_lr(optimizer, 25, 10, part) == 1.0
+    assert set_lr(optimizer, 30, 10, part) > 0.99
 
 
 def test_target_decay_at_its_corners():

@@ -7,15 +7,17 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 
 import psutil
 import pytest
 
 from isofast.run.checkpoint import newest_checkpoint
-from isofast.training.signals import ECHO_S, stopped
+from isofast.training.parallel import close_world, init_world
+from isofast.training.signals import ECHO_S, Signals, stopped
 
-from ..support.runs import ALONE, assert_same_run, opened, started, train
+from ..support.runs import ALONE, assert_same_run, forked, launched, opened, started, train
 
 
 @pytest.fixture
@@ -72,6 +74,69 @@ def test_a_signal_that_ends_a_compiler_too_is_no_failure(config_file, tmp_path, 
         config, Path("run"), code=143
     )
     assert not Path("run", "summary.json").exists()
+
+
+STOPS = """
+import os, signal
+from pathlib import Path
+from isofast.methods import Method
+
+class Stops(Method):
+    def loss(self, views):
+        Path("run", "checkpoints").touch()
+        os.kill(os.getpid(), signal.SIGTERM)
+        return (views.z1_BD - views.t2_BD).square().mean()
+"""
+
+
+@pytest.mark.slow
+def test_a_stopped_run_that_cannot_save_says_so(config_file, tmp_path, monkeypatch):
+    """A file in place of the folder of checkpoints."""
+    (tmp_path / "stops.py").write_text(STOPS)
+    monkeypatch.chdir(tmp_path)
+    config = config_file(method={"name": "stops:Stops"}, checkpoint={"every_steps": 1000})
+    printed = train(config, Path("run"), code=1)
+    assert "could not write the checkpoint" in printed and "which is saved" not in printed
+
+
+def test_a_run_gives_signals_back():
+    """A notebook's event loop hears of Ctrl-C by the wake-up descriptor."""
+
+    def handler(*_: object) -> None:
+        pass
+
+    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+    before = [signal.signal(number, handler) for number in numbers]
+    _, writer = pipe = os.pipe()
+    os.set_blocking(writer, False)
+    wakeup = signal.set_wakeup_fd(writer)
+    try:
+        with ExitStack() as stack:
+            signals = Signals(ALONE)
+            stack.push(signals.__exit__)
+            signals.hold(None)
+        assert {signal.getsignal(number) for number in numbers} == {handler}
+    finally:
+        left = signal.set_wakeup_fd(wakeup)
+        for number, own in zip(numbers, before, strict=True):
+            signal.signal(number, own)
+        for end in pipe:
+            os.close(end)
+    assert left == writer
+
+
+@pytest.mark.slow
+def test_what_several_ranks_are_told_is_one_signal():
+    assert forked(_poll_as_all_are_told, environments=launched(2)) == [0, 0]
+
+
+def _poll_as_all_are_told() -> None:
+    world = init_world()
+    signals = Signals(world)
+    assert [signals.poll(save=world.is_main), signals.poll()] == [(False, None), (True, None)]
+    signals._received = signal.SIGTERM
+    assert [signals.poll(), signals.poll()] == [(False, None), (True, signal.SIGTERM)]
+    close_world()
 
 
 @pytest.mark.long

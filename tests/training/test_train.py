@@ -142,6 +142,13 @@ def test_a_loss_that_blows_up_ends_the_run_and_keeps_the_checkpoint(config_file,
     assert all(torch.isfinite(value).all() for value in online.values())
 
 
+def test_a_run_goes_on_without_its_evaluation_and_with_it_again(config_file, tmp_path):
+    config = config_file(evaluation={"every_epochs": 1, "knn_images": 99})
+    off = ("--set", "evaluation.every_epochs=0")
+    for steps, more in ((1, ()), (2, off), (3, ())):
+        train(config, tmp_path / "run", "--set", f"train.max_steps={steps}", *more)
+
+
 @pytest.mark.parametrize("split", ["train", "val"])
 def test_changed_images_are_noticed_on_resume(config_file, own_digits, tmp_path, split):
     evaluation = {"every_epochs": 1, "knn_images": 99}
