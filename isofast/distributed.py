@@ -6,6 +6,7 @@ from typing import TypeVar
 
 import torch
 import torch.distributed as dist
+from joblib import cpu_count
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
@@ -66,7 +67,23 @@ def cores_of_rank(world: World) -> int:
     known = env.get("LOCAL_WORLD_SIZE") or env.get("LOCAL_SIZE") or world.size
     # an srun task may be a shell or a launcher that starts the ranks
     sharing = 1 if env.get("SLURM_STEP_NUM_TASKS") == str(world.size) else int(known)
-    return max(1, len(os.sched_getaffinity(0)) // sharing)
+    return max(1, usable_cores() // sharing)
+
+
+def usable_cores() -> int:
+    """Return the number of cores that the affinity and the CPU limit of a container allow."""
+    cores: int = cpu_count()
+    return cores
+
+
+def limit_threads(cores: int) -> None:
+    """Let torch use ``cores`` threads at most, unless OMP_NUM_THREADS says how many.
+
+    torch counts the machine's cores, whatever the share of a rank or the CPU limit of a container;
+    more threads than cores wait for each other at every OpenMP barrier.
+    """
+    if "OMP_NUM_THREADS" not in os.environ and cores < torch.get_num_threads():
+        torch.set_num_threads(cores)
 
 
 def mean_over_ranks_(tensor: Tensor) -> Tensor:

@@ -148,7 +148,8 @@ class DataConfig(_Section):
     augmentation: AugmentationConfig = Field(default_factory=dict, validate_default=True)
     """Random transforms of the views. Preset: those of the data set."""
     threads: int | None = Field(None, ge=1, json_schema_extra=FREE)
-    """Decoding threads or processes per rank; null: the machine's cores, split among its ranks."""
+    """Decoding threads or processes per rank; null: the cores that affinity and a container's CPU
+    limit allow, split among the machine's ranks."""
     prefetch: int = Field(2, ge=1, le=16, json_schema_extra=FREE)
     """Batches that dali prepares ahead."""
     stall_seconds: float = Field(300.0, gt=0, json_schema_extra=FREE)

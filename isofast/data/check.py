@@ -21,6 +21,7 @@ from isofast.data.checked import Entry, read_known, write_known
 from isofast.data.folder import NAMED, ImageFolder, fingerprint_of, printable, some_of
 from isofast.data.parallel import in_processes, in_threads
 from isofast.data.resident import rgb
+from isofast.distributed import usable_cores
 from isofast.errors import UserError
 
 Check = Literal["full", "headers", "off"]
@@ -74,7 +75,7 @@ def check_folder(
     pending = [k for k, entry in enumerate(entries) if entry is None]
     # a forked process cannot use DALI
     spread = in_threads if judge == "dali" else in_processes
-    cores = min(16, len(os.sched_getaffinity(0)))
+    cores = min(16, usable_cores())
     with closing(spread(lambda k: _judge(dataset, k, judge), pending, cores)) as judged:
         bar = tqdm(
             judged,

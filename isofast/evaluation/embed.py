@@ -25,6 +25,7 @@ from isofast.data.folder import walk
 from isofast.data.parallel import in_processes
 from isofast.data.resident import clean_image, normalised, rgb
 from isofast.data.shards import PICTURES, open_member, read_index
+from isofast.distributed import usable_cores
 from isofast.errors import UserError
 from isofast.evaluation.encoders import read_encoder, torch_bytes
 
@@ -130,7 +131,9 @@ def _embedded(
         # one core handles a whole batch: decoding processes and the network's threads would wait
         # for each other
         decode = _decoder(pictures, recipe)
-        yield from in_processes(lambda b: embedded(b, map(decode, b)), batches, _cores(), piece=1)
+        yield from in_processes(
+            lambda b: embedded(b, map(decode, b)), batches, usable_cores(), piece=1
+        )
 
 
 @torch.no_grad()
@@ -192,11 +195,7 @@ def decoded(
     Raises:
         RunError: a decoding process was killed.
     """
-    return in_processes(_decoder(pictures, recipe), [*pictures], _cores())
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0))
+    return in_processes(_decoder(pictures, recipe), [*pictures], usable_cores())
 
 
 def _decoder(

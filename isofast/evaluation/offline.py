@@ -30,7 +30,7 @@ from isofast.data import (
     resolve_backend,
 )
 from isofast.data.images import Images, check_images
-from isofast.distributed import World
+from isofast.distributed import World, limit_threads, usable_cores
 from isofast.errors import UserError
 from isofast.evaluation.encoders import newest_of, untrained
 from isofast.evaluation.intervals import wilson
@@ -157,6 +157,7 @@ def evaluate(
     drawn = np.sort(labelled[:train_images])
     counts = np.bincount(train.labels[drawn], minlength=classes)
     _require_enough(counts, protocols)
+    limit_threads(usable_cores())
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     data = config.data
     recipe = recipe_for(data.dataset, crop=data.crop, augmentation=data.augmentation)

@@ -21,6 +21,7 @@ from torch.nn import functional
 
 from isofast.config.schema import Config
 from isofast.data import ImageFolder, Recipe, open_dataset
+from isofast.distributed import limit_threads, usable_cores
 from isofast.errors import UserError
 from isofast.evaluation.embed import Pixels, decoded, features
 from isofast.evaluation.encoders import read_encoder, untrained
@@ -96,6 +97,7 @@ def look(run_dir: Path, config: Config, root: Path) -> Pictures:
     bank = _sample(train, recipe)
     query = _sample(open_dataset(root, "val"), recipe) if has_val else bank
     labelled = torch.from_numpy(bank.labels_N) >= 0
+    limit_threads(usable_cores())
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     start, kind = untrained(config), "untrained network"
     if config.encoder.init is not None:

@@ -15,6 +15,7 @@ import psutil
 import torch
 from torch import Tensor
 
+from isofast.distributed import usable_cores
 from isofast.run.directory import cpu_has_bf16, cpu_name, version_of
 from isofast_kernels import IsoLoss, matrix_power
 
@@ -67,6 +68,7 @@ class Report:
     cuda: str | None
     """The version that torch was built for."""
     cores: int
+    """Usable ones: fewer than the machine's with a CPU limit, as of a container."""
     compiler: str | None
     disk_free_gb: float
 
@@ -129,7 +131,7 @@ def examine() -> Report:
         devices=devices,
         driver=driver,
         cuda=torch.version.cuda,
-        cores=len(os.sched_getaffinity(0)),
+        cores=usable_cores(),
         compiler=compiler,
         disk_free_gb=round(shutil.disk_usage(Path.cwd()).free / 1e9, 1),
     )

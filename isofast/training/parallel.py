@@ -14,7 +14,14 @@ from torch import nn
 from torch.optim import Optimizer
 
 from isofast.config.schema import Config
-from isofast.distributed import World, cores_of_rank, launched_rank, launched_world_size, under_srun
+from isofast.distributed import (
+    World,
+    cores_of_rank,
+    launched_rank,
+    launched_world_size,
+    limit_threads,
+    under_srun,
+)
 from isofast.errors import RankError, UserError
 
 # keys that the pass-through section may not set, and what sets them
@@ -106,9 +113,8 @@ def init_world() -> World:
     if size == 1 and importlib.util.find_spec("deepspeed") is None:
         # enough for a step in a CUDA graph, which needs no engine
         return world
-    if not cuda and size > 1 and "OMP_NUM_THREADS" not in os.environ:
-        # ranks that each use all cores wait for each other at every OpenMP barrier
-        torch.set_num_threads(min(torch.get_num_threads(), cores_of_rank(world)))
+    if not cuda:
+        limit_threads(cores_of_rank(world))
     deepspeed = _import_deepspeed()
     if not cuda:
         # DeepSpeed would probe the compiler (in a notebook, linker errors show), then spend 40 s

@@ -93,11 +93,15 @@ def test_ranks_of_a_cpu_share_its_cores_unless_told():
         del environment["OMP_NUM_THREADS"]
     assert forked(_threads_are, 5, environments=told) == [0, 0]
     assert forked(_threads_are, 3, environments=silent) == [0, 0]
+    # a process alone has what a container's CPU limit leaves of the machine
+    for environment in (alone := launched(1)):
+        del environment["OMP_NUM_THREADS"]
+    assert forked(_threads_are, 4, 4, environments=alone) == [0]
 
 
-def _threads_are(expected: int) -> None:
+def _threads_are(expected: int, cores: int = 6) -> None:
     torch.set_num_threads(5)
-    with mock.patch("os.sched_getaffinity", return_value=range(6)):
+    with mock.patch("isofast.distributed.usable_cores", return_value=cores):
         init_world()
     assert torch.get_num_threads() == expected
     close_world()
