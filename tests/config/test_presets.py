@@ -81,8 +81,20 @@ def test_short_runs_and_other_pictures_have_settings_of_ours(
 @pytest.mark.parametrize(("name", "lr"), [("lars", 1.0), ("sgd", 0.1), ("adamw", 1e-3)])
 @pytest.mark.parametrize("ema", [True, False])
 def test_the_learning_rate_is_the_named_optimizers(name, lr, ema):
-    config = validate({**DATA, "method": {"ema": ema}, "optimizer": {"name": name}})
+    chosen = {"method": {"ema": ema}, "optimizer": {"name": name}}
+    config = validate({**DATA, **chosen})
     assert (config.optimizer.name, config.optimizer.lr) == (name, lr)
+    short = validate({**DATA, **chosen, "train": {"epochs": 30}})
+    assert short.optimizer.lr == (0.3 if name == "sgd" else lr)
+
+
+@pytest.mark.parametrize("epochs", [30, 1000])
+def test_a_custom_method_has_simsiams_optimizer_and_c_of_embeddings(epochs):
+    method = {"name": "isofast.methods:Method", "ema": True}
+    config = validate({**DATA, "train": {"epochs": epochs}, "method": method})
+    optimizer = config.optimizer
+    assert config.method.correlation == "embeddings"
+    assert (optimizer.name, optimizer.lr, optimizer.weight_decay) == ("sgd", 0.1, 1e-5)
 
 
 @pytest.mark.parametrize(

@@ -71,7 +71,8 @@ def test_presets_are_the_papers(name):
 
 def test_a_run_can_set_every_strength():
     raw = {"data": {"dataset": "stl10", "root": "x"}}
-    overrides = ["data.augmentation.view1.jitter_p=0.5", "data.augmentation.view2.scale=[0.5, 2]"]
+    view2 = 'data={"augmentation": {"view2": {"scale": [0.5, 2]}}}'
+    overrides = ["data.augmentation.view1.jitter_p=0.5", view2]
     data = validate(raw, overrides).data
     recipe = recipe_for("stl10", augmentation=data.augmentation)
     assert recipe.view1.model_dump() == TABLE["stl10"][4] | {"jitter_p": 0.5}

@@ -125,7 +125,8 @@ def test_checkpoints_of_torchvision_and_timm(tmp_path):
         if name == "lightly.ckpt":
             models = {p: nn.Sequential(*[*m.children()][:-1]) for p, m in models.items()}
         saved = {f"{p}{n}": x for p, m in models.items() for n, x in m.state_dict().items()}
-        saved |= {f"{online}fc.0.weight": torch.ones(2, 512), "projector.0.weight": torch.ones(2)}
+        heads = (f"{online}{head}.0.weight" for head in ("fc", "classifier", "head", "head_dist"))
+        saved |= {name: torch.ones(2) for name in (*heads, "projector.0.weight")}
         torch.save({"state_dict": saved}, tmp_path / name)
         # sorted by name
         save_file(saved, (tmp_path / name).with_suffix(".safetensors"))
@@ -149,15 +150,19 @@ def test_checkpoints_of_torchvision_and_timm(tmp_path):
     model.reset_classifier(0)
     for source in (hub, hub / "model.safetensors"):
         assert_same_features(isofast.load_encoder(source), model)
-    card = json.loads((hub / "config.json").read_text())["pretrained_cfg"]
-    assert read_encoder(hub).recipe.crop == card["input_size"][-1]
+    card = json.loads((hub / "config.json").read_text())
+    card["pretrained_cfg"] |= {"crop_pct": 0.8, "mean": [0.4] * 3, "std": [0.2] * 3}
+    (hub / "config.json").write_text(json.dumps(card))
+    recipe = read_encoder(hub).recipe
+    assert (recipe.crop, recipe.resize_short) == (176, 220)
+    assert (recipe.mean, recipe.std) == ((0.4,) * 3, (0.2,) * 3)
     alone = shutil.copy(hub / "model.safetensors", tmp_path / "alone.safetensors")
     with pytest.raises(UserError, match=r"does not say which encoder.*config\.json beside"):
         isofast.load_encoder(alone)
     torch.save({"arch": "resnet10t", "state_dict": load_file(alone)}, tmp_path / "arch.pth")
     assert_same_features(isofast.load_encoder(tmp_path / "arch.pth"), model)
     # PyTorch's ImageNet example names torchvision's
-    torch.save({"arch": "resnet18", "state_dict": wrapped}, tmp_path / "arch.pth")
+    torch.save({"arch": "resnet18", "model": wrapped}, tmp_path / "arch.pth")
     assert read_encoder(tmp_path / "arch.pth").config.name == "resnet18"
 
 

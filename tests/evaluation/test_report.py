@@ -17,6 +17,7 @@ from isofast.config.load import validate
 from isofast.evaluation.embed import embed
 from isofast.evaluation.intervals import newcombe
 from isofast.evaluation.pictures import look
+from isofast.run.labelfree import rankme
 from isofast.run.metrics import read_metrics
 from isofast.training.online import knn_top1
 
@@ -159,6 +160,8 @@ def test_neighbours_are_scikit_learns(evaluated_run, digits, tmp_path):
 
     top1 = knn_top1(*rows("train", bank), *rows("val", [*found["val"]]), classes=10, k=139)
     assert pictures.measured[0].knn_top1 == pytest.approx(top1, abs=0.003)
+    queries, _ = rows("val", [*found["val"]])
+    assert pictures.measured[0].rankme == pytest.approx(rankme(queries), rel=1e-3)
     assert config.evaluation.knn_k == 200
 
 

@@ -61,6 +61,8 @@ def test_forward(views, shape, dtype, guard_inputs):
     assert_within_budget("y", y, reference.norm_pool_reference(x, *of)[0], exact_y)
     assert torch.equal(taps, exact_taps)
     assert y.is_contiguous(memory_format=torch.channels_last)
+    # whatever the memory layouts
+    assert torch.equal(pool(x.contiguous(), *(t.T.contiguous().T for t in of[:2]), bias)[0], y)
 
 
 @pytest.mark.usefixtures("poisoned_empty")
@@ -76,6 +78,11 @@ def test_backward(views, shape, dtype, guard_inputs):
     by_torch, exact = (by_definition(dy, taps, x, of, t) for t in (torch.float32, torch.float64))
     for name, got, torchs, right in zip(("sums", "dx"), (found, dx), by_torch, exact, strict=True):
         assert_within_budget(name, got, torchs.to(got.dtype), right)
+    # whatever the memory layouts
+    images = [image.contiguous() for image in (dy, taps, x)]
+    columns = [t.T.contiguous().T for t in (mean, slope, shift, along)]
+    torch.testing.assert_close(norm_pool_sums(*images, columns[0]), found)
+    torch.testing.assert_close(norm_pool_gradient(*images, *columns), dx)
 
 
 def by_definition(dy, taps, x, of, dtype):

@@ -270,6 +270,13 @@ def _rank(compiled: bool, folder: str) -> None:
     found = {f"grad {n}": p.grad for n, p in net.named_parameters() if not n.endswith(LINEAR)}
     found |= dict(net.named_buffers())
     found["target"] = target(x_NCHW)
+    # a rank's own statistics, by torch's kernels and fused
+    local = [
+        convert_batch_norm(network("tiny", torch.float64), views=2, fused=fused)
+        for fused in (False, True)
+    ]
+    torch.testing.assert_close(*(one(x_NCHW) for one in local))
+    torch.testing.assert_close(*(one.state_dict() for one in local))
     torch.save(found | {"output": z_VBD.detach()}, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
