@@ -12,7 +12,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, TextIO
 
-from isofast.errors import RunError, UserError, exit_code_of
+from isofast.errors import RunError, UserError, exit_code_of, tell
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -154,9 +154,9 @@ def _write_own_report(run_dir: Path, *, pictures: bool) -> None:
         from isofast.evaluation.report import write_report
 
         write_report([run_dir], run_dir / "report.html", pictures=pictures)
-        _say(f"report: {run_dir / 'report.html'}", sys.stderr)
+        tell(f"report: {run_dir / 'report.html'}\n")
     except Exception as error:
-        _say(f"no report ({error}); write it with `isofast report {run_dir}`", sys.stderr)
+        tell(f"no report ({error}); write it with `isofast report {run_dir}`\n")
 
 
 def _add_config(parser: argparse.ArgumentParser) -> None:

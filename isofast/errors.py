@@ -5,6 +5,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 
 GOES_ON = "rerun the same command to continue"
 
@@ -39,6 +40,12 @@ class Stopped(BaseException):
         self.exit_code = 0 if number == signal.SIGUSR1 else 128 + number
 
 
+def tell(text: str) -> None:
+    """Print on stderr; a closed terminal or a full disk must not end a run."""
+    with suppress(OSError):
+        sys.stderr.write(text)
+
+
 def exit_code_of(
     command: Callable[[], None], *, debug: bool, rank: int = 0, local_rank: int = 0
 ) -> int:
@@ -56,28 +63,28 @@ def exit_code_of(
         if debug:
             traceback.print_exc()
         elif rank == 0:
-            sys.stderr.write(f"\nerror: {error}\n")
+            tell(f"\nerror: {error}\n")
         elif local_rank == 0 or isinstance(error, RunError | RankError):
-            sys.stderr.write(f"\nerror on rank {rank}: {error}\n")
+            tell(f"\nerror on rank {rank}: {error}\n")
         return 2 if isinstance(error, UserError) else 1
     except Stopped as stopped:
         if rank == 0:
-            sys.stderr.write(f"\n{stopped}\n")
+            tell(f"\n{stopped}\n")
         return stopped.exit_code
     except OSError as error:
         if error.errno in (errno.EACCES, errno.EPERM, errno.ENAMETOOLONG):
             if debug:
                 traceback.print_exc()
             elif local_rank == 0:
-                sys.stderr.write(f"\nerror{f' on rank {rank}' if rank else ''}: {error}\n")
+                tell(f"\nerror{f' on rank {rank}' if rank else ''}: {error}\n")
             return 2
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         if rank == 0:
-            sys.stderr.write(f"\nerror: {error}. Free some space, then rerun the same command\n")
+            tell(f"\nerror: {error}. Free some space, then rerun the same command\n")
         return 1
     except KeyboardInterrupt:
         if rank == 0:
-            sys.stderr.write(f"\ninterrupted; {GOES_ON} from what is complete, or to start over\n")
+            tell(f"\ninterrupted; {GOES_ON} from what is complete, or to start over\n")
         return 130
     return 0

@@ -8,7 +8,6 @@ checksums). It is written under a temporary name and renamed when complete.
 import hashlib
 import json
 import shutil
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from isofast.data.files import sync
-from isofast.errors import RunError, UserError
+from isofast.errors import RunError, UserError, tell
 
 State = dict[str, Any]
 REMEDY = (
@@ -110,7 +109,7 @@ def save_checkpoint(
 
 
 def _warn(text: str) -> None:
-    sys.stderr.write(f"warning: {text}\n")
+    tell(f"warning: {text}\n")
 
 
 def newest_checkpoint(folder: Path, report: Callable[[str], None] = _warn) -> Checkpoint | None:

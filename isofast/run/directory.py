@@ -16,7 +16,7 @@ import torch
 from isofast.config.load import read_stored
 from isofast.config.schema import Config, changed_keys
 from isofast.distributed import World
-from isofast.errors import UserError
+from isofast.errors import UserError, tell
 
 _PACKAGES = (
     *("torch", "torchvision", "triton", "deepspeed", "nvidia-dali-cuda130", "nvidia-dali-cuda120"),
@@ -85,7 +85,7 @@ def open_run_dir(run_dir: Path, config: Config) -> IO[str]:
             # some network file systems have no locks; train without one
             break
         if left == _WAIT_S:
-            sys.stderr.write(f"{held}; waiting up to {_WAIT_S} s for it to end\n")
+            tell(f"{held}; waiting up to {_WAIT_S} s for it to end\n")
         time.sleep(1)
     lock.seek(0)
     # other ranks may be reading it

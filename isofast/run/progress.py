@@ -4,7 +4,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from tqdm import tqdm
 
@@ -68,7 +68,9 @@ class Progress:
     def say(self, text: str) -> None:
         """Print a line above the bar."""
         if self._speak:
-            tqdm.write(text, file=sys.stderr)
+            # the terminal may have closed, the log's disk be full
+            with suppress(OSError):
+                tqdm.write(text, file=sys.stderr)
 
     def note(self, text: str) -> None:
         """Print a line in log files only; a terminal has the bar."""

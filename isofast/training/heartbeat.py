@@ -1,7 +1,6 @@
 """Detection of a lost or hung rank, for which collectives would wait silently."""
 
 import os
-import sys
 import threading
 import time
 from datetime import timedelta
@@ -9,7 +8,7 @@ from datetime import timedelta
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from isofast.distributed import World
-from isofast.errors import GOES_ON
+from isofast.errors import GOES_ON, tell
 
 INTERVAL_S = 2.0
 LIMIT_S = 30.0
@@ -102,7 +101,7 @@ class Heartbeat:
             # without the store every rank is silent, this one included
             which = f"rank {', '.join(map(str, silent))}"
             which = "rank 0 or its machine" if rank in silent else which
-            sys.stderr.write(
+            tell(
                 f"\nerror on rank {rank}: {which} has not answered for {LIMIT_S:g} s (lost, "
                 f"hung or cut off). The last checkpoint is intact; {GOES_ON}\n"
             )

@@ -1,9 +1,8 @@
-"""SIGTERM, SIGINT and SIGUSR1 during training: finish the step, save, then stop."""
+"""SIGTERM, SIGINT, SIGUSR1, SIGHUP during training: finish the step, save, then stop."""
 
 import os
 import signal
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -14,16 +13,14 @@ import torch
 import torch.distributed as dist
 
 from isofast.distributed import World
-from isofast.errors import GOES_ON, Stopped
+from isofast.errors import GOES_ON, Stopped, tell
 from isofast.training.stall import StallWatch
 
 # Slurm kills 30 s after SIGTERM by default; a rank waiting for a lost peer would never save
 GRACE_S = 60.0
 # Ctrl-C reaches every process of the terminal; a launcher among them then sends SIGTERM as well
 ECHO_S = 3.0
-_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-# below every signal's number
-_SAVE = 1
+_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 
 
 class Signals:
@@ -61,7 +58,10 @@ class Signals:
         os.set_blocking(self._writer, False)
         # a Python handler does not run while a collective blocks
         self._wakeup = signal.set_wakeup_fd(self._writer)
-        self._handlers = {number: signal.signal(number, _ignore) for number in _SIGNALS}
+        # nohup ignores SIGHUP, which a terminal that closes sends
+        closes = signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN
+        numbers = _SIGNALS if closes else _SIGNALS[:-1]
+        self._handlers = {number: signal.signal(number, _ignore) for number in numbers}
         self._start(self._listen)
 
     def __exit__(self, *exception: object) -> None:
@@ -94,7 +94,8 @@ class Signals:
         Args:
             save: request a checkpoint.
         """
-        asked = self._received or (_SAVE if save else 0)
+        # 1 to save, or a signal's number and 1
+        asked = self._received + 1 if self._received or save else 0
         if self._group is not None:
             before, mine = self._exchange, torch.tensor(asked)
             maximum = dist.ReduceOp.MAX
@@ -105,7 +106,7 @@ class Signals:
                 work, number = before
                 work.wait()
                 asked = int(number)
-        return asked > 0, signal.Signals(asked) if asked > _SAVE else None
+        return asked > 0, signal.Signals(asked - 1) if asked > 1 else None
 
     def _listen(self) -> None:
         while data := os.read(self._reader, 1):
@@ -122,7 +123,7 @@ class Signals:
             ):
                 if not self._handled.is_set():
                     name = signal.Signals(data[0]).name
-                    sys.stderr.write(f"\n{name} again: ended without saving\n")
+                    tell(f"\n{name} again: ended without saving\n")
                 os._exit(128 + data[0])
         os.close(self._reader)
 
@@ -139,7 +140,7 @@ class Signals:
                 return
         name = signal.Signals(self._received).name
         what = f"{name}, then no step or batch for {self._grace_s:g} s; the work was not saved"
-        sys.stderr.write(f"\nerror: {what}\n")
+        tell(f"\nerror: {what}\n")
         os._exit(128 + self._received)
 
 

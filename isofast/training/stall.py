@@ -1,13 +1,12 @@
 """Detection of a loader that hangs, for example on a lost network file system."""
 
 import os
-import sys
 import threading
 from collections.abc import Iterable, Iterator
 from typing import TypeVar
 
 from isofast.config.schema import DataConfig
-from isofast.errors import GOES_ON
+from isofast.errors import GOES_ON, tell
 
 _T = TypeVar("_T")
 
@@ -61,7 +60,7 @@ class StallWatch:
             waited = waited + 1 if self._waiting and taken == before else 0
             before = taken
             if waited >= self._config.stall_seconds:
-                sys.stderr.write(
+                tell(
                     f"\nerror on rank {self._rank}: no batch of images for "
                     f"{self._config.stall_seconds:g} s (data.stall_seconds). Reading from "
                     f"{self._config.root} hangs or is too slow: check the disk or the network "

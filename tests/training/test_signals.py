@@ -1,10 +1,13 @@
 """Runs asked to stop: saved at that step, with the same exit code under any launcher."""
 
+import fcntl
 import os
+import pty
 import re
 import signal
 import subprocess
 import sys
+import termios
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -17,7 +20,17 @@ from isofast.run.checkpoint import newest_checkpoint
 from isofast.training.parallel import close_world, init_world
 from isofast.training.signals import ECHO_S, Signals, stopped
 
-from ..support.runs import ALONE, assert_same_run, forked, launched, opened, started, train
+from ..support.runs import (
+    ALONE,
+    assert_same_run,
+    command_of,
+    forked,
+    launched,
+    opened,
+    started,
+    train,
+    wait_for_step,
+)
 
 
 @pytest.fixture
@@ -50,6 +63,32 @@ def test_ctrl_c_in_a_terminal_saves_though_the_launcher_adds_a_sigterm(config_fi
     # whichever of the two comes first
     assert re.search(r"stopped by SIG(INT|TERM) after step \d+, which is saved", printed)
     assert newest_checkpoint(tmp_path / "run" / "checkpoints") is not None
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(("ignored", "code"), [(False, 129), (True, 0)])
+def test_a_terminal_that_closes(ignored, code, config, tmp_path):
+    master, terminal = pty.openpty()
+
+    def attach() -> None:
+        fcntl.ioctl(terminal, termios.TIOCSCTTY, 0)
+        if ignored:
+            # as with nohup or disown
+            signal.signal(signal.SIGHUP, signal.SIG_IGN)
+
+    process = opened(
+        command_of(config, tmp_path / "run"),
+        stdout=terminal,
+        stderr=terminal,
+        start_new_session=True,
+        preexec_fn=attach,
+    )
+    os.close(terminal)
+    wait_for_step(3, tmp_path / "run", process)
+    os.close(master)
+    assert process.wait(timeout=60) == code
+    found = newest_checkpoint(tmp_path / "run" / "checkpoints")
+    assert found is not None and (found.step == 30) == ignored
 
 
 COMPILER = """
@@ -105,7 +144,7 @@ def test_a_run_gives_signals_back():
     def handler(*_: object) -> None:
         pass
 
-    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
     before = [signal.signal(number, handler) for number in numbers]
     _, writer = pipe = os.pipe()
     os.set_blocking(writer, False)
@@ -134,8 +173,8 @@ def _poll_as_all_are_told() -> None:
     world = init_world()
     signals = Signals(world)
     assert [signals.poll(save=world.is_main), signals.poll()] == [(False, None), (True, None)]
-    signals._received = signal.SIGTERM
-    assert [signals.poll(), signals.poll()] == [(False, None), (True, signal.SIGTERM)]
+    signals._received = signal.SIGHUP
+    assert [signals.poll(), signals.poll()] == [(False, None), (True, signal.SIGHUP)]
     close_world()
 
 
