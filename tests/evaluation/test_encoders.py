@@ -15,11 +15,13 @@ from torchvision.models import resnet18, resnet50, wide_resnet50_2
 import isofast
 from isofast.config.schema import EncoderConfig
 from isofast.errors import UserError
-from isofast.evaluation.encoders import read_encoder
+from isofast.evaluation.encoders import read_encoder, untrained
 from isofast.methods.networks import make_encoder
 from isofast.methods.weights import initialise
+from isofast.training.build import build
 
 from ..support.encoders import write_run
+from ..support.runs import ALONE
 
 pytestmark = pytest.mark.slow
 
@@ -166,6 +168,15 @@ def test_checkpoints_of_torchvision_and_timm(tmp_path):
     assert read_encoder(tmp_path / "arch.pth").config.name == "resnet18"
 
 
+def test_an_untrained_network_is_its_runs_first(small_config):
+    config = small_config(seed=7, train={"cuda_graph": "on", "precision": "fp32"})
+    before = torch.get_rng_state()
+    found = untrained(config).parameters()
+    assert torch.equal(torch.get_rng_state(), before)
+    first = build(config, ALONE, 10).online.branch.encoder.parameters()
+    assert all(torch.equal(*pair) for pair in zip(found, first, strict=True))
+
+
 def test_files_that_hold_no_encoder_are_refused(tmp_path):
     def refused(name: str, words: str) -> None:
         with pytest.raises(UserError, match=words):
@@ -218,3 +229,7 @@ def test_initial_weights_are_the_files(tmp_path):
         with pytest.raises(UserError, match=f"encoder.init: .*do not fit.*{words}"):
             initialise(encoder, path)
         assert all(torch.equal(kept[name], tensor) for name, tensor in encoder.state_dict().items())
+    deeper = tmp_path / "deeper.safetensors"
+    save_file(make_encoder(EncoderConfig(name="resnet34")).state_dict(), deeper)
+    with pytest.raises(UserError, match=r"unknown here: layer1\.2\.bn1"):
+        initialise(make_encoder(EncoderConfig()), deeper)

@@ -15,6 +15,7 @@ from torch import nn
 
 import isofast
 from isofast.cli import main
+from isofast.evaluation.encoders import read_encoder
 
 from ..support.encoders import write_run
 
@@ -115,6 +116,8 @@ def test_safetensors_come_back(run_of, tmp_path):
     assert export(run, "safetensors", tmp_path / "one.safetensors") == 0
     assert export(tmp_path / "one.safetensors", "safetensors", tmp_path / "two.safetensors") == 0
     assert torch.equal(features(isofast.load_encoder(tmp_path / "two.safetensors")), expected)
+    recipe = read_encoder(tmp_path / "two.safetensors").recipe
+    assert (recipe.crop, recipe.resize_short, [*recipe.mean]) == (32, 37, MEAN)
 
 
 @pytest.mark.parametrize("encoder", [{"stem": "cifar", "width": 4}, {"name": "timm:resnet10t"}])
@@ -142,6 +145,10 @@ def test_onnx_that_computes_something_else_is_not_written(run_of, tmp_path, monk
     run, _ = run_of(stem="cifar", width=4)
     monkeypatch.setattr("isofast.evaluation.export._ONNX_TOLERANCE", 0.0)
     (tmp_path / "net.onnx").write_bytes(b"earlier")
+    assert export(run, "onnx", tmp_path / "net.onnx") == 1
+    monkeypatch.setattr("isofast.evaluation.export._ONNX_TOLERANCE", 1.0)
+    nan = [np.full((1, 1), np.nan, np.float32)]
+    monkeypatch.setattr("onnxruntime.InferenceSession.run", lambda *_: nan)
     assert export(run, "onnx", tmp_path / "net.onnx") == 1
     assert (tmp_path / "net.onnx").read_bytes() == b"earlier"
 

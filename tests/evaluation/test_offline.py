@@ -20,7 +20,7 @@ from isofast.cli import main
 from isofast.config.schema import EncoderConfig
 from isofast.data import EvalLoader, check_folder, open_dataset, recipe_for
 from isofast.evaluation.intervals import wilson
-from isofast.evaluation.offline import GRID_C
+from isofast.evaluation.offline import GRID_C, Report, Result
 from isofast.methods.networks import make_encoder
 from isofast.run.metrics import read_metrics
 from isofast.training.online import clean_loader
@@ -148,6 +148,13 @@ def test_a_file_of_weights_is_a_baseline(evaluated_run, tmp_path, capsys):
     # a bank of 150 images cannot give 200 neighbours
     assert settings == ["k-NN, k = 20", "k-NN, k = 150"]
     assert sum("...name.safetensors"[-14:] in line for line in lines) == 2
+
+
+def test_the_printed_table_has_the_numbers():
+    result = Result(None, "few", 0.5, (0.4, 0.6), 355, labels_per_class=5, std=0.0123)
+    *_, line = str(Report("run", "", 44, "", 10, 1442, 355, [result], [])).splitlines()
+    few = "few labels, 5 a class the run 0.500 [0.400, 0.600] 0.012"
+    assert " ".join(line.split()) == few
 
 
 def test_what_cannot_be_evaluated_is_told(evaluated_run, digits, tmp_path, refused):

@@ -1,24 +1,35 @@
 """`isofast report` on real runs: what it says, well-formed and self-contained, and in a browser."""
 
+import base64
+import io
 import json
 import re
 import shutil
 import subprocess
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from markupsafe import Markup
+from matplotlib.colors import to_rgb
+from PIL import Image
 from sklearn.neighbors import NearestNeighbors
 
 from isofast.cli import main
 from isofast.config.load import validate
+from isofast.evaluation.chart import Line, chart
 from isofast.evaluation.embed import embed
 from isofast.evaluation.intervals import newcombe
-from isofast.evaluation.pictures import look
+from isofast.evaluation.pictures import CLASS_COLORS, Measured, Pictures, _map, _Sample, look
+from isofast.evaluation.report import write_report
+from isofast.evaluation.verdict import Verdict, judge
 from isofast.run.labelfree import rankme
 from isofast.run.metrics import read_metrics
+from isofast.run.stored import read_run
 from isofast.training.online import knn_top1
 
 from ..support.runs import train
@@ -89,6 +100,13 @@ def test_a_run_is_judged_by_what_it_gained(evaluated_run, tmp_path, digits, monk
     assert f"interval [{low:+.3f}, {high:+.3f}] from 355 images" in page.text
     said = "Learned" if low > 0 else "Worse" if high < 0 else "No gain"
     assert page.text.startswith(f"Run evaluated {said}")
+    assert "has not ended" not in page.text and "on the sample" not in page.text
+    assert f"before training k-NN, k = 200 {before:.3f} " in page.text
+    steps = [one for one in records if "loss" in one]
+    first, last = (steps[k]["effective_rank"] for k in (0, -1))
+    assert f"effective rank of C, participation ratio {first:.3g} {last:.3g} " in page.text
+    probe = records[-1]["val_top1"]
+    assert f" {steps[-1]['probe_top1']:.3g} {probe:.3g} {after:.3g} {last:.3g} " in page.text
     # as they do on digits in so short a run
     assert "Raw pixels do at least as well: 0.9" in page.text
     # eight queries with six neighbours each, and the map
@@ -113,6 +131,83 @@ def test_a_run_is_compared_with_the_weights_it_began_with(evaluated_run, tmp_pat
     (run / "config.json").write_text(json.dumps(config))
     text = report(tmp_path, run).text
     assert "the untrained network" in text and "initial weights" not in text
+    summary = json.loads((run / "summary.json").read_text()) | {"failure": "a rank was lost"}
+    (run / "summary.json").write_text(json.dumps(summary))
+    assert report(tmp_path, run).text.startswith("Run run Failed: a rank was lost.")
+
+
+def test_a_sample_stands_in_for_evaluations(evaluated_run):
+    run = replace(read_run(evaluated_run), evaluations=[])
+    names = ("this run", "untrained network", "raw pixels")
+
+    def judged(*top1: float | None) -> Verdict:
+        measured = [
+            Measured(name, one, rank, -rank / 10)
+            for name, one, rank in zip(names, top1, (20.0, 10.0, 5.0), strict=True)
+        ]
+        return judge(run, {"failure": None}, None, Pictures("", 355, [], "", "", [], measured))
+
+    learned = judged(0.9, 0.5, 0.95)
+    assert learned.word == "learned" and "0.900, before 0.500: +0.400" in learned.headline
+    pixels = "Raw pixels do at least as well: 0.950, this run 0.900, on a sample."
+    assert pixels in learned.reasons
+    reasons = " ".join(judged(None, None, None).reasons)
+    assert "features: 20.0, untrained network 10.0; uniformity -2.00, untrained" in reasons
+    last = run.records[-1]
+    assert f"embeddings: {4 * last['embedding_std']:.0%} of the healthy" in reasons
+    assert f"Effective rank of C: {last['effective_rank']:.1f} of 16." in reasons
+    # a run still going on has no summary
+    collapsed = replace(run, records=[*run.records[:-1], last | {"embedding_std": 0.0}])
+    verdict = judge(collapsed, {}, 355, None)
+    assert verdict.word == "collapsed" and "The run has not ended: epoch 2 of 2." in verdict.reasons
+
+
+def test_charts_show_each_run_in_its_colour(spectrum_runs, tmp_path, monkeypatch):
+    drawn: list[list[Line]] = []
+
+    def chart(lines: list[Line], **_: Any) -> Markup:
+        drawn.append(lines)
+        return Markup()
+
+    monkeypatch.setattr("isofast.evaluation.report.chart", chart)
+    folders = [spectrum_runs[name][1] for name in ("ema", "linear")]
+    write_report(folders, tmp_path / "report.html", pictures=False)
+    runs = [read_run(folder) for folder in folders]
+    for lines, run in zip(drawn, runs, strict=False):
+        assert lines[-1].label == "1" and len(lines) > 8
+        for line in lines:
+            assert np.array_equal(line.values_T, run.eigenvalues_TD[:, int(line.label) - 1])
+    for place, (line, run) in enumerate(zip(drawn[2], runs, strict=True)):
+        assert line.values_T.tolist() == [record["loss"] for record in run.records]
+        assert line.color == place
+
+
+def test_a_chart_shows_all_of_a_curve():
+    epochs_T = np.arange(1000.0)
+    values_T = 10 ** (-epochs_T / 100 + np.random.default_rng(0).random(1000) / 5)
+    svg = chart([Line("a", epochs_T, values_T)], log=True)
+    assert f"a: from {values_T[0]:.3g} to {values_T[-1]:.3g}, between " in svg
+    path = max(re.findall(r'd="([^"]*)"', svg), key=len)
+    x, y = np.array(re.findall(r"[ML] ([\d.]+) ([\d.]+)", path), float).T
+    # SVG's y grows downwards
+    assert np.corrcoef(x, y)[0, 1] > 0.99
+    assert ">800</text>" in svg
+
+
+def test_a_map_frames_images_in_their_classes_colours():
+    labels_N = np.arange(40) % 10
+    pixels_NHW3 = np.broadcast_to(25 * labels_N[:, None, None, None], (40, 8, 8, 3))
+    sample = _Sample(np.uint8(pixels_NHW3), labels_N, [""] * 40)
+    uri, _ = _map(torch.randn(40, 5), sample, True)
+    with Image.open(io.BytesIO(base64.b64decode(uri.partition(",")[2]))) as image:
+        sheet = np.asarray(image.convert("RGBA")).astype(int)
+    tiles = sheet.reshape(20, 30, 30, 30, 4).swapaxes(1, 2).reshape(-1, 30, 30, 4)
+    shown = [tile for tile in tiles if tile[15, 15, 3]]
+    assert len(shown) > 20
+    for tile in shown:
+        hues = 255 * np.array([to_rgb(color) for color in CLASS_COLORS])
+        frame = np.abs(hues - tile[1, 1:-1, :3].mean(0)).sum(1).argmin()
+        assert frame == round(tile[15, 15, 0] / 25)
 
 
 @pytest.mark.parametrize(
@@ -162,6 +257,9 @@ def test_neighbours_are_scikit_learns(evaluated_run, digits, tmp_path):
     assert pictures.measured[0].knn_top1 == pytest.approx(top1, abs=0.003)
     queries, _ = rows("val", [*found["val"]])
     assert pictures.measured[0].rankme == pytest.approx(rankme(queries), rel=1e-3)
+    variance = np.linalg.svd((queries - queries.mean(0)).numpy(), compute_uv=False) ** 2
+    shares = variance[:2] / variance.sum()
+    assert f"({shares[0]:.0%} and {shares[1]:.0%} of the variance)" in pictures.map_alt
     assert config.evaluation.knn_k == 200
 
 

@@ -66,7 +66,8 @@ def test_a_figure_is_drawn_as_png_and_svg(what, spectrum_runs, tmp_path, capsys)
     with Image.open(paths[0]) as image:
         assert image.width > 600 and image.height > 400
         assert len(np.unique(np.asarray(image.convert("L")))) > 20
-    assert paths[1].read_text().rstrip().endswith("</svg>")
+    svg = paths[1].read_text()
+    assert svg.rstrip().endswith("</svg>") and "<dc:date>" not in svg
 
 
 @pytest.mark.parametrize("scales", [(1.0, 1e4), (1e4, 1.0)])
@@ -100,7 +101,8 @@ def test_panels_show_their_runs_in_order_on_one_scale(
         assert low <= 0.05 and high >= 4e4 and (low, high) == figure.axes[0].get_ylim()
     axes = accuracies_of(figure)
     assert axes.get_ylabel() == "top-1, validation" and axes.get_ylim() == (0, 1.02)
-    for line, accuracies in zip(axes.lines, top1, strict=True):
+    for line, accuracies, panel in zip(axes.lines, top1, figure.axes[:2], strict=True):
+        assert line.get_label() in panel.get_title().replace("\n", " ")
         assert line.get_xdata() == pytest.approx([8 / 22, 16 / 22, 24 / 22])
         assert line.get_ydata() == pytest.approx(accuracies)
         assert line.get_marker() == "o"
@@ -139,9 +141,12 @@ def test_two_evaluations_of_one_run_are_no_curve(spectrum_runs, tmp_path):
         assert line.get_ydata() == pytest.approx([r["probe_top1"] for r in run.records])
 
 
-def test_figure_4_shows_the_alignment(spectrum_runs):
+def test_figure_4_shows_the_alignment(spectrum_runs, tmp_path):
     run = read_run(spectrum_runs["linear"][1])
-    above = figure4([run]).axes[0]
+    same = {"eigenvalues": np.ones((3, 16)), "alignment": np.ones((3, 16))}
+    other = copied(run.path, tmp_path / "other", **same)
+    _, above, _, below = figure4([other, run]).axes[:4]
+    assert below.collections[0].get_segments()[0][:, 1] == pytest.approx(run.eigenvalues_TD[:, 0])
     assert above.collections[0].get_segments()[3][:, 1] == pytest.approx(run.alignment_TD[:, 3])
     known = [record["predictor_alignment"] for record in run.records]
     assert above.lines[0].get_ydata()[[1, 3, 5]] == pytest.approx(known, rel=1e-4)
@@ -159,6 +164,15 @@ def test_eigenvalues_are_drawn_down_to_rounding(spectrum_runs, tmp_path):
     values_TD[:, -1] = 1e-9
     panel = figure3([copied(ema, tmp_path / "rounding", eigenvalues=values_TD)]).axes[0]
     assert len(panel.collections[0].get_segments()[-1]) == 0 and panel.get_ylim()[0] > 1e-8
+
+
+def test_a_long_run_is_thinned_out_over_all_its_epochs(spectrum_runs):
+    run, epochs_T = read_run(spectrum_runs["ema"][1]), np.arange(2000.0)
+    values_TD = 1 + epochs_T[:, None] * np.ones(16)
+    long = replace(run, epochs_T=epochs_T, eigenvalues_TD=values_TD)
+    points_T2 = figure3([long]).axes[0].collections[0].get_segments()[0]
+    assert len(points_T2) <= 500 and points_T2[[0, -1], 0].tolist() == [0, 1999]
+    assert points_T2[:, 1] == pytest.approx(1 + points_T2[:, 0])
 
 
 def test_figure_7_pairs_what_differs_only_in_ema(spectrum_runs, tmp_path):

@@ -13,7 +13,7 @@ from isofast.cli import main
 from isofast.errors import UserError
 from isofast.paper.metrics_figure import metrics_figure, spearman, table
 from isofast.run.metrics import read_metrics, read_spectra
-from isofast.run.stored import read_run
+from isofast.run.stored import labels, read_run
 
 NAMES = ("rankme", "lidar", "alpha_req", "uniformity", "view_alignment")
 
@@ -68,8 +68,12 @@ def test_metrics_of_two_runs(evaluated_run, tmp_path, capsys):
     titles = [axis.get_title() for axis in panels if axis.get_title()]
     assert len(titles) == 12 and titles[0].startswith("rankme of features\nSpearman ")
     assert titles[0].endswith("(n = 3)") and titles[-1].endswith("(n = 4)")
-    last = panels[0].collections[0].get_offsets()
-    assert last.tolist() == [[evaluations[-1]["rankme"], evaluations[-1]["knn_top1"]]]
+    for panel, key in ((panels[0], "rankme"), (panels[5], "rankme_z")):
+        points = [[one[key], one["knn_top1"]] for one in evaluations]
+        assert panel.lines[0].get_xydata().tolist() == points
+        assert panel.collections[0].get_offsets().tolist() == points[-1:]
+    named = [dots.get_label() for dots in panels[0].collections]
+    assert named == labels([read_run(evaluated_run), read_run(old)])
     assert len(metrics_figure(table([read_run(old)])).axes) == 2
     with pytest.raises(UserError, match=r"evaluation\.metrics_images"):
         metrics_figure(table([read_run(old)])[:1])

@@ -163,8 +163,9 @@ def test_the_plan_is_the_table(request_of):
     assert [(run.config.method.alpha, run.config.method.eps) for run in shipped] == [(1, 0.25)] * 4
     assert {run.config.train.epochs for run in shipped} == {1000}
     assert {run.row.ema: run.config.method.decay for run in shipped} == {True: 0.998, False: 0.5}
-    # the method section of quickstart.json does not apply to tables
+    # the method and optimizer sections of quickstart.json do not apply to tables
     digits = request_of(methods=["isoloss"]).plan()
+    assert {run.config.optimizer.name for run in digits} == {"sgd"}
     assert {run.row.ema: run.config.method.decay for run in digits} == {True: 0.9, False: 0.5}
     for small in request_of(datasets=["cifar10", "tinyimagenet"], scale="small").plan():
         assert (small.config.encoder.width, small.config.train.epochs) == (16, 10)

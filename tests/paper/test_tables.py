@@ -1,9 +1,15 @@
 """The table of `isofast reproduce` for runs that finished, failed or crashed."""
 
 import json
+import signal
+import sys
+from pathlib import Path
 from typing import Any
 
-from isofast.paper.reproduce import render
+import pytest
+
+from isofast.errors import UserError
+from isofast.paper.reproduce import render, reproduce, run_command
 from isofast.paper.tables import DATASETS, TABLES, PlannedRun
 
 # table, method, EMA, then CIFAR-10, CIFAR-100, STL-10 and TinyImageNet
@@ -26,6 +32,8 @@ def test_every_number_is_the_papers():
     for table, row in ((name, row) for name, rows in TABLES.items() for row in rows):
         reported = [row.reported[name] for name in ("cifar10", "cifar100", "stl10", "tinyimagenet")]
         assert " ".join([table, row.method, str(row.ema), *reported]) == lines.pop(0)
+        trained = row.method in ("byol", "simsiam")
+        assert row.alpha == (None if trained else {"table2": 0.5, "table3": 1.0}[table])
     assert lines == []
 
 
@@ -73,19 +81,22 @@ def test_a_cell_is_the_mean_of_the_seeds_that_ended(request_of):
     request = request_of(seeds=4, methods=["directpred"])
     runs = request.plan()
     with_ema, without = runs[:4], runs[4:]
-    for planned, top1 in zip(with_ema, (0.5, 0.6, 0.7), strict=False):
+    for planned, top1 in zip(with_ema, (0.5, 0.6, 0.85), strict=False):
         _leave(planned, val_top1=top1)
     few, nan = "few dimensions", "the loss became NaN"
-    _leave(without[0], val_top1=0.1, knn_top1=0.2, effective_rank=1.5, collapse=few)
+    knn = {"knn_top1_initial": 0.15, "knn_top1": 0.2}
+    _leave(without[0], val_top1=0.1, **knn, effective_rank=1.5, collapse=few)
     _leave(without[1], failure=nan, collapse=nan)
     # on_collapse=warn keeps the last warning, whatever ends the run
     _leave(without[2], val_top1=0.9, failure="a rank is lost", collapse=few)
     # the last accuracy of a run that crashed
-    (without[1].run_dir / "metrics.jsonl").write_text('{"step": 1, "epoch": 1, "val_top1": 0.3}\n')
+    (without[1].run_dir / "metrics.jsonl").write_text(
+        "".join(f'{{"step": {step}, "epoch": 1, "val_top1": {step / 10}}}\n' for step in (1, 3))
+    )
     assert [planned.state() for planned in without] == ["finished", "crashed", "stopped", "new"]
     table = render(request, runs)
-    assert "| DirectPred | 0.5 | yes | - | - | 60.0 +- 10.0 | - | 0 of 3 | - |" in table
-    assert "| DirectPred | 0.5 | no | - | 20.0 | 20.0 +- 14.1 | 1.5 | 2 of 2 | - |" in table
+    assert "| DirectPred | 0.5 | yes | - | - | 65.0 +- 18.0 | - | 0 of 3 | - |" in table
+    assert "| DirectPred | 0.5 | no | 15.0 | 20.0 | 20.0 +- 14.1 | 1.5 | 2 of 2 | - |" in table
 
 
 def test_more_steps_are_trained(request_of):
@@ -95,6 +106,35 @@ def test_more_steps_are_trained(request_of):
     assert short.state() == "finished"
     (longer,) = request_of(seeds=1, methods=methods).plan()
     assert longer.state() == "stopped"
+    other = request_of(seeds=1, methods=methods, overrides=["train.batch_size=32"])
+    with pytest.raises(UserError, match=r"train\.batch_size: 64 -> 32(?s:.*)--runs"):
+        other.plan()
+
+
+def test_figures_are_of_the_first_seed(request_of, monkeypatch):
+    drawn: list[Any] = []
+
+    def draw(number: int, folders: list[Path], output: Path) -> list[Path]:
+        drawn.append((number, folders))
+        return []
+
+    monkeypatch.setattr("isofast.paper.reproduce.draw", draw)
+    request = request_of(seeds=2, methods=["simsiam", "isoloss"], scale="small")
+    for run in request.plan():
+        _leave(run, val_top1=0.5)
+    reproduce(request, lambda text: None)
+    first = [run.run_dir for run in request.plan() if run.seed == 0]
+    assert drawn == [(3, first), (7, first[1:])]
+
+
+def test_a_run_under_nohup_ignores_hang_ups():
+    hang_up = "import os, signal, time; os.kill(os.getppid(), signal.SIGHUP); time.sleep(0.1)"
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        assert run_command([sys.executable, "-c", hang_up]) == 0
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def _leave(run: PlannedRun, **summary: Any) -> None:

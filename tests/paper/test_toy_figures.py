@@ -99,6 +99,7 @@ def assert_plane(axes: Axes, points_TPM: NDArray[Any]) -> None:
     ):
         np.testing.assert_allclose(found, expected, rtol=1e-7, atol=1e-12)
     assert len(first.get_facecolor()) == 0 and len(last.get_facecolor()) == 1
+    assert first.get_label().endswith("first step") and last.get_label().endswith("last step")
     low, high = axes.get_xlim()
     assert low <= points_TPM.min() and points_TPM.max() <= high
 
@@ -111,6 +112,7 @@ def assert_spectrum(axes: Axes, values_TM: NDArray[Any]) -> None:
     assert axes.get_yscale() == "log"
     light = [sum(to_rgb(line.get_color())) for line in axes.lines if line.get_linestyle() == "-"]
     assert (np.diff(light) < 0).all()
+    assert axes.lines[0].get_label() == "largest eigenvalue"
 
 
 @pytest.mark.parametrize(("figure", "seed"), [("figure2", 1), ("figure6", 0)])
@@ -120,7 +122,9 @@ def test_every_panel_shows_the_loss_its_title_and_row_name(drawn, figure, seed):
     ends: dict[tuple[str, str], NDArray[Any]] = {}
     for row, metric in enumerate(METRICS):
         assert axes[2 * row, 0].get_ylabel().startswith(metric.capitalize())
-        assert axes[2 * row + 1, 0].get_ylabel().startswith(f"{metric.capitalize()}\neigenvalues")
+        assert axes[2 * row + 1, 0].get_ylabel() == (
+            f"{metric.capitalize()}\neigenvalues of {'E[z z$^T$]' if relu else 'V V$^T$'}"
+        )
         for above, below in ((axes[2 * row, k], axes[2 * row + 1, k]) for k in range(5)):
             if not above.axison:
                 continue
@@ -174,6 +178,7 @@ def test_figure5_shows_each_start_in_its_column_and_its_colour(drawn, seed):
             end = 1 if metric == "euclidean" else values_TM[0].mean()
             np.testing.assert_allclose(expected.get_ydata(), end, rtol=1e-7)
             assert expected.get_linestyle() == ":"
+            assert metric == "euclidean" or expected.get_color() == larger.get_color()
         assert next(lines, None) is None
     assert not arrays
 

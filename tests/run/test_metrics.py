@@ -107,12 +107,14 @@ def test_a_disk_with_no_room_and_then_little_loses_no_record(tmp_path, monkeypat
 
 
 def test_a_logger_of_your_own_gets_every_record(tmp_path, small_config, monkeypatch):
+    synced: list[int] = []
+    monkeypatch.setattr("isofast.run.metrics.os", SimpleNamespace(fsync=synced.append))
     monkeypatch.setitem(sys.modules, "my_loggers", SimpleNamespace(Recording=Recording))
     config = small_config(logging={"loggers": ["my_loggers:Recording", "tensorboard"]}, seed=3)
     with closing(MetricsWriter(tmp_path, 2, make_loggers(tmp_path, config, 2))) as writer:
         writer.write({"step": 3, "loss": 0.5})
     assert Recording.seen == [(tmp_path, 3, 2), {"step": 3, "loss": 0.5}, "flush", "close"]
-    assert list((tmp_path / "tensorboard").iterdir())
+    assert list((tmp_path / "tensorboard").iterdir()) and len(synced) == 1
 
 
 def test_a_logger_that_fails_is_dropped(tmp_path, small_config, monkeypatch):

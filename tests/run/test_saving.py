@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors import safe_open
 
 from isofast.config.schema import CheckpointConfig
 from isofast.errors import RunError
@@ -16,7 +17,8 @@ from ..support.runs import train
 
 
 def test_a_checkpoint_holds_what_there_was_when_it_was_asked_for(tmp_path):
-    saver = Saver(tmp_path, CheckpointConfig(max_failures=0), print)
+    about = {"format": "pt", "name": "resnet18"}
+    saver = Saver(tmp_path, CheckpointConfig(max_failures=0), print, about)
     module = torch.nn.Linear(1000, 1000)
     for step in (1, 2):
         torch.nn.init.constant_(module.weight, step)
@@ -27,6 +29,8 @@ def test_a_checkpoint_holds_what_there_was_when_it_was_asked_for(tmp_path):
     saver.close()
     found = newest_checkpoint(tmp_path)
     assert found.step == 2
+    with safe_open(found.path / "encoder.safetensors", framework="pt") as file:
+        assert file.metadata() == about
     state = found.load()["online"]
     assert (state["weight"] == 2).all()
     # by which modules recognise state saved by an older version of themselves

@@ -38,6 +38,10 @@ def test_the_table_shows_what_there_is(tmp_path):
     shown = dict(line.strip().split("  ", 1) for line in lines if line)
     assert shown["k-NN top-1, end of run"].strip() == "0.912"
     assert "k-NN top-1, before training" not in shown
+    assert shown["k-NN top-1, best"].strip() == "0.950 at step 440"
+    assert shown["linear probe top-1"].strip() == "0.500"
+    assert shown["effective rank of C"].strip() == "12.3"
+    assert shown["BatchNorm across processes"].strip() == "local"
     assert shown["wall time"].strip() == "1:02:05"
     assert shown["images/s while training"].strip() == "1,234.5"
     assert shown["encoder weights"].strip() == str(checkpoint / "encoder.safetensors")

@@ -12,6 +12,7 @@ from sklearn.neighbors import KNeighborsClassifier
 from isofast.config.schema import Config
 from isofast.data import Recipe, recipe_for
 from isofast.data.images import Images, check_images, list_images
+from isofast.distributed import World
 from isofast.run.labelfree import label_free
 from isofast.run.metrics import read_metrics
 from isofast.training.build import build
@@ -51,11 +52,11 @@ def test_knn_in_pieces_counts_every_query():
 KNN = {"knn_images": 99, "knn_k": 40, "knn_temperature": 0.5}
 
 
-def evaluator_of(config: Config) -> tuple[Evaluator, Images, Recipe]:
+def evaluator_of(config: Config, world: World = ALONE) -> tuple[Evaluator, Images, Recipe]:
     images = check_images(config, list_images(config))
     recipe = recipe_for("digits", augmentation=config.data.augmentation)
     watch = StallWatch(config.data, 0)
-    evaluator = Evaluator(config, images.train, images.val, recipe, ALONE, watch, backend="dali")
+    evaluator = Evaluator(config, images.train, images.val, recipe, world, watch, backend="dali")
     return evaluator, images, recipe
 
 
@@ -107,6 +108,14 @@ def test_metrics_without_labels_are_of_a_fixed_sample(small_config):
     assert accuracies[0] == accuracies[1]
 
 
+def test_several_ranks_measure_the_same_sample(small_config):
+    config = small_config(evaluation={"every_epochs": 1, "metrics_images": 60})
+    evaluator, *_ = evaluator_of(config, World(0, 2, 0, torch.device("cpu")))
+    gathered = np.concatenate([np.arange(355)[rank::2] for rank in (0, 1)])
+    drawn = np.random.default_rng(0).permutation(355)[:60]
+    assert sorted(gathered[evaluator._sample]) == sorted(drawn)
+
+
 def test_views_are_of_the_recipes_first_view(small_config):
     """With a first view that changes nothing, an image's views coincide."""
     still = {"crop_scale": [1.0, 1.0], "crop_ratio": [1.0, 1.0], "jitter_p": 0.0, "gray_p": 0.0}
@@ -129,6 +138,8 @@ def test_a_slow_loader_is_not_taken_for_one_that_hangs(small_config, monkeypatch
     with StallWatch(small_config(data={"stall_seconds": 2.0}).data, 0) as watch:
         for _ in watch.over(map(time.sleep, [0.6] * 7)):
             pass
+        # nor is a step, or what follows the last batch
+        time.sleep(3.5)
     assert ended == []
 
 
