@@ -78,7 +78,7 @@ def exit_code_of(
             elif local_rank == 0:
                 tell(f"\nerror{f' on rank {rank}' if rank else ''}: {error}\n")
             return 2
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
         if rank == 0:
             tell(f"\nerror: {error}. Free some space, then rerun the same command\n")

@@ -1,5 +1,6 @@
 """Atomic writes: files are complete or absent, even after a crash."""
 
+import errno
 import json
 import os
 import threading
@@ -68,5 +69,9 @@ def sync(path: Path) -> None:
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
+    except OSError as error:
+        # some network file systems cannot sync folders
+        if error.errno != errno.EINVAL:
+            raise
     finally:
         os.close(handle)

@@ -9,6 +9,7 @@ import functools
 import io
 import os
 import posixpath
+import resource
 import tarfile
 import zipfile
 from collections.abc import Iterable
@@ -26,8 +27,8 @@ EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 PICTURES = (*EXTENSIONS, ".gif", ".jfif", ".jp2", ".heic", ".avif")
 _INDEX = ".isofast-index.npz"
 _FORMAT = 1
-# half of the usual limit of open files; further tars are opened for each image
-_KEPT_OPEN = 512
+# further tars are opened for each image
+_KEPT_OPEN = min(512, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2)
 
 
 class Tar(NamedTuple):

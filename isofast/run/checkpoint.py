@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from isofast.data.files import sync
@@ -86,9 +86,9 @@ def save_checkpoint(
             for name in tensors
             if name.endswith("running_mean")
         }
-        save_file(counters | tensors, part / _ENCODER, metadata={"format": "pt", **(about or {})})
-        # save_file makes files that only their owner can read
-        shutil.copymode(part / _STATE, part / _ENCODER)
+        # only their owner can read save_file's files
+        encoded = save(counters | tensors, {"format": "pt", **(about or {})})
+        (part / _ENCODER).write_bytes(encoded)
         manifest = {name: _fingerprint(part / name) for name in (_STATE, _ENCODER)}
         (part / _MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
         for name in (_STATE, _ENCODER, _MANIFEST):
@@ -97,7 +97,7 @@ def save_checkpoint(
             shutil.rmtree(path)
         part.rename(path)
         sync(folder)
-    # torch.save and safetensors raise their own errors on a full disk
+    # torch.save raises its own error on a full disk
     except Exception as error:
         shutil.rmtree(part, ignore_errors=True)
         raise RunError(f"could not write the checkpoint {path}: {error}. {REMEDY}") from error

@@ -21,7 +21,7 @@ from isofast.data.pack import pack
 from isofast.data.preview import write_preview
 from isofast.errors import RunError, UserError
 
-from ..support.runs import assert_same_run, call, train
+from ..support.runs import ISOFAST, assert_same_run, call, train
 from .conftest import checked, take, write_tar
 from .test_check import BAD, PNG
 from .test_folder import add_unlabeled
@@ -296,6 +296,15 @@ def test_an_interrupted_pack_leaves_nothing_and_a_second_one_changes_nothing(
     tar.write_bytes(overwritten(tar.read_bytes(), 600))
     with pytest.raises(UserError, match=r"changed since .* 1 place\(s\), val/val-000000\.tar"):
         pack(digits, output, shard_mib=1)
+
+
+@pytest.mark.slow
+def test_more_tars_than_open_files(tmp_path):
+    for k in range(150):
+        write_tar(tmp_path / "train" / f"{k}.tar", {f"{name}/{k}.png": PNG for name in "ab"})
+    command = [*ISOFAST, "prepare", "imagefolder", "--root", str(tmp_path)]
+    done = call(["bash", "-c", 'ulimit -n 100 && "$@"', "bash", *command])
+    assert "300 train" in done.stdout
 
 
 def test_pack_overwrites_nothing(digits, root, tmp_path, refused):

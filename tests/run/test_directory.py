@@ -1,7 +1,11 @@
 """Run directories: chosen, locked, cleared of an interruption's leftovers."""
 
+import errno
+import os
+import stat
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -49,6 +53,17 @@ def test_a_file_may_have_the_longest_name_and_is_on_disk_before_it(tmp_path, mon
     assert [*tmp_path.iterdir()] == [path]
     (part, before), (folder, after) = synced
     assert part.suffix == ".json" and folder == tmp_path and (before, after) == (False, True)
+
+
+@pytest.mark.parametrize(("code", "borne"), [(errno.EINVAL, True), (errno.EIO, False)])
+def test_a_folder_that_cannot_be_synced(code, borne, tmp_path, monkeypatch):
+    def fsync(number: int) -> None:
+        if stat.S_ISDIR(os.fstat(number).st_mode):
+            raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr("os.fsync", fsync)
+    with nullcontext() if borne else pytest.raises(OSError, match="Input/output error"):
+        write_text(tmp_path / "a.json", "{}")
 
 
 def test_one_run_at_a_time(small_config, tmp_path):
