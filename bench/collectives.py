@@ -129,7 +129,7 @@ def count(preset: str, ranks: int, width: int) -> Step:
         with record_function(f"{_BYTES}{tensor.nbytes}"):
             return all_reduce(tensor, *args, **kwargs)
 
-    with mock.patch.object(dist, "new_group", lambda backend: new_group(backend="fake")):
+    with mock.patch.object(dist, "new_group", lambda **_: new_group(backend="fake")):
         signals = Signals(world)
     with mock.patch.object(dist, "all_reduce", noted), timed_parts(), profile() as trace:
         state.step(batch)

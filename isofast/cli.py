@@ -112,8 +112,8 @@ def _add_train(commands: Any) -> None:
         _train,
         help="train a configuration, or resume its run",
         description="Trains in one process. For several, start it with a launcher: deepspeed "
-        "launch/train.py --config ..., or, without a checkout, deepspeed --module "
-        "isofast.launch.train --config ...",
+        "launch/train.py --config ..., or, without a checkout, deepspeed --no_python "
+        "--no_local_rank isofast train --config ...",
     )
     _add_config(parser)
     parser.add_argument("--run-dir", type=Path, help="where results go (default: runs/NAME)")

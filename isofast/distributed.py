@@ -2,7 +2,7 @@
 
 import os
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -13,6 +13,15 @@ from torch.nn.modules.batchnorm import _NormBase
 from isofast.errors import UserError
 
 _T = TypeVar("_T")
+
+# rank, world size, local rank
+TORCH_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+# srun, Open MPI's mpirun, MPICH's and Intel's mpiexec
+_OTHER_LAUNCHERS = (
+    ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID"),
+    ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"),
+    ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID"),
+)
 
 
 @dataclass(frozen=True)
@@ -30,19 +39,24 @@ class World:
         return self.rank == 0
 
 
-def under_srun() -> bool:
-    """Whether srun started this process, rather than a batch script directly."""
-    return "RANK" not in os.environ and int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1
+def launcher_variables() -> tuple[str, str, str]:
+    """Return the names of the variables with the rank, the world size and the local rank."""
+    if "RANK" not in os.environ:
+        for names in _OTHER_LAUNCHERS:
+            # a batch script started directly counts as one process
+            if int(os.environ.get(names[1], "1")) > 1:
+                return names
+    return TORCH_VARIABLES
 
 
 def launched_rank() -> int:
     """Return the rank that the launcher assigned; 0 without a launcher."""
-    return int(os.environ.get("SLURM_PROCID" if under_srun() else "RANK", "0"))
+    return int(os.environ.get(launcher_variables()[0], "0"))
 
 
 def launched_local_rank() -> int:
     """Return the rank on this machine that the launcher assigned; 0 without a launcher."""
-    return int(os.environ.get("SLURM_LOCALID" if under_srun() else "LOCAL_RANK", "0"))
+    return int(os.environ.get(launcher_variables()[2], "0"))
 
 
 def launched_world_size() -> int:
@@ -51,7 +65,7 @@ def launched_world_size() -> int:
     Raises:
         UserError: the caller's process group has another size.
     """
-    size = int(os.environ.get("SLURM_STEP_NUM_TASKS" if under_srun() else "WORLD_SIZE", "1"))
+    size = int(os.environ.get(launcher_variables()[1], "1"))
     if dist.is_initialized() and dist.get_world_size() != size:
         raise UserError(
             f"the process group has {dist.get_world_size()} processes, but the environment says "
@@ -114,12 +128,12 @@ def gather_rows(rows: Tensor) -> Tensor:
     return torch.cat([part.to(rows.device) for part in gather_objects(rows.cpu())])
 
 
-def gather_objects(item: _T) -> list[_T]:
-    """Return every rank's ``item``, in rank order."""
+def gather_objects(item: _T, group: Any = None) -> list[_T]:
+    """Return every rank's ``item``, in rank order; ``group`` is another one of all ranks."""
     if world_size() == 1:
         return [item]
     items: list[_T] = [item] * world_size()
-    dist.all_gather_object(items, item)
+    dist.all_gather_object(items, item, group=group)
     return items
 
 

@@ -436,9 +436,12 @@ def schema_json() -> str:
     return json.dumps(schema, indent=2) + "\n"
 
 
-def changed_keys(old: Config, new: Config) -> list[str]:
-    """Return the differences between two configs that affect results, as ``key: old -> new``."""
-    before, after = dict(leaves(old)), dict(leaves(new))
+def changed_keys(old: Config, new: Config, *, free: bool = False) -> list[str]:
+    """Return the differences between two configs that affect results, as ``key: old -> new``.
+
+    With ``free``, also those that do not.
+    """
+    before, after = dict(leaves(old, free=free)), dict(leaves(new, free=free))
     return [
         f"{key}: {before.get(key)!r} -> {after.get(key)!r}"
         for key in sorted({*before, *after})
@@ -446,11 +449,11 @@ def changed_keys(old: Config, new: Config) -> list[str]:
     ]
 
 
-def leaves(model: BaseModel, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield every key that affects results, as ``section.key``, with its value."""
+def leaves(model: BaseModel, prefix: str = "", *, free: bool = False) -> Iterator[tuple[str, Any]]:
+    """Yield every key that affects results, or with ``free`` every key, with its value."""
     for name, field in type(model).model_fields.items():
         value = getattr(model, name)
         if isinstance(value, BaseModel):
-            yield from leaves(value, f"{prefix}{name}.")
-        elif field.json_schema_extra != FREE:
+            yield from leaves(value, f"{prefix}{name}.", free=free)
+        elif free or field.json_schema_extra != FREE:
             yield f"{prefix}{name}", value

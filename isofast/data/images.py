@@ -1,7 +1,7 @@
 """List and check the images of a run, the same on every rank."""
 
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from isofast.config.schema import Config
 from isofast.data import UNLABELLED, ImageFolder, check_folder, open_dataset
@@ -45,20 +45,32 @@ def check_images(config: Config, images: Images) -> Images:
     return Images(check(images.train), None if images.val is None else check(images.val))
 
 
-def agree_on_images(config: Config, world: World, images: Images) -> Images:
-    """Check the images on the other ranks, after ``check_images`` on rank 0, and compare.
+def agree_on_images(config: Config, world: World, images: Images, group: Any = None) -> Images:
+    """Check the images on rank 0, then on the other ranks, and compare.
+
+    Args:
+        config: the run's configuration.
+        world: the ranks.
+        images: those listed on this rank.
+        group: of all ranks, for which a check of hours is not too long.
 
     Raises:
+        UserError: rank 0 cannot read its images.
         RankError: this rank cannot read its images, or they are not rank 0's.
     """
     problem = ""
-    if not world.is_main:
-        try:
-            images = check_images(config, images)
-        except UserError as error:
-            problem = str(error)
-    fingerprints = [None if split is None else split.fingerprint for split in images]
-    if gather_objects((problem, fingerprints)) != [("", fingerprints)] * world.size:
+    # the others find what rank 0 has remembered
+    for first in (True, False):
+        if world.is_main == first:
+            try:
+                images = check_images(config, images)
+            except UserError as error:
+                problem = str(error)
+        fingerprints = [None if split is None else split.fingerprint for split in images]
+        found = gather_objects((problem, fingerprints), group)
+        if found[0][0]:
+            raise UserError(found[0][0])
+    if found != [("", fingerprints)] * world.size:
         raise RankError(
             problem
             or f"the processes do not see the same images under {config.data.root}; give all of "

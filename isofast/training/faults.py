@@ -31,8 +31,8 @@ def _message(error: Exception, config: Config) -> str | None:
     plain = isinstance(error, RuntimeError)
     if isinstance(error, torch.distributed.DistError) or (plain and "gloo" in cause):
         return (
-            f"another process of the run is gone; its own message or the launcher's says why. Then "
-            f"{GOES_ON} ({sentences[0]})"
+            f"another process of the run is gone, or never came; its own message or the "
+            f"launcher's says why. Then {GOES_ON} ({sentences[0]})"
         )
     if isinstance(error, torch.OutOfMemoryError):
         return (

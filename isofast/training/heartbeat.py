@@ -100,7 +100,7 @@ class Heartbeat:
         if turn == 0 or (not self._told.wait(min(turn, 2) * TURN_S) and turn == 1):
             # without the store every rank is silent, this one included
             which = f"rank {', '.join(map(str, silent))}"
-            which = "rank 0 or its machine" if rank in silent else which
+            which = "rank 0, its launcher or its machine" if rank in silent else which
             tell(
                 f"\nerror on rank {rank}: {which} has not answered for {LIMIT_S:g} s (lost, "
                 f"hung or cut off). The last checkpoint is intact; {GOES_ON}\n"

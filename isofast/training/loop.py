@@ -18,7 +18,6 @@ from isofast.data.folder import UNLABELLED
 from isofast.data.images import (
     Images,
     agree_on_images,
-    check_images,
     data_set_notes,
     describe_images,
     list_images,
@@ -54,6 +53,7 @@ from isofast.training.online import Evaluator
 from isofast.training.optim import set_lr
 from isofast.training.parallel import (
     check_pass_through,
+    check_same_config,
     close_world,
     init_world,
     launcher_environment,
@@ -110,7 +110,6 @@ def _fit(config: Config, run_dir: Path) -> Summary:
         stack.enter_context(launcher_environment())
         if launched_rank() == 0:
             stack.enter_context(open_run_dir(run_dir, config))
-            images = check_images(config, images)
         joins = not torch.distributed.is_initialized()
         world = init_world()
         signals = Signals(world)
@@ -121,7 +120,8 @@ def _fit(config: Config, run_dir: Path) -> Summary:
             (stack.callback if world.size == 1 else atexit.register)(close_world)
         watched = stack.enter_context(ExitStack())
         watched.enter_context(Heartbeat(world, signals.told))
-        images = agree_on_images(config, world, images)
+        check_same_config(config)
+        images = agree_on_images(config, world, images, signals.group)
         watch = stack.enter_context(StallWatch(data, world.rank))
         run = _Run(config, run_dir, world, recipe, images, watch, stack)
         signals.hold(watch)

@@ -5,6 +5,7 @@ import importlib.util
 import io
 import logging
 import os
+import threading
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -13,16 +14,19 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from isofast.config.schema import Config
+from isofast.config.schema import Config, changed_keys
 from isofast.distributed import (
+    TORCH_VARIABLES,
     World,
     cores_of_rank,
+    gather_objects,
+    launched_local_rank,
     launched_rank,
     launched_world_size,
+    launcher_variables,
     limit_threads,
-    under_srun,
 )
-from isofast.errors import RankError, UserError
+from isofast.errors import RankError, UserError, tell
 
 # keys that the pass-through section may not set, and what sets them
 _DERIVED = {
@@ -41,6 +45,7 @@ _DERIVED = {
     "wall_clock_breakdown": "logging (it synchronises every step)",
 }
 _NEVER_PRINT = 2**62
+_PATIENCE_S = 10.0
 
 
 def check_pass_through(config: Config) -> None:
@@ -70,10 +75,24 @@ def check_pass_through(config: Config) -> None:
         )
 
 
+def check_same_config(config: Config) -> None:
+    """Compare the configuration with rank 0's; how a rank loads its data may differ.
+
+    Raises:
+        RankError: this rank's configuration is another one.
+    """
+    first = gather_objects(config)[0]
+    like_first = config.model_copy(update={"data": first.data})
+    if changes := changed_keys(first, config) or changed_keys(first, like_first, free=True):
+        raise RankError(
+            f"this process has another configuration than the first: {', '.join(changes)}"
+        )
+
+
 @contextlib.contextmanager
 def launcher_environment() -> Iterator[None]:
     """Restore the variables that `init_world` sets, from which others would infer a launcher."""
-    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    names = (*TORCH_VARIABLES, "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     before = {name: os.environ.get(name) for name in names}
     try:
         yield
@@ -86,19 +105,19 @@ def launcher_environment() -> Iterator[None]:
 
 
 def init_world() -> World:
-    """Join the launcher's process group (deepspeed, torchrun, srun), or create one of size 1.
+    """Join the process group of deepspeed, torchrun, srun or mpirun, or create one of size 1.
 
     The backend is NCCL on GPUs, gloo on a CPU.
 
     Raises:
         UserError: the launcher started more processes than there are GPUs, or its port is in use.
     """
-    srun = under_srun()
+    by_torch = launcher_variables() == TORCH_VARIABLES
     _fill_launcher_environment()
     cuda = torch.cuda.is_available()
     local_rank = gpu = int(os.environ["LOCAL_RANK"])
     if cuda:
-        if srun and torch.cuda.device_count() == 1:
+        if not by_torch and torch.cuda.device_count() == 1:
             # with --gpus-per-task=1 a task sees only its own GPU; DeepSpeed indexes by LOCAL_RANK
             gpu, os.environ["LOCAL_RANK"] = 0, "0"
         if gpu >= torch.cuda.device_count():
@@ -120,6 +139,13 @@ def init_world() -> World:
         # DeepSpeed would probe the compiler (in a notebook, linker errors show), then spend 40 s
         # compiling a shared-memory all-reduce that is no faster than gloo at this size
         deepspeed.ops.__compatible_ops__ = {}
+    address, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
+    waits = f"rank {rank} is waiting for all {size} processes to connect to {address}:{port}\n"
+    # a process may be slow, or missing; RANK and WORLD_SIZE may be left over from another run
+    timer = threading.Timer(_PATIENCE_S, tell, [waits])
+    timer.daemon = True
+    if size > 1 and local_rank == 0:
+        timer.start()
     try:
         deepspeed.init_distributed(
             dist_backend="nccl" if cuda else "gloo", auto_mpi_discovery=False, verbose=False
@@ -128,9 +154,11 @@ def init_world() -> World:
         if "EADDRINUSE" not in str(error):
             raise
         raise UserError(
-            f"port {os.environ['MASTER_PORT']} is taken, most likely by another run on this "
-            f"machine; give the launcher another one, such as deepspeed --master_port 29501"
+            f"port {port} is taken, most likely by another run on this machine; give the launcher "
+            f"another one, such as deepspeed --master_port 29501"
         ) from None
+    finally:
+        timer.cancel()
     return world
 
 
@@ -193,20 +221,22 @@ def restore_engine(engine: Any, steps: int) -> None:
 
 
 def _fill_launcher_environment() -> None:
-    """Set torch's variables from Slurm's, or for a single process."""
+    """Set torch's variables from those of srun or mpirun, or for a single process."""
     env = os.environ
-    if under_srun():
-        rank, size = launched_rank(), launched_world_size()
-        env.update(RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=env["SLURM_LOCALID"])
+    if launcher_variables() != TORCH_VARIABLES:
+        known = launched_rank(), launched_world_size(), launched_local_rank()
+        env.update(zip(TORCH_VARIABLES, map(str, known), strict=True))
         if not {"MASTER_ADDR", "MASTER_PORT"} <= env.keys():
             raise UserError(
-                "started by srun without MASTER_ADDR or MASTER_PORT; before srun, export "
-                'MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1) and '
-                "MASTER_PORT=29500"
+                "started by srun or mpirun without MASTER_ADDR or MASTER_PORT; before it, export "
+                'MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1), or the '
+                "first machine's name, and MASTER_PORT=29500"
             )
     if "RANK" not in env:
         env.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")
-    env.setdefault("LOCAL_RANK", "0")
+    if "LOCAL_RANK" not in env:
+        # one process on each machine, as in a Kubernetes job
+        env.update(LOCAL_RANK="0", LOCAL_WORLD_SIZE="1")
     # torchrun itself listens at its port
     if env["WORLD_SIZE"] == "1" and env.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         # any free port: no other process needs to find it

@@ -6,6 +6,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable
+from datetime import timedelta
 from types import FrameType
 from typing import Any
 
@@ -35,6 +36,7 @@ class Signals:
 
     Attributes:
         told: set once a signal has arrived.
+        group: gloo, of all ranks, whose collectives may wait for a day; None for a single rank.
     """
 
     def __init__(self, world: World, grace_s: float = GRACE_S) -> None:
@@ -45,7 +47,8 @@ class Signals:
         self._watch: StallWatch | None = None
         self._handlers: dict[signal.Signals, Any] = {}
         self._threads: list[threading.Thread] = []
-        self._group: Any = dist.new_group(backend="gloo") if world.size > 1 else None
+        day = timedelta(days=1)
+        self.group: Any = dist.new_group(backend="gloo", timeout=day) if world.size > 1 else None
         self._exchange: tuple[Any, torch.Tensor] | None = None
 
     def hold(self, watch: StallWatch) -> None:
@@ -96,10 +99,10 @@ class Signals:
         """
         # 1 to save, or a signal's number and 1
         asked = self._received + 1 if self._received or save else 0
-        if self._group is not None:
+        if self.group is not None:
             before, mine = self._exchange, torch.tensor(asked)
             maximum = dist.ReduceOp.MAX
-            work = dist.all_reduce(mine, maximum, group=self._group, async_op=True)
+            work = dist.all_reduce(mine, maximum, group=self.group, async_op=True)
             self._exchange = work, mine
             asked = 0
             if before is not None:

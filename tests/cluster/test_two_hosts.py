@@ -145,7 +145,7 @@ def test_a_rank_that_hangs_ends_the_run(config, tmp_path):
         for child in hung:
             if child.is_running():
                 child.kill()
-    names = ("rank 0 or its machine", "rank 1")
+    names = ("rank 0, its launcher or its machine", "rank 1")
     for process, text, named in zip(processes, printed, names, strict=True):
         assert process.returncode != 0
         assert text.count("\nerror") == 1 and "Traceback" not in text, text

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from isofast.config.load import load_config
+from isofast.config.load import load_config, validate
 from isofast.config.schema import Config
 from isofast.data import Batch
 from isofast.data.folder import UNLABELLED
@@ -21,9 +21,9 @@ from isofast.distributed import (
     mean_of_statistics_over_ranks_,
     mean_over_ranks_,
 )
-from isofast.errors import RankError
+from isofast.errors import RankError, UserError
 from isofast.training.build import build
-from isofast.training.parallel import close_world, init_world
+from isofast.training.parallel import check_same_config, close_world, init_world
 
 GLOBAL_BATCH = 16
 
@@ -62,6 +62,7 @@ def main(config_path: str, output: str) -> None:
     results["rows"] = gather_rows(torch.full((world.rank + 1, 2), float(world.rank)))
     results["objects"] = gather_objects(world.rank)
     results["refused"] = gather_objects(refusals(config, world))
+    results["configs"] = gather_objects(other_configs(config, world))
     if world.size == 1:
         captured = state.capture()
         state.restore(captured, 3)
@@ -73,16 +74,29 @@ def main(config_path: str, output: str) -> None:
 
 
 def refusals(config: Config, world: World) -> list[str]:
-    """Return this rank's errors when all have the same images, and when the last has others."""
-    images = list_images(config)
+    """Return this rank's errors when all have the same images, and when one has others."""
+    images, last = list_images(config), world.size - 1
     others = replace(images.train, fingerprint="others")
     unreadable = replace(images.train, paths=("train/0/gone.png", *images.train.paths[1:]))
     told = []
-    for train in (images.train, others, unreadable):
-        mine = train if world.rank == world.size - 1 else images.train
+    for train, rank in ((images.train, 0), (others, last), (unreadable, last), (unreadable, 0)):
+        mine = train if world.rank == rank else images.train
         try:
             agreed = agree_on_images(config, world, images._replace(train=mine))
             assert agreed.train.fingerprint == mine.fingerprint
+            told.append("")
+        except UserError as error:
+            told.append(str(error))
+    return told
+
+
+def other_configs(config: Config, world: World) -> list[str]:
+    """Return this rank's errors when the last rank's config differs in one key."""
+    told = []
+    for key in ("data.threads=3", "optimizer.lr=7.0", "logging.every_steps=99", "data.crop=32"):
+        config_here = validate(config.model_dump(mode="json"), [key] * (world.rank > 0))
+        try:
+            check_same_config(config_here)
             told.append("")
         except RankError as error:
             told.append(str(error))

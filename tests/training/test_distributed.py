@@ -2,6 +2,8 @@
 
 import json
 import os
+import time
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -10,9 +12,11 @@ import pytest
 import torch
 
 from isofast.config.load import load_config
+from isofast.data.images import agree_on_images, list_images
 from isofast.errors import UserError
 from isofast.training.loop import fit
 from isofast.training.parallel import close_world, init_world
+from isofast.training.signals import Signals
 
 from ..support.runs import TORCHRUN, forked, launched, timeless, train
 from ..support.two_ranks import main
@@ -75,10 +79,20 @@ def test_buffers_rows_and_objects_are_exchanged(results):
 def test_ranks_agree_on_their_images_or_stop_together(results):
     first, last = results[2]["refused"]
     assert first[0] == last[0] == ""
-    assert all("same images" in told for told in (*first[1:], last[1]))
-    assert "gone.png" in last[2]
+    assert all("same images" in told for told in (*first[1:3], last[1]))
+    assert "gone.png" in last[2] and "gone.png" in first[3] == last[3]
     # no other rank to differ from
-    assert results[1]["refused"] == [["", "", ""]]
+    (alone,) = results[1]["refused"]
+    assert alone[:2] == ["", ""] and alone[2] == alone[3] == first[3]
+
+
+def test_ranks_have_one_config(results):
+    first, last = results[2]["configs"]
+    assert first == [""] * 4 and last[0] == ""
+    for told, key in zip(
+        last[1:], ("optimizer.lr", "logging.every_steps", "data.crop"), strict=True
+    ):
+        assert f"another configuration than the first: {key}: " in told
 
 
 def test_state_in_a_group_of_one(results):
@@ -119,6 +133,21 @@ def test_a_run_goes_on_with_another_number_of_processes(config_file, tmp_path):
     assert losses[0][:6] == losses[1][:6]
     assert losses[0][6:] != losses[1][6:]
     assert losses[0] == pytest.approx(losses[1], rel=5e-3)
+
+
+@pytest.mark.slow
+def test_a_check_may_take_longer_than_a_collective(config_file):
+    assert forked(_check_slowly, config_file(), environments=launched(2)) == [0, 0]
+
+
+def _check_slowly(path: Path) -> None:
+    torch.distributed.init_process_group("gloo", timeout=timedelta(seconds=5))
+    world, config = init_world(), load_config(path)
+    group = Signals(world).group
+    if world.is_main:
+        time.sleep(7)
+    agree_on_images(config, world, list_images(config), group)
+    close_world()
 
 
 @pytest.mark.long

@@ -1,6 +1,7 @@
 """The launchers' environments, cores per rank, BatchNorm across ranks."""
 
 import os
+import time
 from contextlib import closing
 from types import SimpleNamespace
 
@@ -32,6 +33,15 @@ from ..data.conftest import numbered
         ({"SLURM_STEP_NUM_TASKS": "4", "SLURM_PROCID": "3", "SLURM_LOCALID": "1"}, (3, 1, 4)),
         # a batch script without srun
         ({"SLURM_NTASKS": "4", "SLURM_PROCID": "0"}, (0, 0, 1)),
+        (
+            {
+                "OMPI_COMM_WORLD_RANK": "3",
+                "OMPI_COMM_WORLD_SIZE": "4",
+                "OMPI_COMM_WORLD_LOCAL_RANK": "1",
+            },
+            (3, 1, 4),
+        ),
+        ({"PMI_RANK": "3", "PMI_SIZE": "4", "MPI_LOCALRANKID": "1"}, (3, 1, 4)),
     ],
 )
 def test_the_rank_is_known_before_the_group_exists(launched, expected, monkeypatch):
@@ -96,6 +106,27 @@ def test_each_task_takes_its_own_gpu(launched, visible, gpu, monkeypatch):
     assert (world.rank, world.local_rank, world.device) == (1, 1, torch.device("cuda", gpu))
     # DeepSpeed moves the model there
     assert taken == [gpu] and os.environ["LOCAL_RANK"] == str(gpu)
+
+
+@pytest.mark.parametrize("local_rank", [0, 1])
+def test_a_rank_that_waits_says_for_whom(local_rank, monkeypatch, capsys):
+    """Also where a launcher's variables are left over."""
+    alone = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "there", "MASTER_PORT": "29500"}
+    local = {"LOCAL_RANK": "1"} if local_rank else {}
+    monkeypatch.setattr(os, "environ", {**os.environ, **alone, **local})
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(parallel, "_PATIENCE_S", 0.0)
+    engine = SimpleNamespace(ops=SimpleNamespace(), init_distributed=lambda **_: time.sleep(0.5))
+    monkeypatch.setattr(parallel, "_import_deepspeed", lambda: engine)
+    threads = torch.get_num_threads()
+    parallel.init_world()
+    torch.set_num_threads(threads)
+    expected = (
+        "" if local_rank else "rank 1 is waiting for all 2 processes to connect to there:29500"
+    )
+    assert capsys.readouterr().err.strip() == expected
+    # without LOCAL_RANK, as in Kubernetes, each process has a machine of its own
+    assert os.environ.get("LOCAL_WORLD_SIZE") == (None if local_rank else "1")
 
 
 def test_each_rank_has_its_share_of_the_seeds_batch(small_config):
