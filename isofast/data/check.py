@@ -15,8 +15,8 @@ from typing import BinaryIO, Literal
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
-from tqdm import tqdm
 
+from isofast.data.bar import Bar
 from isofast.data.checked import Entry, read_known, write_known
 from isofast.data.folder import NAMED, ImageFolder, fingerprint_of, printable, some_of
 from isofast.data.parallel import in_processes, in_threads
@@ -77,13 +77,12 @@ def check_folder(
     spread = in_threads if judge == "dali" else in_processes
     cores = min(16, usable_cores())
     with closing(spread(lambda k: _judge(dataset, k, judge), pending, cores)) as judged:
-        bar = tqdm(
+        bar = Bar(
             judged,
             desc=f"checking {dataset.split} images",
             total=len(pending),
             unit="image",
-            # None hides the bar unless stderr is a terminal
-            disable=None if pending else True,
+            disable=not pending,
         )
         for k, entry in zip(pending, bar, strict=True):
             entries[k] = entry

@@ -21,8 +21,8 @@ import numpy.typing as npt
 from PIL import Image
 from torchvision import datasets
 from torchvision.datasets.utils import check_integrity, download_url
-from tqdm import tqdm
 
+from isofast.data.bar import Bar
 from isofast.data.folder import UNLABELED
 from isofast.errors import UserError
 
@@ -157,8 +157,7 @@ def _write_images(folder: Path, images_NHW3: npt.NDArray[np.uint8], classes: Seq
     """Write folder/CLASS/NUMBER.png; Pillow holds the GIL, so threads don't help."""
     for name in set(classes):
         (folder / name).mkdir(parents=True)
-    # None hides the bar unless stderr is a terminal
-    bar = tqdm(classes, f"writing {folder.name}", unit="image", disable=None)
+    bar = Bar(classes, f"writing {folder.name}", unit="image")
     digits = 5 if any(classes) else 6
     for number, (image, name) in enumerate(zip(images_NHW3, bar, strict=True)):
         path = folder / name / f"{number:0{digits}d}.png"

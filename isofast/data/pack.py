@@ -5,8 +5,8 @@ import tarfile
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
+from isofast.data.bar import Bar
 from isofast.data.check import OnBad, hand_on
 from isofast.data.files import sync
 from isofast.data.folder import ImageFolder, open_dataset, read_files
@@ -48,10 +48,7 @@ def pack(root: Path, output: Path, *, shard_mib: int, on_bad: OnBad = "stop") ->
 
 def _write(dataset: ImageFolder, folder: Path, limit: int) -> None:
     tops_N = np.array([path.partition("/")[0] for path in dataset.paths])
-    # None hides the bar unless stderr is a terminal
-    with tqdm(
-        desc=f"packing {dataset.split} images", total=len(dataset), unit="image", disable=None
-    ) as bar:
+    with Bar(desc=f"packing {dataset.split} images", total=len(dataset), unit="image") as bar:
         for top in np.unique(tops_N):
             (index_N,) = np.nonzero(tops_N == top)
             # where each would start in one long tar: a header, then the content in whole blocks

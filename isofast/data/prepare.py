@@ -11,7 +11,6 @@ import io
 import json
 import os
 import shutil
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,12 +18,12 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
-from tqdm import tqdm
 
+from isofast.data.bar import Bar
 from isofast.data.check import OnBad, check_folder, notes_on
 from isofast.data.files import read_json, write_text
 from isofast.data.folder import SPLITS, UNLABELED, UNLABELLED, ImageFolder, open_dataset, some_of
-from isofast.errors import UserError
+from isofast.errors import UserError, tell
 
 NAMES = ("digits", "cifar10", "cifar100", "stl10", "tinyimagenet", "imagefolder")
 MANIFEST = ".isofast-prepared.json"
@@ -186,8 +185,7 @@ def _locked(root: Path) -> Iterator[None]:
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                note = f"another isofast prepare is using {root}; waiting for it to end"
-                tqdm.write(note, file=sys.stderr)
+                tell(f"another isofast prepare is using {root}; waiting for it to end\n")
                 fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield
     finally:
@@ -244,7 +242,7 @@ def _class_digests(root: Path) -> dict[str, str]:
     folders = sorted(p for s in SPLITS for p in (root / s).glob("*") if p.name[0] != ".")
     folders += [folder for folder in [root / UNLABELED] if folder.is_dir()]
     digests = {}
-    for folder in tqdm(folders, desc="checksums", unit="class", leave=False, disable=None):
+    for folder in Bar(folders, desc="checksums", unit="class", leave=False):
         digest = hashlib.sha256()
         # a file among the class folders counts as a class
         for path in sorted(folder.iterdir()) if folder.is_dir() else [folder]:

@@ -16,8 +16,8 @@ import numpy.typing as npt
 import torch
 from PIL import Image
 from torchvision.transforms.v2 import functional
-from tqdm import tqdm
 
+from isofast.data.bar import Bar
 from isofast.data.checked import undecodable
 from isofast.data.draw import Chunk, Ints, ViewDraw
 from isofast.data.folder import ImageFolder, read_files
@@ -199,12 +199,11 @@ def decode_images(
     spread = in_threads if first.nbytes > _LARGE else in_processes
     with (
         closing(spread(decode, index_N, threads)) as decoded,
-        # None hides the bar unless stderr is a terminal
-        tqdm(
+        Bar(
             desc=f"decoding {dataset.split} images",
             total=len(indices),
             unit="image",
-            disable=None if progress else True,
+            disable=not progress,
         ) as bar,
     ):
         images = map(good, index_N, decoded)

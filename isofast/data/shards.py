@@ -18,8 +18,8 @@ from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from tqdm import tqdm
 
+from isofast.data.bar import Bar
 from isofast.data.files import write_atomically
 from isofast.errors import UserError
 
@@ -150,8 +150,7 @@ def _tars_in(folder: Path | str) -> tuple[Tar, ...]:
 
 def _read_headers(tars: tuple[Tar, ...]) -> Index:
     places: dict[str, tuple[int, int, int]] = {}
-    # None hides the bar unless stderr is a terminal
-    for number, tar in enumerate(tqdm(tars, "reading tar headers", unit="tar", disable=None)):
+    for number, tar in enumerate(Bar(tars, "reading tar headers", unit="tar")):
         for name, offset, size in _members(tar.path):
             if name in places:
                 raise UserError(

@@ -17,9 +17,9 @@ import numpy.typing as npt
 import torch
 from PIL import Image, UnidentifiedImageError
 from torch import nn
-from tqdm import tqdm
 
 from isofast.data import Recipe
+from isofast.data.bar import Bar
 from isofast.data.files import check_output, write_atomically
 from isofast.data.folder import walk
 from isofast.data.parallel import in_processes
@@ -70,16 +70,15 @@ def embed(source: Path, folder: Path, output: Path) -> Embedded:
     if output.suffix not in _SUFFIXES:
         raise UserError(f"--output {output} must be named {', '.join(_SUFFIXES)}")
     check_output(output)
-    pictures = list_pictures(folder)
     module, config, recipe = read_encoder(source)
+    pictures = list_pictures(folder)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     module.to(device).to(memory_format=torch.channels_last)
     began = time.perf_counter()
     skipped: dict[str, str] = {}
     parts: list[Features] = []
-    # disable=None hides the bar unless stderr is a terminal
     with (
-        tqdm(total=len(pictures), desc="embedding", unit="image", disable=None) as bar,
+        Bar(total=len(pictures), desc="embedding", unit="image") as bar,
         closing(_embedded(module, recipe, pictures, device)) as batches,
     ):
         for h_NF, problems in batches:

@@ -12,10 +12,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from tqdm import tqdm
 
 from isofast.config.schema import Config
 from isofast.data import UNLABELLED, EvalLoader, ImageFolder, Recipe, draw_views
+from isofast.data.bar import Bar
 from isofast.distributed import World, cores_of_rank, gather_rows
 from isofast.errors import UserError
 from isofast.run.background import HostCopy
@@ -127,9 +127,7 @@ class Evaluator:
 
     def _collect(self, loader: EvalLoader, features: Features) -> tuple[Tensor, Tensor]:
         """Return features and labels of all of a loader's images, gathered from all ranks."""
-        # disable=None hides the bar unless stderr is a terminal
-        silent = None if self._speak else True
-        batches = tqdm(loader, "evaluating", leave=False, disable=silent, unit="batch")
+        batches = Bar(loader, "evaluating", leave=False, disable=not self._speak, unit="batch")
         parts = [(features(x_BCHW), y_B) for x_BCHW, y_B in self._watch.over(batches)]
         return (
             gather_rows(torch.cat([h_BF for h_BF, _ in parts])),
