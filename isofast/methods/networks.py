@@ -215,8 +215,21 @@ def _narrow(net: resnet.ResNet, config: EncoderConfig) -> None:
     for stage, blocks in enumerate(STAGES[config.name]):
         layer = net._make_layer(BasicBlock, width * 2**stage, blocks, stride=1 if stage == 0 else 2)
         setattr(net, f"layer{stage + 1}", layer)
+        if stage and net.inplanes < 32:
+            layer[0].downsample[0].__class__ = _NarrowShortcut
     for module in net.modules():
         _initialise(module)
+
+
+class _NarrowShortcut(nn.Conv2d):
+    """A 1 x 1 convolution with stride 2.
+
+    On a CPU torch's own, of channels_last maps with fewer than 16 channels and 48 pixels or more,
+    writes outside its memory (2.14.1).
+    """
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        return conv2d(x_BCHW[..., ::2, ::2], self.weight)
 
 
 class _ReLU(torch.autograd.Function):

@@ -11,6 +11,8 @@ from isofast.config.schema import EncoderConfig, ProjectorConfig
 from isofast.errors import UserError
 from isofast.methods.networks import Branch, _aligned_convolution, feature_dim, make_encoder
 
+from ..support.runs import call
+
 
 @pytest.mark.parametrize(
     ("stem", "padding", "size", "expected"),
@@ -29,6 +31,34 @@ def test_features_have_the_promised_size(width):
     h_BF = encoder(torch.randn(2, 3, 16, 16))
     assert h_BF.shape == (2, feature_dim(encoder, 16)) == (2, 8 * width)
     assert encoder.training and encoder.bn1.num_batches_tracked == 1
+
+
+NARROW = """
+import torch
+from isofast.config.schema import EncoderConfig
+from isofast.methods.networks import make_encoder
+
+encoder = make_encoder(EncoderConfig(stem="cifar", width=4)).to(memory_format=torch.channels_last)
+x_BCHW = torch.randn(4, 3, 96, 96).to(memory_format=torch.channels_last).requires_grad_()
+for precise in (True, False) * 3:
+    with torch.autocast("cpu", torch.bfloat16, enabled=not precise):
+        encoder(x_BCHW).float().square().sum().backward()
+"""
+
+
+@pytest.mark.slow
+def test_narrow_networks_of_large_images_stay_within_their_memory():
+    call([sys.executable, "-c", NARROW], MALLOC_CHECK_="3")
+
+
+def test_narrow_shortcuts_are_torchs():
+    encoder = make_encoder(EncoderConfig(stem="cifar", width=4)).double()
+    for layer, channels in ((encoder.layer2, 4), (encoder.layer3, 8), (encoder.layer4, 16)):
+        shortcut = layer[0].downsample[0]
+        x_BCHW = torch.randn(2, channels, 7, 6, dtype=torch.float64)
+        expected = nn.Conv2d.forward(shortcut, x_BCHW)
+        torch.testing.assert_close(shortcut(x_BCHW), expected)
+        assert (type(shortcut) is nn.Conv2d) == (channels == 16)
 
 
 def test_narrow_convolutions_keep_torchvisions_initialisation():
