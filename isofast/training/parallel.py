@@ -139,9 +139,9 @@ def init_world() -> World:
         # DeepSpeed would probe the compiler (in a notebook, linker errors show), then spend 40 s
         # compiling a shared-memory all-reduce that is no faster than gloo at this size
         deepspeed.ops.__compatible_ops__ = {}
-    address, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
-    waits = f"rank {rank} is waiting for all {size} processes to connect to {address}:{port}\n"
     # a process may be slow, or missing; RANK and WORLD_SIZE may be left over from another run
+    address, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT")
+    waits = f"rank {rank} is waiting for all {size} processes to connect to {address}:{port}\n"
     timer = threading.Timer(_PATIENCE_S, tell, [waits])
     timer.daemon = True
     if size > 1 and local_rank == 0:
