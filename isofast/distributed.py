@@ -16,12 +16,13 @@ _T = TypeVar("_T")
 
 # rank, world size, local rank
 TORCH_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
-# srun, Open MPI's mpirun, MPICH's and Intel's mpiexec
+# Open MPI's mpirun, MPICH's and Intel's mpiexec, srun, which may have started the others' daemons
 _OTHER_LAUNCHERS = (
-    ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID"),
     ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"),
     ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID"),
+    ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID"),
 )
+_LOCAL_SIZES = ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS")
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ def launcher_variables() -> tuple[str, str, str]:
     if "RANK" not in os.environ:
         for names in _OTHER_LAUNCHERS:
             # a batch script started directly counts as one process
-            if int(os.environ.get(names[1], "1")) > 1:
+            if set(names) <= os.environ.keys() and int(os.environ[names[1]]) > 1:
                 return names
     return TORCH_VARIABLES
 
@@ -78,7 +79,7 @@ def launched_world_size() -> int:
 def cores_of_rank(world: World) -> int:
     """Return the number of cores for this rank; srun has already bound its tasks to theirs."""
     env = os.environ
-    known = env.get("LOCAL_WORLD_SIZE") or env.get("LOCAL_SIZE") or world.size
+    known = next((env[name] for name in _LOCAL_SIZES if name in env), world.size)
     # an srun task may be a shell or a launcher that starts the ranks
     sharing = 1 if env.get("SLURM_STEP_NUM_TASKS") == str(world.size) else int(known)
     return max(1, usable_cores() // sharing)

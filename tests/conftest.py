@@ -50,7 +50,8 @@ def _no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
     """Hide other tests' process groups, and any launcher that started pytest."""
     names = ["RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "LOCAL_SIZE"]
     names += ["MASTER_ADDR", "MASTER_PORT", "SLURM_STEP_NUM_TASKS", "SLURM_PROCID", "SLURM_LOCALID"]
-    names += ["SLURM_RESTART_COUNT"]
+    names += ["SLURM_RESTART_COUNT", "PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"]
+    names += [name for name in os.environ if name.startswith("OMPI_")]
     for name in names:
         # set first, so that monkeypatch also undoes what the code under test sets
         monkeypatch.setenv(name, "")

@@ -70,7 +70,7 @@ def sync(path: Path) -> None:
     try:
         os.fsync(handle)
     except OSError as error:
-        # some network file systems cannot sync folders
+        # some file systems cannot sync, least of all folders
         if error.errno != errno.EINVAL:
             raise
     finally:

@@ -52,31 +52,38 @@ def agree_on_images(config: Config, world: World, images: Images, group: Any = N
         config: the run's configuration.
         world: the ranks.
         images: those listed on this rank.
-        group: of all ranks, for which a check of hours is not too long.
+        group: all ranks, with a timeout that outlasts a check of hours.
 
     Raises:
         UserError: rank 0 cannot read its images.
         RankError: this rank cannot read its images, or they are not rank 0's.
     """
+    if world.size == 1:
+        return check_images(config, images)
     problem = ""
-    # the others find what rank 0 has remembered
-    for first in (True, False):
-        if world.is_main == first:
-            try:
-                images = check_images(config, images)
-            except UserError as error:
-                problem = str(error)
-        fingerprints = [None if split is None else split.fingerprint for split in images]
-        found = gather_objects((problem, fingerprints), group)
-        if found[0][0]:
-            raise UserError(found[0][0])
-    if found != [("", fingerprints)] * world.size:
+    # first on rank 0, whose results the others find in the data root
+    if world.is_main:
+        images, problem = _checked(config, images)
+    if problem_of_first := gather_objects(problem, group)[0]:
+        raise UserError(problem_of_first)
+    if not world.is_main:
+        images, problem = _checked(config, images)
+    fingerprints = [None if split is None else split.fingerprint for split in images]
+    if gather_objects((problem, fingerprints), group) != [("", fingerprints)] * world.size:
         raise RankError(
             problem
             or f"the processes do not see the same images under {config.data.root}; give all of "
             "them read access to the same files"
         )
     return images
+
+
+def _checked(config: Config, images: Images) -> tuple[Images, str]:
+    """Return the images, checked, or what is wrong with them."""
+    try:
+        return check_images(config, images), ""
+    except UserError as error:
+        return images, str(error)
 
 
 def data_set_notes(config: Config) -> list[str]:

@@ -8,6 +8,8 @@ from contextlib import contextmanager, suppress
 
 from tqdm import tqdm
 
+from isofast.errors import tell
+
 # fits 80 columns; tqdm's own format leaves no room for the values
 _BAR = "{percentage:3.0f}% {n_fmt}/{total_fmt} {elapsed}<{remaining}{postfix}"
 
@@ -67,8 +69,10 @@ class Progress:
 
     def say(self, text: str) -> None:
         """Print a line above the bar."""
-        if self._speak:
-            # the terminal may have closed, the log's disk be full
+        if self._lines:
+            tell(f"{text}\n")
+        elif self._speak:
+            # the terminal may have closed
             with suppress(OSError):
                 tqdm.write(text, file=sys.stderr)
 

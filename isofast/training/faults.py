@@ -31,7 +31,7 @@ def _message(error: Exception, config: Config) -> str | None:
     plain = isinstance(error, RuntimeError)
     if isinstance(error, torch.distributed.DistError) or (plain and "gloo" in cause):
         return (
-            f"another process of the run is gone, or never came; its own message or the "
+            f"another process of the run is gone, or never connected; its own message or the "
             f"launcher's says why. Then {GOES_ON} ({sentences[0]})"
         )
     if isinstance(error, torch.OutOfMemoryError):

@@ -57,6 +57,7 @@ from isofast.training.parallel import (
     close_world,
     init_world,
     launcher_environment,
+    patient_group,
 )
 from isofast.training.signals import Signals, stopped
 from isofast.training.stall import StallWatch
@@ -112,16 +113,18 @@ def _fit(config: Config, run_dir: Path) -> Summary:
             stack.enter_context(open_run_dir(run_dir, config))
         joins = not torch.distributed.is_initialized()
         world = init_world()
-        signals = Signals(world)
-        # released last: when a rank dies the launcher signals the others, which first say why
-        last.push(signals.__exit__)
         if joins:
             # several ranks could not rendezvous again on the launcher's port for a next run
             (stack.callback if world.size == 1 else atexit.register)(close_world)
         watched = stack.enter_context(ExitStack())
-        watched.enter_context(Heartbeat(world, signals.told))
+        told = threading.Event()
+        watched.enter_context(Heartbeat(world, told))
+        group = patient_group(world)
+        signals = Signals(told, group)
+        # released last: when a rank dies the launcher signals the others, which first say why
+        last.push(signals.__exit__)
         check_same_config(config)
-        images = agree_on_images(config, world, images, signals.group)
+        images = agree_on_images(config, world, images, group)
         watch = stack.enter_context(StallWatch(data, world.rank))
         run = _Run(config, run_dir, world, recipe, images, watch, stack)
         signals.hold(watch)

@@ -8,6 +8,7 @@ import os
 import threading
 import warnings
 from collections.abc import Iterator
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -76,17 +77,29 @@ def check_pass_through(config: Config) -> None:
 
 
 def check_same_config(config: Config) -> None:
-    """Compare the configuration with rank 0's; how a rank loads its data may differ.
+    """Compare the ranks' configurations; how one loads its data and its loggers may differ.
 
     Raises:
-        RankError: this rank's configuration is another one.
+        UserError: a configuration differs from rank 0's, on every rank.
     """
-    first = gather_objects(config)[0]
-    like_first = config.model_copy(update={"data": first.data})
-    if changes := changed_keys(first, config) or changed_keys(first, like_first, free=True):
-        raise RankError(
-            f"this process has another configuration than the first: {', '.join(changes)}"
-        )
+    first, *others = gather_objects(config)
+    for rank, other in enumerate(others, 1):
+        changes = changed_keys(first, other)
+        changes += changed_keys(first, other.model_copy(update={"data": first.data}), free=True)
+        if kept := sorted({change for change in changes if "logging.loggers" not in change}):
+            raise UserError(
+                f"rank {rank} has a different configuration from rank 0's: {', '.join(kept)}"
+            )
+
+
+def patient_group(world: World) -> Any:
+    """Return a gloo group whose collectives may wait for a day, or None for a single rank.
+
+    For ranks that wait while one checks images; a heartbeat must find those that are lost.
+    """
+    if world.size == 1:
+        return None
+    return torch.distributed.new_group(backend="gloo", timeout=timedelta(days=1))
 
 
 @contextlib.contextmanager
@@ -112,12 +125,12 @@ def init_world() -> World:
     Raises:
         UserError: the launcher started more processes than there are GPUs, or its port is in use.
     """
-    by_torch = launcher_variables() == TORCH_VARIABLES
+    srun = launcher_variables()[0] == "SLURM_PROCID"
     _fill_launcher_environment()
     cuda = torch.cuda.is_available()
     local_rank = gpu = int(os.environ["LOCAL_RANK"])
     if cuda:
-        if not by_torch and torch.cuda.device_count() == 1:
+        if srun and torch.cuda.device_count() == 1:
             # with --gpus-per-task=1 a task sees only its own GPU; DeepSpeed indexes by LOCAL_RANK
             gpu, os.environ["LOCAL_RANK"] = 0, "0"
         if gpu >= torch.cuda.device_count():
@@ -226,17 +239,20 @@ def _fill_launcher_environment() -> None:
     if launcher_variables() != TORCH_VARIABLES:
         known = launched_rank(), launched_world_size(), launched_local_rank()
         env.update(zip(TORCH_VARIABLES, map(str, known), strict=True))
-        if not {"MASTER_ADDR", "MASTER_PORT"} <= env.keys():
-            raise UserError(
-                "started by srun or mpirun without MASTER_ADDR or MASTER_PORT; before it, export "
-                'MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1), or the '
-                "first machine's name, and MASTER_PORT=29500"
-            )
     if "RANK" not in env:
         env.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")
     if "LOCAL_RANK" not in env:
         # one process on each machine, as in a Kubernetes job
-        env.update(LOCAL_RANK="0", LOCAL_WORLD_SIZE="1")
+        env["LOCAL_RANK"] = "0"
+        env.setdefault("LOCAL_WORLD_SIZE", "1")
+    joins = env["WORLD_SIZE"] != "1" and not torch.distributed.is_initialized()
+    if joins and not {"MASTER_ADDR", "MASTER_PORT"} <= env.keys():
+        raise UserError(
+            f"WORLD_SIZE or the launcher says {env['WORLD_SIZE']} processes, but MASTER_ADDR or "
+            "MASTER_PORT is not set. Before launching, export MASTER_ADDR=the first machine's name "
+            '(under Slurm: $(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)) and '
+            "MASTER_PORT=29500; or unset RANK and WORLD_SIZE if they are left over"
+        )
     # torchrun itself listens at its port
     if env["WORLD_SIZE"] == "1" and env.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         # any free port: no other process needs to find it

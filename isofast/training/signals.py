@@ -6,7 +6,6 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable
-from datetime import timedelta
 from types import FrameType
 from typing import Any
 
@@ -31,24 +30,18 @@ class Signals:
     than ``ECHO_S`` after the first.
 
     Args:
-        world: the ranks, which must all poll after the same steps.
-        grace_s: timeout in seconds.
-
-    Attributes:
         told: set once a signal has arrived.
-        group: gloo, of all ranks, whose collectives may wait for a day; None for a single rank.
+        group: the ranks, a gloo group, which must all poll after the same steps; None for one rank.
+        grace_s: timeout in seconds.
     """
 
-    def __init__(self, world: World, grace_s: float = GRACE_S) -> None:
-        self._grace_s = grace_s
-        self.told = threading.Event()
+    def __init__(self, told: threading.Event, group: Any = None, grace_s: float = GRACE_S) -> None:
+        self._grace_s, self._told, self._group = grace_s, told, group
         self._received = 0
         self._handled = threading.Event()
         self._watch: StallWatch | None = None
         self._handlers: dict[signal.Signals, Any] = {}
         self._threads: list[threading.Thread] = []
-        day = timedelta(days=1)
-        self.group: Any = dist.new_group(backend="gloo", timeout=day) if world.size > 1 else None
         self._exchange: tuple[Any, torch.Tensor] | None = None
 
     def hold(self, watch: StallWatch) -> None:
@@ -97,12 +90,12 @@ class Signals:
         Args:
             save: request a checkpoint.
         """
-        # 1 to save, or a signal's number and 1
+        # 1 to save, or a signal's number plus 1
         asked = self._received + 1 if self._received or save else 0
-        if self.group is not None:
+        if self._group is not None:
             before, mine = self._exchange, torch.tensor(asked)
             maximum = dist.ReduceOp.MAX
-            work = dist.all_reduce(mine, maximum, group=self.group, async_op=True)
+            work = dist.all_reduce(mine, maximum, group=self._group, async_op=True)
             self._exchange = work, mine
             asked = 0
             if before is not None:
@@ -117,7 +110,7 @@ class Signals:
                 continue
             if not self._received:
                 self._received, began = data[0], time.monotonic()
-                self.told.set()
+                self._told.set()
                 self._start(self._give_up)
             # Slurm answers a requeue with SIGTERM, while a run that has saved closes its files
             elif time.monotonic() - began > ECHO_S and not (

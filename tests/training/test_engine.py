@@ -42,6 +42,22 @@ from ..data.conftest import numbered
             (3, 1, 4),
         ),
         ({"PMI_RANK": "3", "PMI_SIZE": "4", "MPI_LOCALRANKID": "1"}, (3, 1, 4)),
+        # srun starts Intel MPI's proxies, whose variables their children inherit
+        (
+            {
+                **{"SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "1", "SLURM_LOCALID": "0"},
+                **{"PMI_RANK": "3", "PMI_SIZE": "4", "MPI_LOCALRANKID": "1"},
+            },
+            (3, 1, 4),
+        ),
+        # srun --mpi=pmi2
+        (
+            {
+                **{"SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "1", "SLURM_LOCALID": "1"},
+                **{"PMI_RANK": "1", "PMI_SIZE": "2"},
+            },
+            (1, 1, 2),
+        ),
     ],
 )
 def test_the_rank_is_known_before_the_group_exists(launched, expected, monkeypatch):
@@ -65,6 +81,8 @@ def test_a_group_of_another_size_is_refused(monkeypatch):
         ({"LOCAL_WORLD_SIZE": "2"}, 2),
         ({"LOCAL_SIZE": "1"}, 1),
         ({"LOCAL_WORLD_SIZE": "64"}, 64),
+        ({"OMPI_COMM_WORLD_LOCAL_SIZE": "4"}, 4),
+        ({"MPI_LOCALNRANKS": "4"}, 4),
         # Slurm has bound the process to its cores
         ({"SLURM_STEP_NUM_TASKS": "8", "LOCAL_WORLD_SIZE": "8"}, 1),
         # a shell or a launcher that starts several ranks and has the cores of them all
@@ -87,6 +105,7 @@ def test_cores_are_shared_with_the_neighbours(launched, sharing, monkeypatch):
         # --gpus-per-task=1
         ({"SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "1", "SLURM_LOCALID": "1"}, 1, 0),
         ({"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1"}, 1, None),
+        ({"PMI_RANK": "1", "PMI_SIZE": "2", "MPI_LOCALRANKID": "1"}, 1, None),
     ],
 )
 def test_each_task_takes_its_own_gpu(launched, visible, gpu, monkeypatch):
@@ -106,6 +125,13 @@ def test_each_task_takes_its_own_gpu(launched, visible, gpu, monkeypatch):
     assert (world.rank, world.local_rank, world.device) == (1, 1, torch.device("cuda", gpu))
     # DeepSpeed moves the model there
     assert taken == [gpu] and os.environ["LOCAL_RANK"] == str(gpu)
+
+
+def test_processes_without_an_address_are_told_what_to_set(monkeypatch):
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match=r"says 2 processes, but MASTER_ADDR.* unset RANK"):
+        parallel.init_world()
 
 
 @pytest.mark.parametrize("local_rank", [0, 1])

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import termios
+import threading
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -17,7 +18,7 @@ import psutil
 import pytest
 
 from isofast.run.checkpoint import newest_checkpoint
-from isofast.training.parallel import close_world, init_world
+from isofast.training.parallel import close_world, init_world, patient_group
 from isofast.training.signals import ECHO_S, Signals, stopped
 
 from ..support.runs import (
@@ -73,7 +74,7 @@ def test_a_terminal_that_closes(ignored, code, config, tmp_path):
     def attach() -> None:
         fcntl.ioctl(terminal, termios.TIOCSCTTY, 0)
         if ignored:
-            # as with nohup or disown
+            # as nohup does
             signal.signal(signal.SIGHUP, signal.SIG_IGN)
 
     process = opened(
@@ -151,7 +152,7 @@ def test_a_run_gives_signals_back():
     wakeup = signal.set_wakeup_fd(writer)
     try:
         with ExitStack() as stack:
-            signals = Signals(ALONE)
+            signals = Signals(threading.Event())
             stack.push(signals.__exit__)
             signals.hold(None)
         assert {signal.getsignal(number) for number in numbers} == {handler}
@@ -171,7 +172,7 @@ def test_what_several_ranks_are_told_is_one_signal():
 
 def _poll_as_all_are_told() -> None:
     world = init_world()
-    signals = Signals(world)
+    signals = Signals(threading.Event(), patient_group(world))
     assert [signals.poll(save=world.is_main), signals.poll()] == [(False, None), (True, None)]
     signals._received = signal.SIGHUP
     assert [signals.poll(), signals.poll()] == [(False, None), (True, signal.SIGHUP)]
@@ -215,22 +216,18 @@ def test_what_becomes_of_a_slurm_job_is_told(array, scontrol, words, tmp_path, m
 # a step that never ends, like one that waits for a lost peer
 STUCK = """
 import threading, sys
-from isofast.distributed import World
 from isofast.training.signals import Signals
-import torch
-Signals(World(0, 1, 0, torch.device("cpu")), grace_s=float(sys.argv[1])).hold(None)
+Signals(threading.Event(), grace_s=float(sys.argv[1])).hold(None)
 print("ready", flush=True)
 threading.Event().wait()
 """
 # a run that has saved, and closes its files
 CLOSING = """
-import time
+import threading, time
 from contextlib import ExitStack
-from isofast.distributed import World
 from isofast.training.signals import Signals
-import torch
 with ExitStack() as stack:
-    signals = Signals(World(0, 1, 0, torch.device("cpu")))
+    signals = Signals(threading.Event())
     stack.push(signals)
     signals.hold(None)
     print("ready", flush=True)
@@ -242,15 +239,13 @@ with ExitStack() as stack:
 """
 # a long evaluation, then a step
 SLOW = """
-import time
+import threading, time
 from contextlib import ExitStack
 from types import SimpleNamespace
-from isofast.distributed import World
 from isofast.training.signals import Signals
-import torch
 watch = SimpleNamespace(batches=0)
 with ExitStack() as stack:
-    signals = Signals(World(0, 1, 0, torch.device("cpu")), grace_s=1.0)
+    signals = Signals(threading.Event(), grace_s=1.0)
     stack.push(signals)
     signals.hold(watch)
     print("ready", flush=True)
