@@ -16,3 +16,9 @@ def test_a_log_has_a_line_a_minute(leave, monkeypatch, capsys):
         "decoding images: 60/150, 01:00<01:30",
         "decoding images: 120/150, 02:00<00:30",
     ]
+
+
+def test_a_terminal_has_a_bar(monkeypatch, capsys):
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    list(Bar(range(2), "short"))
+    assert "\rshort: 100%|" in capsys.readouterr().err

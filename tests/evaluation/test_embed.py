@@ -101,7 +101,9 @@ def test_tars_stand_for_their_pictures(run_dir, folder, tmp_path, capsys):
 
 
 def test_the_same_numbers_in_every_format(run_dir, folder, tmp_path):
-    names = sorted(IMAGES)
+    # a name that is not UTF-8
+    (folder / "zebra.jpeg").rename(folder / "z\udce9.jpeg")
+    names = sorted({*IMAGES, "z\udce9.jpeg"} - {"zebra.jpeg"})
     encoder = isofast.load_encoder(run_dir)
     with torch.no_grad():
         expected = torch.cat([encoder(by_hand(folder / name)) for name in names]).numpy()
@@ -115,7 +117,7 @@ def test_the_same_numbers_in_every_format(run_dir, folder, tmp_path):
     assert embeddings.dtype == np.float32 and embeddings.shape == (len(names), 64)
     np.testing.assert_allclose(embeddings, expected, rtol=1e-5, atol=1e-5)
 
-    with (tmp_path / "out.csv").open(newline="") as file:
+    with (tmp_path / "out.csv").open(newline="", errors="surrogateescape") as file:
         header, *rows = csv.reader(file)
     assert header == ["filename", *(f"embedding_{k}" for k in range(64))]
     assert [row[0] for row in rows] == names
@@ -207,7 +209,7 @@ def test_a_folder_that_may_not_be_read_is_named(run_dir, folder, tmp_path):
     assert "a/deep: [Errno 13] Permission denied" in done.stderr
 
 
-def test_mistakes_exit_with_2_and_lose_nothing(run_dir, folder, tmp_path, refused):
+def test_mistakes_exit_with_2_and_lose_nothing(run_dir, folder, tmp_path, refused, monkeypatch):
     bad, none, kept = tmp_path / "bad", tmp_path / "none", tmp_path / "kept.npz"
     bad.mkdir()
     none.mkdir()
@@ -222,5 +224,12 @@ def test_mistakes_exit_with_2_and_lose_nothing(run_dir, folder, tmp_path, refuse
         (run_dir, folder, tmp_path / "no" / "out.npz", "there is no folder"),
     ):
         refused(["embed", source, "--images", images, "--output", output], words)
+
+    def fails(path: Path, **_: object) -> None:
+        path.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(np, "savez", fails)
+    assert embed(run_dir, folder, kept) == 1
     assert kept.read_bytes() == b"earlier"
     assert not list(tmp_path.glob(".*.part*"))

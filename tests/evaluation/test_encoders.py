@@ -30,7 +30,10 @@ from torch import nn
 
 def make():
     pooled = nn.AdaptiveAvgPool2d(1), nn.Flatten()
-    return nn.Sequential(nn.Conv2d(3, 5, 3), nn.BatchNorm2d(5), *pooled)
+    net = nn.Sequential(nn.Conv2d(3, 5, 3), *pooled)
+    # no classifier, as in some of timm's
+    net.add_module("head", nn.BatchNorm1d(5))
+    return net
 """
 X_BCHW = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(1))
 
@@ -122,6 +125,7 @@ def test_checkpoints_of_torchvision_and_timm(tmp_path):
         ("moco.pth", "module.encoder_q.", "module.encoder_k."),
         ("solo.ckpt", "backbone.", "momentum_backbone."),
         ("lightly.ckpt", "backbone.", "backbone_momentum."),
+        ("first.ckpt", "online.", "momentum."),
     ):
         models: dict[str, nn.Module] = {online: theirs, other: moved(resnet18())}
         if name == "lightly.ckpt":
@@ -132,7 +136,9 @@ def test_checkpoints_of_torchvision_and_timm(tmp_path):
         torch.save({"state_dict": saved}, tmp_path / name)
         # sorted by name
         save_file(saved, (tmp_path / name).with_suffix(".safetensors"))
-    trained = (f"{n}.{kind}" for n in ("solo", "lightly") for kind in ("ckpt", "safetensors"))
+    trained = (
+        f"{n}.{kind}" for n in ("solo", "lightly", "first") for kind in ("ckpt", "safetensors")
+    )
     files = "plain.pth training.pth saved.safetensors moco.pth moco.safetensors"
     for name in (*files.split(), *trained):
         assert_same_features(isofast.load_encoder(tmp_path / name), theirs)

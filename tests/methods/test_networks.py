@@ -61,6 +61,12 @@ def test_narrow_shortcuts_are_torchs():
         assert (type(shortcut) is nn.Conv2d) == (channels == 16)
 
 
+@pytest.mark.parametrize("name", ["resnet18", "resnet34"])
+def test_narrow_networks_have_torchvisions_layers(name):
+    narrow, plain = (make_encoder(EncoderConfig(name=name, width=width)) for width in (8, 64))
+    assert [*narrow.state_dict()] == [*plain.state_dict()]
+
+
 def test_narrow_convolutions_keep_torchvisions_initialisation():
     torch.manual_seed(0)
     encoder = make_encoder(EncoderConfig(width=32, stem="cifar"))

@@ -1,6 +1,7 @@
 """`isofast doctor`: what it finds here, and what it reports when something is missing."""
 
 import json
+import math
 import os
 from importlib.metadata import version
 
@@ -32,6 +33,14 @@ def test_the_errors_are_those_of_fp32(monkeypatch):
     monkeypatch.setattr(doctor, "matrix_power", fails)
     report = doctor.Device("x", "CPU", 1, 1, [], *doctor._tried(cpu))
     assert report.errors == {} and report.problem == "RuntimeError: no compiler"
+    monkeypatch.setattr(doctor, "_packages", lambda cuda: [])
+    monkeypatch.setattr(doctor, "_driver", lambda: "570.1")
+    monkeypatch.setattr(doctor.sysconfig, "get_paths", lambda: {"include": "/no/where"})
+    found = doctor.examine()
+    assert not found.ok and "RuntimeError: no compiler" in found.problems[0]
+    assert "no Python.h" in found.notes[0] and "driver 570.1 is installed" in found.notes[1]
+    monkeypatch.setattr(doctor, "kernel_errors", lambda device: {"loss": math.nan, "root": 0.0})
+    assert doctor._tried(cpu)[1] == "loss is off by nan"
 
 
 @pytest.mark.slow

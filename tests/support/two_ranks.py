@@ -67,6 +67,7 @@ def main(config_path: str, output: str) -> None:
         captured = state.capture()
         state.restore(captured, 3)
         results["steps restored"] = state.engine.global_steps
+        results["clipping"] = state.engine.gradient_clipping()
         (results["another device"],) = state.restore(captured | {"device": "cuda"}, 3)
     if world.is_main:
         torch.save(results, output)
@@ -76,14 +77,19 @@ def main(config_path: str, output: str) -> None:
 def refusals(config: Config, world: World) -> list[str]:
     """Return this rank's errors when all have the same images, and when one has others."""
     images, last = list_images(config), world.size - 1
-    others = replace(images.train, fingerprint="others")
-    unreadable = replace(images.train, paths=("train/0/gone.png", *images.train.paths[1:]))
+    others, other_val = (
+        images._replace(**{split: replace(getattr(images, split), fingerprint="others")})
+        for split in ("train", "val")
+    )
+    paths = ("train/0/gone.png", *images.train.paths[1:])
+    unreadable = images._replace(train=replace(images.train, paths=paths))
     told = []
-    for train, rank in ((images.train, 0), (others, last), (unreadable, last), (unreadable, 0)):
-        mine = train if world.rank == rank else images.train
+    cases = ((images, 0), (others, last), (unreadable, last), (unreadable, 0), (other_val, last))
+    for these, rank in cases:
+        mine = these if world.rank == rank else images
         try:
-            agreed = agree_on_images(config, world, images._replace(train=mine))
-            assert agreed.train.fingerprint == mine.fingerprint
+            agreed = agree_on_images(config, world, mine)
+            assert agreed.train.fingerprint == mine.train.fingerprint
             told.append("")
         except UserError as error:
             told.append(str(error))

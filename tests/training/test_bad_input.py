@@ -65,9 +65,9 @@ def test_settings_that_cannot_be(refuses, setting, words):
 def test_srun_without_an_address(refuses, monkeypatch):
     for name, value in (("STEP_NUM_TASKS", "4"), ("PROCID", "0"), ("LOCALID", "0")):
         monkeypatch.setenv(f"SLURM_{name}", value)
-    refuses("without MASTER_ADDR or MASTER_PORT")
+    refuses("says 4 processes, but MASTER_ADDR or MASTER_PORT is not set")
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
-    refuses("| head -n 1) and MASTER_PORT=29500")
+    refuses("| head -n 1)) and MASTER_PORT=29500")
 
 
 def test_the_launcher_passes_the_exit_code_on(config_file, tmp_path):

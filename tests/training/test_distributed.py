@@ -81,7 +81,7 @@ def test_buffers_rows_and_objects_are_exchanged(results):
 def test_ranks_agree_on_their_images_or_stop_together(results):
     first, last = results[2]["refused"]
     assert first[0] == last[0] == ""
-    assert all("same images" in told for told in (*first[1:3], last[1]))
+    assert all("same images" in told for told in (*first[1:3], last[1], first[4], last[4]))
     assert "gone.png" in last[2] and "gone.png" in first[3] == last[3]
     # no other rank to differ from
     (alone,) = results[1]["refused"]
@@ -98,7 +98,7 @@ def test_ranks_have_one_config(results):
 
 
 def test_state_in_a_group_of_one(results):
-    assert results[1]["steps restored"] == 3
+    assert results[1]["steps restored"] == 3 and results[1]["clipping"] == 0
     assert "was on a cuda and is on a cpu" in results[1]["another device"]
 
 
@@ -113,6 +113,7 @@ def test_ranks_of_a_cpu_share_its_cores_unless_told():
     for environment in (alone := launched(1)):
         del environment["OMP_NUM_THREADS"]
     assert forked(_threads_are, 4, 4, environments=alone) == [0]
+    assert forked(_threads_are, 5, 6, environments=alone) == [0]
 
 
 def _threads_are(expected: int, cores: int = 6) -> None:

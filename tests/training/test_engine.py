@@ -12,11 +12,13 @@ from isofast.config.load import validate
 from isofast.data import recipe_for
 from isofast.data.images import check_images, list_images
 from isofast.distributed import (
+    TORCH_VARIABLES,
     World,
     cores_of_rank,
     launched_local_rank,
     launched_rank,
     launched_world_size,
+    launcher_variables,
 )
 from isofast.errors import RankError, UserError
 from isofast.training import parallel
@@ -31,6 +33,12 @@ from ..data.conftest import numbered
         ({}, (0, 0, 1)),
         ({"RANK": "2", "LOCAL_RANK": "1", "WORLD_SIZE": "4"}, (2, 1, 4)),
         ({"SLURM_STEP_NUM_TASKS": "4", "SLURM_PROCID": "3", "SLURM_LOCALID": "1"}, (3, 1, 4)),
+        # torchrun in each of two tasks
+        (
+            {"RANK": "2", "LOCAL_RANK": "0", "WORLD_SIZE": "4", "SLURM_STEP_NUM_TASKS": "2"},
+            (2, 0, 4),
+        ),
+        ({"SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}, (0, 0, 1)),
         # a batch script without srun
         ({"SLURM_NTASKS": "4", "SLURM_PROCID": "0"}, (0, 0, 1)),
         (
@@ -65,6 +73,7 @@ def test_the_rank_is_known_before_the_group_exists(launched, expected, monkeypat
         monkeypatch.setenv(name, value)
     found = launched_rank(), launched_local_rank(), launched_world_size()
     assert found == expected
+    assert (launcher_variables() == TORCH_VARIABLES) == ("RANK" in launched or expected[2] == 1)
 
 
 def test_a_group_of_another_size_is_refused(monkeypatch):
@@ -145,14 +154,24 @@ def test_a_rank_that_waits_says_for_whom(local_rank, monkeypatch, capsys):
     engine = SimpleNamespace(ops=SimpleNamespace(), init_distributed=lambda **_: time.sleep(0.5))
     monkeypatch.setattr(parallel, "_import_deepspeed", lambda: engine)
     threads = torch.get_num_threads()
-    parallel.init_world()
+    with parallel.launcher_environment():
+        parallel.init_world()
+        # without LOCAL_RANK, as in Kubernetes, each process has a machine of its own
+        assert os.environ.get("LOCAL_WORLD_SIZE") == (None if local_rank else "1")
+    assert "LOCAL_WORLD_SIZE" not in os.environ
     torch.set_num_threads(threads)
     expected = (
         "" if local_rank else "rank 1 is waiting for all 2 processes to connect to there:29500"
     )
     assert capsys.readouterr().err.strip() == expected
-    # without LOCAL_RANK, as in Kubernetes, each process has a machine of its own
-    assert os.environ.get("LOCAL_WORLD_SIZE") == (None if local_rank else "1")
+
+
+@pytest.mark.parametrize("listens", [True, False])
+def test_torchrun_itself_listens_for_a_single_process(listens, monkeypatch):
+    alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_PORT": "29500"}
+    monkeypatch.setattr(os, "environ", alone | {"TORCHELASTIC_USE_AGENT_STORE": str(listens)})
+    parallel._fill_launcher_environment()
+    assert os.environ["MASTER_PORT"] == ("29500" if listens else "0")
 
 
 def test_each_rank_has_its_share_of_the_seeds_batch(small_config):

@@ -2,7 +2,9 @@
 
 import json
 import time
+from dataclasses import replace
 from types import SimpleNamespace
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -10,9 +12,10 @@ import torch
 from sklearn.neighbors import KNeighborsClassifier
 
 from isofast.config.schema import Config
-from isofast.data import Recipe, recipe_for
+from isofast.data import UNLABELLED, Recipe, recipe_for
 from isofast.data.images import Images, check_images, list_images
-from isofast.distributed import World
+from isofast.distributed import World, gather_rows
+from isofast.errors import UserError
 from isofast.run.labelfree import label_free
 from isofast.run.metrics import read_metrics
 from isofast.training.build import build
@@ -70,7 +73,9 @@ def test_metrics_without_labels_are_of_a_fixed_sample(small_config):
     evaluator, images, recipe = evaluator_of(config())
     online = build(config(), ALONE, 10).online.train()
     before = torch.get_rng_state(), [buffer.clone() for buffer in online.buffers()]
-    evaluation = evaluator(online)
+    with mock.patch("isofast.training.online.gather_rows", wraps=gather_rows) as gathered:
+        evaluation = evaluator(online)
+    assert gathered.call_count == 5
     found = evaluation.label_free()
     assert len(evaluator._views.flatten(1).unique(dim=0)) == 1000
     assert torch.equal(torch.get_rng_state(), before[0]) and online.training
@@ -89,6 +94,8 @@ def test_metrics_without_labels_are_of_a_fixed_sample(small_config):
     right = knn_top1(bank_NF, bank_y_N, h_NF, y_N, classes=10, **kind)
     # another batch size may round features, and so a vote, differently
     assert evaluation.knn_top1 == pytest.approx(right, abs=2 / 355)
+    right = knn_top1(bank_NCHW.flatten(1), bank_y_N, x_NCHW.flatten(1), y_N, classes=10, **kind)
+    assert evaluator.pixels() == pytest.approx(right, abs=1 / 355)
     views = torch.zeros(2, 2, 2)
     for suffix, x in (("", h_NF), ("_z", z_ND)):
         want = label_free(x, views)
@@ -100,7 +107,10 @@ def test_metrics_without_labels_are_of_a_fixed_sample(small_config):
 
     # another evaluator uses the same images and views, a smaller sample different ones
     assert evaluator_of(config())[0](online).label_free() == found
-    fewer = evaluator_of(config(metrics_images=60))[0](online).label_free()
+    evaluator = evaluator_of(config(metrics_images=60))[0]
+    fewer = evaluator(online).label_free()
+    sampled = label_free(h_NF[evaluator._sample], views)
+    assert fewer["rankme"] == pytest.approx(sampled["rankme"], rel=1e-3)
     assert fewer.keys() == found.keys() and not fewer.items() & found.items()
     without = evaluator_of(config(metrics_images=0))[0](online)
     assert without.label_free() == {}
@@ -114,6 +124,18 @@ def test_several_ranks_measure_the_same_sample(small_config):
     gathered = np.concatenate([np.arange(355)[rank::2] for rank in (0, 1)])
     drawn = np.random.default_rng(0).permutation(355)[:60]
     assert sorted(gathered[evaluator._sample]) == sorted(drawn)
+    assert len(evaluator._views) == 300
+    with pytest.raises(UserError, match="and 355 validation images"):
+        evaluator_of(config, World(0, 356, 0, torch.device("cpu")))
+
+
+def test_only_labelled_images_are_in_the_bank(small_config):
+    config = small_config(evaluation={"every_epochs": 1, "metrics_images": 0, "knn_images": 2000})
+    _, (train, val), recipe = evaluator_of(config)
+    labels = np.where(train.labels < 5, train.labels, UNLABELLED)
+    watch, options = StallWatch(config.data, 0), {"backend": "dali"}
+    half = Evaluator(config, replace(train, labels=labels), val, recipe, ALONE, watch, **options)
+    assert half.images == (train.labels < 5).sum() + 355
 
 
 def test_views_are_of_the_recipes_first_view(small_config):

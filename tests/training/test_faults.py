@@ -7,15 +7,21 @@ import signal
 import struct
 import subprocess
 import sys
+import threading
 import time
+from collections import Counter
 from contextlib import suppress
+from types import SimpleNamespace
 
 import psutil
 import pytest
+import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from isofast.distributed import World
 from isofast.run.checkpoint import newest_checkpoint
 from isofast.run.metrics import read_metrics
+from isofast.training import heartbeat
 
 from ..support.runs import assert_same_run, call, fit_apart, started, train
 
@@ -65,6 +71,36 @@ def test_a_rank_that_closes_its_logger_slowly_is_not_lost(small, tmp_path, monke
     loggers = {"loggers": ["slow_logger:Slow"]}
     fit_apart(small(train={"max_steps": 1}, logging=loggers), tmp_path / "run", ranks=2)
     assert "MainThread" in running.read_text() and "_beat" not in running.read_text()
+
+
+def test_a_silent_rank_is_noticed_and_one_that_answers_is_not(monkeypatch, capsys):
+    """Two ranks in one process, whose store is a counter."""
+    beats: Counter[str] = Counter()
+    ended: list[int] = []
+
+    def add(key: str, value: int) -> int:
+        beats[key] += value
+        return beats[key]
+
+    monkeypatch.setattr(heartbeat, "TCPStore", lambda *_, **__: SimpleNamespace(add=add))
+    environ = {"MASTER_ADDR": "", "MASTER_PORT": "0"}
+    monkeypatch.setattr(heartbeat, "os", SimpleNamespace(environ=environ, _exit=ended.append))
+    for name, seconds in (("INTERVAL_S", 0.1), ("LIMIT_S", 3.0), ("TURN_S", 0.5)):
+        monkeypatch.setattr(heartbeat, name, seconds)
+    first, second = (
+        heartbeat.Heartbeat(World(rank, 2, rank, torch.device("cpu")), threading.Event())
+        for rank in (0, 1)
+    )
+    with second:
+        with first:
+            time.sleep(4.5)
+            first._end()
+        assert ended == []
+        deadline = time.monotonic() + 20
+        while not ended and time.monotonic() < deadline:
+            time.sleep(0.1)
+    assert set(ended) == {1}
+    assert "error on rank 1: rank 0 has not answered for 3 s" in capsys.readouterr().err
 
 
 def test_a_loader_that_hangs(config_file, own_digits, tmp_path):

@@ -133,6 +133,7 @@ def test_learning_rate_at_its_corners():
     assert at(55) == pytest.approx(1.0)
     assert at(99) == pytest.approx(2.0 * (math.cos(math.pi * 89 / 90) + 1) / 2)
     assert at(100) == at(101) == 0.0
+    assert lr_at(5, 2.0, total_steps=5, warmup_steps=5, warmup_start=0.5) == 2.0
 
 
 def test_every_group_follows_the_schedule():

@@ -1,8 +1,12 @@
 """`isofast profile`: where a step's time goes."""
 
 import json
+import re
 
 import pytest
+import torch
+
+from isofast.training.profile import _advice
 
 from ..support.runs import ISOFAST, call
 
@@ -21,6 +25,9 @@ def test_a_profile_says_where_the_time_goes(config_file, tmp_path):
         "--set train.precision=bf16",
     )
     assert [word for word in words if word not in done.stdout] == []
+    rate = re.match(r"([\d,.]+) ms per step, ([\d,]+) images/s", done.stdout)
+    ms, images_per_s = (float(number.replace(",", "")) for number in rate.groups())
+    assert ms * images_per_s == pytest.approx(64_000, rel=0.1)
     assert not done.stderr
     events = json.loads((output / "trace.json").read_text())["traceEvents"]
     assert {"forward", "backward"} <= {event.get("name") for event in events}
@@ -34,3 +41,9 @@ def test_what_cannot_be_is_refused_before_the_steps(config_file, tmp_path, monke
         refused([*command, "--output", path], f"cannot write to {path}")
     monkeypatch.setenv("WORLD_SIZE", "2")
     refused(command, "one process")
+
+
+def test_advice_is_about_what_is_slow():
+    assert _advice(True, torch.bfloat16, "dali", 0.1) == []
+    waits, uncompiled = _advice(False, torch.bfloat16, "dali", 0.2)
+    assert "20% of a step waits" in waits and "train.compile=on" in uncompiled
