@@ -69,9 +69,12 @@ def agree_on_images(config: Config, world: World, images: Images, group: Any = N
     if not world.is_main:
         images, problem = _checked(config, images)
     fingerprints = [None if split is None else split.fingerprint for split in images]
-    if gather_objects((problem, fingerprints), group) != [("", fingerprints)] * world.size:
+    found = gather_objects((problem, fingerprints), group)
+    if found != [("", fingerprints)] * world.size:
+        others = (f"rank {rank}: {said}" for rank, (said, _) in enumerate(found) if said)
         raise RankError(
             problem
+            or next(others, "")
             or f"the processes do not see the same images under {config.data.root}; give all of "
             "them read access to the same files"
         )

@@ -24,7 +24,8 @@ class Heartbeat:
     says why, or the second if the first hangs.
 
     Args:
-        world: the ranks; a single rank is not watched.
+        world: the ranks; a single rank is not watched, nor a caller's own group without
+            MASTER_ADDR and MASTER_PORT, where the store is.
         told: set once the launcher has asked this process to end because another one has.
     """
 
@@ -38,7 +39,7 @@ class Heartbeat:
         ]
 
     def __enter__(self) -> "Heartbeat":
-        if self._world.size > 1:
+        if self._world.size > 1 and {"MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
             for thread in self._threads:
                 thread.start()
         return self

@@ -103,6 +103,12 @@ def test_a_silent_rank_is_noticed_and_one_that_answers_is_not(monkeypatch, capsy
     assert "error on rank 1: rank 0 has not answered for 3 s" in capsys.readouterr().err
 
 
+def test_a_group_without_a_store_is_not_watched():
+    before = threading.active_count()
+    with heartbeat.Heartbeat(World(0, 2, 0, torch.device("cpu")), threading.Event()):
+        assert threading.active_count() == before
+
+
 def test_a_loader_that_hangs(config_file, own_digits, tmp_path):
     """Opening a named pipe blocks forever, as does reading from a file system that is gone."""
     config = config_file(
