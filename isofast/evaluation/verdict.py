@@ -46,7 +46,7 @@ def judge(
         pictures: results for anything that the run itself did not evaluate.
     """
     failure = summary.get("failure")
-    last = findings(run)[1]
+    earlier, last = findings(run)
     collapse = summary.get("collapse") or (last.message if last else None)
     found = _by_accuracy(run, val_images, pictures) or _without_labels(run, pictures)
     reasons = [*found.reasons]
@@ -55,12 +55,15 @@ def judge(
         reasons.insert(0, f"The run has not ended: epoch {epochs:g} of {run.config.train.epochs}.")
     if not (collapse or failure):
         steps, least = run.records[-1]["step"], _watch(run).grace
-        judged = (
-            "No record shows a collapse at the end."
-            if steps >= least
-            else f"Too short to be judged for a collapse to few dimensions: {steps} of {least:.0f} "
-            "steps."
-        )
+        if earlier:
+            judged = "Earlier records show a collapse (see the warnings), the last one does not."
+        elif steps < least:
+            judged = (
+                f"Too short to be judged for a collapse to few dimensions: {steps} of {least:.0f} "
+                "steps."
+            )
+        else:
+            judged = "No record shows a collapse."
         return replace(found, reasons=[*reasons, judged])
     if failure and failure != collapse:
         reasons.insert(0, f"The run failed: {failure}.")

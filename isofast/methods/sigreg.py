@@ -83,7 +83,7 @@ def normality(z_VBD: Tensor, a_AD: Tensor, t_K: Tensor, w_K: Tensor) -> Tensor:
     """Return the Epps-Pulley statistic N T of x = a.z, averaged over views and directions.
 
     T = integral of |mean over N of exp(i t x) - exp(-t^2 / 2)|^2 exp(-t^2 / 2) dt, over the N rows
-    of all ranks. For a normal its mean is about 1.06 for any N; for a single point it grows with N.
+    of all ranks. For a normal its mean is about 1.05 for any N; for a single point it grows with N.
 
     Args:
         z_VBD: embeddings, differentiable on all ranks.

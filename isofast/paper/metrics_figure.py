@@ -118,9 +118,10 @@ def _panel(axis: Axes, rows: Sequence[Row], key: str, kind: str) -> None:
         axis.plot(values, accuracies, linewidth=0.5, markersize=3, alpha=0.5, **shared)
         last = values[-1:], accuracies[-1:]
         axis.scatter(*last, s=50, edgecolor="black", zorder=3, label=label, **shared)
-    correlation, count = spearman(rows, key)
+    # of one run, evaluations only follow its course
+    correlation, count = spearman([row for row in rows if row["final"]], key)
     name = key.removesuffix("_z")
-    axis.set_title(f"{name} of {kind}\nSpearman {correlation:.2f} (n = {count})")
+    axis.set_title(f"{name} of {kind}\nSpearman {correlation:.2f} (n = {count} runs)")
 
 
 def _write_csv(rows: Sequence[Row], path: Path) -> None:

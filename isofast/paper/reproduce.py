@@ -189,9 +189,9 @@ def _notes(runs: Sequence[PlannedRun]) -> list[str]:
     ]
     if any(config.method.correlation == "directions" for config in configs):
         notes.append(
-            "Compare short runs with the paper by the ranking of methods, not by accuracy. They "
-            "use C of directions and isofast's own optimizers, with which a method that crashes in "
-            "the paper may learn. --set method.correlation=embeddings uses the paper's."
+            "Short runs compare with the paper neither in accuracy nor in the order of methods: "
+            "they use C of directions and isofast's own optimizers, with which a method that "
+            "crashes in the paper may learn. --set method.correlation=embeddings uses the paper's."
         )
     machines = set()
     for path in (run.run_dir / "environment.json" for run in runs):

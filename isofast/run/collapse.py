@@ -20,7 +20,7 @@ _LEAST_SPREAD, _LOW_SPREAD, _NO_GROWTH = 0.01, 0.35, 1.1
 # A new network's embeddings all point the same way: wait for the warm-up, and until C has
 # forgotten the first steps.
 _TIME_CONSTANTS, _LEAST_STEPS = 2, 200
-# Longest embeddings / median, and median |W z| / |z|, where the longest dominate a raw C.
+# 95th percentile of |z| / median, and median |W z| / |z|, where the longest dominate a raw C.
 _LONG, _SHORT = 4.0, 0.5
 # Maximum growth of the embeddings' norm since the first record.
 _MOST_GROWTH = 1e3
@@ -76,9 +76,9 @@ class CollapseWatch:
         if self._is_torn(record):
             return self._found(
                 "torn",
-                f"a few long embeddings dominate C: at step {step} they are "
-                f"{record['norm_spread']:.1f} times as long as the median, and W shortens the "
-                f"others to {record['prediction_norm']:.2f} of their length",
+                f"a few long embeddings dominate C: at step {step} the longest twentieth are at "
+                f"least {record['norm_spread']:.1f} times as long as the median, and the median of "
+                f"|W z| / |z| is {record['prediction_norm']:.2f}",
             )
         if step >= self.grace and spread < _LOW_SPREAD * healthy and self._has_stopped(spread):
             return self._found(
@@ -124,11 +124,8 @@ def remedies(config: Config, kind: Kind) -> list[str]:
         tries.append("method.correlation directions, so that long embeddings don't dominate C")
     if method.name in ("directpred", "directcopy"):
         tries.append("method.name isoloss, which lets small eigenvalues keep growing")
-    if method.name == "sigreg":
-        tries.append(f"method.weight above {method.weight:g}")  # type: ignore[attr-defined]
-    elif not method.ema:
-        name = "method.name byol" if method.name == "simsiam" else "method.ema true"
-        tries.append(f"{name}, for an EMA target")
+    if hasattr(method, "alpha") and not method.ema:
+        tries.append("method.ema true, for an EMA target")
     if method.name in ("byol", "simsiam", "linear") and optimizer.name != "sgd":
         tries.append("optimizer.name sgd")
     return tries or (longer if kind == "dimensional" else slower)

@@ -88,7 +88,9 @@ def alpha_req(z_NF: Tensor) -> float:
 
 
 def alignment(e_NVF: Tensor) -> float:
-    """Return the mean |u - u'|^2 over all pairs of views of one image, u = e / |e|: 0 to 4.
+    """Return the mean |u - u'|^2 over all pairs of views of one image, u = e / |e|.
+
+    It is 0 to 2 V / (V - 1), and 2 for unrelated views.
 
     Wang and Isola, "Understanding contrastive representation learning through alignment and
     uniformity on the hypersphere", ICML 2020, alpha = 2. V is at least 2.

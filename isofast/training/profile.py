@@ -12,7 +12,7 @@ from isofast.data import ImageFolder, recipe_for
 from isofast.data.images import check_images, list_images
 from isofast.distributed import World, launched_world_size
 from isofast.errors import UserError
-from isofast.run.directory import describe_environment
+from isofast.run.directory import cpu_has_bf16, describe_environment
 from isofast.training.build import build, train_loader
 from isofast.training.graph import WARMUP_STEPS, GraphedStep
 from isofast.training.optim import set_lr
@@ -86,7 +86,8 @@ def _profile(config: Config, train: ImageFolder, world: World, output: Path, ste
     wait_ms = statistics.median(waits)
     parts_ms = {name: statistics.median(times) for name, times in parts.items()}
     total = sum(parts_ms.values())
-    advice = _advice(state.compiled, precision, loader.backend, wait_ms / step_ms)
+    could_be_bf16 = precision == torch.float32 and (cuda or cpu_has_bf16())
+    advice = _advice(state.compiled, could_be_bf16, loader.backend, wait_ms / step_ms)
     rows = [
         f"{step_ms:.1f} ms per step, {1e3 * config.train.batch_size / step_ms:,.0f} images/s, "
         f"{wait_ms:.1f} ms of it waiting for the batch; {describe_environment(world)['device']}",
@@ -112,13 +113,13 @@ def _slowest(profiler: profile, steps: int, cuda: bool, parts: set[str]) -> list
     ]
 
 
-def _advice(compiled: bool, precision: torch.dtype, backend: str, waiting: float) -> list[str]:
+def _advice(compiled: bool, could_be_bf16: bool, backend: str, waiting: float) -> list[str]:
     """Return what would speed up the step, the largest gain first."""
     advice = []
     if waiting > 0.1:
         also = "" if backend == "resident" else ", or data.backend=resident if the images fit"
         advice.append(f"more data.threads{also}: {waiting:.0%} of a step waits for the batch")
-    if precision == torch.float32:
+    if could_be_bf16:
         advice.append("--set train.precision=bf16: the networks run in fp32")
     if not compiled:
         advice.append("--set train.compile=on: the networks run uncompiled")
