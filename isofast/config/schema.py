@@ -3,6 +3,7 @@
 Values that the user sets override the presets (presets.py), which override the defaults here.
 """
 
+import inspect
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -429,7 +430,11 @@ def schema_json() -> str:
     of_your_own["properties"]["name"]["pattern"] = ":"
     definitions["module:Class"] = of_your_own
     for name in METHODS:
-        definitions[name] = method_class(name).Config.model_json_schema()
+        built_in = method_class(name)
+        definitions[name] = built_in.Config.model_json_schema()
+        definitions[name]["description"] = inspect.getdoc(built_in)
+        definitions[name]["properties"]["name"] = {"const": name, "description": "The method."}
+        del definitions[name]["required"]
     refs = [{"$ref": f"#/$defs/{name}"} for name in (*METHODS, "module:Class")]
     schema["properties"]["method"] = {"anyOf": refs}
     schema["properties"][SCHEMA_KEY] = {"type": "string", "description": "Schema for editors."}

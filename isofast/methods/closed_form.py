@@ -56,21 +56,9 @@ class IsoLoss(ClosedForm):
 
     isotropic = True
 
-    class Config(ClosedForm.Config):
-        """The isotropic loss with a predictor computed from C."""
-
-        name: Literal["isoloss"] = "isoloss"
-        """The method."""
-
 
 class DirectPred(ClosedForm):
     """Tian, Chen, Ganguli: Understanding self-supervised learning dynamics (ICML 2021)."""
-
-    class Config(ClosedForm.Config):
-        """The plain loss, with a power of C as the predictor."""
-
-        name: Literal["directpred"] = "directpred"
-        """The method."""
 
 
 class DirectCopy(ClosedForm):
@@ -79,8 +67,6 @@ class DirectCopy(ClosedForm):
     class Config(ClosedForm.Config):
         """The plain loss, with C itself as the predictor."""
 
-        name: Literal["directcopy"] = "directcopy"
-        """The method."""
         alpha: float = Field(1.0, gt=0)
         """Power of the correlation matrix."""
 

@@ -28,8 +28,6 @@ class SIGReg(Method):
     class Config(Method.Config):
         """Prediction of the mean view, and a test of normality along random directions."""
 
-        name: Literal["sigreg"] = "sigreg"
-        """The method."""
         ema: Literal[False] = False
         """Always false: there is no target network."""
         weight: Share = 0.05

@@ -41,12 +41,6 @@ class TrainedPredictor(PredictorMethod):
 class BYOL(TrainedPredictor):
     """Grill et al.: Bootstrap your own latent (NeurIPS 2020)."""
 
-    class Config(TrainedPredictor.Config):
-        """A trained two-layer predictor."""
-
-        name: Literal["byol"] = "byol"
-        """The method."""
-
 
 class SimSiam(TrainedPredictor):
     """BYOL without EMA, as in the paper's tables (after Chen and He, CVPR 2021)."""
@@ -54,20 +48,12 @@ class SimSiam(TrainedPredictor):
     class Config(TrainedPredictor.Config):
         """BYOL without an EMA target."""
 
-        name: Literal["simsiam"] = "simsiam"
-        """The method."""
         ema: Literal[False] = False
         """Always false: with an EMA target this is byol."""
 
 
 class Linear(TrainedPredictor):
     """A matrix without bias, as in the paper's theory and Figure 4."""
-
-    class Config(TrainedPredictor.Config):
-        """A trained matrix as the predictor."""
-
-        name: Literal["linear"] = "linear"
-        """The method."""
 
     def make_predictor(self, projector: ProjectorConfig) -> nn.Module:
         return nn.Linear(projector.output, projector.output, bias=False)

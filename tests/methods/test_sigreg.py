@@ -19,7 +19,9 @@ from ..support.runs import fit_apart
 
 def _method(dim: int = 6, **settings: Any) -> SIGReg:
     torch.manual_seed(3)
-    return SIGReg(SIGReg.Config(directions=12, **settings), ProjectorConfig(output=dim))
+    return SIGReg(
+        SIGReg.Config(name="sigreg", directions=12, **settings), ProjectorConfig(output=dim)
+    )
 
 
 def _expected(z_VBD: torch.Tensor, a_AD: torch.Tensor, weight: float, knots: int) -> torch.Tensor:
