@@ -2,6 +2,7 @@
 
 import argparse
 import atexit
+import io
 import json
 import os
 import shlex
@@ -10,7 +11,7 @@ import warnings
 from dataclasses import asdict, fields
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from isofast.errors import RunError, UserError, exit_code_of, tell
 
@@ -18,6 +19,9 @@ from isofast.errors import RunError, UserError, exit_code_of, tell
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; return the exit code."""
     args = parser_of_all().parse_args(arguments)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # the terminal's encoding may not represent a file name
+        sys.stdout.reconfigure(errors="backslashreplace", line_buffering=True)
     # Pillow warns that a large image could be an attack
     warnings.filterwarnings("ignore", r"Image size \(\d+ pixels\)")
     ranks = {}
@@ -97,12 +101,12 @@ def _prepare(args: argparse.Namespace) -> None:
     if packs:
         from isofast.data.pack import pack
 
-        _say(str(pack(args.root, args.output, shard_mib=args.shard_mib, on_bad=args.on_bad_image)))
+        print(pack(args.root, args.output, shard_mib=args.shard_mib, on_bad=args.on_bad_image))
         return
-    _say(str(prepare(args.name, args.root, args.archive, on_bad=args.on_bad_image)))
+    print(prepare(args.name, args.root, args.archive, on_bad=args.on_bad_image))
     if args.preview is not None:
         write_preview(args.name, args.root, args.preview, on_bad=args.on_bad_image)
-        _say(f"views of {args.name}: {args.preview}")
+        print(f"views of {args.name}: {args.preview}")
 
 
 def _add_train(commands: Any) -> None:
@@ -199,7 +203,7 @@ def _doctor(args: argparse.Namespace) -> None:
         raise RunError(f"{verdict}: {problem}. Reinstall that library") from error
 
     report = examine()
-    _say(json.dumps(asdict(report)) if args.json else str(report))
+    print(json.dumps(asdict(report)) if args.json else str(report))
     if not report.ok:
         raise RunError(report.verdict)
 
@@ -223,7 +227,7 @@ def _profile(args: argparse.Namespace) -> None:
     from isofast.config.load import load_config
     from isofast.training.profile import profile_steps
 
-    _say(profile_steps(load_config(args.config, args.set), args.output, args.steps))
+    print(profile_steps(load_config(args.config, args.set), args.output, args.steps))
 
 
 def _add_evaluate(commands: Any) -> None:
@@ -272,7 +276,7 @@ def _evaluate(args: argparse.Namespace) -> None:
         root=args.root,
         say=lambda text: print(text, file=sys.stderr),
     )
-    _say(json.dumps(asdict(report)) if args.json else str(report))
+    print(json.dumps(asdict(report)) if args.json else str(report))
 
 
 def _add_embed(commands: Any) -> None:
@@ -293,13 +297,13 @@ def _embed(args: argparse.Namespace) -> None:
 
     done = embed(args.source, args.images, args.output)
     for name, problem in done.skipped.items():
-        _say(f"{name}: {problem}", sys.stderr)
+        print(f"{name}: {problem}", file=sys.stderr)
     if done.skipped:
-        _say(f"{len(done.skipped)} unreadable file(s) skipped", sys.stderr)
+        print(f"{len(done.skipped)} unreadable file(s) skipped", file=sys.stderr)
     if args.json:
         print(json.dumps(asdict(done)))
     else:
-        _say(
+        print(
             f"{done.images:,} embeddings of {done.features} features, {done.images_per_s:,.0f} "
             f"images/s: {done.output}"
         )
@@ -327,7 +331,7 @@ def _add_export(commands: Any) -> None:
 def _export(args: argparse.Namespace) -> None:
     from isofast.evaluation.export import export
 
-    _say(export(args.source, args.format, args.output))
+    print(export(args.source, args.format, args.output))
 
 
 def _add_source(parser: argparse.ArgumentParser) -> None:
@@ -357,7 +361,7 @@ def _report(args: argparse.Namespace) -> None:
     from isofast.evaluation.report import write_report
 
     write_report(args.runs, args.output, root=args.root)
-    _say(str(args.output))
+    print(args.output)
 
 
 def _add_theory(commands: Any) -> None:
@@ -439,7 +443,7 @@ def _toy_figure(args: argparse.Namespace) -> None:
     paths = write_figure(
         args.theory, args.output, say=lambda text: print(text, file=sys.stderr), **settings
     )
-    _say("\n".join(map(str, paths)))
+    print("\n".join(map(str, paths)))
 
 
 def _add_figures(commands: Any) -> None:
@@ -466,7 +470,7 @@ def _figures(args: argparse.Namespace) -> None:
         paths = draw_metrics(args.runs, args.output)
     else:
         paths = draw(int(args.what), args.runs, args.output)
-    _say("\n".join(map(str, paths)))
+    print("\n".join(map(str, paths)))
 
 
 def _add_reproduce(commands: Any) -> None:
@@ -544,7 +548,7 @@ def _reproduce(args: argparse.Namespace) -> None:
         overrides=args.set,
         launcher=args.launcher,
     )
-    reproduce(request, _say, dry_run=args.dry_run)
+    reproduce(request, print, dry_run=args.dry_run)
 
 
 def _words(text: str) -> list[str]:
@@ -559,13 +563,6 @@ def _count(text: str) -> int:
     if not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
     return int(text)
-
-
-def _say(text: str, stream: TextIO | None = None) -> None:
-    """Print text with file names, which the terminal's encoding may not represent."""
-    stream = stream or sys.stdout
-    encoding = stream.encoding or "utf-8"
-    print(text.encode(encoding, "backslashreplace").decode(encoding), file=stream, flush=True)
 
 
 if __name__ == "__main__":
