@@ -7,7 +7,6 @@ import torch
 from torch import Tensor, nn
 
 from isofast.data import Batch
-from isofast.methods.foreach import lerp_
 from isofast.methods.networks import Branch
 
 
@@ -45,8 +44,11 @@ class EmaTarget(nn.Module):
         """Move the parameters towards the online ones; a CUDA graph uses the current tau."""
         self.lerp_(list(self.branch.parameters()), list(online.parameters()), self._weight)
 
-    # torch.compile turns it into a single pass
-    lerp_ = staticmethod(lerp_)
+    @staticmethod
+    def lerp_(tensors: list[Tensor], ends: list[Tensor], weight: Tensor) -> None:
+        """tensors += weight * (ends - tensors), which torch.compile turns into a single pass."""
+        steps = torch._foreach_mul(torch._foreach_sub(ends, tensors), weight)
+        torch._foreach_add_(tensors, steps)
 
 
 def ema_decay(progress: float, base: float) -> float:
