@@ -121,7 +121,7 @@ def _augment_kernel(
         r_I, g_I, b_I = jittered(r_I, g_I, b_I, row_ptr, 0, turn)
         total += tl.sum(tl.where(mask_I, luma(r_I, g_I, b_I), 0), axis=0)
         _store_rgb(levels_ptr + pixel_I, S * S, r_I, g_I, b_I, mask_I)
-    mean = (2 * total + S * S) // (2 * S * S)
+    mean = (total + S * S // 2) // (S * S)
     contrast = tl.load(row_ptr + _FACTORS + _CONTRAST)
     tl.debug_barrier()
 

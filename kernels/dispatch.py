@@ -23,10 +23,12 @@ def runs_triton(*tensors: Tensor) -> bool:
 
     Not bfloat16 in the interpreter, whose bfloat16 products are wrong by orders of magnitude.
     """
-    if not tensors[0].is_cuda:
-        return INTERPRET and all(
+    if INTERPRET:
+        return all(
             tensor.dtype in KERNEL_DTYPES and tensor.dtype != torch.bfloat16 for tensor in tensors
         )
+    if not tensors[0].is_cuda:
+        return False
     if not HAS_TRITON:
         raise RuntimeError("CUDA tensors need Triton, which is not installed: pip install triton")
     return True

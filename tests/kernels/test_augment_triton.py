@@ -6,7 +6,7 @@ Both round to levels after each operation, so another summation order may give a
 import pytest
 import torch
 
-from isofast_kernels import augment_views
+from isofast_kernels import augment, augment_views
 from isofast_kernels.augment_reference import augment_views_reference
 from isofast_kernels.dispatch import INTERPRET
 
@@ -87,6 +87,18 @@ def test_half_precision_views_are_the_rounded_ones(dtype):
     full, _ = both(images, index, table, 20, blur=True)
     assert half.dtype == dtype
     assert torch.equal(half, full.to(dtype))
+
+
+@KERNELS_ONLY
+def test_the_mean_of_a_large_white_view_is_white(monkeypatch):
+    """Twice the sum of 2,051 x 2,051 levels would exceed 32 bits."""
+    if INTERPRET:
+        monkeypatch.setattr(augment, "tile_options", lambda side: {"BLOCK": 1 << 20})
+    white = torch.full((1, 4, 4, 3), 255, dtype=torch.uint8, device=DEVICE)
+    index = torch.zeros(1, dtype=torch.int64, device=DEVICE)
+    table = rows(1, 1, 4, 4, contrast=0.5).to(DEVICE)
+    kind = {"side": 2051, "mean": [0.0] * 3, "std": [1.0] * 3, "blur": False}
+    assert augment_views(white, index, table, **kind).min() > 0.99
 
 
 def test_the_same_inputs_give_the_same_views_in_any_batch():

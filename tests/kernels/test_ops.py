@@ -1,5 +1,7 @@
 """The public operations on the CPU: autograd, tracing, argument errors."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -8,6 +10,7 @@ from isofast_kernels import (
     asymmetric_loss,
     asymmetric_loss_pair,
     correlation_ema_,
+    dispatch,
     matrix_power,
     reference,
     second_moment,
@@ -44,6 +47,16 @@ def test_gradients_flow_once_and_only_into_z(make_problem):
     assert not second_moment(z1).requires_grad
     assert not matrix_power(w, 0.5).requires_grad
     assert not correlation_ema_(w.detach().clone(), z1, 0.5).requires_grad
+
+
+@pytest.mark.parametrize("is_cuda", [False, True])
+def test_bfloat16_never_runs_in_the_interpreter(is_cuda, monkeypatch):
+    """Its products are wrong by orders of magnitude."""
+    monkeypatch.setattr(dispatch, "INTERPRET", True)
+    kinds = (torch.bfloat16, torch.float32)
+    tensors = [SimpleNamespace(is_cuda=is_cuda, dtype=dtype) for dtype in kinds]
+    assert [dispatch.runs_triton(tensor) for tensor in tensors] == [False, True]
+    assert not dispatch.runs_triton(*tensors)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
