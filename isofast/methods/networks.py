@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import conv2d, pad, pixel_unshuffle
 from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.parameter import is_lazy
 from torch.utils.checkpoint import checkpoint
 from torchvision.models import resnet
 from torchvision.models.resnet import BasicBlock, Bottleneck
@@ -178,6 +179,8 @@ def autocast(x: Tensor, precision: torch.dtype) -> AbstractContextManager[object
 
 @contextmanager
 def _momentum_zero(module: nn.Module) -> Iterator[None]:
+    # a GPU's backward recomputes in a thread, which does not have build()'s limit (torch 2.14)
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
     norms = [norm for norm in module.modules() if isinstance(norm, _NormBase)]
     kept = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
     try:
@@ -203,6 +206,8 @@ def _make_other(name: str) -> nn.Module:
         ) from error
     if not isinstance(encoder, nn.Module):
         raise UserError(f"encoder.name: {name} returns {type(encoder).__name__}, not a module")
+    if any(is_lazy(tensor) for tensor in (*encoder.parameters(), *encoder.buffers())):
+        raise UserError(f"encoder.name: {name} has lazy layers; give their sizes")
     return encoder
 
 

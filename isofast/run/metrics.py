@@ -67,7 +67,7 @@ class MetricsWriter:
         self._unwritten += json.dumps(clean).encode() + b"\n"
         with suppress(OSError):
             self._append()
-        self._tell(lambda logger: logger.log(record))
+        self._tell(lambda logger: logger.log({**record}))
 
     def spectrum(self, step: int, spectrum: Spectrum) -> None:
         """Keep C's spectrum for ``flush``."""

@@ -134,7 +134,9 @@ class Recorder:
             "images_per_s": lap.steps * self._batch_size / elapsed,
             "data_wait": lap.waited / elapsed,
         }
-        record: Record = {"step": step, "epoch": self._epoch(step), **values, **speed}
+        # a method's scalars may have any name
+        place: Record = {"step": step, "epoch": self._epoch(step)}
+        record = place | values | speed | place
         if self._spectrum is not None:
             self._finding = self._background.do(partial(self._write, record, self._spectrum))
         shown = {

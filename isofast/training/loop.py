@@ -2,6 +2,7 @@
 
 import atexit
 import gc
+import sys
 import threading
 import time
 from contextlib import ExitStack, nullcontext
@@ -112,6 +113,9 @@ def _fit(config: Config, run_dir: Path) -> Summary:
         if launched_rank() == 0:
             stack.enter_context(open_run_dir(run_dir, config))
         joins = not torch.distributed.is_initialized()
+        if joins and launched_world_size() == 1:
+            # torch prefixes tracebacks with the rank from here on
+            stack.callback(setattr, sys, "excepthook", sys.excepthook)
         world = init_world()
         if joins:
             # several ranks could not rendezvous again on the launcher's port for a next run
@@ -279,11 +283,11 @@ class _Run:
         # about the previous record, to avoid a wait; other ranks receive it with the metrics
         finding = self.recorder.finding()
         scalars = {
+            **self.state.method.scalars(),
             "loss": output.loss.detach(),
             "probe_loss": output.probe.loss.detach(),
             "probe_top1": output.probe.top1,
             **embedding_scalars(output.z1_BD),
-            **self.state.method.scalars(),
             "finite": self.all_finite.float(),
             "collapsed": torch.full_like(output.probe.top1, float(finding is not None)),
         }

@@ -90,6 +90,7 @@ def test_bf16_autocast_keeps_parameters_and_batchnorm_in_fp32():
 def test_an_encoder_of_your_own(monkeypatch):
     pooled = nn.Sequential(nn.Conv2d(3, 5, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
     mine = SimpleNamespace(tiny=lambda: pooled, maps=lambda: nn.Conv2d(3, 5, 3), number=lambda: 3)
+    mine.lazy = lambda: nn.Sequential(nn.Flatten(), nn.LazyLinear(5))
     monkeypatch.setitem(sys.modules, "my_encoders", mine)
     encoder = make_encoder(EncoderConfig(name="my_encoders:tiny"))
     assert feature_dim(encoder, 16) == 5
@@ -97,6 +98,8 @@ def test_an_encoder_of_your_own(monkeypatch):
         feature_dim(make_encoder(EncoderConfig(name="my_encoders:maps")), 16)
     with pytest.raises(UserError, match="number returns int, not a module"):
         make_encoder(EncoderConfig(name="my_encoders:number"))
+    with pytest.raises(UserError, match="lazy has lazy layers"):
+        make_encoder(EncoderConfig(name="my_encoders:lazy"))
 
 
 @pytest.mark.parametrize(

@@ -126,13 +126,14 @@ def test_the_loop_waits_for_no_spectrum_and_records_keep_their_order(
     make_recorder, gate, tmp_path, monkeypatch
 ):
     class Gated:
-        """A logger that blocks at its first record."""
+        """A logger that blocks at its first record, and keeps to itself what it does to records."""
 
         def __init__(self, run_dir: Path, config: Config, step: int) -> None:
             self.flush = self.close = lambda: None
 
         def log(self, record: dict[str, Any]) -> None:
             gate.wait()
+            record.clear()
 
     monkeypatch.setitem(sys.modules, "my_loggers", SimpleNamespace(Gated=Gated))
     recorder = make_recorder(0, "my_loggers:Gated")

@@ -2,6 +2,7 @@
 
 import gc
 import shutil
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -60,13 +61,14 @@ def test_runs_of_one_process_leave_nothing_open(small, tmp_path):
 
 
 def _fit_thrice(settings: dict[str, Any], folder: Path) -> None:
-    process, counts = psutil.Process(), []
+    process, counts, hook = psutil.Process(), [], sys.excepthook
     for name in "abc":
         fit(validate(settings), folder / name)
         counts.append((process.num_fds(), process.num_threads()))
         left = {type(one).__name__ for one in gc.get_objects()}
         assert not left & {"DeepSpeedEngine", "TrainLoader", "EvalLoader"}
     assert counts[0] == counts[1] == counts[2], counts
+    assert sys.excepthook is hook
 
 
 def test_runs_in_two_threads_are_refused(small, tmp_path):
@@ -98,7 +100,7 @@ def _fit_in_a_group(settings: dict[str, Any], folder: Path) -> None:
 
 
 class Scaled(Method):
-    """A custom method that learns a scalar."""
+    """A custom method that learns a scalar, and records it under names that are taken."""
 
     def __init__(self, config: MethodConfig, projector: ProjectorConfig) -> None:
         super().__init__(config, projector)
@@ -107,12 +109,18 @@ class Scaled(Method):
     def loss(self, views: Views) -> Tensor:
         return (self.scale * views.z1_BD - views.t2_BD).square().mean()
 
+    def scalars(self) -> dict[str, Tensor]:
+        return dict.fromkeys(("step", "loss", "scale"), self.scale.detach())
+
 
 def test_a_method_of_your_own_may_learn_a_scalar(small, tmp_path):
     method = {"name": f"{__name__}:Scaled"}
     fit_apart(small(method=method, train={"max_steps": 2}), tmp_path)
     state = torch.load(tmp_path / "checkpoints" / "step_00000002" / "state.pt", weights_only=True)
     assert state["online"]["method.scale"].shape == () and state["online"]["method.scale"] != 1
+    records = read_metrics(tmp_path / "metrics.jsonl")
+    assert [record["step"] for record in records] == [1, 2]
+    assert records[0]["scale"] == pytest.approx(1, abs=0.01) != records[0]["loss"]
 
 
 def _check_records(run_dir: Path) -> None:

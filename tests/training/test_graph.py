@@ -1,9 +1,11 @@
 """The CUDA-graphed step, called eagerly on a CPU, and torch.compile against eager mode."""
 
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from torch import nn
 from torch._dynamo.utils import counters
 
 from isofast.config.schema import Config
@@ -12,6 +14,7 @@ from isofast.distributed import World
 from isofast.errors import UserError
 from isofast.methods import Method
 from isofast.methods.ema import EmaTarget
+from isofast.methods.networks import Branch
 from isofast.run.metrics import read_metrics
 from isofast.training.build import TrainState, build, is_graphed
 from isofast.training.graph import GraphedStep
@@ -115,6 +118,29 @@ def test_networks_of_many_sizes_stay_compiled_in_one_process(small_config):
         branch.compile(backend="aot_eager")
         branch(torch.zeros(4, 3, 16, 16))
     assert counters["stats"]["unique_graphs"] == 9
+
+
+def _pooled() -> nn.Module:
+    layers = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.AdaptiveAvgPool2d(1), nn.Flatten()
+    return nn.Sequential(*layers)
+
+
+@pytest.mark.slow
+def test_recomputation_in_a_gpus_backward_stays_compiled(small_config):
+    """The backward runs in another thread, as on a GPU; torch 2.14 sets options by thread."""
+    torch._dynamo.reset()
+    batch = Batch(torch.randn(16, 3, 8, 8), torch.zeros(8, dtype=torch.int64))
+    for hidden in range(8, 64, 8):
+        config = small_config(
+            encoder={"name": f"{__name__}:_pooled", "width": 64}, projector={"hidden": hidden}
+        )
+        branch = Branch(config.encoder, config.projector, torch.float32, 8, pieces=2)
+        branch.compile(backend="aot_eager")
+        # as build does, in this thread
+        with torch._dynamo.config.patch(recompile_limit=64):
+            loss = torch.stack([z_BD.square().mean() for _, z_BD in branch.of_views(batch)]).sum()
+        with ThreadPoolExecutor(1) as thread:
+            thread.submit(loss.backward).result()
 
 
 @pytest.mark.gpu
