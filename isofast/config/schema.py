@@ -270,9 +270,9 @@ class TrainConfig(_Section):
     recomputed for the backward pass. Loss, C and target are computed over the whole batch,
     BatchNorm statistics over a micro-batch."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """Autocast dtype of the networks; auto: bf16 on a GPU and on a CPU with AVX512-BF16 or AMX,
-    else fp32. With fp32, convolutions on a GPU use TF32. Parameters, BatchNorm, C and the loss are
-    always fp32."""
+    """Autocast dtype of the networks; auto: bf16 on a GPU from Ampere on and on a CPU with
+    AVX512-BF16 or AMX, else fp32. With fp32, convolutions on a GPU use TF32. Parameters, BatchNorm,
+    C and the loss are always fp32."""
     batch_norm: Literal["auto", "local", "synchronised"] = "auto"
     """BatchNorm statistics of each rank or of all ranks; auto: synchronised."""
     compile: Literal["auto", "on", "off"] = "auto"

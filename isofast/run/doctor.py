@@ -8,6 +8,7 @@ import sys
 import sysconfig
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -203,7 +204,10 @@ def _import_problem(module: str, env: Mapping[str, str]) -> str | None:
 def _device(device: torch.device) -> Device:
     if device.type == "cuda":
         kind, name = "GPU", torch.cuda.get_device_name(device)
-        free, total = torch.cuda.mem_get_info(device)
+        free, total = 0, torch.cuda.get_device_properties(device).total_memory
+        # fails on a full GPU, of which _tried says so
+        with suppress(RuntimeError):
+            free, total = torch.cuda.mem_get_info(device)
         more = ["tf32", "bf16"] if torch.cuda.get_device_capability(device) >= (8, 0) else []
     else:
         kind, name = "CPU", cpu_name()

@@ -301,8 +301,9 @@ def _decomposes(method: MethodConfig) -> bool:
 
 def _precision(config: Config, cuda: bool) -> torch.dtype:
     asked = config.train.precision
-    auto = asked == "auto" and (cuda or cpu_has_bf16())
-    return torch.bfloat16 if asked == "bf16" or auto else torch.float32
+    # cards before Ampere emulate bf16, and Inductor does not compile it for them
+    native = torch.cuda.is_bf16_supported(including_emulation=False) if cuda else cpu_has_bf16()
+    return torch.bfloat16 if asked == "bf16" or (asked == "auto" and native) else torch.float32
 
 
 def _rng_state(device: torch.device) -> State:

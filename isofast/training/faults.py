@@ -9,6 +9,12 @@ import torch
 from isofast.config.schema import Config
 from isofast.errors import GOES_ON, RunError, UserError
 
+# CUDA's and Triton's words, cuBLAS's, cuDNN's, DALI's
+_GPU_FULL = (
+    *("out of memory", "ALLOC_FAILED", "ALLOCATION_FAILED"),
+    *("CUDA allocation failed", "bytes on device"),
+)
+
 
 @contextmanager
 def in_words(config: Config) -> Iterator[None]:
@@ -27,14 +33,24 @@ def _message(error: Exception, config: Config) -> str | None:
     """Return what happened and what to do, or None for any other error."""
     cause = str(error)
     sentences = cause.split(". ")
-    # torch's and DALI's errors
+    # torch's, DALI's and Triton's errors
     plain = isinstance(error, RuntimeError)
+    # ncclRemoteError: a peer is gone
+    if "NCCL error" in cause and "ncclRemoteError" not in cause:
+        why = cause.rpartition("Last error:")[2].strip()
+        return f"NCCL failed: {why}. NCCL_DEBUG=WARN says more; then {GOES_ON}"
+    if "connectFullMesh" in cause:
+        return (
+            f"gloo cannot connect the processes ({sentences[0]}). One of them may be gone; else "
+            f"export GLOO_SOCKET_IFNAME=the network device that reaches MASTER_ADDR on each "
+            f"machine, then {GOES_ON}"
+        )
     if isinstance(error, torch.distributed.DistError) or (plain and "gloo" in cause):
         return (
             f"another process of the run is gone, or never connected; its own message or the "
             f"launcher's says why. Then {GOES_ON} ({sentences[0]})"
         )
-    if isinstance(error, torch.OutOfMemoryError):
+    if isinstance(error, torch.OutOfMemoryError) or (plain and any(s in cause for s in _GPU_FULL)):
         return (
             f"the GPU is out of memory ({'. '.join(sentences[:2])}). Lower "
             f"evaluation.batch_size or start more processes, which split the batch, then "

@@ -5,12 +5,15 @@ import importlib.util
 import io
 import logging
 import os
+import socket
 import threading
 import warnings
 from collections.abc import Iterator
 from datetime import timedelta
+from ipaddress import ip_address
 from typing import Any
 
+import psutil
 import torch
 from torch import nn
 from torch.optim import Optimizer
@@ -46,6 +49,7 @@ _DERIVED = {
     "wall_clock_breakdown": "logging (it synchronises every step)",
 }
 _NEVER_PRINT = 2**62
+_GLOO_DEVICE = "GLOO_SOCKET_IFNAME"
 _PATIENCE_S = 10.0
 
 
@@ -105,7 +109,7 @@ def patient_group(world: World) -> Any:
 @contextlib.contextmanager
 def launcher_environment() -> Iterator[None]:
     """Restore the variables that `init_world` sets, from which others would infer a launcher."""
-    names = (*TORCH_VARIABLES, "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    names = (*TORCH_VARIABLES, "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", _GLOO_DEVICE)
     before = {name: os.environ.get(name) for name in names}
     try:
         yield
@@ -136,7 +140,8 @@ def init_world() -> World:
         if gpu >= torch.cuda.device_count():
             raise RankError(
                 f"process {local_rank} on this machine has no GPU of its own: "
-                f"{torch.cuda.device_count()} visible. Start at most as many processes as GPUs"
+                f"{torch.cuda.device_count()} visible. Start at most as many processes as GPUs, "
+                "and let each see all of them (CUDA_VISIBLE_DEVICES)"
             )
         torch.cuda.set_device(gpu)
     device = torch.device("cuda", gpu) if cuda else torch.device("cpu")
@@ -157,6 +162,8 @@ def init_world() -> World:
     waits = f"rank {rank} is waiting for all {size} processes to connect to {address}:{port}\n"
     timer = threading.Timer(_PATIENCE_S, tell, [waits])
     timer.daemon = True
+    if size > 1 and _GLOO_DEVICE not in os.environ and (name := _network_device(address)):
+        os.environ[_GLOO_DEVICE] = name
     if size > 1 and local_rank == 0:
         timer.start()
     try:
@@ -257,6 +264,25 @@ def _fill_launcher_environment() -> None:
     if env["WORLD_SIZE"] == "1" and env.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         # any free port: no other process needs to find it
         env.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
+
+
+def _network_device(address: str | None) -> str | None:
+    """Return the network device that reaches ``address``; None if that is a loopback address.
+
+    gloo would take that of the host's own name, which on Debian and Ubuntu is often 127.0.1.1.
+    """
+    with contextlib.suppress(OSError):
+        family, *_, target = socket.getaddrinfo(address, 1, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, socket.SOCK_DGRAM) as datagrams:
+            # sends nothing
+            datagrams.connect(target)
+            own = datagrams.getsockname()[0]
+        if not ip_address(own).is_loopback:
+            devices: dict[str, Any] = psutil.net_if_addrs()
+            for name, addresses in devices.items():
+                if own in (one.address for one in addresses):
+                    return name
+    return None
 
 
 def _import_deepspeed() -> Any:

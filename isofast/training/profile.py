@@ -14,6 +14,7 @@ from isofast.distributed import World, launched_world_size
 from isofast.errors import UserError
 from isofast.run.directory import cpu_has_bf16, describe_environment
 from isofast.training.build import build, train_loader
+from isofast.training.faults import in_words
 from isofast.training.graph import WARMUP_STEPS, GraphedStep
 from isofast.training.optim import set_lr
 from isofast.training.parallel import close_world, init_world
@@ -43,7 +44,8 @@ def profile_steps(config: Config, output: Path, steps: int = 20) -> str:
     train = check_images(config, list_images(config)).train
     world = init_world()
     try:
-        return _profile(config, train, world, output, steps)
+        with in_words(config):
+            return _profile(config, train, world, output, steps)
     finally:
         close_world()
 

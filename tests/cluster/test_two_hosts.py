@@ -53,7 +53,7 @@ def start(hosts: list[str], config: Path, run_dir: Path, by: str) -> list[Proces
     return [
         opened(
             ["ip", "netns", "exec", host, *(x.replace("NODE", str(node)) for x in command)],
-            env=environment(GLOO_SOCKET_IFNAME="cable"),
+            env=environment(),
         )
         for node, host in enumerate(hosts)
     ]

@@ -4,6 +4,7 @@ import json
 import math
 import os
 from importlib.metadata import version
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -41,6 +42,21 @@ def test_the_errors_are_those_of_fp32(monkeypatch):
     assert "no Python.h" in found.notes[0] and "driver 570.1 is installed" in found.notes[1]
     monkeypatch.setattr(doctor, "kernel_errors", lambda device: {"loss": math.nan, "root": 0.0})
     assert doctor._tried(cpu)[1] == "loss is off by nan"
+
+
+def test_a_full_gpu_is_a_problem(monkeypatch):
+    def fails(*_: object) -> dict[str, float]:
+        raise torch.AcceleratorError("CUDA error: out of memory")
+
+    known = SimpleNamespace(total_memory=80e9)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "H100")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: known)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", fails)
+    monkeypatch.setattr(doctor, "kernel_errors", fails)
+    device = doctor._device(torch.device("cuda", 0))
+    assert (device.name, device.memory_gb, device.free_gb) == ("H100", 80, 0)
+    assert "out of memory" in str(device.problem)
 
 
 @pytest.mark.slow

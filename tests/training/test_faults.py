@@ -19,9 +19,11 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from isofast.distributed import World
+from isofast.errors import RunError
 from isofast.run.checkpoint import newest_checkpoint
 from isofast.run.metrics import read_metrics
 from isofast.training import heartbeat
+from isofast.training.faults import in_words
 
 from ..support.runs import assert_same_run, call, fit_apart, started, train
 
@@ -32,6 +34,43 @@ def one_message(printed: str, *words: str) -> None:
     assert "Traceback" not in printed, printed
     (message,) = [text for text in printed.split("\n") if text.startswith("error")]
     assert all(word in message for word in (*words, "rerun the same command")), message
+
+
+NCCL = (
+    "NCCL error in: x.cpp:77, unhandled system error (run with NCCL_DEBUG=INFO for details)\n"
+    "ncclSystemError: System call (e.g. socket, malloc) or external library call failed.\n"
+    "Last error:\nError while creating shared memory segment /dev/shm/nccl-x (size 33030528)"
+)
+LOST = "ncclRemoteError: A call failed possibly due to a remote process exiting prematurely."
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (torch.distributed.DistBackendError(NCCL), "NCCL failed: Error while creating shared memo"),
+        (torch.distributed.DistBackendError(f"NCCL error in: x, {LOST}"), "another process of the"),
+        (RuntimeError("Gloo connectFullMesh failed with timed out"), "GLOO_SOCKET_IFNAME="),
+        *(
+            (kind(text), "the GPU is out of memory")
+            for kind, text in (
+                (torch.OutOfMemoryError, "CUDA out of memory. Tried to allocate 2 GiB"),
+                (torch.AcceleratorError, "CUDA error: out of memory"),
+                (RuntimeError, "Triton Error [CUDA]: out of memory"),
+                (
+                    RuntimeError,
+                    "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate`",
+                ),
+                (RuntimeError, "Can't allocate 1024 bytes on device 0."),
+            )
+        ),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "this machine is out of"),
+    ],
+)
+def test_a_library_s_error_is_told_in_words(error, words, small_config):
+    with pytest.raises(RunError, match=words), in_words(small_config()):
+        raise error
+    with pytest.raises(RuntimeError, match="a bug"), in_words(small_config()):
+        raise RuntimeError("a bug")
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from isofast.data import Batch
 from isofast.errors import UserError
 from isofast.evaluation.encoders import untrained
 from isofast.run.metrics import read_metrics
-from isofast.training.build import build, check_version
+from isofast.training.build import _precision, build, check_version
 
 from ..support.encoders import write_run
 from ..support.runs import ALONE, train
@@ -73,6 +73,18 @@ def test_what_has_changed_since_the_checkpoint_is_told(small_config):
     assert "had 77 thread(s) per process" in note
     with pytest.raises(UserError, match=r"of other networks \(size mismatch for \w.*\): the code"):
         other.restore(found, 1)
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_a_gpu_without_bf16_trains_in_fp32(native, small_config, monkeypatch):
+    """Cards before Ampere, on which torch emulates it."""
+
+    def supported(including_emulation: bool = True) -> bool:
+        return native or including_emulation
+
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", supported)
+    auto = small_config(train={"precision": "auto"})
+    assert (_precision(auto, cuda=True) == torch.bfloat16) is native
 
 
 def test_a_loss_without_a_gradient_is_refused(small_config):
