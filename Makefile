@@ -13,7 +13,7 @@ INTERPRETED := $(addprefix tests/kernels/test_,triton.py augment_triton.py norm_
 
 quickstart: $(STAMP)
 	@$(BIN)/isofast prepare digits --root data/digits
-	@PATH="$(abspath $(BIN)):$$PATH" deepspeed --log_level warning --num_accelerators 1 launch/train.py --config launch/quickstart.json
+	@$(BIN)/python -m deepspeed.launcher.runner --log_level warning --num_accelerators 1 launch/train.py --config launch/quickstart.json
 
 test: lint
 	$(PYTEST) -m "not long"

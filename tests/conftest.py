@@ -32,9 +32,21 @@ SMALL: dict[str, Any] = {
 }
 
 
+# set by the code under test, too
+RANK_VARIABLES = (
+    *("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"),
+)
+
+
 def pytest_configure(config: pytest.Config) -> None:
-    """Hide GPUs except in `pytest -m gpu`; use one thread, as CPU results are compared bitwise."""
+    """Hide GPUs except in `pytest -m gpu`, and any launcher that started pytest.
+
+    Use one thread, as CPU results are compared bitwise.
+    """
     torch.set_num_threads(1)
+    for name in [*os.environ]:
+        if name in RANK_VARIABLES or name.startswith(("SLURM_", "OMPI_", "PMI_", "MPI_")):
+            del os.environ[name]
     marks = config.getoption("markexpr")
     if "gpu" not in marks or "not gpu" in marks:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
@@ -47,12 +59,8 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 @pytest.fixture(autouse=True)
 def _no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Hide other tests' process groups, and any launcher that started pytest."""
-    names = ["RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "LOCAL_SIZE"]
-    names += ["MASTER_ADDR", "MASTER_PORT", "SLURM_STEP_NUM_TASKS", "SLURM_PROCID", "SLURM_LOCALID"]
-    names += ["SLURM_RESTART_COUNT", "PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"]
-    names += [name for name in os.environ if name.startswith("OMPI_")]
-    for name in names:
+    """Hide other tests' process groups."""
+    for name in RANK_VARIABLES:
         # set first, so that monkeypatch also undoes what the code under test sets
         monkeypatch.setenv(name, "")
         monkeypatch.delenv(name)

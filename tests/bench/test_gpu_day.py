@@ -23,15 +23,17 @@ def test_a_day_goes_on_after_failures_and_is_taken_up_again(day, tmp_path, monke
     """The stage that hangs ignores SIGTERM and has a child process."""
     monkeypatch.setattr(day, "GRACE_S", 0.5)
     done, mended = tmp_path / "done", tmp_path / "mended"
-    hang = f"test -f {mended} && exit; trap '' TERM; sleep 60 & echo $!; wait; wait"
+    hang = f"test -f '{mended}' && exit; trap '' TERM; sleep 60 & echo $!; wait; wait"
 
     def shell(name: str, script: str, *more: str, minutes: float = 1) -> object:
-        commands = [["sh", "-c", text] for text in (f"echo {name} >> {done}; {script}", *more)]
+        commands = [["sh", "-c", text] for text in (f"echo {name} >> '{done}'; {script}", *more)]
         return day.Stage(name, minutes, commands)
 
     stages = [
         shell("good", "echo fine"),
-        shell("fails", f"echo the reason; test -f {mended} || exit 3", f"echo second >> {done}"),
+        shell(
+            "fails", f"echo the reason; test -f '{mended}' || exit 3", f"echo second >> '{done}'"
+        ),
         shell("hangs", hang, minutes=0.02),
         day.Stage("module", 1, [["true"]], ("torch", "no_such_module")),
         day.Stage("program", 1, [["no-such-program"]]),

@@ -143,9 +143,11 @@ def test_who_stops_a_check_does_not_wait_for_its_end(tmp_path):
         (folder / f"{k:02d}.png").hardlink_to(folder / "00.png")
 
     def stop(*_: object) -> None:
-        raise KeyboardInterrupt
+        # blocked while processes are forked
+        signal.raise_signal(signal.SIGINT)
 
     handler = signal.signal(signal.SIGALRM, stop)
+    interrupt = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         signal.setitimer(signal.ITIMER_REAL, 0.5)
         start = time.monotonic()
@@ -154,6 +156,7 @@ def test_who_stops_a_check_does_not_wait_for_its_end(tmp_path):
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, handler)
+        signal.signal(signal.SIGINT, interrupt)
     assert time.monotonic() - start < 5
 
 

@@ -52,6 +52,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 @pytest.fixture
 def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
     content = write_archive(tmp_path / NAME, tiny_files()).read_bytes()
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
     with Server(content) as running:
         url = f"http://127.0.0.1:{running.server_port}/{NAME}"
         monkeypatch.setattr(official, "_TINYIMAGENET", (url, NAME, md5(content)))

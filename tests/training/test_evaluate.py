@@ -32,7 +32,9 @@ def test_knn_is_a_weighted_vote(k):
     bank, bank_y = torch.randn(60, 8), torch.randint(5, (60,))
     query, query_y = torch.randn(40, 8), torch.randint(5, (40,))
     kind = {"metric": "cosine", "weights": lambda distance: np.exp((1 - distance) / 0.5)}
-    expected = KNeighborsClassifier(min(k, 60), **kind).fit(bank, bank_y).score(query, query_y)
+    arrays = (tensor.numpy() for tensor in (bank, bank_y, query, query_y))
+    known, known_y, asked, asked_y = arrays
+    expected = KNeighborsClassifier(min(k, 60), **kind).fit(known, known_y).score(asked, asked_y)
     got = knn_top1(bank, bank_y, query, query_y, classes=5, k=k, temperature=0.5)
     assert got == pytest.approx(expected)
 

@@ -96,6 +96,12 @@ def step_of(name: str) -> Counting:
     return counting
 
 
+_COUNTED = pytest.mark.skipif(
+    torch.__version__ < "2.14", reason="earlier versions have more operations in the backward pass"
+)
+
+
+@_COUNTED
 @pytest.mark.parametrize("name", BUDGET)
 def test_a_step_keeps_within_its_operations_and_bytes(name):
     counting = step_of(name)
@@ -104,6 +110,7 @@ def test_a_step_keeps_within_its_operations_and_bytes(name):
         assert counting.bytes[part] <= megabytes * 10**6, part
 
 
+@_COUNTED
 def test_both_views_in_one_call_save_operations(monkeypatch):
     def separate(*arguments: Any, **options: Any) -> Branch:
         return Branch(*arguments, **(options | {"stacked": False}))
