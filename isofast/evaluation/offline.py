@@ -60,7 +60,7 @@ class Result:
     value: float
     """Top-1 as a fraction; for few, the mean over draws."""
     interval: tuple[float, float]
-    """95 % interval from the number of validation images alone (Wilson)."""
+    """95 % interval from the number of validation images alone (Wilson), not the draw of labels."""
     n: int
     """Number of validation images."""
     k: int | None = None
