@@ -432,9 +432,9 @@ def schema_json() -> str:
     for name in METHODS:
         built_in = method_class(name)
         definitions[name] = built_in.Config.model_json_schema()
-        definitions[name]["description"] = inspect.getdoc(built_in)
+        definitions[name]["description"] = inspect.getdoc(built_in.__dict__.get("Config", built_in))
         definitions[name]["properties"]["name"] = {"const": name, "description": "The method."}
-        del definitions[name]["required"]
+        definitions[name]["required"].remove("name")
     refs = [{"$ref": f"#/$defs/{name}"} for name in (*METHODS, "module:Class")]
     schema["properties"]["method"] = {"anyOf": refs}
     schema["properties"][SCHEMA_KEY] = {"type": "string", "description": "Schema for editors."}

@@ -56,7 +56,7 @@ def judge(
     if not (collapse or failure):
         steps, least = run.records[-1]["step"], _watch(run).grace
         if earlier:
-            judged = "Earlier records show a collapse (see the warnings), the last one does not."
+            judged = "Earlier records show a collapse (see the warnings); the last one does not."
         elif steps < least:
             judged = (
                 f"Too short to be judged for a collapse to few dimensions: {steps} of {least:.0f} "

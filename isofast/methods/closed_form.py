@@ -58,7 +58,10 @@ class IsoLoss(ClosedForm):
 
 
 class DirectPred(ClosedForm):
-    """Tian, Chen, Ganguli: Understanding self-supervised learning dynamics (ICML 2021)."""
+    """The plain loss, with a power of C as the predictor.
+
+    Tian, Chen, Ganguli: Understanding self-supervised learning dynamics (ICML 2021).
+    """
 
 
 class DirectCopy(ClosedForm):

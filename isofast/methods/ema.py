@@ -47,7 +47,8 @@ class EmaTarget(nn.Module):
     @staticmethod
     def lerp_(tensors: list[Tensor], ends: list[Tensor], weight: Tensor) -> None:
         """tensors += weight * (ends - tensors), which torch.compile turns into a single pass."""
-        steps = torch._foreach_mul(torch._foreach_sub(ends, tensors), weight)
+        steps = torch._foreach_sub(ends, tensors)
+        torch._foreach_mul_(steps, weight)
         torch._foreach_add_(tensors, steps)
 
 

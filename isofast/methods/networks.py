@@ -179,14 +179,14 @@ def autocast(x: Tensor, precision: torch.dtype) -> AbstractContextManager[object
 
 @contextmanager
 def _momentum_zero(module: nn.Module) -> Iterator[None]:
-    # a GPU's backward recomputes in a thread, which does not have build()'s limit (torch 2.14)
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
     norms = [norm for norm in module.modules() if isinstance(norm, _NormBase)]
     kept = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
     try:
         for norm in norms:
             norm.momentum, norm.num_batches_tracked = 0.0, None
-        yield
+        # a GPU's backward recomputes in a thread that lacks build()'s limit (torch 2.14)
+        with torch._dynamo.config.patch(recompile_limit=64):
+            yield
     finally:
         for norm, settings in zip(norms, kept, strict=True):
             norm.momentum, norm.num_batches_tracked = settings

@@ -39,7 +39,7 @@ class TrainedPredictor(PredictorMethod):
 
 
 class BYOL(TrainedPredictor):
-    """Grill et al.: Bootstrap your own latent (NeurIPS 2020)."""
+    """A trained two-layer predictor; Grill et al.: Bootstrap your own latent (NeurIPS 2020)."""
 
 
 class SimSiam(TrainedPredictor):

@@ -97,7 +97,7 @@ def metrics_figure(rows: Sequence[Row]) -> Figure:
 def spearman(rows: Sequence[Row], key: str) -> tuple[float, int]:
     """Return Spearman's correlation of a metric with k-NN accuracy, and the sample size.
 
-    NaN for fewer than three evaluations, or if either is constant.
+    NaN for fewer than three rows, or if either is constant.
     """
     pairs = [(row[key], row["knn_top1"]) for row in rows if row[key] is not None]
     if len(pairs) < 3 or any(len(set(values)) == 1 for values in zip(*pairs, strict=True)):
@@ -120,8 +120,10 @@ def _panel(axis: Axes, rows: Sequence[Row], key: str, kind: str) -> None:
         axis.scatter(*last, s=50, edgecolor="black", zorder=3, label=label, **shared)
     # of one run, evaluations only follow its course
     correlation, count = spearman([row for row in rows if row["final"]], key)
-    name = key.removesuffix("_z")
-    axis.set_title(f"{name} of {kind}\nSpearman {correlation:.2f} (n = {count} runs)")
+    title = f"{key.removesuffix('_z')} of {kind}"
+    if np.isfinite(correlation):
+        title += f"\nSpearman {correlation:.2f} (n = {count} runs)"
+    axis.set_title(title)
 
 
 def _write_csv(rows: Sequence[Row], path: Path) -> None:

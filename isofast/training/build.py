@@ -299,11 +299,15 @@ def _decomposes(method: MethodConfig) -> bool:
     return not runs_by_products(method.alpha, method.eps, method.normalize)
 
 
+def has_bf16(cuda: bool) -> bool:
+    """Whether bf16 is native; cards before Ampere emulate it, and Inductor does not compile it."""
+    return torch.cuda.is_bf16_supported(including_emulation=False) if cuda else cpu_has_bf16()
+
+
 def _precision(config: Config, cuda: bool) -> torch.dtype:
     asked = config.train.precision
-    # cards before Ampere emulate bf16, and Inductor does not compile it for them
-    native = torch.cuda.is_bf16_supported(including_emulation=False) if cuda else cpu_has_bf16()
-    return torch.bfloat16 if asked == "bf16" or (asked == "auto" and native) else torch.float32
+    bf16 = asked == "bf16" or (asked == "auto" and has_bf16(cuda))
+    return torch.bfloat16 if bf16 else torch.float32
 
 
 def _rng_state(device: torch.device) -> State:

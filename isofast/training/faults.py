@@ -11,7 +11,8 @@ from isofast.errors import GOES_ON, RunError, UserError
 
 # CUDA's and Triton's words, cuBLAS's, cuDNN's, DALI's
 _GPU_FULL = (
-    *("out of memory", "ALLOC_FAILED", "ALLOCATION_FAILED"),
+    *("CUDA error: out of memory", "[CUDA]: out of memory", "STATUS_ALLOC_FAILED"),
+    "DEVICE_ALLOCATION_FAILED",
     *("CUDA allocation failed", "bytes on device"),
 )
 
@@ -35,9 +36,8 @@ def _message(error: Exception, config: Config) -> str | None:
     sentences = cause.split(". ")
     # torch's, DALI's and Triton's errors
     plain = isinstance(error, RuntimeError)
-    # ncclRemoteError: a peer is gone
-    if "NCCL error" in cause and "ncclRemoteError" not in cause:
-        why = cause.rpartition("Last error:")[2].strip()
+    if "NCCL error" in cause and "remote process" not in cause:
+        why = cause.rpartition("Last error:")[2].strip() or cause
         return f"NCCL failed: {why}. NCCL_DEBUG=WARN says more; then {GOES_ON}"
     if "connectFullMesh" in cause:
         return (
@@ -50,7 +50,8 @@ def _message(error: Exception, config: Config) -> str | None:
             f"another process of the run is gone, or never connected; its own message or the "
             f"launcher's says why. Then {GOES_ON} ({sentences[0]})"
         )
-    if isinstance(error, torch.OutOfMemoryError) or (plain and any(s in cause for s in _GPU_FULL)):
+    full = isinstance(error, RuntimeError | MemoryError) and any(s in cause for s in _GPU_FULL)
+    if isinstance(error, torch.OutOfMemoryError) or full:
         return (
             f"the GPU is out of memory ({'. '.join(sentences[:2])}). Lower "
             f"evaluation.batch_size or start more processes, which split the batch, then "

@@ -162,10 +162,10 @@ def init_world() -> World:
     waits = f"rank {rank} is waiting for all {size} processes to connect to {address}:{port}\n"
     timer = threading.Timer(_PATIENCE_S, tell, [waits])
     timer.daemon = True
-    if size > 1 and _GLOO_DEVICE not in os.environ and (name := _network_device(address)):
-        os.environ[_GLOO_DEVICE] = name
     if size > 1 and local_rank == 0:
         timer.start()
+    if size > 1 and _GLOO_DEVICE not in os.environ and (name := _network_device(address)):
+        os.environ[_GLOO_DEVICE] = name
     try:
         deepspeed.init_distributed(
             dist_backend="nccl" if cuda else "gloo", auto_mpi_discovery=False, verbose=False
@@ -271,7 +271,7 @@ def _network_device(address: str | None) -> str | None:
 
     gloo would take that of the host's own name, which on Debian and Ubuntu is often 127.0.1.1.
     """
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError, UnicodeError):
         family, *_, target = socket.getaddrinfo(address, 1, type=socket.SOCK_DGRAM)[0]
         with socket.socket(family, socket.SOCK_DGRAM) as datagrams:
             # sends nothing

@@ -12,9 +12,8 @@ from isofast.data import ImageFolder, recipe_for
 from isofast.data.images import check_images, list_images
 from isofast.distributed import World, launched_world_size
 from isofast.errors import UserError
-from isofast.run.directory import cpu_has_bf16, describe_environment
-from isofast.training.build import build, train_loader
-from isofast.training.faults import in_words
+from isofast.run.directory import describe_environment
+from isofast.training.build import build, has_bf16, train_loader
 from isofast.training.graph import WARMUP_STEPS, GraphedStep
 from isofast.training.optim import set_lr
 from isofast.training.parallel import close_world, init_world
@@ -44,8 +43,7 @@ def profile_steps(config: Config, output: Path, steps: int = 20) -> str:
     train = check_images(config, list_images(config)).train
     world = init_world()
     try:
-        with in_words(config):
-            return _profile(config, train, world, output, steps)
+        return _profile(config, train, world, output, steps)
     finally:
         close_world()
 
@@ -88,7 +86,7 @@ def _profile(config: Config, train: ImageFolder, world: World, output: Path, ste
     wait_ms = statistics.median(waits)
     parts_ms = {name: statistics.median(times) for name, times in parts.items()}
     total = sum(parts_ms.values())
-    could_be_bf16 = precision == torch.float32 and (cuda or cpu_has_bf16())
+    could_be_bf16 = precision == torch.float32 and has_bf16(cuda)
     advice = _advice(state.compiled, could_be_bf16, loader.backend, wait_ms / step_ms)
     rows = [
         f"{step_ms:.1f} ms per step, {1e3 * config.train.batch_size / step_ms:,.0f} images/s, "

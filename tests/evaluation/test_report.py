@@ -158,7 +158,7 @@ def test_a_sample_stands_in_for_evaluations(evaluated_run):
     assert f"Effective rank of C: {last['effective_rank']:.1f} of 16." in reasons
     first = {**last, "step": 1, "embedding_std": 0.0}
     recovered = judge(replace(run, records=[first, last]), {"failure": None}, 355, None).reasons
-    assert "Earlier records show a collapse (see the warnings), the last one does not." in recovered
+    assert "Earlier records show a collapse (see the warnings); the last one does not." in recovered
     # a run still going on has no summary
     collapsed = replace(run, records=[*run.records[:-1], last | {"embedding_std": 0.0}])
     verdict = judge(collapsed, {}, 355, None)

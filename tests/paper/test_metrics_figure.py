@@ -66,9 +66,15 @@ def test_metrics_of_two_runs(evaluated_run, tmp_path, capsys):
 
     panels = metrics_figure(table([read_run(evaluated_run), read_run(old)])).axes
     titles = [axis.get_title() for axis in panels if axis.get_title()]
-    assert len(titles) == 12 and titles[0].startswith("rankme of features\nSpearman ")
-    # of the last evaluations alone, of which only one has the metrics
-    assert titles[0].endswith("(n = 1 runs)") and titles[-1].endswith("(n = 2 runs)")
+    assert len(titles) == 12 and titles[0] == "rankme of features"
+    # of the last evaluations alone, where the metric rises and the accuracy falls
+    three = [
+        row | {"run": str(k), "rankme": row["rankme"] + 100 * k, "knn_top1": -k}
+        for k in range(3)
+        for row in table([read_run(evaluated_run)])
+    ]
+    title = metrics_figure(three).axes[0].get_title()
+    assert title == "rankme of features\nSpearman -1.00 (n = 3 runs)"
     for panel, key in ((panels[0], "rankme"), (panels[5], "rankme_z")):
         points = [[one[key], one["knn_top1"]] for one in evaluations]
         assert panel.lines[0].get_xydata().tolist() == points

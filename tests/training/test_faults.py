@@ -41,14 +41,15 @@ NCCL = (
     "ncclSystemError: System call (e.g. socket, malloc) or external library call failed.\n"
     "Last error:\nError while creating shared memory segment /dev/shm/nccl-x (size 33030528)"
 )
-LOST = "ncclRemoteError: A call failed possibly due to a remote process exiting prematurely."
+LOST = "NCCL error in: x, remote process exited or there was a network error. Last error:"
 
 
 @pytest.mark.parametrize(
     ("error", "words"),
     [
         (torch.distributed.DistBackendError(NCCL), "NCCL failed: Error while creating shared memo"),
-        (torch.distributed.DistBackendError(f"NCCL error in: x, {LOST}"), "another process of the"),
+        (torch.distributed.DistBackendError(LOST), "another process of the run is gone"),
+        (torch.distributed.DistBackendError("NCCL error in: x"), "NCCL failed: NCCL error in: x"),
         (RuntimeError("Gloo connectFullMesh failed with timed out"), "GLOO_SOCKET_IFNAME="),
         *(
             (kind(text), "the GPU is out of memory")
@@ -60,10 +61,11 @@ LOST = "ncclRemoteError: A call failed possibly due to a remote process exiting 
                     RuntimeError,
                     "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate`",
                 ),
-                (RuntimeError, "Can't allocate 1024 bytes on device 0."),
+                (MemoryError, "Can't allocate 1024 bytes on device 0."),
             )
         ),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "this machine is out of"),
+        (RuntimeError("cc1plus: out of memory allocating 65536 bytes"), "this machine is out of"),
     ],
 )
 def test_a_library_s_error_is_told_in_words(error, words, small_config):

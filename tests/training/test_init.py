@@ -10,7 +10,7 @@ from isofast.data import Batch
 from isofast.errors import UserError
 from isofast.evaluation.encoders import untrained
 from isofast.run.metrics import read_metrics
-from isofast.training.build import _precision, build, check_version
+from isofast.training.build import _precision, build, check_version, has_bf16
 
 from ..support.encoders import write_run
 from ..support.runs import ALONE, train
@@ -83,6 +83,7 @@ def test_a_gpu_without_bf16_trains_in_fp32(native, small_config, monkeypatch):
         return native or including_emulation
 
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", supported)
+    assert has_bf16(cuda=True) is native
     auto = small_config(train={"precision": "auto"})
     assert (_precision(auto, cuda=True) == torch.bfloat16) is native
 
