@@ -73,9 +73,8 @@ def test_a_terminal_that_closes(ignored, code, config, tmp_path):
 
     def attach() -> None:
         fcntl.ioctl(terminal, termios.TIOCSCTTY, 0)
-        if ignored:
-            # as nohup does
-            signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        # as nohup does, under which pytest may run itself
+        signal.signal(signal.SIGHUP, signal.SIG_IGN if ignored else signal.SIG_DFL)
 
     process = opened(
         command_of(config, tmp_path / "run"),
