@@ -15,8 +15,9 @@ from isofast.run.loggers import Record
 Kind = Literal["complete", "dimensional", "torn", "blow-up"]
 
 # As fractions of the healthy spread 1/sqrt(D): below the first, all images are one point; below
-# the second, they fill few dimensions, unless the spread still grows by more than _NO_GROWTH.
-_LEAST_SPREAD, _LOW_SPREAD, _NO_GROWTH = 0.01, 0.35, 1.1
+# the second, they fill few dimensions, unless the spread still grows by more than _NO_GROWTH and
+# C has at least _LEAST_RANK of them.
+_LEAST_SPREAD, _LOW_SPREAD, _NO_GROWTH, _LEAST_RANK = 0.01, 0.35, 1.1, 2.0
 # A new network's embeddings all point the same way: wait for the warm-up, and until C has
 # forgotten the first steps.
 _TIME_CONSTANTS, _LEAST_STEPS = 2, 200
@@ -80,11 +81,13 @@ class CollapseWatch:
                 f"least {record['norm_spread']:.1f} times as long as the median, and the median of "
                 f"|W z| / |z| is {record['prediction_norm']:.2f}",
             )
-        if step >= self.grace and spread < _LOW_SPREAD * healthy and self._has_stopped(spread):
+        is_low = step >= self.grace and spread < _LOW_SPREAD * healthy
+        rank = record["effective_rank"] or math.inf
+        if is_low and (rank < _LEAST_RANK or self._has_stopped(spread)):
             return self._found(
                 "dimensional",
                 f"the embeddings have collapsed to few dimensions: {measured}, and the effective "
-                f"rank of C is {record['effective_rank']:.1f} of {self._dim}",
+                f"rank of C is {rank:.1f} of {self._dim}",
             )
         return None
 

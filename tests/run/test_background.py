@@ -215,9 +215,9 @@ def test_a_continued_run_is_judged_by_its_earlier_records(make_recorder):
         record(first, 100, corr_of(8), spread=0.06)
         record(first, 120, corr_of(8), spread=0.06)
     with closing(make_recorder(120)) as second:
-        record(second, 200, corr_of(1), spread=0.07)
+        record(second, 200, corr_of(2), spread=0.07)
         assert second.finding() is None
-        record(second, 205, corr_of(1), spread=0.06)
+        record(second, 205, corr_of(2), spread=0.06)
         assert second.finding().kind == "dimensional"
         record(second, 210, corr_of(8), norm=5e3)
         assert second.finding().kind == "blow-up"
