@@ -1,5 +1,6 @@
 """The paper's Figures 3, 4, 7 and 8 from your runs, as PNG and SVG."""
 
+import math
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from functools import partial
@@ -25,8 +26,8 @@ from isofast.run.stored import Array, Run, labels, read_run
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _DASHES = ("-", "--", "-.", (0, (1, 1)), (0, (5, 1, 1, 1, 1, 1)))
 _COLUMNS = 3
-# characters that fit over a panel, and in an inch of a legend
-_TITLE, _LEGEND = 38, 10
+# characters that fit over a panel, and in an inch of a legend; inches from line to line
+_TITLE, _LEGEND, _LINE = 38, 10, 0.17
 _EIGENVALUES = r"eigenvalues $\lambda_i$ of $C$"
 # more would only enlarge the files
 _MOST_LINES, _MOST_POINTS = 48, 500
@@ -236,9 +237,15 @@ def _explain(figure: Figure, panels: Iterable[Axes], named: Axes, columns: int) 
     panels = [*panels]
     lines = panels[0].collections[0]
     figure.colorbar(lines, ax=panels, label="place $i$, largest first", shrink=0.8)
+    legend_below(figure, named, columns)
+
+
+def legend_below(figure: Figure, named: Axes, columns: int) -> None:
+    """Enlarge the figure by a legend for ``named``, with fewer ``columns`` if they do not fit."""
     handles, names = named.get_legend_handles_labels()
     fitting = _LEGEND * figure.get_figwidth() // max(map(len, names), default=1)
     columns = max(1, min(columns, int(fitting)))
+    figure.set_figheight(figure.get_figheight() + _LINE * math.ceil(len(names) / columns))
     figure.legend(handles, names, loc="outside lower center", ncols=columns)
 
 

@@ -14,7 +14,7 @@ from scipy.stats import spearmanr
 
 from isofast.data.files import write_atomically
 from isofast.errors import UserError
-from isofast.paper.figures import PALETTE, STYLE, make_folder, new_figure, save
+from isofast.paper.figures import PALETTE, STYLE, legend_below, make_folder, new_figure, save
 from isofast.run.metrics import read_spectra
 from isofast.run.stored import Run, labels, read_run
 
@@ -89,8 +89,7 @@ def metrics_figure(rows: Sequence[Row]) -> Figure:
         row_of_axes[0].set_ylabel("k-NN top-1")
         for axis in row_of_axes[len(keys) :]:
             axis.set_axis_off()
-    handles, _ = axes[0, 0].get_legend_handles_labels()
-    figure.legend(handles=handles, loc="outside lower center", ncols=columns)
+    legend_below(figure, axes[0, 0], columns)
     return figure
 
 

@@ -69,12 +69,17 @@ def test_metrics_of_two_runs(evaluated_run, tmp_path, capsys):
     assert len(titles) == 12 and titles[0] == "rankme of features"
     # of the last evaluations alone, where the metric rises and the accuracy falls
     three = [
-        row | {"run": str(k), "rankme": row["rankme"] + 100 * k, "knn_top1": -k}
+        row | {"run": str(k), "name": "no" * 40, "rankme": row["rankme"] + 100 * k, "knn_top1": -k}
         for k in range(3)
         for row in table([read_run(evaluated_run)])
     ]
-    title = metrics_figure(three).axes[0].get_title()
-    assert title == "rankme of features\nSpearman -1.00 (n = 3 runs)"
+    figure = metrics_figure(three)
+    assert figure.axes[0].get_title() == "rankme of features\nSpearman -1.00 (n = 3 runs)"
+    # long names lie within the figure, below the panels
+    figure.draw_without_rendering()
+    inside, whole = figure.legends[0].get_window_extent(), figure.bbox
+    assert whole.x0 <= inside.x0 and inside.x1 <= whole.x1
+    assert inside.y1 <= figure.axes[-1].get_window_extent().y0
     for panel, key in ((panels[0], "rankme"), (panels[5], "rankme_z")):
         points = [[one[key], one["knn_top1"]] for one in evaluations]
         assert panel.lines[0].get_xydata().tolist() == points
