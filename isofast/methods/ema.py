@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from isofast.data import Batch
+from isofast.methods.foreach import lerp_
 from isofast.methods.networks import Branch
 
 
@@ -44,12 +45,8 @@ class EmaTarget(nn.Module):
         """Move the parameters towards the online ones; a CUDA graph uses the current tau."""
         self.lerp_(list(self.branch.parameters()), list(online.parameters()), self._weight)
 
-    @staticmethod
-    def lerp_(tensors: list[Tensor], ends: list[Tensor], weight: Tensor) -> None:
-        """tensors += weight * (ends - tensors), which torch.compile turns into a single pass."""
-        steps = torch._foreach_sub(ends, tensors)
-        torch._foreach_mul_(steps, weight)
-        torch._foreach_add_(tensors, steps)
+    # torch.compile turns it into a single pass
+    lerp_ = staticmethod(lerp_)
 
 
 def ema_decay(progress: float, base: float) -> float:

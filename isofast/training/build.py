@@ -231,7 +231,7 @@ def build(config: Config, world: World, classes: int, *, uneven_labels: bool = F
         if isinstance(optimizer, LARS):
             optimizer.update = one_pass(optimizer.update)  # type: ignore[method-assign]
         if target is not None:
-            target.lerp_ = one_pass(target.lerp_)  # type: ignore[method-assign]
+            target.lerp_ = one_pass(target.lerp_)
     engine = None if graphed else make_engine(online, optimizer, config, world)
     # only now: DeepSpeed's initial broadcast rejects non-contiguous parameters
     for module in (online, target):

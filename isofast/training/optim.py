@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.optim import SGD, AdamW, Optimizer
 
 from isofast.config.schema import Config
+from isofast.methods.foreach import add_each_scaled_, add_scaled_
 from isofast.training.step import Online
 
 REFERENCE_BATCH = 256
@@ -82,16 +83,13 @@ class LARS(Optimizer):
                 trust = eta * p_norm / (g_norm + wd * p_norm + 1e-8)
                 scale = torch.where(applies, (trust / rate).clamp(max=1), 1.0)
                 decay = torch.where(applies, wd * scale, 0.0)
-                for others, factors in ((grads, scale), (params, decay)):
-                    expanded = [
-                        f.expand_as(p) for f, p in zip(factors.unbind(), params, strict=True)
-                    ]
-                    torch._foreach_addcmul_(velocities, others, expanded)
+                add_each_scaled_(velocities, grads, scale.unbind())
+                add_each_scaled_(velocities, params, decay.unbind())
             else:
                 torch._foreach_add_(velocities, grads)
                 if wd:
                     torch._foreach_add_(velocities, params, alpha=wd)
-            torch._foreach_sub_(params, torch._foreach_mul(velocities, lr))
+            add_scaled_(params, velocities, lr, value=-1)
 
 
 def make_optimizer(online: Online, config: Config) -> Optimizer:

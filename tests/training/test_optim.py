@@ -13,6 +13,7 @@ from isofast.config.load import validate
 from isofast.config.presets import merge
 from isofast.config.schema import Config
 from isofast.methods.ema import EmaTarget, ema_decay
+from isofast.methods.foreach import add_scaled_, lerp_
 from isofast.training.optim import LARS, load_optimizer_state, lr_at, make_optimizer, set_lr
 from isofast.training.step import Online
 
@@ -21,6 +22,20 @@ from ..support.encoders import make_online
 GPU = pytest.param("cuda", marks=pytest.mark.gpu)
 on_devices = pytest.mark.parametrize("device", ["cpu", GPU])
 OPTIMIZERS = ("lars", "sgd", "adamw")
+
+
+@pytest.mark.parametrize("one_pass", [True, False], ids=["as on CPUs", "as on GPUs"])
+def test_both_forms_of_an_update_follow_its_formula(one_pass):
+    torch.manual_seed(0)
+    start, others = ([torch.randn(3), torch.randn(2, 5)] for _ in range(2))
+    added, moved = ([t.clone() for t in start] for _ in range(2))
+    weight = torch.tensor(0.3)
+    with _NoSync():
+        add_scaled_(added, others, weight, value=-2, one_pass=one_pass)
+        lerp_(moved, others, weight, one_pass=one_pass)
+    for t, other, one, two in zip(start, others, added, moved, strict=True):
+        torch.testing.assert_close(one, t - 0.6 * other)
+        torch.testing.assert_close(two, 0.7 * t + 0.3 * other)
 
 
 def _lars_by_hand(
