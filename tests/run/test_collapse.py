@@ -134,11 +134,10 @@ def test_each_kind_of_collapse_is_told_from_a_healthy_run(method, records, expec
             {"name": "directpred", "ema": False, "decay": 0.5},
             *("complete", ["method.name isoloss", "method.ema true"]),
         ),
-        ({"name": "simsiam"}, "complete", ["optimizer.name sgd"]),
-        ({"name": "byol"}, "complete", ["optimizer.name sgd"]),
+        ({"name": "byol"}, "dimensional", ["more train.epochs"]),
         ({"name": "sigreg", "ema": False}, "complete", ["optimizer.lr below 0.008", "a longer"]),
         ({}, "complete", ["optimizer.lr below 0.008", "a longer"]),
-        ({}, "dimensional", ["more train.epochs", "train.batch_size below"]),
+        ({}, "dimensional", ["more train.epochs"]),
         ({}, "blow-up", ["optimizer.lr below 0.008", "a longer"]),
     ],
 )
