@@ -7,6 +7,7 @@ SHELL := /bin/bash
 
 # one worker per core, each with one thread
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal
+BENCHES := kernels passes data step peers embed ranks collectives
 INTERPRETED := $(addprefix tests/kernels/test_,triton.py augment_triton.py norm_pool.py)
 
 .PHONY: quickstart test test-long check interpret lint format docs schema bench gpu soak clean
@@ -44,12 +45,12 @@ docs: $(STAMP)
 schema: $(STAMP)
 	$(BIN)/python -c "from isofast.config.schema import schema_json; print(schema_json(), end='')" > launch/config.schema.json
 
+# goes on after a failure. bench/start_up.py needs a folder, bench/gpu_day.py a GPU
 bench: $(STAMP)
-	$(BIN)/python bench/kernels.py
-	$(BIN)/python bench/passes.py
-	$(BIN)/python bench/data.py
-	$(BIN)/python bench/step.py
-	$(BIN)/python bench/peers.py
+	@$(MAKE) --no-print-directory --keep-going --jobs=1 $(BENCHES:%=bench-%)
+
+bench-%: $(STAMP)
+	$(BIN)/python bench/$*.py
 
 # tests, benchmarks and short runs on a GPU, in half an hour; resumes where it was stopped
 gpu: $(STAMP)

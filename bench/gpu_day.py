@@ -89,7 +89,7 @@ def plan(work: Path, data: Path | None, epochs: int, dry: bool) -> list[Stage]:
     power, tiny = "--batch 32 --features 32 --rounds 3 --only power", "--batch 8 --rounds 2"
     colds = ("--cold",) if dry else ("", "--cold")
     kernels = [script("kernels", cold, f"{power} {cold}") for cold in colds]
-    step = script("step", "--datasets cifar10", f"{tiny} --width 4")
+    step = script("step", "--presets cifar10", f"{tiny} --width 4")
     peers = script(
         "peers", "--rounds 5 --steps 25", f"{tiny} --width 4 --steps 1 --workers 1 --only fp32"
     )

@@ -4,7 +4,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 
 from tqdm import tqdm
 
@@ -84,3 +84,12 @@ class Progress:
     def close(self) -> None:
         """Close the bar, leaving it on screen."""
         self._bar.close()
+
+
+@contextmanager
+def waiting(what: str) -> Iterator[None]:
+    """Show how long ``what`` takes, outside a run."""
+    with closing(Progress(1, 0, speak=True)) as progress:
+        with progress.waiting(what):
+            yield
+        progress.advance(1)

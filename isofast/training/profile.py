@@ -2,6 +2,7 @@
 
 import statistics
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -13,6 +14,7 @@ from isofast.data.images import check_images, list_images
 from isofast.distributed import World, launched_world_size
 from isofast.errors import UserError
 from isofast.run.directory import describe_environment
+from isofast.run.progress import waiting
 from isofast.training.build import build, has_bf16, train_loader
 from isofast.training.graph import WARMUP_STEPS, GraphedStep
 from isofast.training.optim import set_lr
@@ -64,8 +66,9 @@ def _profile(config: Config, train: ImageFolder, world: World, output: Path, ste
 
     # the first step's learning rate throughout
     set_lr(state.optimizer, 0, loader.steps_per_epoch, config)
-    for _ in range(WARMUP_STEPS + 2 if state.graphed and cuda else 3):
-        take_step(next(loader))
+    with waiting("compiling") if state.compiled else nullcontext():
+        for _ in range(WARMUP_STEPS + 2 if state.graphed and cuda else 3):
+            take_step(next(loader))
     waits, began = [], synchronised_clock()
     for _ in range(steps):
         asked = time.perf_counter()

@@ -1,11 +1,12 @@
 """Benchmarks refuse what they cannot time fairly, keep earlier results and pair their ratios."""
 
 import importlib
+import sys
 from types import ModuleType
 
 import pytest
 
-from ..support.runs import ROOT
+from ..support.runs import ROOT, call
 
 
 @pytest.fixture(autouse=True)
@@ -81,3 +82,14 @@ def test_the_notes_have_the_paired_ratio():
     assert first.note == "1,067 images/s"
     ratio = "x3.00 [1.40, 4.60] of first (paired)"
     assert second.note == f"4,571 images/s; {ratio}; decoded before"
+
+
+@pytest.mark.slow
+def test_an_absent_peer_is_named_and_left_out(tmp_path):
+    absent = "import sys; sys.modules['lightly'] = None; import peers; sys.exit(peers.main())"
+    sizes = ["--batch", "8", "--width", "4", "--workers", "1", "--rounds", "2", "--steps", "1"]
+    program = [sys.executable, "-c", absent, "--only", "fp32", *sizes]
+    printed = call(program, PYTHONPATH=str(ROOT / "bench"), BENCH_RESULTS=str(tmp_path)).stdout
+    assert "lightly is not installed" in printed and "  isofast, fp32 " in printed
+    assert "lightly, fp32" not in printed
+    assert "lightly" not in (tmp_path / "peers-001.csv").read_text()
