@@ -1,6 +1,7 @@
 """BatchNorm by view: equal to one call per view, on one rank and several, eager and compiled."""
 
 import copy
+from itertools import product
 from typing import Any, Literal
 
 import pytest
@@ -23,6 +24,7 @@ BUDGET = {torch.float32: 1e-5, torch.float64: 1e-12}
 LINEAR = ("1.0.bias", "projector.0.bias")
 STEMS = {"cifar": 16, "tiny": 32, "imagenet": 48}
 Stem = Literal["cifar", "tiny", "imagenet"]
+Case = tuple[str, torch.dtype, bool]
 
 
 def network(stem: str, dtype: torch.dtype) -> nn.Module:
@@ -250,18 +252,24 @@ def test_a_batchnorm_with_an_activation_stays():
         Branch(config, ProjectorConfig(), torch.float32, 32, synchronised=True)
 
 
-def _rank(compiled: bool, folder: str) -> None:
-    """Run one rank on its part of the global batch: rows of every view."""
+def _rank(compiled: bool, cases: list[Case], folder: str) -> None:
+    """Run one rank on its part of each case's global batch: rows of every view."""
     dist.init_process_group("gloo")
+    found = [_share(compiled, *case) for case in cases]
+    torch.save(found, f"{folder}/{dist.get_rank()}.pt")
+    dist.destroy_process_group()
+
+
+def _share(compiled: bool, stem: str, dtype: torch.dtype, training: bool) -> dict[str, Tensor]:
     rank, size = dist.get_rank(), dist.get_world_size()
-    net = convert_batch_norm(network("tiny", torch.float64), views=2, synchronised=True)
+    net = convert_batch_norm(network(stem, dtype), views=2, synchronised=True).train(training)
     # fuses the stem's pool into its BatchNorm
     _join_relus(net[0])
     target = copy.deepcopy(net).requires_grad_(False)
-    x_NCHW = images(16, torch.float64).chunk(size, dim=1)[rank].flatten(0, 1)
+    x_NCHW = images(STEMS[stem], dtype).chunk(size, dim=1)[rank].flatten(0, 1)
     call = torch.compile(net, backend="aot_eager", fullgraph=True) if compiled else net
     z_VBD = call(x_NCHW).unflatten(0, (2, -1))
-    weight = torch.linspace(-1, 2, 2 * 8 * 16, dtype=torch.float64).view(2, 8, 16)
+    weight = torch.linspace(-1, 2, 2 * 8 * 16, dtype=dtype).view(2, 8, 16)
     loss = (z_VBD * weight.chunk(size, dim=1)[rank] + z_VBD.square()).mean()
     loss.backward()
     for p in net.parameters():
@@ -269,30 +277,36 @@ def _rank(compiled: bool, folder: str) -> None:
         p.grad /= size
     found = {f"grad {n}": p.grad for n, p in net.named_parameters() if not n.endswith(LINEAR)}
     found |= dict(net.named_buffers())
-    found["target"] = target(x_NCHW)
     # a rank's own statistics, by torch's kernels and fused
     local = [
-        convert_batch_norm(network("tiny", torch.float64), views=2, fused=fused)
+        convert_batch_norm(network(stem, dtype), views=2, fused=fused).train(training)
         for fused in (False, True)
     ]
-    torch.testing.assert_close(*(one(x_NCHW) for one in local))
-    torch.testing.assert_close(*(one.state_dict() for one in local))
-    torch.save(found | {"output": z_VBD.detach()}, f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
+    own = [{"output": one(x_NCHW).detach(), **one.state_dict()} for one in local]
+    assert_equal(*own, 2 * BUDGET[dtype])
+    return found | {"target": target(x_NCHW), "output": z_VBD.detach().flatten(0, 1)}
 
 
 @pytest.mark.long
-@pytest.mark.parametrize(("size", "compiled"), [(2, False), (2, True), (4, False)])
-def test_ranks_equal_one_process(size, compiled, tmp_path):
-    codes = forked(_rank, compiled, str(tmp_path), environments=launched(size))
+@pytest.mark.parametrize(
+    ("size", "compiled", "cases"),
+    [
+        (2, False, [*product(STEMS, BUDGET, (True, False))]),
+        (2, True, [("tiny", torch.float64, True)]),
+        (4, False, [("tiny", torch.float64, True)]),
+    ],
+    ids=["2", "2 compiled", "4"],
+)
+def test_ranks_equal_one_process(size, compiled, cases, tmp_path):
+    codes = forked(_rank, compiled, cases, str(tmp_path), environments=launched(size))
     assert codes == [0] * size
     ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(size)]
-    one = convert_batch_norm(network("tiny", torch.float64), views=2)
-    x_VBCHW = images(16, torch.float64)
-    expected = results(one, one(x_VBCHW.flatten(0, 1)))
-    for rank, found in enumerate(ranks):
-        target_ND, z_VBD = found.pop("target"), found.pop("output")
-        torch.testing.assert_close(target_ND.view_as(z_VBD), z_VBD, rtol=1e-12, atol=1e-12)
-        share_VBD = expected["output"].view(2, 8, 16).chunk(size, dim=1)[rank]
-        torch.testing.assert_close(z_VBD, share_VBD, rtol=1e-12, atol=1e-12)
-        assert_equal(found, {name: expected[name] for name in found}, 1e-12)
+    for case, *shares in zip(cases, *ranks, strict=True):
+        stem, dtype, training = case
+        one = convert_batch_norm(network(stem, dtype), views=2).train(training)
+        whole = results(one, one(images(STEMS[stem], dtype).flatten(0, 1)))
+        z_VBD = whole["output"].view(2, 8, 16)
+        for rank, found in enumerate(shares):
+            share_ND = z_VBD.chunk(size, dim=1)[rank].flatten(0, 1)
+            expected = whole | {"output": share_ND, "target": share_ND}
+            assert_equal(found, expected, BUDGET[dtype])

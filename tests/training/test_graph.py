@@ -2,6 +2,7 @@
 
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pytest
 import torch
@@ -81,13 +82,35 @@ def steps(state: TrainState, config: Config, numbers: range) -> list[float]:
     return losses
 
 
+def _fused_branch(*arguments: Any, **options: Any) -> Branch:
+    """Make the branch that a GPU has."""
+    return Branch(*arguments, **options | {"stacked": True, "fused": True})
+
+
 @pytest.mark.long
-def test_compiled_networks_train_as_eager_ones_in_one_graph_each(small_config):
-    """20 steps with an evaluation's forward pass in between; online and target compile once."""
+@pytest.mark.parametrize(
+    ("method", "fused", "backend", "networks"),
+    [
+        ("isoloss", False, "inductor", 2),
+        # others without Inductor, which takes minutes
+        ("isoloss", True, "aot_eager", 2),
+        *(("byol", fused, "aot_eager", 3) for fused in (False, True)),
+        *(("simsiam", fused, "aot_eager", 2) for fused in (False, True)),
+    ],
+)
+def test_compiled_networks_train_as_eager_ones_in_one_graph_each(
+    method, fused, backend, networks, small_config, monkeypatch
+):
+    """20 steps with an evaluation's forward pass in between; each network compiles once."""
+    plain = nn.Module.compile
+    monkeypatch.setattr(nn.Module, "compile", lambda net, **_: plain(net, backend=backend))
+    if fused:
+        monkeypatch.setattr("isofast.training.build.Branch", _fused_branch)
     losses = {}
     for mode in ("off", "on"):
+        ema = {} if method == "simsiam" else {"ema": True, "ema_base": 0.9}
         config = small_config(
-            method={"ema": True, "ema_base": 0.9},
+            method={"name": method, **ema},
             train={"compile": mode, "cuda_graph": "on", "precision": "fp32"},
         )
         torch._dynamo.reset()
@@ -96,7 +119,7 @@ def test_compiled_networks_train_as_eager_ones_in_one_graph_each(small_config):
         state.online.train()
         losses[mode] = steps(state, config, range(2))
         graphs = counters["stats"]["unique_graphs"]
-        assert graphs == (2 if mode == "on" else 0)
+        assert graphs == (networks if mode == "on" else 0)
         with torch.no_grad():
             state.online.eval()
             state.online.branch.features(torch.zeros(5, 3, 16, 16))
