@@ -85,6 +85,16 @@ def test_recorded_runs_are_judged_by_what_became_of_them(run):
         assert found[-1][0] == run["records"][-1]["step"]
 
 
+@pytest.mark.parametrize(("method", "first"), [("isoloss", []), ("directpred", [500])])
+def test_a_long_warm_up_does_not_hide_a_collapse(method, first):
+    """The first six epochs of the paper's schedule, whose warm-up takes ten."""
+    run = RESULTS / "short-runs" / f"cifar10-papers-c-{method}-no-ema-seed-0"
+    watch = CollapseWatch(validate(json.loads((run / "config.json").read_text())), 195)
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    found = [r["step"] for r in records if "embedding_std" in r and watch.judge(r)]
+    assert found[:1] == first
+
+
 def at(step: int, share: float | None = 1.0, **more: float) -> Record:
     """Return a record with a share of the healthy embedding spread, and otherwise healthy."""
     known = {"norm_spread": 2.0, "prediction_norm": 0.9, "embedding_norm": 4.0}
