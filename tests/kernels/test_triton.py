@@ -1,5 +1,7 @@
 """The operations against float64: Triton on a GPU or in its interpreter, else the CPU path."""
 
+import sys
+
 import pytest
 import torch
 
@@ -230,6 +232,40 @@ def test_matrix_power(guard_inputs, monkeypatch, features, alpha, eps, normalize
     assert error <= 5e-4 * torch.linalg.matrix_norm(exact, 2)
 
 
+def count_launches(monkeypatch, module, *names):
+    """Return a list that gets the grid of each launch of the module's named kernels."""
+    grids = []
+
+    class Counted:
+        def __init__(self, kernel):
+            self.kernel = kernel
+
+        def __getitem__(self, grid):
+            grids.append(grid)
+            return self.kernel[grid]
+
+    for name in names:
+        monkeypatch.setattr(module, name, Counted(getattr(module, name)))
+    return grids
+
+
+@KERNELS_ONLY
+@pytest.mark.parametrize(("isotropic", "launches"), [(True, 2), (False, 3)])
+def test_the_launches_and_allocations_of_a_loss(monkeypatch, isotropic, launches):
+    # the package's name is the function's
+    module = sys.modules["isofast_kernels.asymmetric_loss"]
+    grids = count_launches(monkeypatch, module, "_rows_times_w_kernel", "_loss_kernel")
+    shapes, empty = [], torch.empty
+    monkeypatch.setattr(
+        torch, "empty", lambda shape, **options: shapes.append(shape) or empty(shape, **options)
+    )
+    z, w = randn(2, 8, 32).to(DEVICE), torch.eye(32, device=DEVICE)
+    asymmetric_loss_pair(*z, *z, w, isotropic=isotropic)
+    assert len(grids) == launches
+    # the counter, W z, the gradient, the loss and its parts
+    assert shapes == [(), (2, 8, 32), (2, 8, 32), (), (2, 1)]
+
+
 @KERNELS_ONLY
 @pytest.mark.parametrize(
     ("alpha", "eps", "normalize", "launches"),
@@ -243,19 +279,8 @@ def test_matrix_power(guard_inputs, monkeypatch, features, alpha, eps, normalize
     ],
 )
 def test_the_launches_of_a_matrix_power(monkeypatch, alpha, eps, normalize, launches):
-    grids = []
-
-    class Counted:
-        def __init__(self, kernel):
-            self.kernel = kernel
-
-        def __getitem__(self, grid):
-            grids.append(grid)
-            return self.kernel[grid]
-
-    for name in ("_normalize_kernel", "_product_kernel", "_shift_kernel", "_finish_kernel"):
-        kernel = getattr(matrix_power_triton, name)
-        monkeypatch.setattr(matrix_power_triton, name, Counted(kernel))
+    kernels = "_normalize_kernel", "_product_kernel", "_shift_kernel", "_finish_kernel"
+    grids = count_launches(monkeypatch, matrix_power_triton, *kernels)
     corr = reference.second_moment_reference([randn(96, 32)]).to(DEVICE)
     matrix_power(corr, alpha, eps=eps, normalize=normalize)
     assert len(grids) == launches
