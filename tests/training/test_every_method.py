@@ -1,6 +1,7 @@
 """Every method with its preset: real runs of a few steps, continued, and what they write."""
 
 import gc
+import os
 import shutil
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -97,6 +98,24 @@ def _fit_in_a_group(settings: dict[str, Any], folder: Path) -> None:
     one = torch.ones(1)
     dist.all_reduce(one)
     assert one == 2
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_only_several_ranks_average_gradients(ranks, small, tmp_path):
+    settings = small(train={"max_steps": 1})
+    environments = launched(ranks)
+    assert forked(_fit_and_average, settings, tmp_path, environments=environments) == [0] * ranks
+
+
+def _fit_and_average(settings: dict[str, Any], folder: Path) -> None:
+    from deepspeed.runtime.engine import DeepSpeedEngine
+
+    bucket = DeepSpeedEngine.allreduce_bucket
+    with mock.patch.object(
+        DeepSpeedEngine, bucket.__name__, autospec=True, side_effect=bucket
+    ) as averaged:
+        fit(validate(settings), folder)
+    assert averaged.called == (os.environ["WORLD_SIZE"] == "2")
 
 
 class Scaled(Method):
