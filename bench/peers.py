@@ -264,6 +264,8 @@ def main() -> int:
     options = parser.parse_args()
     if not importlib.util.find_spec("lightly"):
         print("lightly is not installed (pip install lightly): its rows are left out")
+        if options.only == "lightly":
+            return 1
     versions = {
         name: metadata.version(name)
         for name in ("torchvision", "lightly")
