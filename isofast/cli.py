@@ -74,7 +74,11 @@ def _add_prepare(commands: Any) -> None:
     parser.add_argument("--root", type=Path, required=True, help="folder to fill or check")
     parser.add_argument("--output", type=Path, help="pack: output folder")
     parser.add_argument("--shard-mib", type=int, default=256, help="pack: shard size (default 256)")
-    parser.add_argument("--archive", type=Path, help="the official archive, instead of a download")
+    parser.add_argument(
+        "--archive",
+        type=Path,
+        help="the official archive, or the folder that it unpacks to, instead of a download",
+    )
     parser.add_argument(
         "--on-bad-image",
         choices=("stop", "skip"),

@@ -50,8 +50,8 @@ def write_official(name: str, archive: Path, folder: Path) -> None:
 
     Args:
         name: "cifar10", "cifar100", "stl10" or "tinyimagenet".
-        archive: a tar or zip of the official files, whose md5 must match; for TinyImageNet, which
-            publishes none, any number of classes in the official layout.
+        archive: a tar or zip of the official files, or the folder that it unpacks to. Their md5
+            must match; TinyImageNet publishes none, and may have any number of classes.
         folder: an empty folder to write into.
 
     Raises:
@@ -59,7 +59,10 @@ def write_official(name: str, archive: Path, folder: Path) -> None:
         OSError: the disk is full.
     """
     raw = folder / ".raw"
-    _unpack(archive, raw)
+    if archive.is_dir():
+        _borrow(archive.resolve(), raw, copy=name == "tinyimagenet")
+    else:
+        _unpack(archive, raw)
     if name == "tinyimagenet":
         _write_tinyimagenet(archive, raw, folder)
     else:
@@ -103,6 +106,20 @@ def fetch(name: str, folder: Path) -> Path:
     finally:
         socket.setdefaulttimeout(before)
     return folder / filename
+
+
+def _borrow(unpacked: Path, folder: Path, *, copy: bool) -> None:
+    """Copy train/ and val/, whose files will be moved, or link to what torchvision only reads."""
+    folder.mkdir()
+    if not copy:
+        (folder / unpacked.name).symlink_to(unpacked)
+        return
+    try:
+        for part in ("train", "val"):
+            shutil.copytree(unpacked / part, folder / unpacked.name / part)
+    except shutil.Error as error:
+        # it lists every file that failed
+        raise OSError(error.args[0][0][-1]) from None
 
 
 def _unpack(archive: Path, folder: Path) -> None:

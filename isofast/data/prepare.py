@@ -70,7 +70,7 @@ def prepare(
     Args:
         name: one of `NAMES`.
         root: the data root, created if missing.
-        archive: the official archive, for data sets that have one; downloaded if not given.
+        archive: the official archive, or the folder that it unpacks to; downloaded if not given.
         on_bad: "stop" refuses unreadable images, "skip" does not count them.
 
     Raises:

@@ -134,14 +134,15 @@ def assert_same_images(root: Path, split: str, pixels_NHWC: np.ndarray, names: l
             assert np.array_equal(np.asarray(image), pixels_NHWC[number]), number
 
 
-@pytest.mark.parametrize("suffix", ["tar.gz", "zip"])
-def test_cifar100_is_torchvisions(tmp_path, monkeypatch, suffix):
+@pytest.mark.parametrize("form", ["tar.gz", "zip", "unpacked"])
+def test_cifar100_is_torchvisions(tmp_path, monkeypatch, form):
     files, root = cifar100_files(), tmp_path / "root"
     certify(monkeypatch, theirs.CIFAR100, files)
-    archive = write_archive(tmp_path / f"any.{suffix}", files)
-    counts = prepare("cifar100", root, archive)
-    assert (counts.classes, counts.train, counts.val, counts.unlabeled) == (3, 7, 4, 0)
+    archive = write_archive(tmp_path / f"any.{form.replace('unpacked', 'zip')}", files)
     shutil.unpack_archive(archive, tmp_path / "unpacked")
+    given = tmp_path / "unpacked" / CIFAR if form == "unpacked" else archive
+    counts = prepare("cifar100", root, given)
+    assert (counts.classes, counts.train, counts.val, counts.unlabeled) == (3, 7, 4, 0)
     for split, train in (("train", True), ("val", False)):
         reader = theirs.CIFAR100(tmp_path / "unpacked", train=train)
         names = [reader.classes[label] for label in reader.targets]
@@ -171,10 +172,16 @@ def test_stl10_is_torchvisions(tmp_path, monkeypatch):
         prepare("stl10", root)
 
 
-@pytest.mark.parametrize("suffix", ["zip", "tar.gz"])
-def test_tinyimagenet_layout(tmp_path, suffix):
+@pytest.mark.parametrize("form", ["zip", "tar.gz", "unpacked"])
+def test_tinyimagenet_layout(tmp_path, form):
     files, root = tiny_files(), tmp_path / "root"
-    counts = prepare("tinyimagenet", root, write_archive(tmp_path / f"tiny.{suffix}", files))
+    given = write_archive(tmp_path / f"tiny.{form.replace('unpacked', 'zip')}", files)
+    if form == "unpacked":
+        shutil.unpack_archive(given, tmp_path / "unpacked")
+        given = tmp_path / "unpacked" / TOP
+    # the second needs what the first was given
+    prepare("tinyimagenet", tmp_path / "first", given)
+    counts = prepare("tinyimagenet", root, given)
     assert (counts.classes, counts.train, counts.val) == (2, 6, 4)
     expected = {
         f"train/{w}/{w}_{k}.JPEG": files[f"{TOP}/train/{w}/images/{w}_{k}.JPEG"]
@@ -238,7 +245,10 @@ def test_archives_of_something_else_are_refused(tmp_path, monkeypatch):
     refuse("tinyimagenet", whole, "not a TinyImageNet archive")
     files.pop(f"{CIFAR}/test")
     lacking = write_archive(tmp_path / "cifar.tar", files)
-    refuse("cifar100", lacking, "missing or has a different md5. Download it again")
+    unpacked = tmp_path / CIFAR
+    unpacked.mkdir()
+    for given in (lacking, unpacked):
+        refuse("cifar100", given, "missing or has a different md5. Download it again")
 
 
 def test_archives_that_are_not_whole_or_not_safe_are_refused(tmp_path):
