@@ -156,7 +156,7 @@ def test_the_plan_is_the_table(request_of):
         assert planned.config.train.epochs == 7 and planned.config.seed == planned.seed
         assert planned.config.data.dataset == planned.dataset
         # for runs of 7 epochs
-        assert method.decay == (0.99 if row.alpha is None else 0.9 if row.ema else 0.5)
+        assert method.decay == (0.99 if row.alpha is None else 0.9 if row.ema else 0.0)
         assert planned.command[:2] == ("deepspeed", "-x")
         assert planned.command[2].endswith("launch/train.py")
     shipped = request_of(table="table3", datasets=["stl10"], seeds=1).plan()
