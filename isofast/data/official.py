@@ -10,7 +10,7 @@ import shutil
 import socket
 import tarfile
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from http.client import HTTPException
 from pathlib import Path
 from typing import Any
@@ -59,14 +59,15 @@ def write_official(name: str, archive: Path, folder: Path) -> None:
         OSError: the disk is full.
     """
     raw = folder / ".raw"
+    dataset = _TORCHVISION.get(name)
     if archive.is_dir():
-        _borrow(archive.resolve(), raw, copy=name == "tinyimagenet")
+        raw.mkdir()
+        (raw / getattr(dataset, "base_folder", "top")).symlink_to(archive.resolve())
     else:
         _unpack(archive, raw)
-    if name == "tinyimagenet":
+    if dataset is None:
         _write_tinyimagenet(archive, raw, folder)
     else:
-        dataset = _TORCHVISION[name]
         try:
             (_write_stl10 if name == "stl10" else _write_cifar)(dataset, raw, folder)
         # torchvision verifies each file before it reads it
@@ -106,20 +107,6 @@ def fetch(name: str, folder: Path) -> Path:
     finally:
         socket.setdefaulttimeout(before)
     return folder / filename
-
-
-def _borrow(unpacked: Path, folder: Path, *, copy: bool) -> None:
-    """Copy train/ and val/, whose files will be moved, or link to what torchvision only reads."""
-    folder.mkdir()
-    if not copy:
-        (folder / unpacked.name).symlink_to(unpacked)
-        return
-    try:
-        for part in ("train", "val"):
-            shutil.copytree(unpacked / part, folder / unpacked.name / part)
-    except shutil.Error as error:
-        # it lists every file that failed
-        raise OSError(error.args[0][0][-1]) from None
 
 
 def _unpack(archive: Path, folder: Path) -> None:
@@ -182,7 +169,7 @@ def _write_images(folder: Path, images_NHW3: npt.NDArray[np.uint8], classes: Seq
 
 
 def _write_tinyimagenet(archive: Path, raw: Path, folder: Path) -> None:
-    """Move the files of train/WNID/images/, and sort those of val/images/ by val_annotations.txt.
+    """Take the files of train/WNID/images/, and sort those of val/images/ by val_annotations.txt.
 
     Classes without training or validation images are detected when the folder is listed.
     """
@@ -195,9 +182,12 @@ def _write_tinyimagenet(archive: Path, raw: Path, folder: Path) -> None:
         )
     top = found[0].parents[1]
     classes = {path.parts[-2] for path in top.glob("train/*/images")}
-    (folder / "train").mkdir()
+    # the user's own folder stays as it is
+    put: Callable[[Path, Path], object] = shutil.copyfile if archive.is_dir() else Path.rename
     for name in classes:
-        (top / "train" / name / "images").rename(folder / "train" / name)
+        (folder / "train" / name).mkdir(parents=True)
+        for path in (top / "train" / name / "images").iterdir():
+            put(path, folder / "train" / name / path.name)
     for line in found[0].read_text("utf-8", "replace").splitlines():
         filename, wnid = (*line.split("\t"), "")[:2]
         path = top / "val" / "images" / Path(filename).name
@@ -207,4 +197,4 @@ def _write_tinyimagenet(archive: Path, raw: Path, folder: Path) -> None:
                 "in the archive, or the image already has a class. Download it again"
             )
         (folder / "val" / wnid).mkdir(parents=True, exist_ok=True)
-        path.rename(folder / "val" / wnid / path.name)
+        put(path, folder / "val" / wnid / path.name)

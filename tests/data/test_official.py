@@ -140,7 +140,10 @@ def test_cifar100_is_torchvisions(tmp_path, monkeypatch, form):
     certify(monkeypatch, theirs.CIFAR100, files)
     archive = write_archive(tmp_path / f"any.{form.replace('unpacked', 'zip')}", files)
     shutil.unpack_archive(archive, tmp_path / "unpacked")
-    given = tmp_path / "unpacked" / CIFAR if form == "unpacked" else archive
+    given = archive
+    if form == "unpacked":
+        given = (tmp_path / "unpacked" / CIFAR).rename(tmp_path / "renamed")
+        (tmp_path / "unpacked" / CIFAR).symlink_to(given)
     counts = prepare("cifar100", root, given)
     assert (counts.classes, counts.train, counts.val, counts.unlabeled) == (3, 7, 4, 0)
     for split, train in (("train", True), ("val", False)):
@@ -179,6 +182,8 @@ def test_tinyimagenet_layout(tmp_path, form):
     if form == "unpacked":
         shutil.unpack_archive(given, tmp_path / "unpacked")
         given = tmp_path / "unpacked" / TOP
+        for path in given.rglob("*"):
+            path.chmod(0o555)
     # the second needs what the first was given
     prepare("tinyimagenet", tmp_path / "first", given)
     counts = prepare("tinyimagenet", root, given)
