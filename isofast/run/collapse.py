@@ -18,9 +18,9 @@ Kind = Literal["complete", "dimensional", "torn", "blow-up"]
 # the second, they fill few dimensions, unless the spread still grows by more than _NO_GROWTH and
 # C has at least _LEAST_RANK of them.
 _LEAST_SPREAD, _LOW_SPREAD, _NO_GROWTH, _LEAST_RANK = 0.01, 0.35, 1.1, 2.0
-# A new network's embeddings all point the same way: wait for the warm-up, of which healthy runs
-# needed 160 steps at most, and until C has forgotten the first steps.
-_TIME_CONSTANTS, _LEAST_STEPS, _WARMUP_STEPS = 2, 200, 500
+# A new network's embeddings all point the same way. Wait for the warm-up, or a quarter of it if it
+# is long (healthy runs needed 140 of 1,950 steps), and until C has forgotten the first steps.
+_TIME_CONSTANTS, _LEAST_STEPS, _WARMUP_STEPS, _WARMUP_SHARE = 2, 200, 500, 0.25
 # 95th percentile of |z| / median, and median |W z| / |z|, where the longest dominate a raw C.
 _LONG, _SHORT = 4.0, 0.5
 # Maximum growth of the embeddings' norm since the first record.
@@ -45,7 +45,8 @@ class CollapseWatch:
     def __init__(self, config: Config, steps_per_epoch: int) -> None:
         self._config = config
         self._dim = config.projector.output
-        warmup = min(config.warmup_epochs * steps_per_epoch, _WARMUP_STEPS)
+        warmup = config.warmup_epochs * steps_per_epoch
+        warmup = min(warmup, max(_WARMUP_STEPS, _WARMUP_SHARE * warmup))
         self.grace = max(warmup, _TIME_CONSTANTS / (1 - config.method.decay), _LEAST_STEPS)
         self._steps: list[int] = []
         self._spreads: list[float] = []

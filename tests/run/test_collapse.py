@@ -95,6 +95,12 @@ def test_a_long_warm_up_does_not_hide_a_collapse(method, first):
     assert found[:1] == first
 
 
+def test_a_quarter_of_a_very_long_warm_up_is_waited_for():
+    watch = CollapseWatch(config_of(), steps_per_epoch=2500)
+    records = [at(step, 0.2, effective_rank=1.5) for step in (740, 760)]
+    assert [watch.judge(record) is None for record in records] == [True, False]
+
+
 def at(step: int, share: float | None = 1.0, **more: float) -> Record:
     """Return a record with a share of the healthy embedding spread, and otherwise healthy."""
     known = {"norm_spread": 2.0, "prediction_norm": 0.9, "embedding_norm": 4.0}
