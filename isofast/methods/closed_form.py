@@ -24,8 +24,8 @@ class ClosedForm(PredictorMethod):
             default_factory=lambda data: 0.998 if data.get("ema", True) else 0.5, ge=0, lt=1
         )
         """EMA decay of C per step. Preset: 0.998 with EMA, as in the paper; 0.5 without, as in the
-        released code. With method.correlation directions: 0.9 with EMA; 0, C of the batch alone,
-        for image folders, and without EMA for all but the digits."""
+        released code. In short runs and on other pictures, which take C of directions: 0.9 with
+        EMA; 0, C of the batch alone, for image folders and, without EMA, all but the digits."""
         alpha: float = Field(0.5, gt=0)
         """Power of the correlation matrix."""
         normalize: Literal["spectral", "none"] = Field(
