@@ -20,6 +20,7 @@ from isofast.data.bar import Bar
 from isofast.data.checked import Entry, read_known, write_known
 from isofast.data.folder import NAMED, ImageFolder, fingerprint_of, printable, some_of
 from isofast.data.parallel import in_processes, in_threads
+from isofast.data.recipe import Recipe
 from isofast.data.resident import rgb
 from isofast.distributed import usable_cores
 from isofast.errors import UserError
@@ -138,6 +139,19 @@ def notes_on(splits: Sequence[ImageFolder]) -> list[str]:
         if s.ignored
     ]
     return [printable(note) for note in skipped + ignored]
+
+
+def note_on_size(train: ImageFolder, recipe: Recipe) -> list[str]:
+    """Return a note if the crops of a folder's images have at least twice their side."""
+    if recipe.name != "imagefolder" or train.sizes is None:
+        return []
+    side = max(8, int(np.median(train.sizes.min(axis=1))))
+    if recipe.crop < 2 * side:
+        return []
+    return [
+        f"note: half of the images have at most {side} pixels on their shorter side; crops of "
+        f"{recipe.crop} cost more time and show no more of them. Consider data.crop={side}"
+    ]
 
 
 def hand_on(source: ImageFolder, copy: ImageFolder) -> None:

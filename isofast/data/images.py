@@ -4,8 +4,8 @@ from functools import partial
 from typing import Any, NamedTuple
 
 from isofast.config.schema import Config
-from isofast.data import UNLABELLED, ImageFolder, check_folder, open_dataset
-from isofast.data.check import default_decoder, notes_on
+from isofast.data import UNLABELLED, ImageFolder, Recipe, check_folder, open_dataset
+from isofast.data.check import default_decoder, note_on_size, notes_on
 from isofast.data.prepare import prepared_name
 from isofast.distributed import World, gather_objects
 from isofast.errors import RankError, UserError
@@ -17,9 +17,10 @@ class Images(NamedTuple):
     train: ImageFolder
     val: ImageFolder | None
 
-    def notes(self) -> list[str]:
-        """Return notes on skipped and ignored files."""
-        return notes_on([images for images in self if images is not None])
+    def notes(self, recipe: Recipe) -> list[str]:
+        """Return notes on skipped and ignored files, and on the images' size."""
+        splits = [images for images in self if images is not None]
+        return notes_on(splits) + note_on_size(self.train, recipe)
 
 
 def list_images(config: Config) -> Images:

@@ -20,9 +20,10 @@ import numpy as np
 from PIL import Image
 
 from isofast.data.bar import Bar
-from isofast.data.check import OnBad, check_folder, notes_on
+from isofast.data.check import OnBad, check_folder, note_on_size, notes_on
 from isofast.data.files import read_json, write_text
 from isofast.data.folder import SPLITS, UNLABELED, UNLABELLED, ImageFolder, open_dataset, some_of
+from isofast.data.recipe import recipe_for
 from isofast.errors import UserError, tell
 
 NAMES = ("digits", "cifar10", "cifar100", "stl10", "tinyimagenet", "imagefolder")
@@ -36,7 +37,8 @@ class PreparedCounts:
     """The contents of a data root, and whether an earlier command had prepared it.
 
     train: images with and without a label; unlabeled: those without. notes: one line per split with
-    unreadable files, and per split with ignored ones; neither are counted.
+    unreadable files, and per split with ignored ones, neither of which are counted, and one if the
+    default crop is far larger than the images.
     """
 
     name: str
@@ -215,7 +217,7 @@ def _count(name: str, root: Path, on_bad: OnBad, *, already_there: bool) -> Prep
         sum(map(len, splits[1:])),
         already_there,
         int((train.labels == UNLABELLED).sum()),
-        tuple(notes_on(splits)),
+        (*notes_on(splits), *note_on_size(train, recipe_for(name))),
     )
 
 

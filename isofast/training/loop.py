@@ -215,7 +215,7 @@ class _Run:
             steps_per_epoch=self.steps_per_epoch,
         )
         stack.callback(self.recorder.close)
-        notes += images.notes() + data_set_notes(config)
+        notes += images.notes(recipe) + data_set_notes(config)
         notes += self._plan(train, environment["device"])
         self.recorder.progress.say("\n".join(notes))
         about = describe(config.encoder, recipe)

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from isofast.cli import main
-from isofast.data import check_folder, open_dataset
+from isofast.data import check_folder, open_dataset, recipe_for
 from isofast.data.check import notes_on
 from isofast.data.folder import read_files
 from isofast.data.images import Images
@@ -18,7 +18,7 @@ from isofast.data.prepare import prepare
 from isofast.errors import RunError, UserError
 
 from ..support.runs import ISOFAST, UNPRIVILEGED, call
-from .conftest import checked
+from .conftest import checked, write_images
 
 
 def test_listing(pictures):
@@ -130,7 +130,22 @@ def test_pictures_that_are_not_used_are_counted(root, capsys):
     assert "\n" not in note
     assert main(["prepare", "imagefolder", "--root", str(root)]) == 0
     assert note in capsys.readouterr().out.splitlines()
-    assert Images(train, open_dataset(root, "val")).notes() == [note]
+    images = Images(train, open_dataset(root, "val"))
+    assert images.notes(recipe_for("imagefolder", crop=24)) == [note]
+
+
+def test_crops_of_twice_the_images_size_are_noted(tmp_path, capsys):
+    write_images(tmp_path, "train", 9, one_size=True)
+    train = open_dataset(tmp_path, "train")
+    twice = recipe_for("imagefolder", crop=44)
+    assert Images(train, None).notes(twice) == []
+    images = Images(check_folder(train), None)
+    (note,) = images.notes(twice)
+    assert "Consider data.crop=22" in note
+    assert images.notes(recipe_for("imagefolder", crop=43)) == []
+    assert images.notes(recipe_for("cifar10", crop=44)) == []
+    assert main(["prepare", "imagefolder", "--root", str(tmp_path)]) == 0
+    assert note.replace("44", "224") in capsys.readouterr().out.splitlines()
 
 
 def add_unlabeled(root: Path, count: int) -> None:
