@@ -149,8 +149,8 @@ def note_on_size(train: ImageFolder, recipe: Recipe) -> list[str]:
     if recipe.crop < 2 * side:
         return []
     return [
-        f"note: half of the images have at most {side} pixels on their shorter side; crops of "
-        f"{recipe.crop} cost more time and show no more of them. Consider data.crop={side}"
+        f"note: half of the images have at most {side} pixels on their shorter side; a data.crop "
+        f"of {recipe.crop} costs more time and shows no more of them. Consider data.crop={side}"
     ]
 
 
